@@ -1,0 +1,46 @@
+"""mezzotint: high-resolution image diffusion backbones, trained, sampled and evaluated.
+
+The promised names load lazily, so that `import mezzotint` and `mezzotint --help` do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module that holds it
+_PUBLIC = {
+    "Cond": "mezzotint.process.denoiser",
+    "Denoised": "mezzotint.process.denoiser",
+    "Model": "mezzotint.process.denoiser",
+    "presets": "mezzotint.models",
+    "create_model": "mezzotint.models",
+    "save_model": "mezzotint.models",
+    "load_model": "mezzotint.models",
+    "load_official": "mezzotint.convert",
+    "sample": "mezzotint.generate",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+if TYPE_CHECKING:
+    from mezzotint.convert import load_official
+    from mezzotint.generate import sample
+    from mezzotint.models import create_model, load_model, presets, save_model
+    from mezzotint.process.denoiser import Cond, Denoised, Model
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    try:  # `mezzotint.process.logsnr` and the like after a plain `import mezzotint`
+        return importlib.import_module(f"mezzotint.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"mezzotint.{name}":
+            raise
+    raise AttributeError(f"module 'mezzotint' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,82 @@
+"""Backbones: plain nn.Modules that know no diffusion. One file adds a backbone: it ends by registering a `Backbone`.
+
+Every backbone's config is a frozen, keyword-only dataclass of JSON values with at least the fields of `Config`. Its
+module is built from that config alone and is called as backbone(z, noise, cond) -> list of outputs, coarse to fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+from mezzotint.process.denoiser import Parameterisation
+from mezzotint.registry import Registry, Spec
+
+
+class Config(Protocol):
+    """The fields that every backbone's config has.
+
+    size: native height and width of the network's input, in pixels or latent cells.
+    channels: channels of that input.
+    num_classes: number of labels, 0 for an unconditional network; index num_classes is the null label.
+    prediction: name of the row the output predicts, read only where the family states its Parameterisation.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def prediction(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A published (or laptop) size.
+
+    config: the backbone's config.
+    paper: where the size is published, or why it exists.
+    codec: the space the network works in: "pixels" or the name of an autoencoder.
+    params, gmac: as the paper prints them, None where it does not.
+    fid: the number claimed, with `protocol` behind it.
+    note: why counted and claimed figures differ, where they do.
+    """
+
+    config: Any
+    paper: str
+    codec: str = "pixels"
+    params: str | None = None
+    gmac: str | None = None
+    fid: str | None = None
+    protocol: str | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What a backbone's file registers at its foot.
+
+    module: builds the network from a config.
+    parameterisation: what its output means, as a function of the config.
+    schedule: the family's own noise schedule for a config, by name, as its paper trains it.
+    presets: name -> Preset.
+    """
+
+    config: type
+    module: Callable[[Any], nn.Module]
+    parameterisation: Callable[[Any], Parameterisation]
+    schedule: Callable[[Any], Spec]
+    presets: dict[str, Preset]
+
+
+registry: Registry[Backbone] = Registry("backbone", __name__)
+
+
+def presets() -> dict[str, tuple[str, Preset]]:
+    """Every preset: name -> (backbone, Preset), in the order of the backbones' files."""
+    return {name: (b, preset) for b in registry for name, preset in registry[b].presets.items()}

@@ -1,0 +1,104 @@
+"""The types that samplers, guidance, objectives and backbones share, and the one adapter between them: `Model`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mezzotint.process.logsnr import per_image
+from mezzotint.process.prediction import Prediction, solve
+
+Image = Float[Tensor, "b c h w"]
+Level = Float[Tensor, " b"]  # one log-SNR, or one loss, per image
+Schedule = Callable[[Tensor], Tensor]  # u in (0, 1), 0 clean -> log-SNR, decreasing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cond:
+    """What the picture should show; every field optional, batch first.
+
+    label: class index; `num_classes` of the backbone is the null label (no class).
+    text: token embeddings; text_mask: True where a token is real, not padding.
+    """
+
+    label: Int[Tensor, " b"] | None = None
+    text: Float[Tensor, "b t d"] | None = None
+    text_mask: Bool[Tensor, "b t"] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
+        """The same condition with `function` applied to every tensor present."""
+        fields = {"label": self.label, "text": self.text, "text_mask": self.text_mask}
+        return replace(self, **{k: function(t) for k, t in fields.items() if t is not None})
+
+
+class Denoised(NamedTuple):
+    """A denoiser's answer: the expected image, the noise that goes with it, and the learned variance if any.
+
+    var: -1...1, between the logs of the smallest and largest variance of an ancestral step.
+    """
+
+    x: Image
+    eps: Image
+    var: Image | None = None
+
+
+class Denoiser(Protocol):
+    """All that samplers and guidance know of a model."""
+
+    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameterisation:
+    """How a backbone's output and inputs relate to the log-SNR; one value per family.
+
+    kind: the row that the output predicts.
+    noise: log-SNR (b,) -> the number the network is told (b,).
+    scale: log-SNR (b,) -> factor on the network's input (b,).
+    learned_variance: the output has twice the channels; the second half is `Denoised.var`.
+    """
+
+    kind: Prediction
+    noise: Callable[[Tensor], Tensor]
+    scale: Callable[[Tensor], Tensor] = torch.ones_like
+    learned_variance: bool = False
+
+
+class Model(nn.Module):
+    """A backbone with its parameterisation: the Denoiser that samplers see, the raw outputs that losses see.
+
+    Args:
+        backbone: module with forward(z, noise, cond) -> list of outputs, coarse to fine, the finest last.
+        parameterisation: what those outputs mean.
+        card: everything needed to build the same model again and to say what it is (see `mezzotint.models`).
+    """
+
+    def __init__(self, backbone: nn.Module, parameterisation: Parameterisation, card: Any = None):
+        super().__init__()
+        self.backbone = backbone
+        self.parameterisation = parameterisation
+        self.card = card
+
+    def raw(self, z: Image, logsnr: Level, cond: Cond) -> Sequence[Tensor]:
+        """The backbone's outputs, coarse to fine, in its own dtype; the last has z's height and width."""
+        p = self.parameterisation
+        dtype = next(self.backbone.parameters()).dtype
+        scaled = per_image(p.scale(logsnr), z).to(z.dtype) * z
+        return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
+
+    def forward(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        """The image and noise implied by the finest output, in float32 or wider."""
+        return self.interpret(z, self.raw(z, logsnr, cond)[-1], logsnr)
+
+    def interpret(self, z: Image, out: Tensor, logsnr: Level) -> Denoised:
+        """Denoised from a finest output of `raw`."""
+        var = None
+        if self.parameterisation.learned_variance:
+            out, var = out.chunk(2, dim=1)
+            var = var.to(torch.promote_types(var.dtype, torch.float32))
+        return Denoised(*solve(self.parameterisation.kind, z, out, logsnr), var)

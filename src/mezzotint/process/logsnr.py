@@ -1,0 +1,34 @@
+"""alpha, sigma and the forward process as functions of the log-SNR."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def alpha(logsnr: Tensor) -> Tensor:
+    """Scale of the image in z, in [0, 1]; any shape. simple diffusion section 2: alpha^2 = sigmoid(logsnr)."""
+    return torch.sigmoid(logsnr).sqrt()
+
+
+def sigma(logsnr: Tensor) -> Tensor:
+    """Scale of the noise in z, in [0, 1]; any shape. simple diffusion section 2: sigma^2 = sigmoid(-logsnr)."""
+    return torch.sigmoid(-logsnr).sqrt()
+
+
+def per_image(level: Tensor, like: Tensor) -> Tensor:
+    """View a (b,) tensor of one number per image as (b, 1, ..., 1), to broadcast against `like`."""
+    return level.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
+    """z = alpha x + sigma eps (simple diffusion section 2), in the wider dtype of x and float32.
+
+    Args:
+        x: images in [-1, 1], (b, ...).
+        eps: standard normal noise of the same shape.
+        logsnr: (b,) natural log of alpha^2 / sigma^2.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    level = per_image(logsnr, x)
+    return (alpha(level) * x + sigma(level) * eps).to(wide)
