@@ -24,7 +24,7 @@ def philox(purpose: str, seed: int, index: int, draw: int = 0) -> np.random.Gene
 
 
 def normal(purpose: str, seed: int, indices: list[int], shape: tuple[int, ...], draw: int = 0) -> Tensor:
-    """Standard normal noise, (len(indices), *shape) float32; row i depends on (purpose, seed, indices[i], draw) alone."""
+    """Standard normal, (len(indices), *shape) float32; row i depends on (purpose, seed, indices[i], draw) alone."""
     rows = [philox(purpose, seed, i, draw).standard_normal(shape, dtype=np.float32) for i in indices]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
 

@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import mezzotint.backbones as backbones
 from mezzotint.process import schedules

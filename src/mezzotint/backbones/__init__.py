@@ -25,14 +25,10 @@ class Config(Protocol):
     prediction: name of the row the output predicts, read only where the family states its Parameterisation.
     """
 
-    @property
-    def size(self) -> int: ...
-    @property
-    def channels(self) -> int: ...
-    @property
-    def num_classes(self) -> int: ...
-    @property
-    def prediction(self) -> str: ...
+    size: int
+    channels: int
+    num_classes: int
+    prediction: str
 
 
 @dataclass(frozen=True, kw_only=True)

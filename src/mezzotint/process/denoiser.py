@@ -50,7 +50,9 @@ class Denoised(NamedTuple):
 class Denoiser(Protocol):
     """All that samplers and guidance know of a model."""
 
-    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised: ...
+    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        """The expected image and noise of the variance-preserving state z at log-SNR `logsnr`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
