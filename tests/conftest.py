@@ -1,0 +1,34 @@
+"""What every test has at hand: determinism, one thread, and the shared numbers and images where they are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared():
+    """A function from a relative path to a file of the shared folder; the test skips where it is absent."""
+
+    def find(relative: str) -> Path:
+        path = SHARED / relative
+        if not path.exists():
+            pytest.skip(f"{path} is absent: golden numbers and real images live in a folder beside the checkout")
+        return path
+
+    return find
