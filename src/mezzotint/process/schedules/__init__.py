@@ -1,11 +1,83 @@
-"""Schedules: quantile functions u in (0, 1) -> log-SNR, decreasing; u = 0 clean, u = 1 noise. One file adds one."""
+"""Schedules: quantile functions u in (0, 1) -> log-SNR, decreasing; u = 0 clean, u = 1 noise. One file adds one.
+
+A schedule answers in u's dtype (float32 at least) and on u's device, computing in float64. A discrete table
+(`Table`) is a schedule too: a look-up, constant between its entries, so that uniform u draws each entry equally often.
+What needs an inverse or a slope, and every sampling grid, reads a table between its entries (`continuous`).
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+
+import torch
+from torch import Tensor
 
 from mezzotint.process.denoiser import Schedule
 from mezzotint.registry import Registry
 
 registry: Registry[Callable[..., Schedule]] = Registry("schedule", __name__)
 schedule = registry.register
+
+
+def in_float64(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`function` of one tensor evaluated in float64; the answer comes in the argument's dtype, float32 at least."""
+
+    @functools.wraps(function)
+    def wrapped(value: Tensor) -> Tensor:
+        # MPS has no float64; there float32 has to do.
+        exact = torch.float32 if value.device.type == "mps" else torch.float64
+        return function(value.to(exact)).to(torch.promote_types(value.dtype, torch.float32))
+
+    return wrapped
+
+
+def continuous(schedule: Schedule) -> Schedule:
+    """The schedule itself, or for a table the strictly decreasing curve through its entries."""
+    return schedule.interpolated if isinstance(schedule, Table) else schedule
+
+
+def invert(schedule: Schedule, logsnr: Tensor) -> Tensor:
+    """The u of a log-SNR, by bisection to 2^-64; float64 of any shape, 0 and 1 beyond the schedule's ends."""
+    curve = continuous(schedule)
+    logsnr = logsnr.double()
+    low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
+    for _ in range(64):
+        u = (low + high) / 2
+        too_noisy = curve(u) < logsnr
+        low, high = torch.where(too_noisy, low, u), torch.where(too_noisy, u, high)
+    return (low + high) / 2
+
+
+def slope(schedule: Schedule, u: Tensor) -> Tensor:
+    """d logsnr / d u, negative, by automatic differentiation; float64, shaped like u (0 < u < 1)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        u = u.detach().clone().double().requires_grad_()
+        (gradient,) = torch.autograd.grad(continuous(schedule)(u).sum(), u)
+    return gradient
+
+
+# The promised names, below what their files import from here. The scan needs none of these lines.
+from mezzotint.process.schedules.cosine import cosine  # noqa: E402
+from mezzotint.process.schedules.cosine_interpolated import cosine_interpolated  # noqa: E402
+from mezzotint.process.schedules.ddpm import Table, ddpm, linear_ddpm  # noqa: E402
+from mezzotint.process.schedules.linear_vp import linear_vp  # noqa: E402
+from mezzotint.process.schedules.lognormal import lognormal  # noqa: E402
+from mezzotint.process.schedules.scaled_linear import scaled_linear  # noqa: E402
+
+__all__ = [
+    "Table",
+    "continuous",
+    "cosine",
+    "cosine_interpolated",
+    "ddpm",
+    "in_float64",
+    "invert",
+    "linear_ddpm",
+    "linear_vp",
+    "lognormal",
+    "registry",
+    "scaled_linear",
+    "schedule",
+    "slope",
+]

@@ -1,0 +1,42 @@
+"""Improved DDPM's cosine, as a table and as the continuous curve behind it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mezzotint.process.denoiser import Schedule
+from mezzotint.process.schedules import in_float64, schedule
+from mezzotint.process.schedules.ddpm import Table, checked_steps
+
+
+def _check(s: float) -> None:
+    if not s > 0:
+        raise ValueError(f"offset s {s} must be positive; Improved DDPM uses 0.008")
+
+
+@schedule("cosine_vp")
+def cosine_vp(s: float = 0.008) -> Schedule:
+    """The curve of Improved DDPM eq. 17 with u = t: +inf at t = 0, and pure noise at t = 1."""
+    _check(s)
+
+    @in_float64
+    def logsnr(u: Tensor) -> Tensor:
+        # Improved DDPM eq. 17: alpha^2 = f(t) / f(0), f(t) = cos^2(pi/2 (t + s) / (1 + s)).
+        angle = math.pi / 2 * (u + s) / (1 + s)
+        start = math.pi / 2 * s / (1 + s)
+        # f(0) - f(t) = sin(a + b) sin(a - b), which does not cancel near t = 0.
+        return 2 * torch.log(torch.cos(angle)) - torch.log(torch.sin(angle + start) * torch.sin(angle - start))
+
+    return logsnr
+
+
+@schedule("cosine_ddpm")
+def cosine_ddpm(steps: int = 1000, s: float = 0.008) -> Table:
+    """Improved DDPM's cosine table: the betas of eq. 17 at t = n / N, none above 0.999."""
+    _check(s)
+    t = torch.arange(checked_steps(steps) + 1, dtype=torch.float64) / steps
+    f = torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2
+    return Table((1 - f[1:] / f[:-1]).clamp(max=0.999))

@@ -1,0 +1,101 @@
+"""Discrete tables of betas: DDPM's own, and the class that every table is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from mezzotint.process.schedules import in_float64, schedule
+
+
+class Table:
+    """A schedule of N steps, n = 1 (cleanest) ... N; also the map from a log-SNR to the step that a network is told.
+
+    Called with u it looks up entry n = ceil(N u), so that uniform u draws n = 1 ... N equally often. Between the
+    entries, for sampling, log alpha is piecewise linear in t = n / N (`interpolated`; DPM-Solver's discrete schedule,
+    specs/dimr.md 6.1).
+
+    Args:
+        betas: 1 - alpha_n^2 / alpha_{n-1}^2 of each step, each in (0, 1).
+
+    Attributes:
+        logsnr: (N,) float64 on the CPU, decreasing; row i is step n = i + 1, index i of DDPM's code.
+    """
+
+    def __init__(self, betas: Sequence[float] | Tensor):
+        betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
+        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"betas must be one row of numbers in (0, 1); given shape {tuple(betas.shape)}")
+        # DDPM eq. 4: alpha_n^2 = prod (1 - beta); summed as logs so that 1 - alpha^2 is exact at the clean end.
+        log_alpha = torch.log1p(-betas).cumsum(0) / 2
+        self.logsnr = 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
+        self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])  # at t = 0, 1/N, ..., 1
+
+    def __len__(self) -> int:
+        return len(self.logsnr)
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """The log-SNR of entry n = ceil(N u); u in [0, 1] of any shape, in u's dtype."""
+        # u = n / N, rounded to u's own dtype, must still find n.
+        rounding = len(self) * torch.finfo(u.dtype).eps
+        n = torch.ceil(u.double() * len(self) - rounding).long().clamp(1, len(self))
+        return self.logsnr.to(u.device)[n - 1].to(torch.promote_types(u.dtype, torch.float32))
+
+    def interpolated(self, t: Tensor) -> Tensor:
+        """Log-SNR with log alpha piecewise linear through the entries at t = n / N; t in [0, 1], any shape.
+
+        Below the first entry the line runs to alpha = 1 at t = 0, our choice: there the log-SNR is +inf.
+        """
+        return in_float64(self._interpolated)(t)
+
+    def _interpolated(self, t: Tensor) -> Tensor:
+        knots = self._knots.to(t)
+        n = torch.floor(t.detach() * len(self)).long().clamp(0, len(self) - 1)
+        log_alpha = knots[n] + (t * len(self) - n) * (knots[n + 1] - knots[n])
+        return 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
+
+    def index(self, logsnr: Tensor) -> Tensor:
+        """Where a log-SNR stands in the table: 0 ... N - 1, fractional between entries; any shape, logsnr's dtype.
+
+        The inverse of `interpolated` less one (N t - 1), held at the ends beyond the table. DDPM, ADM, DiT and DiffiT
+        tell their networks this number; step n = index + 1 is what DiMR and U-ViT count.
+        """
+        # A log-SNR that is an entry up to the rounding of its own dtype gets that entry's integer exactly.
+        rounding = 4 * torch.finfo(logsnr.dtype).eps
+
+        def index(logsnr: Tensor) -> Tensor:
+            knots, entries = self._knots.to(logsnr), self.logsnr.to(logsnr)
+            log_alpha = -softplus(-logsnr, threshold=40.0) / 2
+            left = torch.searchsorted(-knots, -log_alpha.contiguous()).clamp(1, len(self)) - 1
+            t = left + (log_alpha - knots[left]) / (knots[left + 1] - knots[left])
+            exact = (t - 1).clamp(0, len(self) - 1)
+            nearest = exact.round()
+            apart = (logsnr - entries[nearest.long()]).abs()
+            return torch.where(apart <= rounding * logsnr.abs(), nearest, exact)
+
+        return in_float64(index)(logsnr)
+
+
+@schedule("ddpm")
+def ddpm(betas: Sequence[float] | Tensor) -> Table:
+    """The table of any betas (DDPM section 2), beta_n = 1 - alpha_n^2 / alpha_{n-1}^2 for n = 1 ... N.
+
+    Errors: ValueError for betas that are not one row of numbers in (0, 1).
+    """
+    return Table(betas)
+
+
+@schedule("linear_ddpm")
+def linear_ddpm(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Table:
+    """DDPM's linear betas (section 4), which ADM, DiT and latent DiffiT keep; the ends are for 1000 steps."""
+    return Table(torch.linspace(beta_min, beta_max, checked_steps(steps), dtype=torch.float64))
+
+
+def checked_steps(steps: int) -> int:
+    """`steps` of a table, after a ValueError below 1."""
+    if steps < 1:
+        raise ValueError(f"a table of {steps} steps is empty; the papers use 1000")
+    return steps

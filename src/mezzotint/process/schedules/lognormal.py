@@ -1,0 +1,29 @@
+"""EDM's training distribution of noise: log sigma is normal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mezzotint.process.denoiser import Schedule
+from mezzotint.process.schedules import in_float64, schedule
+
+
+@schedule("lognormal")
+def lognormal(mean: float = -1.2, std: float = 1.2) -> Schedule:
+    """log(sigma / alpha) ~ N(mean, std^2) (EDM table 1); the ends u = 0 and u = 1 are infinite.
+
+    With the straight line of flow matching, where sigma / alpha = t / (1 - t), the same law is the logit-normal
+    distribution of t.
+
+    Args:
+        mean, std: of the natural log of EDM's sigma; EDM trains on -1.2 and 1.2.
+    """
+    if not std > 0:
+        raise ValueError(f"std {std} must be positive; EDM uses 1.2")
+
+    @in_float64
+    def logsnr(u: Tensor) -> Tensor:
+        return -2 * (mean + std * torch.special.ndtri(u))
+
+    return logsnr
