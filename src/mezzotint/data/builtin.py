@@ -1,0 +1,59 @@
+"""Two sets that need no download: `digits`, real handwriting, and `shapes`, pictures whose every word is checkable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mezzotint.data.sources import digest
+from mezzotint.draws import philox
+
+DIGITS_TRAIN = 1500  # of 1,797; the other 297 are held out
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The 1,797 handwritten digits of scikit-learn (8 x 8 pixels, 17 grey levels), white on black."""
+
+    numbers: np.ndarray = field(repr=False)  # in scikit-learn's order
+    pixels: np.ndarray = field(repr=False)  # uint8 (n, 8, 8)
+    labels: np.ndarray = field(repr=False)
+    label_names: tuple[str, ...] = tuple("0123456789")
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, i: int) -> str:
+        """The digit's number in scikit-learn's order."""
+        return f"digit {self.numbers[i]}"
+
+    def read(self, i: int) -> Image.Image:
+        """8 x 8 grey."""
+        return Image.fromarray(self.pixels[i])
+
+    def text(self, i: int) -> str:
+        """A caption in words."""
+        return f"a handwritten digit {NUMERALS[self.labels[i]]}"
+
+    def identity(self) -> str:
+        """Of the pixels and labels."""
+        return digest([self.pixels.tobytes(), self.labels.tobytes()])
+
+
+def digits(split: str = "train") -> Digits:
+    """The set's part "train" (1,500), "test" (297) or "all"; which digit is where is a fixed permutation."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ValueError("the built-in digits need scikit-learn: pip install 'mezzotint[demo]'") from error
+    raw: Any = load_digits()
+    permutation = philox("order", 0, 0).permutation(len(raw.target))
+    first, last = {"train": (0, DIGITS_TRAIN), "test": (DIGITS_TRAIN, None), "all": (0, None)}[split]
+    chosen = np.sort(permutation[first:last])
+    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)  # the set's grey levels are 0...16
+    return Digits(chosen, pixels, raw.target[chosen].astype(np.int64))

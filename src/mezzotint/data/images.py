@@ -1,0 +1,229 @@
+"""Any pile of pictures as uint8 tensors of one size, by index: `open_images`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import final, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from mezzotint.data.builtin import digits
+from mezzotint.data.pixels import Crop, Unreadable, flip, pixels_of, to_model_range, to_uint8
+from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, open_files
+from mezzotint.registry import nearest
+
+__all__ = ["Images", "Report", "flip", "open_images", "to_model_range", "to_uint8"]
+
+MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept by cache="memory"
+MAX_STAND_INS = 1000  # unreadable samples in a row before we call the whole set damaged
+BUILTIN = ("digits", "shapes")
+
+
+@dataclass
+class Report:
+    """What a reader should know of a set besides its pictures; `unreadable` grows as pictures are read."""
+
+    count: int
+    unreadable: dict[str, str] = field(default_factory=dict)  # name -> reason
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        first = [f"{name} ({reason})" for name, reason in list(self.unreadable.items())[:5]]
+        more = ["..."] if len(self.unreadable) > len(first) else []
+        bad = (
+            f"{len(self.unreadable)} unreadable: {', '.join(first + more)}" if first else "none found unreadable so far"
+        )
+        return "; ".join([f"{self.count:,} images", bad, *self.notes])
+
+
+@final
+class Images:
+    """Pictures by index: uint8 (channels, size, size), with label and caption where the source has them.
+
+    A picture that cannot be read is named in `report`, and in `batch` the next readable one takes its place, always the
+    same one; so the number of samples, and with it the data order, does not depend on damage.
+    """
+
+    def __init__(self, source: Source, *, size: int, channels: int = 3, crop: Crop = "adm", keep: bool = True):
+        """See `open_images`; `keep` holds decoded pixels in memory as far as MEMORY_LIMIT_BYTES reaches."""
+        if size < 1:
+            raise ValueError(f"size {size}; give the side in pixels, e.g. 64")
+        if channels not in (1, 3):
+            raise ValueError(f"channels {channels}; allowed: 1 (grey), 3 (RGB)")
+        if crop not in get_args(Crop):
+            raise ValueError(f"unknown crop {crop!r}; {nearest(crop, get_args(Crop))}")
+        self.source, self.size, self.channels, self.crop, self.keep = source, size, channels, crop, keep
+        self.label_names = source.label_names
+        self.num_classes = len(source.label_names) if source.label_names else 0
+        self.fingerprint = digest([source.identity(), f"{size} {channels} {crop}"])
+        self.report = Report(len(source), notes=source.notes)
+        self._unreadable: dict[int, str] = {}
+        self._allocate()
+
+    def _allocate(self) -> None:
+        kept = min(len(self), MEMORY_LIMIT_BYTES // (self.channels * self.size**2)) if self.keep else 0
+        self._memory = np.empty((kept, self.channels, self.size, self.size), np.uint8)  # pages are touched when written
+        self._held = np.zeros(kept, bool)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_memory", "_held")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._allocate()
+
+    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
+        """Sample i; ValueError with name and reason if it cannot be read."""
+        try:
+            return torch.from_numpy(self._pixels(i).copy())
+        except Unreadable as reason:
+            raise ValueError(f"{self.source.name(i)} cannot be read: {reason}") from reason
+
+    def label(self, i: int) -> int | None:
+        """Class index of sample i, or None."""
+        labels = self.source.labels
+        return None if labels is None or labels[i] == NO_LABEL else int(labels[i])
+
+    def text(self, i: int) -> str | None:
+        """Caption of sample i, or None."""
+        return self.source.text(i)
+
+    def name(self, i: int) -> str:
+        """What reports call sample i: its file name, or its row."""
+        return self.source.name(i)
+
+    def readable(self, i: int) -> int:
+        """i, or the index of the picture that stands in for it in `batch`: the next readable one, cyclically."""
+        for j in (k % len(self) for k in range(i, i + min(MAX_STAND_INS, len(self)))):
+            try:
+                self._pixels(j)
+                return j
+            except Unreadable:
+                continue
+        raise ValueError(f"{self.source.name(i)} and all that follow cannot be read: {self.report}")
+
+    def batch(
+        self, indices: Sequence[int] | Int64[Tensor, " b"]
+    ) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"] | None]:
+        """Pictures and labels (None for a set without labels); unreadable ones replaced, see the class."""
+        out = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
+        used = np.empty(len(indices), np.int64)
+        for row, i in enumerate(map(int, indices)):
+            try:
+                used[row], out[row] = i, self._pixels(i)
+            except Unreadable:
+                used[row] = self.readable(i)
+                out[row] = self._pixels(int(used[row]))
+        labels = self.source.labels
+        return torch.from_numpy(out), None if labels is None else torch.from_numpy(labels[used])
+
+    def mark_unreadable(self, found: dict[int, str]) -> None:
+        """Take over what another process found: index -> reason."""
+        for i, reason in found.items():
+            self._unreadable[i] = self.report.unreadable[self.source.name(i)] = reason
+
+    def unreadable(self) -> dict[int, str]:
+        """What was found unreadable so far: index -> reason."""
+        return dict(self._unreadable)
+
+    def _pixels(self, i: int) -> np.ndarray:
+        if not 0 <= i < len(self):
+            raise ValueError(f"sample {i} of a set of {len(self)}")
+        if i < len(self._held) and self._held[i]:
+            return self._memory[i]
+        if i in self._unreadable:
+            raise Unreadable(self._unreadable[i])
+        try:
+            pixels = self._decoded(i)
+        except Unreadable as reason:
+            self.mark_unreadable({i: str(reason)})
+            raise
+        if i < len(self._held):
+            self._memory[i] = pixels
+            self._held[i] = True  # after the pixels: another thread may look
+        return pixels
+
+    def _decoded(self, i: int) -> np.ndarray:
+        stored = self.source.read(i)
+        if isinstance(stored, np.ndarray):
+            if stored.shape == (self.channels, self.size, self.size):
+                return stored
+            from PIL import Image
+
+            stored = Image.fromarray(stored[0] if len(stored) == 1 else np.ascontiguousarray(stored.transpose(1, 2, 0)))
+        return pixels_of(stored, self.size, self.channels, self.crop)
+
+
+def split_suffix(source: str) -> tuple[str, str | None]:
+    """("NAME", "test") of "NAME:test"; (source, None) if there is no such suffix or a file bears the whole name."""
+    match = re.fullmatch(r"(.+):([A-Za-z_]\w*)", source)
+    return (source, None) if match is None or os.path.exists(source) else (match[1], match[2])
+
+
+def open_images(
+    source: str | Path,
+    *,
+    size: int,
+    channels: int = 3,
+    crop: Crop = "adm",
+    cache: str | Path | None = "memory",
+) -> Images:
+    """Open pictures of any modes, sizes and aspect ratios as uint8 (channels, size, size) by index.
+
+    Args:
+        source: a folder (class subfolders or flat), a zip of one, or "digits"; "SOURCE:SPLIT" with SPLIT train, test or
+            all chooses a part. Without a split: the training part if the source states one, else everything. A folder
+            that states none has every tenth image, in name order, as its test part.
+        size: side in pixels.
+        channels: 1 (grey) or 3 (RGB).
+        crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the central square).
+        cache: "memory" keeps decoded pixels up to 1 GiB; None decodes at every read.
+    """
+    if cache not in ("memory", None):
+        raise ValueError(f"cache {cache!r}; allowed: 'memory' or None")
+    opened = open_source(str(source))
+    images = Images(opened, size=size, channels=channels, crop=crop, keep=cache == "memory")
+    _check_some_readable(images, str(source))
+    return images
+
+
+def open_source(source: str) -> Source:
+    """The source that `source` names, see `open_images`."""
+    base, split = split_suffix(source)
+    if base == "digits":
+        return digits(checked_split(base, split) or "train")
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return open_files(Folder(path), checked_split(base, split))
+    if path.is_file() and path.suffix.lower() == ".zip":
+        return open_files(Zip(path), checked_split(base, split))
+    raise ValueError(f"no data at {source!r}; give a folder, a .zip or one of {', '.join(BUILTIN)}")
+
+
+def checked_split(what: str, split: str | None) -> str | None:
+    """`split` if it is one of train, test, all or absent."""
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"{what} has no split {split!r}; {nearest(split, SPLITS)}")
+    return split
+
+
+def _check_some_readable(images: Images, source: str) -> None:
+    """A set of which nothing can be read should say so when it is opened: look for one that can, first far apart."""
+    spread = np.linspace(0, len(images) - 1, 8).astype(int).tolist()
+    for i in [*spread, *range(min(len(images), MAX_STAND_INS))]:
+        try:
+            images.image(i)
+            return
+        except ValueError:
+            continue
+    raise ValueError(f"no image of {source} can be read: {images.report}")
