@@ -1,0 +1,38 @@
+# Everything on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+# Two OpenMP threads collapse when another job shares the cores; nothing is fetched while testing.
+QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
+PYTEST := $(QUIET) $(BIN)/pytest -n 2
+
+.PHONY: demo test test-all lint format clean
+
+demo: .venv/ready
+	$(BIN)/mezzotint demo
+
+test: .venv/ready
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/ready
+	$(PYTEST) --timeout=3600
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Made when missing, and again when a pin or a dependency changed. The pin of torch keeps pip from fetching CUDA.
+.venv/ready: constraints.txt pyproject.toml
+	@echo "making .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build dist site .pytest_cache .ruff_cache .hypothesis .import_linter_cache .coverage
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,275 @@
+"""Recipe: everything a training run depends on, as frozen dataclasses, as YAML, and as dotted overrides.
+
+A recipe is a value. Functions in `mezzotint.recipes` return one per published run; the command line changes single
+fields (`optim.lr=3e-4`); the run folder keeps the resolved whole. An unknown key is an error that lists near names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from mezzotint.registry import Spec, nearest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What to train on.
+
+    source: folder, zip, prepared set, parquet, hub name or built-in set ("digits", "shapes").
+    crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
+    flip: mirror each image with probability 1/2.
+    workers: processes that decode; 0 decodes in a thread of the training process.
+    """
+
+    source: str = ""
+    crop: Literal["adm", "plain"] = "adm"
+    flip: bool = False
+    workers: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Time:
+    """How noise levels are drawn.
+
+    sampling: "uniform" draws u independently; "stratified" spreads one batch's u evenly over (0, 1).
+    measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss by -dlogsnr/du / 2, so
+        that its expectation is an integral over log-SNR whatever the schedule (SiD2 eq. of section 9).
+    """
+
+    sampling: Literal["uniform", "stratified"] = "uniform"
+    measure: Literal["u", "logsnr"] = "u"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, or Muon for hidden matrices with AdamW for the rest.
+
+    lr: peak learning rate. warmup_images: linear warm-up from 0, in images. clip: bound on the global gradient norm.
+    decay: "constant" after warm-up, or "cosine" to zero at the end of the run.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ema:
+    """Averages of the weights.
+
+    half_life_images: of the exponential average that is sampled and saved.
+    rampup: the half-life is at most this fraction of the images seen (EDM: 0.05); None for none.
+    power_stds: widths of power-function averages whose snapshots allow any width afterwards (EDM2 section 3.1).
+    """
+
+    half_life_images: float = 500_000
+    rampup: float | None = 0.05
+    power_stds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The sample grids of a run: fixed seeds, fixed labels.
+
+    guidance: classifier-free scale as DiT counts it, 1 = none.
+    """
+
+    every_images: int = 500_000
+    count: int = 64
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    """Checkpoints: one every so many images, the newest `keep` of them, plus those at multiples of `keep_every`."""
+
+    every_images: int = 1_000_000
+    keep: int = 2
+    keep_every_images: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How the step is computed; changes speed and memory, not what is learnt.
+
+    precision: of the forward and backward pass; weights are always float32. "auto" is bf16 where it is fast.
+    strategy: over several processes, "ddp" copies the weights, "fsdp" shards them per block.
+    microbatch: images per forward pass and process; None for the whole share of the batch.
+    checkpointing: recompute each block's activations in the backward pass.
+    compile: torch.compile of each repeated block.
+    """
+
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    microbatch: int | None = None
+    checkpointing: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    preset, model: the network and overrides of its config, e.g. {"size": 64, "num_classes": 10}.
+    schedule: of the noise; None for the family's own at this size.
+    objective: of `process.objectives`, by name.
+    images, batch: length of the run and of one optimiser step, both in images.
+    label_drop: probability of the null label (or empty text) in training, for guidance.
+    """
+
+    preset: str
+    model: dict[str, Any] = field(default_factory=dict)
+    data: Data = field(default_factory=Data)
+    schedule: Spec | None = None
+    objective: Spec = field(default_factory=lambda: Spec("eps_mse"))
+    time: Time = field(default_factory=Time)
+    optim: Optim = field(default_factory=Optim)
+    ema: Ema = field(default_factory=Ema)
+    images: int = 10_000_000
+    batch: int = 256
+    label_drop: float = 0.1
+    seed: int = 0
+    log_every_images: int = 10_000
+    grid: Grid = field(default_factory=Grid)
+    save: Save = field(default_factory=Save)
+    engine: Engine = field(default_factory=Engine)
+
+    def __post_init__(self):
+        for name in ("images", "batch", "log_every_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not 0 <= self.label_drop <= 1:
+            raise ValueError(f"label_drop {self.label_drop} is a probability, 0 to 1")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain values, ready for YAML or JSON."""
+    return _plain(dataclasses.asdict(recipe))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe of `to_dict`; ValueError for an unknown key or a value of the wrong type, naming its path."""
+    return _parse(Recipe, values, "")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The complete recipe as YAML."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def from_yaml(path: str | Path) -> Recipe:
+    """Read a recipe; errors name the file and the key."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it holds no mapping of keys to values")
+        return from_dict(values)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a recipe: {error}") from None
+
+
+def override(recipe: Recipe, assignments: typing.Iterable[str]) -> Recipe:
+    """Change single fields: "optim.lr=3e-4", "model.size=64", "objective.name=sigmoid", "objective.options.bias=-1".
+
+    Values are YAML. ValueError for an unknown path, listing near names.
+    """
+    values = to_dict(recipe)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"override {assignment!r} is not of the form key=value, e.g. optim.lr=3e-4")
+        keys = path.split(".")
+        node = values
+        for depth, key in enumerate(keys[:-1]):
+            if node.get(key) is None and key in ("schedule",):
+                node[key] = {"name": "", "options": {}}
+            if not isinstance(node.get(key), dict):
+                raise ValueError(f"no field {'.'.join(keys[: depth + 1])!r} to go into; {nearest(key, node)}")
+            node = node[key]
+        open_ended = keys[0] == "model" or "options" in keys[:-1]
+        if keys[-1] not in node and not open_ended:
+            raise ValueError(f"no field {path!r}; {nearest(keys[-1], node)}")
+        node[keys[-1]] = yaml.safe_load(text)
+    return from_dict(values)
+
+
+def _parse(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`, a dataclass, union, literal, tuple or scalar."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _parse_dataclass(typing.cast(type, kind), value, path)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _parse(next(a for a in args if a is not type(None)), value, path)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path} is {value!r}; allowed: {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{path} is {value!r}; a list is needed")
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
+        if len(inner) != len(value):
+            raise ValueError(f"{path} has {len(value)} values; {len(inner)} are needed")
+        return tuple(_parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict or kind is Any:
+        return value
+    return _parse_scalar(kind, value, path)
+
+
+def _parse_scalar(kind: type, value: Any, path: str) -> Any:
+    """A bool, int, float or str; "1e6" and 1e6 are integers where one is asked for, since YAML reads 1e6 as text."""
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+        raise ValueError(f"{path} is {value!r}; {kind.__name__} is needed")
+    try:
+        number = float(value) if kind in (int, float) else value
+        if kind is int and number == int(number):
+            return int(value) if isinstance(value, int) else int(number)
+        if kind is float or (kind is str and isinstance(value, str)):
+            return number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{path} is {value!r}; {kind.__name__} is needed")
+
+
+def _parse_dataclass(kind: type[T], value: Any, path: str) -> T:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path or 'the recipe'} is {value!r}; a mapping is needed")
+    hints = typing.get_type_hints(kind)
+    for key in value:
+        if key not in hints:
+            raise ValueError(f"unknown key {f'{path}.{key}'.lstrip('.')!r}; {nearest(str(key), hints)}")
+    required = [
+        f.name
+        for f in dataclasses.fields(typing.cast(Any, kind))
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for key in required:
+        if key not in value:
+            raise ValueError(f"key {f'{path}.{key}'.lstrip('.')!r} is missing")
+    return kind(**{k: _parse(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})

@@ -1,0 +1,52 @@
+"""The sample grids of a run: fixed seeds, fixed labels, one PNG per milestone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mezzotint.config import Grid
+from mezzotint.data.pixels import to_uint8
+from mezzotint.generate import sample
+from mezzotint.pictures import grid, save_png
+from mezzotint.process.denoiser import Model
+from mezzotint.train.distributed import World
+
+
+def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
+    """Labels of a grid, in class order, as even as the count allows; None for an unconditional network."""
+    if not num_classes:
+        return None
+    return torch.arange(count) * num_classes // count if count >= num_classes else torch.arange(count)
+
+
+def save_grid(model: Model, folder: Path, settings: Grid, seed: int, world: World) -> Path:
+    """Sample the grid, every rank a share of it, and write samples/IMAGES.png."""
+    labels = grid_labels(model.card.config.num_classes, settings.count)
+    mine = list(range(world.rank, settings.count, world.size))
+    images = sample(
+        model,
+        seeds=[seed + i for i in mine],
+        label=None if labels is None else labels[mine],
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+    )
+    pixels = to_uint8(images.cpu())
+    shares = [(mine, pixels)]
+    if world.size > 1:
+        gathered: list = [None] * world.size
+        dist.all_gather_object(gathered, (mine, pixels))
+        shares = gathered
+    path = folder / "samples" / f"{model.card.images:012d}.png"
+    if world.main:
+        sheet = torch.empty(settings.count, *pixels.shape[1:], dtype=torch.uint8)
+        for numbers, part in shares:
+            sheet[numbers] = part
+        names = model.card.labels
+        captions = [names[i] for i in labels.tolist()] if names and labels is not None else None
+        columns = settings.count // model.card.config.num_classes if labels is not None else None
+        save_png(grid(sheet, columns=columns or None, captions=captions), path)
+    return path
