@@ -1,0 +1,135 @@
+"""Batches of a run from any sample number on, decoded ahead of the training loop by threads or processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
+
+from mezzotint.data.images import Images
+from mezzotint.data.order import indices
+
+
+class Batch(NamedTuple):
+    """One rank's part of a batch.
+
+    numbers: sample numbers in the run, counted from 0 over all epochs; what the draws of noise and level are keyed by.
+    pixels: uint8; labels: class indices, None for a set without labels.
+    """
+
+    numbers: Int64[Tensor, " b"]
+    pixels: UInt8[Tensor, "b c h w"]
+    labels: Int64[Tensor, " b"] | None
+
+
+def batches(
+    images: Images,
+    *,
+    seed: int,
+    start_image: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 1,
+    processes: bool = False,
+) -> Iterator[Batch]:
+    """Endless batches from sample number `start_image` on; what they hold depends on neither `workers` nor `processes`.
+
+    Args:
+        images: the set; what a worker finds unreadable is noted in its report.
+        seed: of the data order, see `mezzotint.data.order`.
+        start_image: images seen so far by the run, all ranks together.
+        batch: images per step over all ranks; a multiple of `world`.
+        rank: this process's number, 0...world-1; it gets the contiguous slice `rank` of every batch.
+        world: number of ranks.
+        workers: how many load at once; each is at most two batches ahead.
+        processes: use spawned processes instead of threads; worth it where decoding is slower than the training step
+            and holds Python's lock. Memory kept by the set is then kept once per worker.
+
+    Raises:
+        RuntimeError: a worker process died.
+    """
+    if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
+        least = max(1, round(batch / max(world, 1))) * max(world, 1)
+        raise ValueError(f"batch {batch} cannot be shared by rank {rank} of {world} ranks evenly; try batch {least}")
+    if workers < 1:
+        raise ValueError(f"workers {workers}; at least 1 loads ahead of the loop")
+    if start_image < 0:
+        raise ValueError(f"start_image {start_image} is negative")
+    share = batch // world
+    return _ahead(images, partial(_numbers, seed, start_image + rank * share, batch, share), workers, processes)
+
+
+def _numbers(seed: int, start: int, batch: int, share: int, step: int, n: int) -> tuple[Tensor, Tensor]:
+    """Sample numbers of this rank's part of batch number `step`, and the pictures they show."""
+    first = start + step * batch
+    return torch.arange(first, first + share), indices(seed, first, share, n)
+
+
+def _ahead(
+    images: Images, plan: Callable[[int, int], tuple[Tensor, Tensor]], workers: int, processes: bool
+) -> Iterator[Batch]:
+    """Load steps 0, 1, ... with `workers`, twice as many in flight, and hand them out in order."""
+    pool, load = _pool(images, workers, processes)
+    cuda = torch.cuda.is_available()
+
+    def tensor(array: np.ndarray) -> Tensor:  # only pinned memory is copied to a GPU without waiting
+        return torch.from_numpy(array).pin_memory() if cuda else torch.from_numpy(array)
+
+    flying: deque[tuple[Tensor, Future[Loaded]]] = deque()
+    step = 0
+    try:
+        while True:
+            while len(flying) < 2 * workers:
+                numbers, chosen = plan(step, len(images))
+                flying.append((numbers, pool.submit(load, chosen.tolist())))
+                step += 1
+            numbers, future = flying.popleft()
+            pixels, labels, unreadable = future.result()
+            images.mark_unreadable(unreadable)
+            yield Batch(numbers, tensor(pixels), None if labels is None else tensor(labels))
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a data worker process died (killed, or out of memory?); the run so far is sound: start it again with the "
+            "same command, with fewer workers or with threads if this repeats"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+# Arrays, since tensors would cross processes in shared memory, which containers keep small.
+Loaded = tuple[np.ndarray, np.ndarray | None, dict[int, str]]
+
+
+def _pool(images: Images, workers: int, processes: bool) -> tuple[Executor, Callable[[list[int]], Loaded]]:
+    if not processes:
+        return ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data"), partial(_load, images)
+    # Spawned, not forked: a fork of a process with CUDA or OpenMP threads may hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(images,)), _load_adopted
+
+
+def _load(images: Images, chosen: list[int]) -> Loaded:
+    pixels, labels = images.batch(chosen)
+    return pixels.numpy(), None if labels is None else labels.numpy(), images.unreadable()
+
+
+_adopted: list[Images] = []  # of a worker process
+
+
+def _adopt(images: Images) -> None:
+    torch.set_num_threads(1)
+    _adopted[:] = [images]
+
+
+def _load_adopted(chosen: list[int]) -> Loaded:
+    return _load(_adopted[0], chosen)
