@@ -1,0 +1,361 @@
+"""Latent DiffiT: a transformer whose attention sees the time (DiffiT, arXiv 2312.02139; specs section 1 and 2).
+
+    q = x W_qs + c W_qt     k = x W_ks + c W_kt     v = x W_vs + c W_vt                (eq. 3-5)
+    TMSA(x, c) = proj(softmax(q k^T / sqrt(d) + B) v)                                  (eq. 6)
+    h = x + TMSA(LN(x), c)        y = h + MLP(LN(h))                                   (eq. 7-8)
+
+c is one vector per image, MLP(sin-cos(noise)) + Emb(label); B is a learned bias per relative position, block and head.
+
+Softmax ignores what is constant over keys and its rows sum to one. So c W_kt has no effect at all, and c W_vt is one
+vector added to every token: TMSA = proj(softmax((q_s + q_t) k_s^T / sqrt(d) + B) v_s + v_t). This file computes that.
+The dead W_kt (37 M of the 561 M parameters) is kept, since the authors' checkpoints hold it: it is the last third of
+`temporal.weight` and `temporal.bias`, and its gradient is exactly zero.
+
+Sizes other than the native one: positions and bias tables are interpolated linearly so that the picture keeps its
+extent and is cut more or less finely, whatever its shape; with a `window` the tables fit as they are. The
+interpolation is our choice, the authors publish one size per network.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.process.denoiser import Cond, Parameterisation
+from mezzotint.process.prediction import named
+from mezzotint.process.schedules.ddpm import Table, linear_ddpm
+from mezzotint.registry import Spec
+
+FREQUENCIES = 256  # width of the sin-cos embedding of time before its MLP
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffiTConfig:
+    """Latent DiffiT.
+
+    size, channels: of the latent the network sees; num_classes: labels, the null label comes on top.
+    prediction: name of the row predicted.
+    patch: latent cells per token side; width, depth, heads: of the transformer; mlp_ratio: hidden over width.
+    window: tokens per side of an attention window; None is global attention, as published.
+    learned_variance: the output has twice the channels, prediction first.
+    """
+
+    size: int = 32
+    channels: int = 4
+    num_classes: int = 1000
+    prediction: str = "eps"
+    patch: int = 2
+    width: int = 1152
+    depth: int = 28
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    window: int | None = None
+    learned_variance: bool = True
+
+    def __post_init__(self) -> None:
+        if self.width % 4 or self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
+        tile = self.patch * (self.window or 1)
+        if self.size % tile:
+            down, up = self.size // tile * tile, -(-self.size // tile) * tile
+            raise ValueError(
+                f"size {self.size} is not a multiple of patch {self.patch} times window {self.window or 1}; "
+                f"try {' or '.join(str(s) for s in (down, up) if s)}"
+            )
+
+    @property
+    def table_side(self) -> int:
+        """Tokens per side of the square that the bias tables describe: the window, or the whole native grid."""
+        return self.window or self.size // self.patch
+
+
+def time_embedding(noise: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+    """[cos, sin] of the network's number at frequencies 10000^(-i / (width/2)); float32 (specs section 2)."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=noise.device))
+    angle = noise.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def sincos_positions(
+    height: int, width: int, side: int, channels: int, device: torch.device | None = None
+) -> Float[Tensor, "1 {height}*{width} {channels}"]:
+    """Fixed 2-D positions of a grid, row-major, float64 (specs section 2).
+
+    The first half of the channels encodes the column, the second the row, each [sin, cos] at frequencies
+    10000^(-k / (channels/4)). The coordinates run over 0...side-1 whatever the grid's height and width.
+    """
+    k = torch.arange(channels // 4, dtype=torch.float64, device=device)
+    frequency = 10000.0 ** (-k / (channels // 4))
+
+    def code(coordinate: Tensor) -> Tensor:
+        angle = coordinate.reshape(-1, 1) * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    rows = torch.linspace(0, side - 1, height, dtype=torch.float64, device=device)
+    columns = torch.linspace(0, side - 1, width, dtype=torch.float64, device=device)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.cat([code(column), code(row)], dim=1)[None]
+
+
+def relative_index(height: int, width: int, device: torch.device | None = None) -> Int[Tensor, " n*n"]:
+    """Row of the bias table for every (query, key) of a window, query-major.
+
+    Swin's indexing (specs section 1): (r_i - r_j + h - 1)(2w - 1) + (c_i - c_j + w - 1).
+    """
+    r = torch.arange(height, device=device)
+    c = torch.arange(width, device=device)
+    row = (r[:, None] - r + height - 1) * (2 * width - 1)
+    column = c[:, None] - c + width - 1
+    return (row[:, None, :, None] + column[None, :, None, :]).reshape(-1)
+
+
+def resize_table(table: Float[Tensor, "n heads"], side: int, height: int, width: int) -> Float[Tensor, "m heads"]:
+    """A bias table of side x side windows, as one of height x width windows of the same extent, bilinearly.
+
+    Displacement 1-side ... side-1 is mapped onto 1-height ... height-1, so zero stays zero and ends stay ends.
+    """
+    old = 2 * side - 1
+    wide = torch.promote_types(table.dtype, torch.float32)
+
+    def hat(new_side: int) -> Tensor:  # linear interpolation as a (2 new_side - 1, old) matrix
+        displacement = torch.arange(1 - new_side, new_side, dtype=wide, device=table.device)
+        coordinate = displacement * ((side - 1) / max(new_side - 1, 1)) + side - 1
+        return (1 - (coordinate[:, None] - torch.arange(old, dtype=wide, device=table.device)).abs()).clamp(min=0)
+
+    grid = table.to(wide).view(old, old, -1)
+    return torch.einsum("ai,bj,ijh->abh", hat(height), hat(width), grid).flatten(0, 1).to(table.dtype)
+
+
+def gathered_bias(table: Float[Tensor, "m heads"], index: Int[Tensor, " n*n"], tokens: int) -> Tensor:
+    """(1, heads, tokens, tokens), keys contiguous as the fused kernels want them."""
+    return table.t().index_select(1, index).view(1, -1, tokens, tokens)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for (b, heads, n, d) and a bias (1, heads, n, n).
+
+    Measured, one core: without gradients the fused CPU kernel is 1.3-2x faster in float32; with a bias that needs
+    gradients torch has no fused CPU kernel, and its fallback is 1.1-2.3x slower than these three lines.
+    """
+    bias = bias.to(q.dtype)
+    if q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        return scores.add_(bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+class TimeMLP(nn.Module):
+    """Linear, SiLU, Linear on the sin-cos embedding of the network's number: (b,) -> (b, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(FREQUENCIES, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """noise: (b,), any float dtype; the result is of the weights' dtype."""
+        return self.fc2(F.silu(self.fc1(time_embedding(noise, FREQUENCIES).to(self.fc1.weight.dtype))))
+
+
+class TMSA(nn.Module):
+    """Time-dependent self-attention within windows, with relative-position bias (eq. 3-6)."""
+
+    def __init__(self, width: int, heads: int, side: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)  # outputs (3, heads, width / heads)
+        self.proj = nn.Linear(width, width)
+        self.bias_table = nn.Parameter(torch.empty((2 * side - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.bias_table, std=0.02)
+
+    def forward(self, x: Tensor, q_t: Tensor, v_t: Tensor, bias: Tensor) -> Tensor:
+        """x: (b, windows, tokens, width); q_t, v_t: (b, width); bias: (1, heads, tokens, tokens)."""
+        b, windows, n, width = x.shape
+        q, k, v = self.qkv(x).view(b, windows, n, 3, self.heads, -1).unbind(3)
+        q = q + q_t.view(b, 1, 1, self.heads, -1)
+        q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
+        out = biased_attention(q, k, v, bias).transpose(1, 2).reshape(b, windows, n, width)
+        return self.proj(out + v_t.view(b, 1, 1, width))
+
+
+class Block(nn.Module):
+    """h = x + TMSA(LN(x)), y = h + MLP(LN(h)); the norms have no weights (eq. 7-8, specs section 1)."""
+
+    def __init__(self, width: int, heads: int, side: int, hidden: int):
+        super().__init__()
+        self.attn = TMSA(width, heads, side)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor, side: int, window: tuple[int, int]) -> Tensor:
+        """x: (b, windows, tokens, width); index: `relative_index` of `window`; side: of the native window."""
+        table = self.attn.bias_table
+        if window != (side, side):
+            table = resize_table(table, side, *window)
+        x = x + self.attn(plain_norm(x), q_t, v_t, gathered_bias(table, index, x.shape[2]))
+        return x + self.fc2(F.gelu(self.fc1(plain_norm(x)), approximate="tanh"))
+
+
+def plain_norm(x: Tensor) -> Tensor:
+    """Layer normalisation over the last dimension, without weights, epsilon 1e-6 (specs section 1)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+class DiffiT(nn.Module):
+    """Latent DiffiT; see `DiffiTConfig`.
+
+    `checkpointing`: recompute every block's activations in the backward pass instead of keeping them.
+    `skipped_macs`: multiply-accumulates per image of the published network that have no effect and are left out.
+    """
+
+    def __init__(self, config: DiffiTConfig):
+        super().__init__()
+        c = self.config = config
+        self.checkpointing = False
+        self.skipped_macs = c.depth * c.width**2
+        grid = c.size // c.patch
+        self.out_channels = c.channels * (2 if c.learned_variance else 1)
+        self.patch = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
+        # A parameter without gradient and not a buffer: the authors store and count it (561.330 M with it).
+        self.positions = nn.Parameter(
+            sincos_positions(grid, grid, grid, c.width).to(torch.get_default_dtype()), requires_grad=False
+        )
+        self.time = TimeMLP(c.width)
+        self.label = nn.Embedding(c.num_classes + 1, c.width)
+        # Rows (part, block, width) with the parts q, v and the dead k: one product serves every block.
+        self.temporal = nn.Linear(c.width, 3 * c.depth * c.width)
+        hidden = int(c.mlp_ratio * c.width)
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.table_side, hidden) for _ in range(c.depth))
+        self.final = nn.Linear(c.width, c.patch**2 * self.out_channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Specs section 2, last rows: Xavier linears, N(0, 0.02) for label and time, a zero final layer."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        bound = (6 / (4 * self.config.width)) ** 0.5  # Xavier's of one block's (3 width, width), not of the stack
+        nn.init.uniform_(self.temporal.weight, -bound, bound)
+        nn.init.xavier_uniform_(self.patch.weight.view(self.config.width, -1))
+        nn.init.zeros_(self.patch.get_parameter("bias"))
+        for weight in (self.label.weight, self.time.fc1.weight, self.time.fc2.weight):
+            nn.init.normal_(weight, std=0.02)
+        nn.init.zeros_(self.final.weight)
+
+    def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
+        """c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
+        label = cond.label if cond.label is not None else torch.full_like(noise, self.config.num_classes).long()
+        return self.time(noise) + self.label(label)
+
+    def temporal_terms(self, c: Float[Tensor, "b c"]) -> tuple[Tensor, Tensor]:
+        """q_t and v_t of every block, each (depth, b, width); the dead k_t is not computed."""
+        depth, width = self.config.depth, self.config.width
+        live = 2 * depth * width
+        terms = F.linear(c, self.temporal.weight[:live], self.temporal.bias[:live])
+        q, v = terms.view(-1, 2, depth, width).permute(1, 2, 0, 3).unbind(0)
+        return q, v
+
+    def grid_and_window(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Tokens (rows, columns) of the grid and of one attention window, or a ValueError with valid sizes."""
+        tile = self.config.patch * (self.config.window or 1)
+        if height % tile or width % tile or not height or not width:
+            near = [max(round(s / tile), 1) * tile for s in (height, width)]
+            raise ValueError(
+                f"input {height}x{width} is not a multiple of {tile} (patch {self.config.patch} x window "
+                f"{self.config.window or 1}); the nearest valid size is {near[0]}x{near[1]}"
+            )
+        grid = (height // self.config.patch, width // self.config.patch)
+        return grid, (self.config.window, self.config.window) if self.config.window else grid
+
+    def positions_of(self, grid: tuple[int, int]) -> Tensor:
+        """(1, tokens, width): the stored positions on the native grid, finer or coarser ones elsewhere."""
+        side = self.config.size // self.config.patch
+        if grid == (side, side):
+            return self.positions
+        return sincos_positions(*grid, side, self.config.width, self.positions.device).to(self.positions.dtype)
+
+    def forward(self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond) -> list[Tensor]:
+        """[prediction], or [prediction and variance stacked on channels]: (b, channels or 2 channels, h, w).
+
+        Args:
+            z: height and width multiples of patch (times window).
+            noise: index into the 1000-step table, 0 (clean) to 999, not necessarily whole.
+            cond: labels in 0...num_classes, or none.
+        """
+        (rows, columns), (h, w) = self.grid_and_window(z.shape[-2], z.shape[-1])
+        b, p = len(z), self.config.patch
+        q_t, v_t = self.temporal_terms(self.condition(noise, cond))
+        x = self.patch(z).flatten(2).transpose(1, 2) + self.positions_of((rows, columns))
+        # Tokens stay in window order from here to the output: every other operation works token by token.
+        x = x.view(b, rows // h, h, columns // w, w, -1).transpose(2, 3)
+        x = x.reshape(b, -1, h * w, self.config.width).contiguous()
+        index = relative_index(h, w, z.device)
+        for i, block in enumerate(self.blocks):
+            args = (x, q_t[i], v_t[i], index, self.config.table_side, (h, w))
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x = block(*args)
+        # specs section 2, final layer: LN, SiLU, Linear; patches are (row, column, channel).
+        out = self.final(F.silu(plain_norm(x))).view(b, rows // h, columns // w, h, w, p, p, self.out_channels)
+        return [out.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(b, self.out_channels, rows * p, columns * p)]
+
+
+def parameterisation(config: DiffiTConfig) -> Parameterisation:
+    """The output is `prediction` (eps as published); the network is told the index into DDPM's linear table."""
+    with torch.device("cpu"):  # the table is numbers, also where the network is built on the meta device
+        table = linear_ddpm()
+    assert isinstance(table, Table)
+    return Parameterisation(kind=named(config.prediction), noise=table.index, learned_variance=config.learned_variance)
+
+
+def schedule(config: DiffiTConfig) -> Spec:
+    """ADM's 1000 steps, beta 1e-4 ... 0.02 (specs section 5)."""
+    return Spec("linear_ddpm", {})
+
+
+registry.add(
+    "diffit",
+    Backbone(
+        config=DiffiTConfig,
+        module=DiffiT,
+        parameterisation=parameterisation,
+        schedule=schedule,
+        presets={
+            "diffit-256": Preset(
+                config=DiffiTConfig(size=32),
+                paper="DiffiT (arXiv 2312.02139), ImageNet 256x256 latents, depth 28 as released (the paper says 30)",
+                codec="sd-vae-ft-ema",
+                params="561 M",
+                gmac="114",
+                fid="1.73",
+                protocol="FID-50K, ADM evaluator; ancestral, 250 of 1000 steps; power-cosine guidance 4.4 (paper: 4.6)",
+                note="The paper's 114 G leaves out the two attention products (4.23 G). 37.19 M parameters, the "
+                "temporal keys, have no effect; they are counted and kept but not computed.",
+            ),
+            "diffit-512": Preset(
+                config=DiffiTConfig(size=64),
+                paper="DiffiT (arXiv 2312.02139), ImageNet 512x512 latents, depth 28 as released (the paper says 30)",
+                codec="sd-vae-ft-ema",
+                fid="2.67",
+                protocol="FID-50K, ADM evaluator; ancestral, 250 of 1000 steps; constant guidance 1.49",
+                note="The paper states neither size nor cost at 512. 37.19 M parameters, the temporal keys, have no "
+                "effect; they are counted and kept but not computed.",
+            ),
+            "diffit-latent-tiny": Preset(
+                config=DiffiTConfig(size=16, num_classes=10, width=128, depth=6, heads=4),
+                paper="none: latent DiffiT that trains on a laptop, on latents of 128x128 images",
+                codec="sd-vae-ft-ema",
+            ),
+        },
+    ),
+)
