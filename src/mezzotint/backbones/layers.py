@@ -1,0 +1,310 @@
+"""What the networks of simple diffusion share: conditioning, ResBlock, transformer block, input and output transforms.
+
+Sections are those of specs/simple-diffusion.md. Where the papers are silent the choice is ours, and the docstring
+says so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mezzotint.backbones.wavelet import dwt53, idwt53
+from mezzotint.process.denoiser import Cond
+
+
+def check_sides(height: int, width: int, factor: int) -> None:
+    """ValueError with the nearest valid sizes unless both sides are positive multiples of `factor`."""
+    if height > 0 and width > 0 and height % factor == 0 and width % factor == 0:
+        return
+
+    def near(side: int) -> list[int]:
+        low = side // factor * factor
+        return [side] if low == side > 0 else [s for s in (low, low + factor) if s > 0]
+
+    valid = [f"{h}x{w}" for h in near(height) for w in near(width)]
+    raise ValueError(
+        f"an input of {height}x{width} does not fit: both sides must be multiples of {factor}; "
+        f"nearest: {', '.join(valid)}"
+    )
+
+
+def label_index(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
+    """Rows of a label embedding with num_classes + 1 rows: `label`, or the null label num_classes where it is None.
+
+    Errors: ValueError for a label outside 0...num_classes or a wrong count. Values are read on the CPU alone, since
+    reading them elsewhere would stop the host until the device has caught up; there the embedding itself fails.
+    """
+    if label is None:
+        return torch.full((batch,), num_classes, device=device)
+    if num_classes == 0:
+        raise ValueError("a label was given to an unconditional network (num_classes 0); pass no label")
+    if len(label) != batch:
+        raise ValueError(f"{len(label)} labels for a batch of {batch}")
+    readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and bool(((label < 0) | (label > num_classes)).any()):
+        raise ValueError(
+            f"labels {int(label.min())}...{int(label.max())} are out of range: 0...{num_classes - 1} are classes, "
+            f"{num_classes} is the null label"
+        )
+    return label.to(device)
+
+
+def run(block: nn.Module, checkpointing: bool, *inputs: Any) -> Tensor:
+    """block(*inputs); with `checkpointing`, its activations are computed again in the backward pass."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)  # pyright: ignore[reportReturnType]
+    return block(*inputs)
+
+
+def zero(layer: nn.Module) -> nn.Module:
+    """`layer` with all parameters at zero, so that what it feeds starts as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with bias: 32 groups as usual, fewer where a group would have less than 4 channels (section 6, [?])."""
+    if channels % 4:
+        raise ValueError(f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}")
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+
+
+def inv_cos(logsnr: Tensor) -> Tensor:
+    """Log-SNR to the u in [0, 1] at which the plain cosine schedule has it; section 2."""
+    # u = (2/pi) atan(exp(-clip(l, -20, 20) / 2))
+    return torch.atan(torch.exp(-logsnr.clamp(-20, 20) / 2)) * (2 / math.pi)
+
+
+def sinusoid(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """(b,) -> (b, dim): sines, then cosines, of position / max_period^(k / (dim/2)); DDPM's timestep embedding."""
+    k = torch.arange(dim // 2, device=position.device, dtype=position.dtype)
+    angle = position[:, None] * torch.exp(-math.log(max_period) * k / (dim // 2))
+    return torch.cat([angle.sin(), angle.cos()], -1)
+
+
+class Conditioning(nn.Module):
+    """Log-SNR and label to the one vector that every FiLM reads (section 6): swish(MLP(noise) + embedding(label)).
+
+    The sum is read through one swish, computed here once (our choice, as DDPM does in every block).
+
+    Args:
+        width: dimension of the sinusoidal embedding. emb: dimension of the vector.
+        num_classes: labels, 0 for none; the null label has a row of its own.
+    """
+
+    def __init__(self, width: int, emb: int, num_classes: int):
+        super().__init__()
+        self.width = width
+        self.num_classes = num_classes
+        self.noise = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
+        self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        if self.label is not None:
+            nn.init.normal_(self.label.weight, std=0.02)
+
+    def forward(self, logsnr: Tensor, cond: Cond) -> Tensor:
+        """(b,) log-SNR and conditions to (b, emb)."""
+        if cond.text is not None:
+            raise ValueError("text was given to a network without text input; pass a label or nothing")
+        wide = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
+        # Steps of 0...1000, as the embedding's periods are made for (section 2).
+        position = sinusoid(1000 * inv_cos(wide), self.width)
+        out = self.noise(position.to(next(self.noise.parameters()).dtype))
+        index = label_index(cond.label, self.num_classes, len(logsnr), logsnr.device)
+        return F.silu(out if self.label is None else out + self.label(index))
+
+
+class FiLM(nn.Module):
+    """h (1 + scale) + shift with (scale, shift) = Linear(emb); section 6."""
+
+    def __init__(self, emb: int, channels: int):
+        super().__init__()
+        self.linear = nn.Linear(emb, 2 * channels)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """h is (b, c, h, w) or tokens (b, n, c); emb is (b, emb)."""
+        scale, shift = (f[:, :, None, None] if h.ndim == 4 else f[:, None] for f in self.linear(emb).chunk(2, 1))
+        return torch.addcmul(shift, h, 1 + scale)
+
+
+class ResBlock(nn.Module):
+    """Section 6: two 3x3 convolutions, FiLM between them, the second starting at zero; width and grid unchanged.
+
+    A skip from the way down is added, not concatenated: (Norm(h) + Norm'(skip)) / sqrt(2).
+    """
+
+    def __init__(self, channels: int, emb: int, dropout: float = 0.0, skip: bool = False):
+        super().__init__()
+        self.norm1 = group_norm(channels)
+        self.norm_skip = group_norm(channels) if skip else None
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = group_norm(channels)
+        self.film = FiLM(emb, channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) and (b, emb) to (b, c, h, w); `skip` where the block was built with one."""
+        n = self.norm1(h)
+        if self.norm_skip is not None:
+            assert skip is not None, "built with a skip"
+            n = (n + self.norm_skip(skip)) * math.sqrt(0.5)
+        n = self.conv1(F.silu(n))
+        n = self.dropout(F.silu(self.film(self.norm2(n), emb)))
+        return h + self.conv2(n)
+
+
+def to_tokens(h: Tensor) -> Tensor:
+    """(b, c, h, w) to (b, h w, c); free for a channels-last map, as is `to_map` the other way."""
+    return h.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """(b, h w, c) to (b, c, h, w) with the height and width of `like`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
+class Attention(nn.Module):
+    """Section 6: pre-norm self-attention, q and k normalised per head, output projection starting at zero.
+
+    Norms are LayerNorm, without bias on the tokens and with bias on q and k; q, k, v have no other (our choice).
+    """
+
+    def __init__(self, channels: int, heads: int):
+        super().__init__()
+        if channels % heads:
+            raise ValueError(f"a width of {channels} does not divide into {heads} heads")
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.norm_q = nn.LayerNorm(channels // heads)
+        self.norm_k = nn.LayerNorm(channels // heads)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, c, h, w), the residual included."""
+        q, k, v = self.qkv(self.norm(to_tokens(h))).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # autocast normalises in float32
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return h + to_map(self.out(mixed.transpose(1, 2).flatten(2)), h)
+
+
+class TransformerBlock(nn.Module):
+    """Section 6: first the MLP with FiLM, then attention without.
+
+    FiLM comes before the swish, as in the ResBlock (order [?] in the paper).
+    """
+
+    def __init__(self, channels: int, emb: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, bias=False)
+        self.up = nn.Linear(channels, 4 * channels)
+        self.film = FiLM(emb, 4 * channels)
+        self.dropout = nn.Dropout(dropout)
+        self.down = zero(nn.Linear(4 * channels, channels))
+        self.attention = Attention(channels, heads)
+
+    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
+        """(b, c, h, w) and (b, emb) to (b, c, h, w)."""
+        hidden = F.silu(self.film(self.up(self.norm(to_tokens(h))), emb))
+        return self.attention(h + to_map(self.down(self.dropout(hidden)), h))
+
+
+class Positions(nn.Module):
+    """Learned position embedding of a map, N(0, 0.01²) (section 6); resized bilinearly for a map of another shape."""
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        self.table = nn.Parameter(0.01 * torch.randn(1, channels, side, side))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(b, c, h, w) plus its positions."""
+        table = self.table
+        if table.shape[2:] != h.shape[2:]:
+            table = F.interpolate(table, h.shape[2:], mode="bilinear", align_corners=False)
+        return h + table
+
+
+class Down(nn.Module):
+    """2x2 average pool, then 1x1 convolution to the next width (section 6)."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, out, h/2, w/2)."""
+        return self.conv(F.avg_pool2d(h, 2))
+
+
+class Up(nn.Module):
+    """1x1 convolution to the level's width, then nearest x2 (section 6)."""
+
+    def __init__(self, channels: int, out: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out, 1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(b, c, h, w) to (b, out, 2h, 2w)."""
+        return F.interpolate(self.conv(h), scale_factor=2.0, mode="nearest")
+
+
+def wavelet_levels(transform: str, patch: int) -> int:
+    """Levels of the wavelet that `transform` and `patch` mean; 0 for the other transforms. ValueError for a misfit."""
+    if (transform == "none" and patch == 1) or (transform == "conv" and patch >= 1):
+        return 0
+    if transform == "dwt" and patch in (2, 4):
+        return patch.bit_length() - 1
+    raise ValueError(
+        f"input transform {transform!r} with patch {patch} does not exist; "
+        "choose 'none' with patch 1, 'dwt' with patch 2 or 4 (levels 1 or 2), or 'conv' with any patch"
+    )
+
+
+class Stem(nn.Module):
+    """Section 5, first operation: image to the network's grid, `patch` times coarser, `width` channels.
+
+    none: 3x3 convolution. dwt: wavelet, then 3x3 convolution. conv: one patch x patch convolution of that stride.
+    """
+
+    def __init__(self, channels: int, width: int, transform: str, patch: int):
+        super().__init__()
+        self.levels = wavelet_levels(transform, patch)
+        if transform == "conv":
+            self.conv = nn.Conv2d(channels, width, patch, stride=patch)
+        else:
+            self.conv = nn.Conv2d(channels * patch**2, width, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(b, channels, h, w) to (b, width, h/patch, w/patch)."""
+        return self.conv(dwt53(z, self.levels))
+
+
+class Head(nn.Module):
+    """Section 5, last operation: norm, swish, zero-initialised convolution, and the inverse of `Stem`'s transform."""
+
+    def __init__(self, width: int, channels: int, transform: str, patch: int):
+        super().__init__()
+        self.levels = wavelet_levels(transform, patch)
+        self.norm = group_norm(width)
+        if transform == "conv":
+            self.conv = zero(nn.ConvTranspose2d(width, channels, patch, stride=patch))
+        else:
+            self.conv = zero(nn.Conv2d(width, channels * patch**2, 3, padding=1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(b, width, h/patch, w/patch) to (b, channels, h, w)."""
+        return idwt53(self.conv(F.silu(self.norm(h))), self.levels)
+
+
+def check_input(z: Tensor, channels: int, factor: int) -> None:
+    """ValueError where z (b, c, h, w) has other channels or a side that is no multiple of `factor`."""
+    if z.shape[1] != channels:
+        raise ValueError(f"an input of {z.shape[1]} channels was given to a network of {channels}")
+    check_sides(z.shape[2], z.shape[3], factor)

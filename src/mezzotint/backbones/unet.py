@@ -1,0 +1,188 @@
+"""simple diffusion's U-Net (arXiv 2301.11093; specs/simple-diffusion.md section 4): capacity at 16x16, dropout there.
+
+The paper's lists of blocks and widths are known; inside a block it follows section 6's ResBlock with additive skips.
+Attention (after each ResBlock of a level that has it, and between the two of the middle) is section 6's too: our choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.layers import (
+    Attention,
+    Conditioning,
+    Down,
+    Head,
+    ResBlock,
+    Stem,
+    Up,
+    check_input,
+    check_sides,
+    run,
+)
+from mezzotint.process.denoiser import Cond, Parameterisation
+from mezzotint.process.prediction import named
+from mezzotint.registry import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Hyper-parameters; the first four are every backbone's (see `Config`).
+
+    width: channels at full resolution; multipliers: their factor, level by level. emb: width of the conditioning.
+    blocks: ResBlocks per level on the way down; the way up has one more.
+    attention: per level, whether self-attention follows each ResBlock. heads: of that attention.
+    dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
+    transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
+    """
+
+    size: int
+    channels: int = 3
+    num_classes: int = 1000
+    prediction: str = "v"
+    width: int = 128
+    emb: int = 1024
+    multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
+    blocks: tuple[int, ...] = (3, 4, 4, 12, 4)
+    attention: tuple[bool, ...] = (False, False, False, True, True)
+    heads: int = 4
+    dropout: float = 0.1
+    dropout_from: int = 16
+    transform: str = "none"
+    patch: int = 1
+
+
+class Block(nn.Module):
+    """ResBlock, then self-attention over the map where the level has it."""
+
+    def __init__(self, res: ResBlock, attention: Attention | None):
+        super().__init__()
+        self.res = res
+        self.attention = attention
+
+    def forward(self, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) to the same shape."""
+        h = self.res(h, emb, skip)
+        return h if self.attention is None else self.attention(h)
+
+
+class UNet(nn.Module):
+    """simple diffusion's U-Net: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
+
+    `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
+    Set `checkpointing` to recompute every block's activations in the backward pass.
+    """
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        c = config
+        levels = len(c.multipliers)
+        if not len(c.blocks) == len(c.attention) == levels:
+            raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
+        self.config = config
+        self.checkpointing = False
+        self.factor = c.patch * 2 ** (levels - 1)
+        check_sides(c.size, c.size, self.factor)
+        widths = [c.width * m for m in c.multipliers]
+
+        def block(level: int, skip: bool, attention: bool) -> Block:
+            dropout = c.dropout if c.size // c.patch // 2**level <= c.dropout_from else 0.0
+            return Block(
+                ResBlock(widths[level], c.emb, dropout, skip),
+                Attention(widths[level], c.heads) if attention else None,
+            )
+
+        self.conditioning = Conditioning(c.width, c.emb, c.num_classes)
+        self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
+        self.down = nn.ModuleList(
+            nn.ModuleList(block(i, False, c.attention[i]) for _ in range(c.blocks[i])) for i in range(levels)
+        )
+        self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels - 1))
+        self.middle = nn.ModuleList([block(levels - 1, False, True), block(levels - 1, False, False)])
+        self.up = nn.ModuleList(
+            nn.ModuleList(block(i, True, c.attention[i]) for _ in range(c.blocks[i] + 1)) for i in range(levels)
+        )
+        self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels - 1))
+        self.head = Head(widths[0], c.channels, c.transform, c.patch)
+
+    def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
+        """(b, channels, h, w), log-SNR (b,) and conditions to one output shaped like z."""
+        check_input(z, self.config.channels, self.factor)
+        emb = self.conditioning(noise, cond)
+        h = self.stem(z)
+        skips: list[Tensor] = []
+        for i, blocks in enumerate(self.down):
+            skips.append(h)  # a level's entry is a skip too: the way up has one block more than the way down
+            for block in blocks.children():
+                h = run(block, self.checkpointing, h, emb)
+                skips.append(h)
+            if i < len(self.pool):
+                h = self.pool[i](h)
+        for block in self.middle:
+            h = run(block, self.checkpointing, h, emb)
+        for i, blocks in reversed(list(enumerate(self.up))):
+            for block in blocks.children():
+                h = run(block, self.checkpointing, h, emb, skips.pop())
+            if i > 0:
+                h = self.unpool[i - 1](h)
+        return [self.head(h)]
+
+
+def parameterisation(config: UNetConfig) -> Parameterisation:
+    """v by default; the network is told the log-SNR itself and embeds it (section 2)."""
+    return Parameterisation(kind=named(config.prediction), noise=lambda logsnr: logsnr)
+
+
+def schedule(config: UNetConfig) -> Spec:
+    """Cosine shifted to a reference of 32 pixels, the best of the paper's ablation [M]; smaller images unshifted."""
+    return Spec("cosine", {"image_d": config.size, "noise_d": min(32, config.size)})
+
+
+_256 = {
+    "multipliers": (1, 1, 2, 4, 8, 8),
+    "blocks": (1, 2, 2, 4, 12, 4),
+    "attention": (False, False, False, False, True, True),
+}
+_PAPER = "simple diffusion, arXiv 2301.11093"
+_PROTOCOL = "FID of 50k samples against validation statistics, no guidance; NFE 1000 by a later table"
+_NOTE = "block lists are recollections of the paper; it prints neither parameters nor GMAC of the U-Nets"
+
+registry.add(
+    "unet",
+    Backbone(
+        config=UNetConfig,
+        module=UNet,
+        parameterisation=parameterisation,
+        schedule=schedule,
+        presets={
+            "unet-128": Preset(config=UNetConfig(size=128), paper=_PAPER, fid="2.88", protocol=_PROTOCOL, note=_NOTE),
+            "unet-256": Preset(
+                config=UNetConfig(size=256, **_256), paper=_PAPER, fid="3.71", protocol=_PROTOCOL, note=_NOTE
+            ),
+            "unet-512": Preset(
+                config=UNetConfig(size=512, transform="dwt", patch=2, **_256),
+                paper=_PAPER,
+                fid="4.28",
+                protocol=_PROTOCOL,
+                note=f"{_NOTE}; at 512 it is the list of 256 behind one wavelet level, the least certain",
+            ),
+            "unet-tiny": Preset(
+                config=UNetConfig(
+                    size=32,
+                    num_classes=10,
+                    width=32,
+                    emb=128,
+                    multipliers=(1, 2, 2),
+                    blocks=(1, 1, 1),
+                    attention=(False, False, True),
+                    heads=4,
+                    dropout=0.0,
+                ),
+                paper="laptop size of the same network; digits of 16 to 64 pixels in minutes on a CPU",
+            ),
+        },
+    ),
+)
