@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
+
+ndtri: Callable[[Tensor], Tensor] = torch.special.ndtri  # pyright: ignore
 
 
 @schedule("lognormal")
@@ -24,6 +28,6 @@ def lognormal(mean: float = -1.2, std: float = 1.2) -> Schedule:
 
     @in_float64
     def logsnr(u: Tensor) -> Tensor:
-        return -2 * (mean + std * torch.special.ndtri(u))
+        return -2 * (mean + std * ndtri(u))
 
     return logsnr

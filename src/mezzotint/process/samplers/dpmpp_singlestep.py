@@ -1,0 +1,72 @@
+"""DPM-Solver++ single-step, orders 1 to 3 (arXiv 2211.01095; the "fast" plan of DPM-Solver, arXiv 2206.00927)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mezzotint.process.denoiser import Cond, Denoiser, Image
+from mezzotint.process.logsnr import alpha, sigma
+from mezzotint.process.samplers import Grid, level, points, sampler
+
+
+def fast_plan(calls: int, order: int) -> list[int]:
+    """Orders of the steps that spend `calls` network calls (DPM-Solver section 3.4; specs/dimr.md 6.1)."""
+    if order < 3:
+        return [order] * (calls // order) + [1] * (calls % order)
+    threes, rest = divmod(calls, 3)
+    if rest == 0:
+        return [3] * (threes - 1) + [2, 1] if threes else []
+    return [3] * threes + [rest]
+
+
+@sampler("dpmpp_singlestep")
+def dpmpp_singlestep(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
+    """Runge-Kutta steps in data prediction; one network call per interval of the grid.
+
+    A step of order k jumps over k intervals and calls the network at the points between; k = 3 is third order where
+    those lie at 1/3 and 2/3 in log-SNR. The plan ends in lower orders if `order` does not divide the intervals; an
+    interval to +inf is a step of order 1 of its own, which returns x.
+
+    Args:
+        z: state at grid[0].
+        order: 1, 2 or 3. DiMR samples with 3 on the grid even(..., end=1e-3, clean=False).
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order {order} must be 1, 2 or 3")
+    logsnr = points(grid)
+    finite = len(logsnr) - 1 - int(logsnr[-1].isinf())
+    start = 0
+    for size in fast_plan(finite, order) + [1] * (len(logsnr) - 1 - finite):
+        z = step(denoise, z, logsnr[start : start + size + 1], cond)
+        start += size
+    return z
+
+
+def step(denoise: Denoiser, z: Image, at: list[Tensor], cond: Cond) -> Image:
+    """One step from log-SNR at[0] to at[-1], of the order that the 0 to 2 points between allow."""
+    t, s = at[0], at[-1]
+    h = (s - t) / 2  # in lambda = log(alpha / sigma)
+
+    def phi(a: Tensor) -> Tensor:
+        return torch.expm1(-a)
+
+    def linear(to: Tensor) -> Image:
+        # DPM-Solver++ eq. 9, the first-order step; DDIM's.
+        return sigma(to) / sigma(t) * z - alpha(to) * phi((to - t) / 2) * d0
+
+    d0 = denoise(z, level(t, z), cond).x
+    if len(at) == 2:
+        return linear(s)
+
+    # DPM-Solver++ algorithm 1 with r1 given by the grid (specs/dimr.md 6.1, o2).
+    r1 = (at[1] - t) / (s - t)
+    d1 = denoise(linear(at[1]), level(at[1], z), cond).x - d0
+    if len(at) == 3:
+        return linear(s) - alpha(s) * phi(h) / (2 * r1) * d1
+
+    # DPM-Solver-3 of arXiv 2206.00927, algorithm 2, in data prediction (specs/dimr.md 6.1, o3).
+    r2 = (at[2] - t) / (s - t)
+    u2 = linear(at[2]) + r2 / r1 * alpha(at[2]) * (phi(r2 * h) / (r2 * h) + 1) * d1
+    d2 = denoise(u2, level(at[2], z), cond).x - d0
+    return linear(s) + alpha(s) / r2 * (phi(h) / h + 1) * d2

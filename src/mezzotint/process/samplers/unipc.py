@@ -1,0 +1,70 @@
+"""UniPC (arXiv 2302.04867) in data prediction, with B(h) = exp(h) - 1 ("bh2")."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mezzotint.process.denoiser import Cond, Denoiser, Image
+from mezzotint.process.logsnr import alpha, sigma
+from mezzotint.process.samplers import Grid, intervals, level, sampler
+
+
+@sampler("unipc")
+def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
+    """Predictor of `order` and a corrector that reuses the next step's call; one network call per step.
+
+    The corrector adds one to the predictor's order p, up to 3 overall: the first, correctorless start has order 1.
+    A step to +inf returns x; the last step has no corrector, which would cost one more call.
+
+    Args:
+        z: state at grid[0].
+        order: 2 or 3, of the predictor and of the corrector's history; 1 to 3 are allowed. The first steps use what
+            history there is.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order {order} must be 1, 2 or 3")
+    past: list[tuple[Tensor, Image]] = []  # (log-SNR, x), newest first, at most `order`
+    before = z
+    for t, s in intervals(grid):
+        x = denoise(z, level(t, z), cond).x
+        if past:
+            z = update(before, past[0][0], t, [*past[:1], (t, x), *past[1:]])
+        past = [(t, x), *past[: order - 1]]
+        if s.isinf():
+            return x
+        before, z = z, update(z, t, s, past)
+    return z
+
+
+def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) -> Image:
+    """z at s from z at t: UniPC eq. 3 and 9 with the answers `known`, (log-SNR, x), the one at t first."""
+    h = (s - t) / 2  # step in lambda = log(alpha / sigma)
+    x = known[0][1]
+    z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * x
+    if len(known) == 1:
+        return z
+    r = torch.stack([(at - t) / (s - t) for at, _ in known[1:]])
+    rho = coefficients(h, r)
+    for r_m, rho_m, (_, x_m) in zip(r, rho, known[1:], strict=True):
+        z = z - alpha(s) * torch.expm1(-h) * rho_m / r_m * (x_m - x)
+    return z
+
+
+def coefficients(h: Tensor, r: Tensor) -> Tensor:
+    """The weights of the differences at the fractions r of the step h: R(h) rho = b / B(h) (UniPC theorem 3.1).
+
+    One unknown gets 1/2, its limit for h -> 0, as in the paper (appendix F), which keeps the order.
+    """
+    if len(r) == 1:
+        return torch.full_like(r, 0.5)
+    # Data prediction: phi_1 = (exp(-h) - 1) / -h, phi_{k+1} = (phi_k - 1 / k!) / -h.
+    phi = torch.expm1(-h) / -h
+    b: list[Tensor] = []
+    for k in range(1, len(r) + 1):
+        phi = (phi - 1 / math.factorial(k)) / -h
+        b.append(-h * phi * math.factorial(k) / torch.expm1(-h))
+    powers = r[None] ** torch.arange(len(r), dtype=r.dtype)[:, None]
+    return torch.linalg.inv(powers) @ torch.stack(b)
