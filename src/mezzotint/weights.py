@@ -1,0 +1,184 @@
+"""Files of weights, looked at before anything is allocated: safetensors headers, and .pth without its code.
+
+A file's claims (names, dtypes, shapes, bytes) are checked against its size first; only then are tensors read, one by
+one. Every failure is a ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a file says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """Named tensors that are not read yet.
+
+    what: the file, for errors. claims: name -> dtype and shape, already known to fit into the file.
+    read: name -> the tensor, on the CPU; it may share memory with what it was read from.
+    """
+
+    what: str
+    claims: Mapping[str, Claim]
+    read: Callable[[str], Tensor]
+
+
+def size_words(count: int) -> str:
+    """A number of bytes for people."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 10_000:
+            return f"{count} {unit}"
+        count //= 1000
+    return f"{count} GB"
+
+
+def safetensors_source(path: Path) -> Source:
+    """A safetensors file whose header has been checked; errors: ValueError for one that lies, is cut or no such file."""
+    from safetensors import safe_open
+
+    claims = read_header(path)
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return Source(str(path), claims, read)
+
+
+def read_header(path: Path) -> dict[str, Claim]:
+    """The claims of a safetensors file, checked against one another and against the file's size.
+
+    Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}}, then the data without
+    holes (huggingface/safetensors, README).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise ValueError(
+                f"{path} is no intact safetensors file: of {size_words(size)} it says {size_words(length)} are header"
+            )
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            claims = {k: Claim(DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in entries.items()}
+            spans = sorted((*v["data_offsets"], k) for k, v in entries.items())
+            numbers = [n for v in entries.values() for n in (*v["shape"], *v["data_offsets"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no intact safetensors file: its header does not read ({error!r})") from error
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{path}: a size or offset in the header is not a whole number")
+    end = 0
+    for start, stop, name in spans:
+        if start != end or stop - start != claims[name].bytes:
+            raise ValueError(
+                f"{path}: the header lies about {name}: shape {claims[name].shape} needs "
+                f"{size_words(claims[name].bytes)}, the header gives it bytes {start} to {stop} after {end}"
+            )
+        end = stop
+    if end != size - 8 - length:
+        raise ValueError(
+            f"{path} is cut or lies: the header claims {size_words(end)} of tensors, the file holds "
+            f"{size_words(size - 8 - length)}"
+        )
+    return claims
+
+
+def torch_source(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -> Source:
+    """A file of torch.save, read without running code from it.
+
+    The first reading is on the meta device and allocates nothing; `choose` picks the state dict out of its contents.
+    """
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > size:
+            raise ValueError(f"{path} unpacks from {size_words(size)} to {size_words(unpacked)}; refused")
+    state = choose(_torch_load(path, "meta"))
+    claims = tensor_claims(str(path), state, limit=size)
+    loaded: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if not loaded:
+            loaded.update(choose(_torch_load(path, "cpu")))
+        return loaded[name]
+
+    return Source(str(path), claims, read)
+
+
+def _torch_load(path: Path, device: str) -> Any:
+    try:
+        return torch.load(
+            path, map_location=device, weights_only=True, mmap=device == "cpu" and zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # torch.load fails in too many types to list: all mean that the file is not usable
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise ValueError(
+                f"{path} contains code ({code[1]}) and was refused: mezzotint reads weights only and runs nothing "
+                "from a file. Whoever made it can save its state dict alone, best as .safetensors"
+            ) from None
+        raise ValueError(f"{path} is damaged, cut or not a file of weights: {str(error).splitlines()[0]}") from error
+
+
+def tensor_claims(what: str, state: Mapping[str, Tensor], limit: int | None = None) -> dict[str, Claim]:
+    """The claims of a state dict in memory, after checking that its tensors have as many bytes as they say.
+
+    limit: bytes of the file they come from; None if their storages are real.
+    """
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()}
+    held, claimed = sum(storages.values()), sum(t.numel() * t.itemsize for t in state.values())
+    held = held if limit is None else min(held, limit)
+    if claimed > held:
+        raise ValueError(f"{what}: its tensors claim {size_words(claimed)}, there are {size_words(held)}")
+    return {name: Claim(t.dtype, tuple(t.shape)) for name, t in state.items()}
+
+
+def describe(names: Mapping[str, Any] | set[str] | list[str], most: int = 12) -> str:
+    """A list of names for an error, cut after `most`."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return "[" + ", ".join(ordered[:most]) + "]" + more
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, flush it to disk and rename it: whoever looks sees the old one or the new."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
