@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
@@ -190,7 +191,7 @@ def from_yaml(path: str | Path) -> Recipe:
         raise ValueError(f"{path} is not a recipe: {error}") from None
 
 
-def override(recipe: Recipe, assignments: typing.Iterable[str]) -> Recipe:
+def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """Change single fields: "optim.lr=3e-4", "model.size=64", "objective.name=sigmoid", "objective.options.bias=-1".
 
     Values are YAML. ValueError for an unknown path, listing near names.

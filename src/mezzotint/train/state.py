@@ -10,6 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,7 +130,8 @@ def save(state: State, run: Path, world: World, keep: int, keep_every: int | Non
             shutil.rmtree(partial, ignore_errors=True)
             partial.parent.mkdir(parents=True, exist_ok=True)
         _barrier(world)
-        dcp.save(state.tensors(world), checkpoint_id=partial, no_dist=world.size == 1)
+        with _one_process_is_fine():
+            dcp.save(state.tensors(world), checkpoint_id=partial, no_dist=world.size == 1)
         if world.main:
             write_manifest(partial, images=state.images, ranks=world.size, torch=torch.__version__)
             if final.exists():  # left by a run that was killed between this save and its next log line
@@ -158,12 +162,21 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
 def restore(state: State, folder: Path, world: World) -> None:
     """Read a checkpoint into `state`, in place, whatever the number of ranks that wrote it."""
     tensors = state.tensors(world)
-    dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    with _one_process_is_fine():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
     set_model_state_dict(state.backbone, tensors["model"])
     set_optimizer_state_dict(state.backbone, state.optimisers, tensors["optimiser"])
     # The sums were saved over all ranks, so the first one continues them and the others start anew.
     state.window.copy_(tensors["window"] if world.main else torch.zeros_like(state.window))
     state.images = int(folder.name)
+
+
+@contextmanager
+def _one_process_is_fine() -> Iterator[None]:
+    """Without a process group torch warns that it assumes a single process, which is what we told it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier(world: World) -> None:
