@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 from mezzotint.process.denoiser import Cond, Denoiser, Image
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.samplers import Grid, intervals, level, sampler
+
+solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignore
 
 
 @sampler("unipc")
@@ -67,4 +70,4 @@ def coefficients(h: Tensor, r: Tensor) -> Tensor:
         phi = (phi - 1 / math.factorial(k)) / -h
         b.append(-h * phi * math.factorial(k) / torch.expm1(-h))
     powers = r[None] ** torch.arange(len(r), dtype=r.dtype)[:, None]
-    return torch.linalg.inv(powers) @ torch.stack(b)
+    return solve(powers, torch.stack(b))
