@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 import mezzotint.backbones as backbones
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.registry import Spec, build, checked_options, nearest
+from mezzotint.weights import Claim, describe, read_header, size_words
 
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer file
+CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"  # a model's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,3 +119,160 @@ def create_model(preset: str, **overrides: Any) -> Model:
 def schedule_of(model: Model) -> Schedule:
     """The noise schedule that a model's card names."""
     return build(schedules.registry, model.card.schedule)
+
+
+def claims(backbone: str, config: Any) -> dict[str, Claim]:
+    """State-dict key -> dtype and shape of a backbone, from the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        module = backbones.registry[backbone].module(config)
+    return {name: Claim(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
+
+
+def assemble(card: Card, state: Mapping[str, Tensor]) -> Model:
+    """A Model of these weights, which it takes over, on the CPU; `state` must have the keys and shapes of `claims`.
+
+    Weights narrower than float32 become float32.
+    """
+    entry = backbones.registry[card.backbone]
+    with torch.device("meta"):
+        module = entry.module(card.config)
+    state = {k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in state.items()}
+    frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
+    module.load_state_dict(state, assign=True)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if left:  # buffers outside the state dict are functions of the config: take them from a network built for real
+        real = dict(entry.module(card.config).named_buffers())
+        for name in left:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = real[name]
+    return Model(module, entry.parameterisation(card.config), card)
+
+
+def save_model(model: Model, folder: str | Path) -> None:
+    """Write config.json, model.safetensors and README.md, so that `load_model` builds the same model.
+
+    Everything is written and flushed beside the folder first. A new folder then appears in one rename; in an existing
+    model's folder each file is replaced in one, weights first, and other files stay.
+
+    Errors: ValueError where `folder` is a file or holds another library's config.json.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a model is saved as a folder")
+    if (folder / CONFIG).exists() and "mezzotint" not in _read_json(folder / CONFIG):
+        raise ValueError(f"{folder / CONFIG} belongs to another library; choose another folder")
+    beside = folder.absolute().with_name(f".{folder.absolute().name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
+    try:
+        beside.mkdir(parents=True)
+        state = {name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()}
+        save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
+        (beside / CONFIG).write_text(json.dumps(model.card.to_json(), indent=2) + "\n")
+        (beside / README).write_text(readme(model))
+        for name in (WEIGHTS, CONFIG, README):
+            with (beside / name).open("rb") as file:
+                os.fsync(file.fileno())
+        if not folder.exists():
+            os.rename(beside, folder)
+            return
+        for name in (WEIGHTS, CONFIG, README):
+            os.replace(beside / name, folder / name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def readme(model: Model) -> str:
+    """The model card that goes with the weights: Markdown with the hub's YAML header."""
+    card = model.card
+    count = sum(p.numel() for p in model.backbone.parameters())
+    made = f"preset `{card.preset}`" if card.preset else f"backbone `{card.backbone}`"
+    lines = [
+        "---",
+        "library_name: mezzotint",
+        "pipeline_tag: unconditional-image-generation",
+        "tags: [mezzotint, diffusion]",
+        "---",
+        "",
+        f"# {card.preset or card.backbone}",
+        "",
+        f"A {made} of [mezzotint](https://pypi.org/project/mezzotint) with {count:,} parameters, working in "
+        f"{card.codec}; {card.images:,} training images seen.",
+        "",
+        f"Licence of the weights: {card.licence or 'not stated'}.",
+        "",
+        "```python",
+        "import mezzotint as mz",
+        "",
+        'model = mz.load_model("this folder or its name on the hub")',
+        "```",
+        "",
+        *[f"- {name}: {value}" for name, value in dataclasses.asdict(card.config).items()],
+        f"- schedule: {card.schedule}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def load_model(folder_or_repo: str | Path) -> Model:
+    """The model of a folder written by `save_model`, or of such a repository on the Hugging Face hub, on the CPU.
+
+    No code comes from the folder. Names, shapes, dtypes and bytes are compared with what config.json implies before
+    anything is allocated. Weights stored in float16 or bfloat16 become float32.
+
+    Errors: ValueError for a folder without a model, a card of another format, weights that do not belong to it or
+    that claim more than they hold.
+    """
+    folder = Path(folder_or_repo)
+    if not folder.is_dir():
+        folder = _download(str(folder_or_repo))
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}")
+    card = Card.from_json(_read_json(folder / CONFIG))
+    path = folder / WEIGHTS
+    held = read_header(path)
+    expected = claims(card.backbone, card.config)
+    if set(held) != set(expected):
+        unused, missing = set(held) - set(expected), set(expected) - set(held)
+        raise ValueError(f"{path} is not of this config: unused keys {describe(unused)}; missing {describe(missing)}")
+    wrong = [
+        f"{k} {held[k].dtype} {held[k].shape} instead of {claim.dtype} {claim.shape}"
+        for k, claim in expected.items()
+        if held[k].shape != claim.shape or held[k].dtype.is_floating_point != claim.dtype.is_floating_point
+    ]
+    if wrong:
+        total = size_words(sum(claim.bytes for claim in expected.values()))
+        raise ValueError(f"{path} is not of this config, which needs {total}; wrong: {describe(wrong)}")
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return assemble(card, {name: file.get_tensor(name) for name in expected})
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return values
+
+
+def _download(repo: str) -> Path:
+    """A hub repository's three files, from the cache where they are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {repo}, and it is no repository's name either (owner/name)")
+    try:
+        return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"there is no folder {repo}, and the hub did not give a repository of that name: {first}"
+        ) from None

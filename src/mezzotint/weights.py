@@ -63,7 +63,7 @@ def size_words(count: int) -> str:
 
 
 def safetensors_source(path: Path) -> Source:
-    """A safetensors file whose header has been checked; errors: ValueError for one that lies, is cut or no such file."""
+    """A safetensors file whose header has been checked; ValueError for one that lies or is cut."""
     from safetensors import safe_open
 
     claims = read_header(path)

@@ -17,7 +17,7 @@ from mezzotint.registry import Registry
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows start:stop (along the first axis, None = to the end) of our tensor `name`, a state-dict key of the backbone."""
+    """Rows start:stop (None: to the end) of the backbone's tensor `name`, a key of its state dict."""
 
     name: str
     start: int = 0
@@ -58,3 +58,8 @@ class Official:
 
 
 registry: Registry[Official] = Registry("official family", __name__)
+
+# The promised names, below what their file imports from here.
+from mezzotint.convert.official import convert, load_official  # noqa: E402
+
+__all__ = ["Official", "Rows", "convert", "load_official", "registry"]
