@@ -7,16 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import final, get_args
+from typing import NamedTuple, final, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from torch import Tensor
 
 from mezzotint.data.builtin import digits
 from mezzotint.data.pixels import Crop, Unreadable, flip, pixels_of, to_model_range, to_uint8
+from mezzotint.data.shapes import shapes
 from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, open_files
+from mezzotint.data.tables import CARD, Prepared, open_npz, open_prepared, open_rows
 from mezzotint.registry import nearest
 
 __all__ = ["Images", "Report", "flip", "open_images", "to_model_range", "to_uint8"]
@@ -24,6 +27,7 @@ __all__ = ["Images", "Report", "flip", "open_images", "to_model_range", "to_uint
 MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept by cache="memory"
 MAX_STAND_INS = 1000  # unreadable samples in a row before we call the whole set damaged
 BUILTIN = ("digits", "shapes")
+ROW_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix -> builder of `datasets`
 
 
 @dataclass
@@ -41,6 +45,15 @@ class Report:
             f"{len(self.unreadable)} unreadable: {', '.join(first + more)}" if first else "none found unreadable so far"
         )
         return "; ".join([f"{self.count:,} images", bad, *self.notes])
+
+
+class Decoded(NamedTuple):
+    """uint8 (c, h, w) pixels at the size asked for; mode, width and height of the stored picture."""
+
+    pixels: np.ndarray
+    mode: str
+    width: int
+    height: int
 
 
 @final
@@ -144,7 +157,7 @@ class Images:
         if i in self._unreadable:
             raise Unreadable(self._unreadable[i])
         try:
-            pixels = self._decoded(i)
+            pixels = self.decode(i).pixels
         except Unreadable as reason:
             self.mark_unreadable({i: str(reason)})
             raise
@@ -153,61 +166,129 @@ class Images:
             self._held[i] = True  # after the pixels: another thread may look
         return pixels
 
-    def _decoded(self, i: int) -> np.ndarray:
+    def decode(self, i: int) -> Decoded:
+        """Sample i read anew and as it was stored; may raise `Unreadable`."""
         stored = self.source.read(i)
         if isinstance(stored, np.ndarray):
+            mode, original = {1: "L", 3: "RGB"}[stored.shape[0]], (stored.shape[2], stored.shape[1])
             if stored.shape == (self.channels, self.size, self.size):
-                return stored
-            from PIL import Image
-
-            stored = Image.fromarray(stored[0] if len(stored) == 1 else np.ascontiguousarray(stored.transpose(1, 2, 0)))
-        return pixels_of(stored, self.size, self.channels, self.crop)
-
-
-def split_suffix(source: str) -> tuple[str, str | None]:
-    """("NAME", "test") of "NAME:test"; (source, None) if there is no such suffix or a file bears the whole name."""
-    match = re.fullmatch(r"(.+):([A-Za-z_]\w*)", source)
-    return (source, None) if match is None or os.path.exists(source) else (match[1], match[2])
+                return Decoded(stored, mode, *original)
+            stored = Image.fromarray(stored[0] if mode == "L" else np.ascontiguousarray(stored.transpose(1, 2, 0)))
+        mode, (width, height) = stored.mode, stored.size
+        return Decoded(pixels_of(stored, self.size, self.channels, self.crop), mode, width, height)
 
 
 def open_images(
     source: str | Path,
     *,
-    size: int,
+    size: int | None = None,
     channels: int = 3,
-    crop: Crop = "adm",
+    crop: Crop | None = None,
     cache: str | Path | None = "memory",
 ) -> Images:
     """Open pictures of any modes, sizes and aspect ratios as uint8 (channels, size, size) by index.
 
     Args:
-        source: a folder (class subfolders or flat), a zip of one, or "digits"; "SOURCE:SPLIT" with SPLIT train, test or
-            all chooses a part. Without a split: the training part if the source states one, else everything. A folder
-            that states none has every tenth image, in name order, as its test part.
-        size: side in pixels.
+        source: a folder (class subfolders or flat) or a zip of one; a folder of `prepare`; parquet, Arrow or webdataset
+            files (one file, a pattern, or a folder); an .npz; a data set of the hub as OWNER/NAME; "digits"; "shapes",
+            with options as in "shapes:count=5000,seed=1". "SOURCE:SPLIT" chooses a part: train, test, all, or a split
+            the data set itself names. Without a split: the training part if the source states one, else everything.
+            The test part of a source that states none is every tenth image in its order.
+        size: side in pixels; None takes that of a prepared folder, of "shapes:64" or "digits:16".
         channels: 1 (grey) or 3 (RGB).
-        crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the central square).
-        cache: "memory" keeps decoded pixels up to 1 GiB; None decodes at every read.
+        crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the central square); None is
+            "adm", or whatever a prepared folder of this size was made with.
+        cache: "memory" keeps decoded pixels, up to 1 GiB; None decodes at every read; a folder is where the resized set
+            is prepared once, to be read from there now and later.
     """
-    if cache not in ("memory", None):
-        raise ValueError(f"cache {cache!r}; allowed: 'memory' or None")
-    opened = open_source(str(source))
-    images = Images(opened, size=size, channels=channels, crop=crop, keep=cache == "memory")
+    opened, size = open_source(str(source), size)
+    made_with = opened.crop if isinstance(opened, Prepared) and opened.shape[1] == size else None
+    if crop is not None and made_with not in (None, crop):
+        raise ValueError(
+            f"{source} was prepared with crop {made_with!r}, not {crop!r}; give crop=None or prepare it anew"
+        )
+    images = Images(opened, size=size, channels=channels, crop=crop or made_with or "adm", keep=cache == "memory")
     _check_some_readable(images, str(source))
-    return images
+    if cache is None or cache == "memory" or isinstance(opened, Prepared):
+        return images
+    from mezzotint.data.prepare import prepare_images
+
+    folder = Path(cache).expanduser() / images.fingerprint
+    if not (folder / CARD).is_file():
+        prepare_images(images, folder)
+    return Images(open_prepared(folder, None), size=size, channels=channels, crop=images.crop, keep=False)
 
 
-def open_source(source: str) -> Source:
-    """The source that `source` names, see `open_images`."""
-    base, split = split_suffix(source)
-    if base == "digits":
-        return digits(checked_split(base, split) or "train")
-    path = Path(base).expanduser()
+def open_source(source: str, size: int | None) -> tuple[Source, int]:
+    """The source that `source` names and its size in pixels, see `open_images`."""
+    base, option = (source, "") if os.path.exists(source) else split_suffix(source)
+    if base in BUILTIN:
+        return _open_builtin(base, option, size)
+    split, path = option or None, Path(base).expanduser()
+    if (path / CARD).is_file():
+        prepared = open_prepared(path, checked_split(base, split))
+        return prepared, prepared.shape[1] if size is None else size
+    if size is None:
+        raise ValueError(f"{source!r} has no size of its own; give one in pixels, e.g. size=64")
+    return _open_path(base, path, split), size
+
+
+def _open_path(base: str, path: Path, split: str | None) -> Source:
+    suffix = path.suffix.lower()
     if path.is_dir():
+        builder = _rows_in(path)
+        if builder is not None:
+            return open_rows(base, split)
         return open_files(Folder(path), checked_split(base, split))
-    if path.is_file() and path.suffix.lower() == ".zip":
+    if suffix in ROW_FILES and (path.is_file() or "*" in path.name):
+        return open_rows(base, split, ROW_FILES[suffix])
+    if path.is_file() and suffix == ".zip":
         return open_files(Zip(path), checked_split(base, split))
-    raise ValueError(f"no data at {source!r}; give a folder, a .zip or one of {', '.join(BUILTIN)}")
+    if path.is_file() and suffix == ".npz":
+        return open_npz(path, checked_split(base, split))
+    if path.is_file():
+        raise ValueError(f"{base} is one file; give its folder, a .zip, .npz, {', '.join(ROW_FILES)}")
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+        return open_rows(base, split)
+    raise ValueError(
+        f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, a data set of the hub "
+        f"as OWNER/NAME, or a built-in set: {nearest(base, BUILTIN)}"
+    )
+
+
+def _rows_in(folder: Path) -> str | None:
+    """The kind of data set a folder holds, None if it is one of image files."""
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return "saved"
+    names = [path.suffix.lower() for path in folder.rglob("*") if not path.name.startswith(".")]
+    return next((ROW_FILES[suffix] for suffix in ROW_FILES if suffix in names), None)
+
+
+def _open_builtin(name: str, option: str, size: int | None) -> tuple[Source, int]:
+    """E.g. "digits", "digits:test", "shapes:64", "shapes:test,count=500,seed=1"."""
+    split, numbers = "train", {}
+    for word in filter(None, option.split(",")):
+        key, _, value = word.rpartition("=")
+        if word in SPLITS:
+            split = word
+        elif value.isdigit() and (key or "size") in (("size", "count", "seed") if name == "shapes" else ("size",)):
+            numbers[key or "size"] = int(value)
+        else:
+            allowed = "train, test, all or a size" + (", count=..., seed=..." if name == "shapes" else "")
+            raise ValueError(f"{name} takes no option {word!r}; allowed: {allowed}, as in '{name}:test,32'")
+    own = numbers.pop("size", None)
+    if None not in (own, size) and own != size:
+        raise ValueError(f"{name}:{option} asks for size {own}, the size given is {size}; give one of them")
+    side = size if own is None else own
+    if side is None:
+        raise ValueError(f"{name!r} comes in any size; give one in pixels, e.g. '{name}:32'")
+    return (digits(split) if name == "digits" else shapes(side, split=split, **numbers)), side
+
+
+def split_suffix(source: str) -> tuple[str, str]:
+    """("NAME", "test") of "NAME:test"; (source, "") if nothing that reads as an option follows a colon."""
+    match = re.fullmatch(r"(.+):([\w,=.-]+)", source)
+    return (source, "") if match is None else (match[1], match[2])
 
 
 def checked_split(what: str, split: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""`shapes`: procedural pictures of one coloured shape on a textured ground, with captions whose every word is checkable.
+"""`shapes`: procedural one coloured shape on a textured ground, every word of its caption checkable.
 
 Picture i is a function of (seed, i) and of the part of the set alone, and looks the same at any resolution. Grounds are
 nearly grey and shapes saturated, so that hue tells the colour, and the saturated pixels the shape and its position.
@@ -7,6 +7,7 @@ nearly grey and shapes saturated, so that hue tells the colour, and the saturate
 from __future__ import annotations
 
 import colorsys
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -31,8 +32,8 @@ RADIUS = (0.12, 0.16)  # of the circle that encloses the shape, in parts of the 
 COUNTS = {"train": 100_000, "test": 10_000, "all": 110_000}
 
 
-# Signed distance to a shape's edge, negative inside, in units of x and y; r is the enclosing radius. Where a shape is an
-# intersection of half-planes or a union of boxes the distance is exact near edges, which is all antialiasing needs.
+# Signed distance to a shape's edge, negative inside, in units of x and y; r is the enclosing radius. Beside edges it is
+# exact, which is all that antialiasing needs; beyond corners it is not.
 def _circle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     return np.hypot(x, y) - r
 
@@ -83,6 +84,7 @@ class Attributes(NamedTuple):
         return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} {POSITIONS[self.position]}"
 
 
+@functools.cache
 def combinations(split: str) -> tuple[Attributes, ...]:
     """The combinations of words of a part of the set: "test" holds every fifth, so that "train" knows each pair."""
     every = [
@@ -117,9 +119,7 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndar
     pixel = (np.arange(side) + 0.5) / side
     x, y = pixel[None, :] - CENTRES[column] - dx, pixel[:, None] - CENTRES[row] - dy
     distance = list(SHAPES.values())[attributes.shape](x, y, radius)
-    cover = np.clip(0.5 - distance * side, 0, 1)[
-        ..., None
-    ]  # of a pixel one wide: 1/2 where the edge crosses its centre
+    cover = np.clip(0.5 - distance * side, 0, 1)[..., None]  # 1/2 where the edge crosses a pixel's centre
     return np.round(np.clip(ground * (1 - cover) + 255 * np.array(colour) * cover, 0, 255)).astype(np.uint8)
 
 

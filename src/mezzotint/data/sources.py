@@ -14,6 +14,7 @@ import os
 import posixpath
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -132,6 +133,7 @@ class Zip:
 
     def __init__(self, root: Path):
         self.root = root
+        self.modified_ns = root.stat().st_mtime_ns
 
     def sizes(self) -> dict[str, int]:
         """CRC-32 by name (as telling as a size, and free), folders and hidden members left out."""
@@ -146,23 +148,16 @@ class Zip:
         """The content of one member; damage is an `Unreadable`."""
         try:
             return self._handle().read(name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib_error()) as error:
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error) as error:
             raise Unreadable(f"{type(error).__name__}: {error}") from error
 
     def _handle(self) -> zipfile.ZipFile:
-        return _open_zip(str(self.root), os.getpid(), threading.get_ident())
+        return _open_zip(str(self.root), self.modified_ns, os.getpid(), threading.get_ident())
 
 
-def zlib_error() -> type[Exception]:
-    """The error of a damaged deflate stream."""
-    import zlib
-
-    return zlib.error
-
-
-# A handle of its own for every thread: ZipFile's shared file position is behind one lock.
+# A handle of its own for every thread and process, which else share one file position.
 @functools.lru_cache(maxsize=64)
-def _open_zip(path: str, pid: int, thread: int) -> zipfile.ZipFile:
+def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
