@@ -1,7 +1,7 @@
 """simple diffusion's U-Net (arXiv 2301.11093; specs/simple-diffusion.md section 4): capacity at 16x16, dropout there.
 
 The paper's lists of blocks and widths are known; inside a block it follows section 6's ResBlock with additive skips.
-Attention (after each ResBlock of a level that has it, and between the two of the middle) is section 6's too: our choice.
+Attention (after each ResBlock of a level that has it, and between the two of the middle) is section 6's: our choice.
 """
 
 from __future__ import annotations

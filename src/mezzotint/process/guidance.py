@@ -1,0 +1,213 @@
+"""Wrappers that take a denoiser and return one: guidance, clipping, counting.
+
+A guidance scale is a function of log-SNR in DiT's unit: guess = weak + scale (strong - weak), so 1 is no guidance and
+0 the weak guess. The other papers' numbers are converted where they are read (`simple_diffusion_w`, `dimr_s`). Since x
+and eps are linear in each other given z, mixing both is mixing either.
+
+Both passes of classifier-free guidance run as one doubled batch. Where the scale is 1 for the whole batch the weak
+pass is skipped, provided that the levels (b,) are on the CPU: reading them elsewhere would stop the host until the
+device has caught up. Levels on a device always take both passes; the result is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level
+from mezzotint.process.logsnr import alpha, per_image, sigma
+
+Scale = Callable[[Tensor], Tensor]  # log-SNR (b,) -> guidance scale (b,) in DiT's unit
+Null = Callable[[Cond], Cond]  # a condition -> the empty condition of the same batch
+
+
+def dit_s(s: float) -> Scale:
+    """DiT's, DiffiT's and EDM2's scale, constant: guess = uncond + s (cond - uncond); 1 is none."""
+    return lambda logsnr: torch.full_like(logsnr, s)
+
+
+def simple_diffusion_w(w: float) -> Scale:
+    """simple diffusion's weight, constant: guess = (1 + w) cond - w uncond (section 2); 0 is none."""
+    return dit_s(1 + w)
+
+
+def dimr_s(s: float) -> Scale:
+    """DiMR's scale, constant: guess = cond + s (cond - uncond) (specs/dimr.md 6.2); 0 is none, 0.4 its default."""
+    return dit_s(1 + s)
+
+
+def interval(scale: Scale, low: float, high: float) -> Scale:
+    """`scale` where low <= logsnr <= high, no guidance elsewhere (arXiv 2404.07724).
+
+    Errors: ValueError unless low < high; both are natural log-SNRs, low the noisier.
+    """
+    if not low < high:
+        raise ValueError(f"the interval {low}...{high} is empty; its ends are log-SNRs, the noisier first")
+    return lambda logsnr: torch.where((logsnr >= low) & (logsnr <= high), scale(logsnr), 1.0)
+
+
+def power_cosine(peak: float, power: float, time: Callable[[Tensor], Tensor]) -> Scale:
+    """MDT's curve, used by DiffiT at 256 pixels and by DiMR: 1 at pure noise, `peak` at the clean end.
+
+    Args:
+        peak: scale in DiT's unit at time 0. power: exponent; larger stays near 1 for longer.
+        time: log-SNR (b,) to t / T in [0, 1], 1 noisiest: DiffiT's index / 1000, DiMR's n / 1000.
+
+    Errors: ValueError for a power that is not positive.
+    """
+    if not power > 0:
+        raise ValueError(f"power {power} must be positive; DiffiT uses 4")
+
+    def scale(logsnr: Tensor) -> Tensor:
+        # specs/diffit.md 2.1: s(t) = 1 + (w - 1) / 2 (1 - cos(pi (1 - t/T)^p))
+        return 1 + (peak - 1) / 2 * (1 - torch.cos(math.pi * (1 - time(logsnr)) ** power))
+
+    return scale
+
+
+def null_label(num_classes: int) -> Null:
+    """The function that replaces every label by the null label, index num_classes.
+
+    Errors: ValueError for num_classes 0; later, for a condition without a label, which has nothing to guide towards.
+    """
+    if num_classes < 1:
+        raise ValueError("an unconditional network cannot be guided by labels; sample it without guidance")
+
+    def null(cond: Cond) -> Cond:
+        if cond.label is None:
+            raise ValueError("guidance needs a label for each image; none was given")
+        return Cond(label=torch.full_like(cond.label, num_classes))
+
+    return null
+
+
+def _unguided(scale: Tensor) -> bool:
+    """Whether all scales are known, without a transfer, to be 1."""
+    return scale.device.type == "cpu" and bool((scale == 1).all())
+
+
+def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None) -> Denoised:
+    """weak + scale (strong - weak) on the first `channels` channels; the rest, and the variance, from `strong`."""
+
+    def mix(c: Tensor, u: Tensor) -> Tensor:
+        s = per_image(scale, c).to(c.device, c.dtype)
+        # DiT, section 3: eps = eps_u + s (eps_c - eps_u)
+        mixed = u[:, :channels] + s * (c[:, :channels] - u[:, :channels])
+        return mixed if channels is None else torch.cat([mixed, c[:, channels:]], 1)
+
+    return Denoised(mix(strong.x, weak.x), mix(strong.eps, weak.eps), strong.var)
+
+
+def classifier_free(denoise: Denoiser, null: Null, scale: Scale, channels: int | None = None) -> Denoiser:
+    """Classifier-free guidance (arXiv 2207.12598): away from the empty condition, in one doubled batch.
+
+    Args:
+        denoise: a conditional denoiser. null: condition to empty condition, e.g. `null_label(1000)`.
+        scale: in DiT's unit, e.g. `dit_s(1.5)`, `simple_diffusion_w(0.1)`, `dimr_s(0.4)`, `power_cosine(...)`.
+        channels: how many leading channels are guided, all by default; DiffiT guides 3 of its 4 latent channels
+            (specs/diffit.md 2.1). The others and the learned variance come from the conditional pass.
+    """
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels {channels} must be at least 1; leave it out to guide all")
+
+    def guided(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        empty = null(cond)
+        s = scale(logsnr)
+        if _unguided(s):
+            return denoise(z, logsnr, cond)
+        both = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), _joined(cond, empty))
+        n = len(z)
+        strong = Denoised(both.x[:n], both.eps[:n], None if both.var is None else both.var[:n])
+        return _mixed(strong, Denoised(both.x[n:], both.eps[n:]), s, channels)
+
+    return guided
+
+
+def _joined(first: Cond, second: Cond) -> Cond:
+    """Two conditions of the same kind as one batch."""
+
+    def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+        if a is None or b is None:
+            if a is not b:
+                raise ValueError("the empty condition must have the same fields as the condition")
+            return None
+        return torch.cat([a, b])
+
+    return Cond(
+        label=join(first.label, second.label),
+        text=join(first.text, second.text),
+        text_mask=join(first.text_mask, second.text_mask),
+    )
+
+
+def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
+    """Guidance away from a weaker denoiser under the same condition (arXiv 2406.02507).
+
+    Args:
+        denoise: the strong denoiser. weak: e.g. an earlier checkpoint or a smaller network of the same data.
+        scale: in DiT's unit, the paper's w: guess = weak + w (strong - weak).
+    """
+
+    def guided(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        strong = denoise(z, logsnr, cond)
+        s = scale(logsnr)
+        return strong if _unguided(s) else _mixed(strong, weak(z, logsnr, cond), s, None)
+
+    return guided
+
+
+def _with_image(z: Image, logsnr: Level, guess: Denoised, x: Image) -> Denoised:
+    """`guess` with another image, and the noise that z then implies."""
+    level = logsnr.to(x.device)
+    # z = alpha x + sigma eps, so deps = -(alpha / sigma) dx; exactly zero where x did not change.
+    ratio = per_image(alpha(level) / sigma(level), x).to(x.dtype)
+    return Denoised(x, guess.eps + ratio * (guess.x - x), guess.var)
+
+
+def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
+    """The image clamped to low...high, the noise recomputed; outside of guidance, as simple diffusion has it."""
+    if not low < high:
+        raise ValueError(f"clipping to {low}...{high} leaves nothing; the first must be smaller")
+
+    def guess(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        raw = denoise(z, logsnr, cond)
+        return _with_image(z, logsnr, raw, raw.x.clamp(low, high))
+
+    return guess
+
+
+def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
+    """Imagen's dynamic thresholding (arXiv 2205.11487 section 2.3), the noise recomputed.
+
+    Per image, q is the `quantile` of |x|, at least 1; x is clamped to -q...q and divided by q.
+    """
+    if not 0 < quantile <= 1:
+        raise ValueError(f"quantile {quantile} must lie in (0, 1]; Imagen uses 0.995")
+
+    def guess(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        raw = denoise(z, logsnr, cond)
+        magnitude = raw.x.abs().flatten(1).sort(1).values  # torch.quantile refuses more than 16 M elements
+        q = magnitude[:, math.ceil(quantile * magnitude.shape[1]) - 1].clamp(min=1)
+        q = per_image(q, raw.x)
+        return _with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
+
+    return guess
+
+
+class Counted:
+    """A denoiser that counts: `rows` is how many images it was asked for, a doubled batch counting twice.
+
+    Network calls per image, the NFE of papers that count both passes, are rows / images.
+    """
+
+    def __init__(self, denoise: Denoiser):
+        self.denoise = denoise
+        self.rows = 0
+
+    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        """The wrapped denoiser's answer."""
+        self.rows += len(z)
+        return self.denoise(z, logsnr, cond)

@@ -1,0 +1,43 @@
+"""Objectives: functions (model, x, eps, logsnr, cond) -> loss per image. One file adds one.
+
+x are images (or latents) in [-1, 1], eps standard normal of the same shape, logsnr (b,) the level at which each image
+is noised; the loss is a mean over an image's elements, in float32 or wider. What is registered is a builder: keyword
+options in, objective out, so that a recipe can hold an objective by name. The level's distribution is the caller's:
+an objective that is an integral over log-SNR (`sigmoid`) is multiplied by -1/2 dlogsnr/du where u was drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mezzotint.process.denoiser import Cond, Image, Level, Model
+from mezzotint.registry import Registry
+
+Objective = Callable[[Model, Image, Image, Level, Cond], Level]
+Weight = Callable[[Tensor], Tensor]  # log-SNR -> factor on a squared error, same shape
+
+registry: Registry[Callable[..., Objective]] = Registry("objective", __name__)
+objective = registry.register
+
+# The promised names, below what their files import from here. The scan needs none of these lines.
+from mezzotint.process.objectives.multiscale import multiscale_mse  # noqa: E402
+from mezzotint.process.objectives.pyramid import pyramid_loss, pyramid_targets  # noqa: E402
+from mezzotint.process.objectives.regression import min_snr_weight, residual, sigmoid_weight, weighted  # noqa: E402
+from mezzotint.process.objectives.variational import variational_bound  # noqa: E402
+
+__all__ = [
+    "Objective",
+    "Weight",
+    "min_snr_weight",
+    "multiscale_mse",
+    "objective",
+    "pyramid_loss",
+    "pyramid_targets",
+    "registry",
+    "residual",
+    "sigmoid_weight",
+    "variational_bound",
+    "weighted",
+]

@@ -1,0 +1,86 @@
+"""DiMR's loss (specs/dimr.md section 5): every branch regresses the noise at its own resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from mezzotint.process.denoiser import Cond, Image, Level, Model
+from mezzotint.process.logsnr import diffuse
+from mezzotint.process.objectives import Objective, objective
+from mezzotint.process.objectives.regression import mean_square
+from mezzotint.process.prediction import target
+
+
+def _pooled(image: Image, ratio: int) -> Image:
+    """Block sums divided by ratio, not ratio²: white noise keeps its unit variance."""
+    # target_i = rho_i avgpool_{rho_i}(eps)
+    return ratio * avg_pool2d(image, ratio) if ratio > 1 else image
+
+
+def pyramid_targets(eps: Image, levels: int) -> list[Tensor]:
+    """Variance-preserving targets of `levels` branches, coarse to fine, each twice as fine as the one before.
+
+    Args:
+        eps: (b, c, h, w); h and w multiples of 2^(levels - 1), else ValueError.
+
+    Returns:
+        (b, c, h / 2^(levels - 1), w / 2^(levels - 1)), ..., (b, c, h, w): sums over blocks of side rho, over rho.
+    """
+    if levels < 1:
+        raise ValueError(f"levels {levels} must be at least 1")
+    coarsest = 2 ** (levels - 1)
+    if any(side % coarsest for side in eps.shape[2:]):
+        raise ValueError(
+            f"{eps.shape[2]}x{eps.shape[3]} has no pyramid of {levels} levels: sides must be multiples of {coarsest}"
+        )
+    return [_pooled(eps, 2**i) for i in reversed(range(levels))]
+
+
+def pyramid_loss(outputs: Sequence[Tensor], truth: Image, coefficients: Sequence[float] | None = None) -> Level:
+    """Sum over branches of c_i times the mean squared error against `truth` pooled to the branch's size.
+
+    Args:
+        outputs: coarse to fine, (b, c, h_i, w_i), each h_i dividing truth's h.
+        truth: the full-resolution target, (b, c, h, w).
+        coefficients: c_i; by default the paper's rule 1 / rho_i² with rho_i = h / h_i.
+
+    Errors: ValueError for a wrong number of coefficients or a size that does not divide.
+    """
+    ratios = [truth.shape[2] // out.shape[2] for out in outputs]
+    for out, ratio in zip(outputs, ratios, strict=True):
+        if (out.shape[2] * ratio, out.shape[3] * ratio) != tuple(truth.shape[2:]):
+            raise ValueError(
+                f"an output of {tuple(out.shape)} is no coarser version of a target of {tuple(truth.shape)}"
+            )
+    if coefficients is None:
+        coefficients = [1 / ratio**2 for ratio in ratios]
+    if len(coefficients) != len(outputs):
+        raise ValueError(f"{len(coefficients)} coefficients for {len(outputs)} branches; give one each, coarse to fine")
+    # L = sum_i c_i mean (out_i - target_i)^2
+    losses = [
+        c * mean_square(out.to(torch.promote_types(out.dtype, torch.float32)) - _pooled(truth, ratio))
+        for c, out, ratio in zip(coefficients, outputs, ratios, strict=True)
+    ]
+    return torch.stack(losses).sum(0)
+
+
+@objective("pyramid")
+def pyramid(coefficients: tuple[float, ...] | None = None) -> Objective:
+    """DiMR's multi-scale loss over all outputs of the network, in the row it predicts (eps in the paper).
+
+    Args:
+        coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two branches, (1/16, 1/4, 1)
+            for three.
+    """
+
+    def loss(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond) -> Level:
+        if model.parameterisation.learned_variance:
+            raise ValueError("the pyramid objective has no use for a learned variance; take 'hybrid'")
+        outputs = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
+        return pyramid_loss(outputs, target(model.parameterisation.kind, x, eps, logsnr), coefficients)
+
+    return loss
