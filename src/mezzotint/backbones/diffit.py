@@ -60,6 +60,11 @@ class DiffiTConfig:
     learned_variance: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("size", "channels", "patch", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.num_classes < 0 or (self.window is not None and self.window < 1):
+            raise ValueError(f"num_classes {self.num_classes} and window {self.window} must not be negative or empty")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
         tile = self.patch * (self.window or 1)
@@ -232,7 +237,7 @@ class DiffiT(nn.Module):
         self.label = nn.Embedding(c.num_classes + 1, c.width)
         # Rows (part, block, width) with the parts q, v and the dead k: one product serves every block.
         self.temporal = nn.Linear(c.width, 3 * c.depth * c.width)
-        hidden = int(c.mlp_ratio * c.width)
+        hidden = round(c.mlp_ratio * c.width)
         self.blocks = nn.ModuleList(Block(c.width, c.heads, c.table_side, hidden) for _ in range(c.depth))
         self.final = nn.Linear(c.width, c.patch**2 * self.out_channels)
         self.reset_parameters()

@@ -69,8 +69,11 @@ class DiffiTImageConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.multipliers or self.blocks < 1:
-            raise ValueError(f"multipliers {self.multipliers} and blocks {self.blocks} must not be empty or 0")
+        for name in ("size", "channels", "width", "blocks", "window", "heads", "time_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1 or self.num_classes < 0:
+            raise ValueError(f"multipliers {self.multipliers} or num_classes {self.num_classes} are empty or negative")
         if self.width % self.heads or self.width % 4:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
         if not 0 <= self.dropout < 1:
@@ -103,7 +106,7 @@ class Cell(nn.Module):
         self.norm = nn.GroupNorm(min(32, inputs // 4), inputs)
         self.dropout = nn.Dropout(config.dropout)
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.block = Block(outputs, config.heads, config.window, int(config.mlp_ratio * outputs))
+        self.block = Block(outputs, config.heads, config.window, round(config.mlp_ratio * outputs))
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         for linear in (self.block.attn.proj, self.block.fc2):
             nn.init.zeros_(linear.weight)
