@@ -72,7 +72,8 @@ class Images:
             raise ValueError(f"channels {channels}; allowed: 1 (grey), 3 (RGB)")
         if crop not in get_args(Crop):
             raise ValueError(f"unknown crop {crop!r}; {nearest(crop, get_args(Crop))}")
-        self.source, self.size, self.channels, self.crop, self.keep = source, size, channels, crop, keep
+        self.source, self.size, self.channels, self.keep = source, size, channels, keep
+        self.crop: Crop = crop
         self.label_names = source.label_names
         self.num_classes = len(source.label_names) if source.label_names else 0
         self.fingerprint = digest([source.identity(), f"{size} {channels} {crop}"])
@@ -204,10 +205,9 @@ def open_images(
     opened, size = open_source(str(source), size)
     made_with = opened.crop if isinstance(opened, Prepared) and opened.shape[1] == size else None
     if crop is not None and made_with not in (None, crop):
-        raise ValueError(
-            f"{source} was prepared with crop {made_with!r}, not {crop!r}; give crop=None or prepare it anew"
-        )
-    images = Images(opened, size=size, channels=channels, crop=crop or made_with or "adm", keep=cache == "memory")
+        raise ValueError(f"{source} was prepared with crop {made_with!r}, not {crop!r}; give None or prepare anew")
+    keep = cache == "memory" and not isinstance(opened, Prepared)  # the operating system keeps memory maps already
+    images = Images(opened, size=size, channels=channels, crop=crop or made_with or "adm", keep=keep)
     _check_some_readable(images, str(source))
     if cache is None or cache == "memory" or isinstance(opened, Prepared):
         return images
@@ -251,8 +251,8 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
         return open_rows(base, split)
     raise ValueError(
-        f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, a data set of the hub "
-        f"as OWNER/NAME, or a built-in set: {nearest(base, BUILTIN)}"
+        f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, a hub data set as "
+        f"OWNER/NAME, or a built-in set: {nearest(base, BUILTIN)}"
     )
 
 

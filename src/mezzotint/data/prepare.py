@@ -1,7 +1,7 @@
 """Resize a set of pictures once and write it as Arrow, to be read through a memory map ever after.
 
-A prepared folder is also what `datasets.load_from_disk` opens: one row per picture with `pixels` (uint8, channels x size
-x size, as bytes), `label`, `text` (its caption) and `name`. Beside the rows lie `mezzotint.json`, which tells our
+A prepared folder is also what `datasets.load_from_disk` opens: one row per picture with `pixels` (uint8, channels x
+size x size, as bytes), `label`, `text` (its caption) and `name`. Beside the rows lie `mezzotint.json`, which tells our
 reader what the bytes mean, and `report.json`.
 """
 
