@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,6 +47,7 @@ class Denoised(NamedTuple):
     var: Image | None = None
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """All that samplers and guidance know of a model."""
 
@@ -89,6 +90,7 @@ class Model(nn.Module):
     def raw(self, z: Image, logsnr: Level, cond: Cond) -> Sequence[Tensor]:
         """The backbone's outputs, coarse to fine, in its own dtype; the last has z's height and width."""
         p = self.parameterisation
+        logsnr = logsnr.to(z.device)  # levels may come from the CPU, where guidance reads them without waiting
         dtype = next(self.backbone.parameters()).dtype
         scaled = per_image(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
@@ -103,4 +105,4 @@ class Model(nn.Module):
         if self.parameterisation.learned_variance:
             out, var = out.chunk(2, dim=1)
             var = var.to(torch.promote_types(var.dtype, torch.float32))
-        return Denoised(*solve(self.parameterisation.kind, z, out, logsnr), var)
+        return Denoised(*solve(self.parameterisation.kind, z, out, logsnr.to(z.device)), var)
