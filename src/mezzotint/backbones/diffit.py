@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.layers import check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm
@@ -67,13 +67,12 @@ class DiffiTConfig:
             raise ValueError(f"num_classes {self.num_classes} and window {self.window} must not be negative or empty")
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
-        tile = self.patch * (self.window or 1)
-        if self.size % tile:
-            down, up = self.size // tile * tile, -(-self.size // tile) * tile
-            raise ValueError(
-                f"size {self.size} is not a multiple of patch {self.patch} times window {self.window or 1}; "
-                f"try {' or '.join(str(s) for s in (down, up) if s)}"
-            )
+        check_sides(self.size, self.size, self.tile)
+
+    @property
+    def tile(self) -> int:
+        """Sides of the latent must be multiples of this: a patch, or a window of them."""
+        return self.patch * (self.window or 1)
 
     @property
     def table_side(self) -> int:
@@ -258,7 +257,7 @@ class DiffiT(nn.Module):
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
-        label = cond.label if cond.label is not None else torch.full_like(noise, self.config.num_classes).long()
+        label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
         return self.time(noise) + self.label(label)
 
     def temporal_terms(self, c: Float[Tensor, "b c"]) -> tuple[Tensor, Tensor]:
@@ -268,18 +267,6 @@ class DiffiT(nn.Module):
         terms = F.linear(c, self.temporal.weight[:live], self.temporal.bias[:live])
         q, v = terms.view(-1, 2, depth, width).permute(1, 2, 0, 3).unbind(0)
         return q, v
-
-    def grid_and_window(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Tokens (rows, columns) of the grid and of one attention window, or a ValueError with valid sizes."""
-        tile = self.config.patch * (self.config.window or 1)
-        if height % tile or width % tile or not height or not width:
-            near = [max(round(s / tile), 1) * tile for s in (height, width)]
-            raise ValueError(
-                f"input {height}x{width} is not a multiple of {tile} (patch {self.config.patch} x window "
-                f"{self.config.window or 1}); the nearest valid size is {near[0]}x{near[1]}"
-            )
-        grid = (height // self.config.patch, width // self.config.patch)
-        return grid, (self.config.window, self.config.window) if self.config.window else grid
 
     def positions_of(self, grid: tuple[int, int]) -> Tensor:
         """(1, tokens, width): the stored positions on the native grid, finer or coarser ones elsewhere."""
@@ -296,8 +283,10 @@ class DiffiT(nn.Module):
             noise: index into the 1000-step table, 0 (clean) to 999, not necessarily whole.
             cond: labels in 0...num_classes, or none.
         """
-        (rows, columns), (h, w) = self.grid_and_window(z.shape[-2], z.shape[-1])
+        check_sides(z.shape[-2], z.shape[-1], self.config.tile)
         b, p = len(z), self.config.patch
+        rows, columns = z.shape[-2] // p, z.shape[-1] // p
+        h, w = (self.config.window, self.config.window) if self.config.window else (rows, columns)
         q_t, v_t = self.temporal_terms(self.condition(noise, cond))
         x = self.patch(z).flatten(2).transpose(1, 2) + self.positions_of((rows, columns))
         # Tokens stay in window order from here to the output: every other operation works token by token.
@@ -305,11 +294,7 @@ class DiffiT(nn.Module):
         x = x.reshape(b, -1, h * w, self.config.width).contiguous()
         index = relative_index(h, w, z.device)
         for i, block in enumerate(self.blocks):
-            args = (x, q_t[i], v_t[i], index, self.config.table_side, (h, w))
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x = block(*args)
+            x = run(block, self.checkpointing, x, q_t[i], v_t[i], index, self.config.table_side, (h, w))
         # specs section 2, final layer: LN, SiLU, Linear; patches are (row, column, channel).
         out = self.final(F.silu(plain_norm(x))).view(b, rows // h, columns // w, h, w, p, p, self.out_channels)
         return [out.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(b, self.out_channels, rows * p, columns * p)]

@@ -13,7 +13,7 @@ section 4, with these readings where the paper contradicts itself:
     widths              time 512, first features 128 (section 5.1's prose, read as EDM's 4 x 128)
 
 and these choices where it says nothing: 4 heads; MLP ratio 4; layer norms without weights, as in the latent network;
-min(32, C/4) groups, as in EDM; a 1x1 convolution as the outer skip where channels change; skips between encoder and
+gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip where channels change; skips between encoder and
 decoder concatenated, one per resolution, after up-sampling; down-sampling by a 3x3 convolution of stride 2,
 up-sampling by nearest neighbour and a 3x3 convolution; dropout (off unless asked for; EDM trains with 0.13 and 0.05)
 between Swish and convolution, where EDM has it; EDM's augmentation label is left out; labels, as in the latent
@@ -25,6 +25,7 @@ EDM's preconditioning is not in here: it is the family's `Parameterisation`, at 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -32,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
+from mezzotint.backbones.layers import check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.prediction import named
@@ -78,7 +79,7 @@ class DiffiTImageConfig:
             raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
-        check_size(self, self.size, self.size)
+        check_sides(self.size, self.size, self.tile)
 
     @property
     def tile(self) -> int:
@@ -86,15 +87,9 @@ class DiffiTImageConfig:
         return self.window * 2 ** (len(self.multipliers) - 1)
 
 
-def check_size(config: DiffiTImageConfig, height: int, width: int) -> None:
-    """ValueError naming the nearest valid size if windows do not tile every resolution of the image."""
-    tile = config.tile
-    if height % tile or width % tile or not height or not width:
-        near = [max(round(s / tile), 1) * tile for s in (height, width)]
-        raise ValueError(
-            f"image {height}x{width} does not divide into windows of {config.window} at {len(config.multipliers)} "
-            f"resolutions: sides must be multiples of {tile}, the nearest are {near[0]}x{near[1]}; or change window"
-        )
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Group normalisation of any multiple of 4 channels, at least 4 to a group."""
+    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 class Cell(nn.Module):
@@ -103,7 +98,7 @@ class Cell(nn.Module):
     def __init__(self, inputs: int, outputs: int, config: DiffiTImageConfig):
         super().__init__()
         self.window = config.window
-        self.norm = nn.GroupNorm(min(32, inputs // 4), inputs)
+        self.norm = group_norm(inputs)
         self.dropout = nn.Dropout(config.dropout)
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.block = Block(outputs, config.heads, config.window, round(config.mlp_ratio * outputs))
@@ -132,12 +127,11 @@ class Stage(nn.Module):
         super().__init__()
         self.cells = nn.ModuleList(Cell(outputs if i else inputs, outputs, config) for i in range(config.blocks))
 
-    def forward(self, x: Tensor, terms: Iterator[Tensor], index: Tensor, recompute: bool) -> Tensor:
-        """terms: each cell's [q_t, v_t], (b, 2 outputs), taken in turn; recompute: activations, when going back."""
+    def forward(self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: bool) -> Tensor:
+        """terms: each cell's [q_t, v_t], (b, 2 outputs), taken in turn; checkpointing: see `DiffiTImage`."""
         for cell in self.cells:
             q_t, v_t = next(terms).chunk(2, dim=1)
-            args = (x, q_t, v_t, index)
-            x = checkpoint(cell, *args, use_reentrant=False) if recompute else cell(*args)
+            x = run(cell, checkpointing, x, q_t, v_t, index)
         return x
 
 
@@ -152,7 +146,7 @@ class DiffiTImage(nn.Module):
         c = self.config = config
         self.checkpointing = False
         widths = [c.width * m for m in c.multipliers]
-        first = [widths[0], *widths[:-1]]  # channels that enter each stage of the encoder
+        first = [c.width, *widths[:-1]]  # channels that enter each stage of the encoder
         self.time = TimeMLP(c.time_width)
         self.label = nn.Embedding(c.num_classes + 1, c.time_width) if c.num_classes else None
         self.tokenizer = nn.Conv2d(c.channels, c.width, 3, padding=1)
@@ -162,7 +156,7 @@ class DiffiTImage(nn.Module):
         self.decoder = nn.ModuleList(
             Stage(below + w, w, c) for below, w in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
-        self.head_norm = nn.GroupNorm(min(32, c.width // 4), widths[0])
+        self.head_norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], c.channels, 3, padding=1)
         # q_t and v_t of every cell in one product, in the order of execution: encoder, then decoder.
         self.terms = [w for w in widths + widths[-2::-1] for _ in range(c.blocks)]
@@ -175,10 +169,8 @@ class DiffiTImage(nn.Module):
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
         c = self.time(noise)
-        if self.label is None:
-            return c
-        label = cond.label if cond.label is not None else torch.full_like(noise, self.config.num_classes).long()
-        return c + self.label(label)
+        label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
+        return c if self.label is None else c + self.label(label)
 
     def forward(self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond) -> list[Tensor]:
         """[prediction], shaped like z.
@@ -186,22 +178,21 @@ class DiffiTImage(nn.Module):
         Args:
             z: height and width multiples of window * 2^(stages - 1).
             noise: ln(sigma/alpha) / 4.
-            cond: labels in 0...num_classes, or none; an unconditional network (num_classes 0) reads none.
+            cond: labels in 0...num_classes, or none; an unconditional network (num_classes 0) takes none.
         """
-        check_size(self.config, z.shape[-2], z.shape[-1])
+        check_sides(z.shape[-2], z.shape[-1], self.config.tile)
         terms = iter(self.temporal(self.condition(noise, cond)).split([2 * w for w in self.terms], dim=1))
         index = relative_index(self.config.window, self.config.window, z.device)
 
-        recompute = self.checkpointing and torch.is_grad_enabled()
         x = self.tokenizer(z.contiguous(memory_format=torch.channels_last))
         skips = []
-        x = self.encoder[0](x, terms, index, recompute)
+        x = self.encoder[0](x, terms, index, self.checkpointing)
         for down, stage in zip(self.downs, self.encoder[1:], strict=True):
             skips.append(x)
-            x = stage(down(x), terms, index, recompute)
+            x = stage(down(x), terms, index, self.checkpointing)
         for up, stage in zip(self.ups, self.decoder, strict=True):
             x = up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = stage(torch.cat([x, skips.pop()], dim=1), terms, index, recompute)
+            x = stage(torch.cat([x, skips.pop()], dim=1), terms, index, self.checkpointing)
         return [self.head(F.silu(self.head_norm(x)))]
 
 
