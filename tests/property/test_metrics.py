@@ -191,7 +191,7 @@ def test_inception_score_splits_like_numpy():
 
 def test_fdr():
     assert fdr(6.0, 3.0) == 2.0
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(ValueError, match="the second > 0"):
         fdr(1.0, 0.0)
 
 
