@@ -62,7 +62,12 @@ def train(
         return
     if not chosen.data.source:
         raise ValueError("no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits")
-    folder = run(chosen, out or Path("runs") / preset, init_from=init_from)
+    initialise = None
+    if init_from is not None:
+        from mezzotint.convert.surgery import start_from
+
+        initialise = start_from(init_from)
+    folder = run(chosen, out or Path("runs") / preset, initialise=initialise)
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
     print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
 
@@ -95,12 +100,13 @@ def sample(
         size: Height and width in pixels; the network's own by default.
         batch: Images per network call; changes speed and memory, not the images.
     """
-    from mezzotint.generate import sample_to
+    from mezzotint.generate import Settings, sample_to
+    from mezzotint.registry import Spec
 
-    sample_to(
-        model, out, n=n, seed=seed, labels=label, sampler=sampler, steps=steps, guidance=guidance, size=size, batch=batch
+    settings = Settings(
+        sampler=Spec(sampler), steps=steps, guidance=guidance, size=None if size is None else (size, size), batch=batch
     )
-    print(out)
+    print(sample_to(model, out, settings, n, seed, label))
 
 
 def prepare(
@@ -152,7 +158,9 @@ def main() -> None:
     """Entry point: a user's error is one sentence on stderr and exit code 1 (2 for a wrong command line)."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="mezzotint", description="High-resolution image diffusion backbones: train, sample, evaluate."
+            COMMANDS,
+            prog="mezzotint",
+            description="High-resolution image diffusion backbones: train, sample, evaluate.",
         )
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"mezzotint: {error}", file=sys.stderr)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mezzotint import draws
+from mezzotint.data.pixels import to_uint8
 from mezzotint.models import load_model, schedule_of
+from mezzotint.pictures import grid, save_png, to_pillow
 from mezzotint.process import guidance as guide
 from mezzotint.process import samplers
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level, Model, Schedule
@@ -30,7 +31,7 @@ class Settings:
     guidance: classifier-free scale as DiT counts it, uncond + guidance (cond - uncond); None or 1 is none.
     size: (height, width) of the network's input; None is its native size.
     batch: images per network call; with `exact` it changes speed and memory only.
-    exact: evaluate the network in tiles of one size, so that the same bytes come out for every batch size. None: on CPU.
+    exact: evaluate the network in tiles of one size, for the same bytes at every batch size. None: on the CPU.
     """
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
@@ -140,14 +141,12 @@ def generate(model: Model, seeds: list[int], cond: Cond, settings: Settings) -> 
     height, width = settings.size or (config.size, config.size)
     run = samplers.registry[settings.sampler.name]
     options = checked_options(f"sampler {settings.sampler.name}", run, settings.sampler.options)
-    grid = grid_of(model, settings)
+    stops = grid_of(model, settings)
     device = next(model.parameters()).device
     exact = device.type == "cpu" if settings.exact is None else settings.exact
     denoise: Denoiser = tiled(model) if exact else model
     if settings.guidance is not None:
-        if cond.label is None and cond.text is None:
-            raise ValueError("guidance needs a label or text to guide towards; this call has neither")
-        denoise = guide.guided(denoise, settings.guidance)
+        denoise = guide.classifier_free(denoise, guide.null_label(config.num_classes), guide.dit_s(settings.guidance))
     shape = (config.channels, height, width)
     images = []
     for start in range(0, len(seeds), settings.batch):
@@ -161,7 +160,7 @@ def generate(model: Model, seeds: list[int], cond: Cond, settings: Settings) -> 
             options = {**options, "noise": noise}
         # At the grid's noisy end z is standard normal up to the image's trace, alpha(grid[0]).
         z = draws.normal("sample", 0, numbers, shape).to(device)
-        images.append(run(denoise, z, grid, cond.map(lambda t, p=part: t[p].to(device)), **options))
+        images.append(run(denoise, z, stops, cond.map(lambda t, p=part: t[p].to(device)), **options))
     return torch.cat(images) if images else torch.empty(0, *shape, device=device)
 
 
@@ -184,7 +183,9 @@ def label_indices(model: Model, names: Sequence[str]) -> list[int]:
         elif name.isdigit():
             found.append(int(name))
         else:
-            raise ValueError(f"unknown label {name!r}; {nearest(name, known) if known else 'this model has no label names'}")
+            raise ValueError(
+                f"unknown label {name!r}; {nearest(name, known) if known else 'this model has no label names'}"
+            )
     return found
 
 
@@ -197,3 +198,27 @@ def default_labels(model: Model, count: int, chosen: Sequence[int] = ()) -> list
         return None
     turn = list(chosen) or list(range(classes))
     return [turn[i % len(turn)] for i in range(count)]
+
+
+def sample_to(source: str, out: Path, settings: Settings, n: int, seed: int, labels: Sequence[str] = ()) -> Path:
+    """Sample `n` images into one PNG grid (`out` ends in .png) or a folder with one PNG per image, seed by seed.
+
+    Errors: ValueError as `sample`, and for n below 1 or an `out` that is neither.
+    """
+    if n < 1:
+        raise ValueError(f"n {n}; ask for one image or more")
+    if out.suffix not in ("", ".png"):
+        raise ValueError(f"{out} is neither a .png nor a folder; end it in .png for one grid")
+    model = open_model(source)
+    chosen = default_labels(model, n, label_indices(model, labels))
+    seeds = list(range(seed, seed + n))
+    drawn = generate(model, seeds, Cond(label=labels_of(model, chosen, n)), settings)
+    pixels = to_uint8(drawn.cpu())
+    if out.suffix == ".png":
+        names = model.card.labels
+        captions = None if chosen is None else [names[i] if names else str(i) for i in chosen]
+        save_png(grid(pixels, captions=captions), out)
+        return out
+    for number, image in zip(seeds, pixels, strict=True):
+        save_png(to_pillow(image), out / f"{number:06d}.png")
+    return out

@@ -69,7 +69,7 @@ def uvit_512() -> Recipe:
 
 
 def _sid2(preset: str, bias: float) -> Recipe:
-    """Batch, steps and EMA of SiD2 are not established; these are the same group's later runs (section 7, last line)."""
+    """Batch, steps and EMA of SiD2 are not established; these are its group's later runs (section 7, last line)."""
     return replace(
         _published(preset, 1024, 1_000_000), objective=Spec("sigmoid", {"bias": bias}), time=Time(measure="logsnr")
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mezzotint.config import Engine
 
@@ -73,12 +74,13 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks(backbone):
         fully_shard(block, mp_policy=policy)
-    return fully_shard(backbone, mp_policy=policy)
+    fully_shard(backbone, mp_policy=policy)
+    return backbone
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (by all ranks at once); any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mezzotint.config import Ema
 
@@ -43,6 +43,11 @@ def power_gamma(std: float) -> float:
 def power_beta(std: float, images: int, batch: int) -> float:
     """EDM2 section 3.1: beta = (1 - dt / t)^(gamma + 1), t and dt in images; 0 at the first step."""
     return math.pow(max(0.0, 1 - batch / images), power_gamma(std) + 1)
+
+
+def weights_of(module: nn.Module) -> Weights:
+    """The parameters by name, as they are (not copied), without gradient."""
+    return {name: p.detach() for name, p in module.named_parameters()}
 
 
 def snapshot(weights: Weights) -> Weights:

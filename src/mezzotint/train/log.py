@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def summary(window: Tensor, world: World) -> dict[str, Any]:
     """The window's means, over all ranks; resets it. Empty bins are left out."""
     total = add_ranks(window.clone(), world).tolist()
     window.zero_()
-    between = [f"{a:.0f}..{b:.0f}" for a, b in zip(EDGES, EDGES[1:], strict=False)]
+    between = [f"{a:.0f}..{b:.0f}" for a, b in pairwise(EDGES.tolist())]
     names = [f"<{EDGES[0]:.0f}", *between, f">{EDGES[-1]:.0f}"]
     sums, counts = total[4 : 4 + BINS], total[4 + BINS :]
     return {

@@ -46,7 +46,7 @@ def make_optimisers(optim: Optim, backbone: nn.Module, fused: bool) -> list[torc
     }
     hidden = [p for p in backbone.parameters() if p.requires_grad and id(p) in inside]
     if not hidden:
-        raise ValueError("optim.name=muon needs 2-D weights inside repeated blocks and this backbone has none; use adamw")
+        raise ValueError("optim.name=muon needs 2-D weights inside repeated blocks; this backbone has none; use adamw")
     rest = [
         {**group, "params": [p for p in group["params"] if id(p) not in inside]}
         for group in groups(backbone, optim.weight_decay)

@@ -33,8 +33,8 @@ def eps_mse_by_level(
         pixels, labels = images.batch(numbers)
         x = to_model_range(pixels.to(device))
         eps = draws.normal("noise", seed, numbers, tuple(pixels.shape[1:])).to(device)
-        conditional = model.card.config.num_classes and labels is not None
-        cond = Cond(label=labels.to(device)) if conditional else Cond()
+        conditional = model.card.config.num_classes > 0
+        cond = Cond(label=labels.to(device)) if conditional and labels is not None else Cond()
         for i, level in enumerate(levels):
             logsnr = torch.full((len(numbers),), level, device=device)
             totals[i] += squared_error(model, x, eps, logsnr, cond).double().sum().cpu()
