@@ -4,7 +4,7 @@ Liu, Zeng, He, Yu, Shen, Chen, "Alleviating distortion in image generation via m
 time-dependent layer normalization", NeurIPS 2024, arXiv 2406.09416. The coarsest branch is a U-ViT-like transformer
 with a class token, the others are ConvNeXt-like; time enters only through the parameters of the norms. Where the text
 and the released code differ this file follows the code: the cascade takes every block's output, the blocks' norm is a
-time-dependent RMS norm, n blocks asked for are 2 (n // 2) + 1 built.
+time-dependent RMS norm, and 20 blocks asked for are 21 built.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DiMRConfig:
 
     size, channels: of the input. num_classes: real classes; null_label: one more embedding row for "no class".
     patches: patch sizes, each a multiple of the next, the last usually 1. dims: widths. hiddens: widths of the GEGLU.
-    depths: blocks, an even number builds one more. stages: "transformer" or "convnext".
+    depths: blocks built, odd (the published configs' 20 builds 21). stages: "transformer" or "convnext".
     heads: of every attention. kernel: of every depthwise convolution, odd.
     norm: of the blocks: TDRMSN (released models), LN (the paper's text), RMSN, ADARMSN.
     time: the process whose step n = 1 ... 1000 the network is told: "scaled_linear" (latent models: the table of
@@ -57,7 +57,7 @@ class DiMRConfig:
     patches: tuple[int, ...] = (4, 2, 1)
     dims: tuple[int, ...] = (768, 384, 192)
     hiddens: tuple[int, ...] = (1536, 768, 384)
-    depths: tuple[int, ...] = (15, 8, 8)
+    depths: tuple[int, ...] = (15, 9, 9)
     stages: tuple[str, ...] = ("transformer", "convnext", "convnext")
     heads: int = 16
     kernel: int = 7
@@ -72,6 +72,8 @@ class DiMRConfig:
         numbers = (self.size, self.channels, self.heads, *self.patches, *self.dims, *self.hiddens, *self.depths)
         if min(numbers) < 1 or self.num_classes < 0:
             raise ValueError(f"sizes of a network must be positive: {self}")
+        if any(depth % 2 == 0 for depth in self.depths):
+            raise ValueError(f"depths {self.depths} must be odd: pairs joined by long skips and a block in the middle")
         if any(a % b for a, b in zip(self.patches, self.patches[1:], strict=False)):
             raise ValueError(f"patches {self.patches}: each must be a multiple of the next, as in (4, 2, 1)")
         if self.size % self.patches[0]:
@@ -120,7 +122,7 @@ class Branch(nn.Module):
         self.classes = nn.Parameter(torch.empty(config.rows, dim)) if self.transformer else None
         self.cascade = None
         if i > 0:
-            count = 2 * (config.depths[i - 1] // 2) + 2
+            count = config.depths[i - 1] + 1
             self.cascade = Cascade(config.dims[i - 1], count, dim, config.patches[i - 1] // config.patches[i])
             vectors += self.cascade.vectors
 
@@ -147,12 +149,12 @@ class Branch(nn.Module):
     def position(self, h: int, w: int) -> Tensor:
         """Position embeddings (h, w, d): the top left of the table, an axis that is too short stretched first.
 
-        The stretching (bicubic, corners not aligned) is our choice; the released code stops at the table's edge.
+        The stretching (bilinear, corners not aligned) is our choice; the released code stops at the table's edge.
         """
         table = self.positions.view(self.size, self.size, -1)
         if h > self.size or w > self.size:
             image, target = table.permute(2, 0, 1)[None], (max(h, self.size), max(w, self.size))
-            table = F.interpolate(image, size=target, mode="bicubic", align_corners=False)[0].permute(1, 2, 0)
+            table = F.interpolate(image, size=target, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
         return table[:h, :w]
 
     def forward(
@@ -324,7 +326,7 @@ registry.add(
         schedule=schedule,
         presets={
             "dimr-m-3r-64": Preset(
-                config=published(64, (4, 2, 1), 768, (15, 8, 8), pixels=True),
+                config=published(64, (4, 2, 1), 768, (15, 9, 9), pixels=True),
                 paper=f"{PAPER} 64x64 pixels",
                 params="133 M",
                 fid="3.65",
@@ -340,7 +342,7 @@ registry.add(
                 note=FROM_COUNTS + "The paper's 284.0 M is that of the RMSN block norm.",
             ),
             "dimr-xl-2r-256": Preset(
-                config=published(32, (2, 1), 960, (39, 20), pixels=False),
+                config=published(32, (2, 1), 960, (39, 21), pixels=False),
                 paper=f"{PAPER} 256x256 latents",
                 codec="sd-vae-ft-ema",
                 params="505 M",
@@ -358,7 +360,7 @@ registry.add(
                 protocol=GUIDED,
             ),
             "dimr-xl-3r-512": Preset(
-                config=published(64, (4, 2, 1), 960, (39, 20, 20), pixels=False),
+                config=published(64, (4, 2, 1), 960, (39, 21, 21), pixels=False),
                 paper=f"{PAPER} 512x512 latents",
                 codec="sd-vae-ft-ema",
                 params="525 M",
@@ -368,7 +370,7 @@ registry.add(
                 note=FROM_COUNTS + "The paper's 524.8 M is that of the RMSN block norm.",
             ),
             "dimr-tiny": Preset(
-                config=replace(published(32, (4, 2, 1), 128, (5, 2, 2), pixels=True), num_classes=10, heads=4),
+                config=replace(published(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4),
                 paper="none: DiMR that trains on a laptop, 32 or 64 pixels",
             ),
         },

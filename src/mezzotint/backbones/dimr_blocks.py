@@ -226,7 +226,7 @@ class Cascade(nn.Module):
         b, h, w, _ = out.shape
         r = self.ratio
         out = out.view(b, h, w, r, r, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h * r, w * r, -1)
-        return layer_norm(out, gain_out, shift_out)
+        return layer_norm(out.to(gain_out.dtype), gain_out, shift_out)
 
 
 def joint_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -80,7 +80,7 @@ def config(
 def depth(shapes: Mapping[str, tuple[int, ...]], i: int) -> int:
     """Blocks of branch i: as many as the highest number of a block or long skip says, so that a gap is an error."""
     found = [re.match(rf"stages\.{i}\.(blocks|skip_denses)\.(\d+)\.", key) for key in shapes]
-    counts = [1 + int(m[2]) if m[1] == "blocks" else 2 * int(m[2]) + 3 for m in found if m]
+    counts = [1 + int(m[2]) // 2 * 2 if m[1] == "blocks" else 2 * int(m[2]) + 3 for m in found if m]
     return max(counts, default=1)
 
 
@@ -110,7 +110,7 @@ def keys(c: DiMRConfig) -> dict[str, tuple[Rows, ...]]:
             result[f"{theirs}class_embeds.weight"] = (Rows(f"{ours}classes"),)
         if i > 0:
             result |= pairs(f"{theirs}upsample.1.kernel", f"{ours}cascade.project", ("weight", "bias"))
-        for j in range(2 * (c.depths[i] // 2) + 1):
+        for j in range(c.depths[i]):
             result |= block(f"{theirs}blocks.{j}.", f"{ours}blocks.{j}.", stage, hidden, c.norm)
         for j in range(c.depths[i] // 2):
             result |= pairs(f"{theirs}skip_denses.{j}", f"{ours}skips.{j}.linear", ("weight", "bias"))
@@ -122,11 +122,11 @@ def vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
     """Official name and width of branch i's time-dependent vectors, in the order of ours (`Branch`)."""
     dim = c.dims[i]
     if i > 0:
-        joined = c.dims[i - 1] * (2 * (c.depths[i - 1] // 2) + 2)
+        joined = c.dims[i - 1] * (c.depths[i - 1] + 1)
         yield from [("upsample.0.weight", joined), ("upsample.0.bias", joined)]
         yield from [("upsample.2.weight", dim), ("upsample.2.bias", dim)]
     parts = ("block1", "block2") if c.stages[i] == "transformer" else ("block2",)
-    for j in range(2 * (c.depths[i] // 2) + 1):
+    for j in range(c.depths[i]):
         yield from ((f"blocks.{j}.{part}.norm.{leaf}", dim) for part in parts for leaf in NORM_VECTORS[c.norm])
     yield from [("output_layer.0.weight", dim), ("output_layer.0.bias", dim)]
 
