@@ -173,9 +173,9 @@ registry.add(
                 config=UNetConfig(
                     size=32,
                     num_classes=10,
-                    width=32,
+                    width=16,
                     emb=128,
-                    multipliers=(1, 2, 2),
+                    multipliers=(1, 2, 4),
                     blocks=(1, 1, 1),
                     attention=(False, False, True),
                     heads=4,

@@ -12,8 +12,6 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-Image = Float[Tensor, "b c h w"]
-
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Low and high band of the last axis, each half as long."""
@@ -42,7 +40,7 @@ def _depth_to_space(x: Tensor, factor: int) -> Tensor:
     return pixel_shuffle(x.unflatten(1, (factor**2, -1)).transpose(1, 2).flatten(1, 2), factor)
 
 
-def dwt53(x: Image, levels: int) -> Image:
+def dwt53(x: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c*4**{levels} h//2**{levels} w//2**{levels}"]:
     """The 5/3 wavelet transform, bands on channels.
 
     Args:
@@ -66,7 +64,7 @@ def dwt53(x: Image, levels: int) -> Image:
     return torch.cat([dwt53(ll, levels - 1), *details], 1)
 
 
-def idwt53(y: Image, levels: int) -> Image:
+def idwt53(y: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c//4**{levels} h*2**{levels} w*2**{levels}"]:
     """Inverse of `dwt53`: (b, c 4^levels, h, w) -> (b, c, h 2^levels, w 2^levels).
 
     Errors: ValueError where the channels are no multiple of 4^levels.

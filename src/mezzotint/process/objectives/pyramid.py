@@ -15,7 +15,7 @@ from mezzotint.process.objectives.regression import mean_square
 from mezzotint.process.prediction import target
 
 
-def _pooled(image: Image, ratio: int) -> Image:
+def _pooled(image: Tensor, ratio: int) -> Tensor:
     """Block sums divided by ratio, not ratio²: white noise keeps its unit variance."""
     # target_i = rho_i avgpool_{rho_i}(eps)
     return ratio * avg_pool2d(image, ratio) if ratio > 1 else image

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,15 +16,18 @@ from mezzotint.process.prediction import target
 from mezzotint.process.schedules import Table
 from mezzotint.process.schedules.ddpm import linear_ddpm
 
-ndtr: Callable[[Tensor], Tensor] = torch.special.ndtr  # pyright: ignore
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    """Of the standard normal, by the tanh that ADM's code takes, within 3e-4 of the truth."""
+    return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
-def _log_cdf_bin(x: Image, mean: Image, log_var: Image) -> Image:
+def _log_bin(x: Image, mean: Image, log_var: Image) -> Image:
     """Log-probability of x's 8-bit bin (width 2/255, open at -1 and 1) under N(mean, exp(log_var))."""
     # DDPM eq. 13
     inv_std = torch.exp(-log_var / 2)
-    upper = ndtr((x - mean + 1 / 255) * inv_std)
-    lower = ndtr((x - mean - 1 / 255) * inv_std)
+    upper = _normal_cdf((x - mean + 1 / 255) * inv_std)
+    lower = _normal_cdf((x - mean - 1 / 255) * inv_std)
     upper = torch.where(x > 0.999, 1.0, upper)
     lower = torch.where(x < -0.999, 0.0, lower)
     return (upper - lower).clamp(min=1e-12).log()
@@ -62,7 +64,7 @@ def variational_bound(x: Image, x_hat: Image, var: Image, logsnr_t: Level, logsn
     # KL of two Gaussians
     log_ratio = wide(log_small) - log_var
     kl = (log_ratio.exp() - 1 - log_ratio + gap.square() * torch.exp(-log_var)) / 2
-    nats = torch.where(per_image(clean, x), -_log_cdf_bin(x, x_hat, log_var), kl)
+    nats = torch.where(per_image(clean, x), -_log_bin(x, x_hat, log_var), kl)
     return nats.mean((1, 2, 3)) / math.log(2)
 
 
