@@ -38,6 +38,12 @@ def net(name="own", dims=6):
     return from_module(Net(dims), name=name, dims=dims, size=16)
 
 
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Inception by fours, so that tests of a few images do not pay for padding."""
+    monkeypatch.setattr(features, "NETWORK_BATCH", 4)
+
+
 # --- the stream -----------------------------------------------------------------------------------------------------
 
 
@@ -60,20 +66,20 @@ def test_the_network_always_sees_one_batch_size():
     assert seen == [NETWORK_BATCH] * 3
 
 
-def test_inception_features_and_distance_are_the_same_for_any_batches(shared):
+def test_inception_features_and_distance_are_the_same_for_any_batches(shared, small_batches):
     sets = open_features(["inception-768", "inception-64"], shared(WEIGHTS))
-    x = pictures(NETWORK_BATCH + 5)
+    x = pictures(9)
     whole = features_of(sets, [x])
-    parts = features_of(sets, x.split(7))
+    parts = features_of(sets, x.split(1))
     reference = Gaussian.of(Moments.of(torch.randn(100, 64, dtype=torch.float64)))
     for name in ("inception-768", "inception-64"):
         assert whole[name].equal(parts[name])
-    with pytest.warns(UserWarning, match="37 images in 64 dimensions"):
+    with pytest.warns(UserWarning, match="9 images in 64 dimensions"):
         a, b = (Gaussian.of(Moments.of(f["inception-64"])).distance(reference) for f in (whole, parts))
     assert a == b
 
 
-def test_sets_of_one_network_run_it_once(shared):
+def test_sets_of_one_network_run_it_once(shared, small_batches):
     sets = open_features(["inception-192", "inception-64"], shared(WEIGHTS))
     runs = []
     sets[0].network.Conv2d_1a_3x3.register_forward_hook(lambda *_: runs.append(1))
@@ -147,7 +153,7 @@ def test_only_the_published_inception_is_called_fid(shared, tmp_path):
         open_features(["inception-2048"], path)
 
 
-def test_hashes_tell_networks_and_inputs_apart(shared):
+def test_hashes_tell_networks_and_inputs_apart(shared, small_batches):
     a, b = open_features(["inception-768", "inception-768:clean"], shared(WEIGHTS))
     assert a.hash != b.hash
     assert a.hash == open_features(["inception-768"], shared(WEIGHTS))[0].hash
@@ -170,7 +176,7 @@ def test_names_are_checked():
         open_features(["digits", "digits"])
     assert "inception-2048" in known()
     assert "dinov2" in known()
-    with pytest.raises(ValueError, match="1 channels|read images of"):
+    with pytest.raises(ValueError, match="read images of"):
         features_of([net(), open_features(["digits"])[0]], [pictures(2)])
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,21 +30,14 @@ KNOWN_INCEPTION = {
 }
 
 
-class Network(Protocol):
-    """(prepared images, taps wanted) -> {tap: (b, dims)}."""
-
-    def __call__(self, x: Tensor, taps: Collection[str], /) -> dict[str, Tensor]:
-        """Features by tap, float32."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class FeatureSet:
     """One vector per image.
 
     name: as `open_features` takes it. distance: what a Fréchet distance on these features is called in print.
     dims: length of a vector. channels: of the images read. input: size and resize rule in words.
-    weights: SHA-256 of the weights. prepare: uint8 images to the network's input. network, tap: where to read.
+    weights: SHA-256 of the weights. prepare: uint8 images to the network's input.
+    network, tap: network(prepared images, taps wanted) -> {tap: (b, dims)}, of which `tap` is this set.
     """
 
     name: str
@@ -54,7 +47,7 @@ class FeatureSet:
     input: str
     weights: str
     prepare: Prepare = field(repr=False)
-    network: Network = field(repr=False)
+    network: nn.Module = field(repr=False)
     tap: str = "features"
 
     def card(self) -> dict[str, Any]:
@@ -72,7 +65,7 @@ class FeatureSet:
 
 
 class _Single(nn.Module):
-    """A module of one output as a Network."""
+    """A module of one output as a feature set's network."""
 
     def __init__(self, module: nn.Module, dims: int, name: str):
         super().__init__()
@@ -349,8 +342,8 @@ def _features_of_one_batch(sets: Sequence[FeatureSet], images: Tensor) -> dict[s
     return {s.name: out[s.name] for s in sets}
 
 
-def _device_of(network: Network) -> torch.device:
-    first = next(network.parameters(), None) if isinstance(network, nn.Module) else None
+def _device_of(network: nn.Module) -> torch.device:
+    first = next(network.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
