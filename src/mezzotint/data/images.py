@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, final, get_args
+from typing import NamedTuple, final
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.data.builtin import digits
-from mezzotint.data.pixels import Crop, Unreadable, flip, pixels_of, to_model_range, to_uint8
+from mezzotint.data.pixels import CROPS, Unreadable, flip, pixels_of, to_model_range, to_uint8
 from mezzotint.data.shapes import shapes
 from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, open_files
 from mezzotint.data.tables import CARD, Prepared, open_npz, open_prepared, open_rows
@@ -64,16 +64,15 @@ class Images:
     same one; so the number of samples, and with it the data order, does not depend on damage.
     """
 
-    def __init__(self, source: Source, *, size: int, channels: int = 3, crop: Crop = "adm", keep: bool = True):
+    def __init__(self, source: Source, *, size: int, channels: int = 3, crop: str = "adm", keep: bool = True):
         """See `open_images`; `keep` holds decoded pixels in memory as far as MEMORY_LIMIT_BYTES reaches."""
         if size < 1:
             raise ValueError(f"size {size}; give the side in pixels, e.g. 64")
         if channels not in (1, 3):
             raise ValueError(f"channels {channels}; allowed: 1 (grey), 3 (RGB)")
-        if crop not in get_args(Crop):
-            raise ValueError(f"unknown crop {crop!r}; {nearest(crop, get_args(Crop))}")
-        self.source, self.size, self.channels, self.keep = source, size, channels, keep
-        self.crop: Crop = crop
+        if crop not in CROPS:
+            raise ValueError(f"unknown crop {crop!r}; {nearest(crop, CROPS)}")
+        self.source, self.size, self.channels, self.crop, self.keep = source, size, channels, crop, keep
         self.label_names = source.label_names
         self.num_classes = len(source.label_names) if source.label_names else 0
         self.fingerprint = digest([source.identity(), f"{size} {channels} {crop}"])
@@ -184,7 +183,7 @@ def open_images(
     *,
     size: int | None = None,
     channels: int = 3,
-    crop: Crop | None = None,
+    crop: str | None = None,
     cache: str | Path | None = "memory",
 ) -> Images:
     """Open pictures of any modes, sizes and aspect ratios as uint8 (channels, size, size) by index.

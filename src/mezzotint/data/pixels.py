@@ -5,16 +5,15 @@ Colour management is left out on purpose: an embedded ICC profile changes nothin
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
-Crop = Literal["adm", "plain"]
-Rule = Literal["round", "truncate"]
+from mezzotint.registry import nearest
+
+RULES = ("round", "truncate")  # of to_uint8
 MAX_INTERMEDIATE_PIXELS = 1 << 27  # 128 Mpixel; a 1 x 60000 strip would otherwise be blown up to gigabytes
 
 
@@ -27,7 +26,7 @@ def to_model_range(pixels: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
     return pixels.to(torch.float32) / 127.5 - 1
 
 
-def to_uint8(x: Float[Tensor, "..."], rule: Rule = "round") -> UInt8[Tensor, "..."]:
+def to_uint8(x: Float[Tensor, "..."], rule: str = "round") -> UInt8[Tensor, "..."]:
     """-1...1 (clamped) to uint8 0...255.
 
     Args:
@@ -35,8 +34,8 @@ def to_uint8(x: Float[Tensor, "..."], rule: Rule = "round") -> UInt8[Tensor, "..
         rule: "round" inverts `to_model_range` exactly; "truncate" drops the fraction, as ADM's sampling script does
             and as the reference statistics of papers that use its evaluator expect.
     """
-    if rule not in get_args(Rule):
-        raise ValueError(f"rule {rule!r}; allowed: {', '.join(get_args(Rule))}")
+    if rule not in RULES:
+        raise ValueError(f"unknown rule {rule!r}; {nearest(rule, RULES)}")
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     scaled = ((x + 1) * 127.5).clamp(0, 255)
     return (scaled.round() if rule == "round" else scaled).to(torch.uint8)

@@ -19,7 +19,7 @@ from typing import Any
 
 from mezzotint.data.audit import Audit, examined
 from mezzotint.data.images import Images, open_images
-from mezzotint.data.pixels import Crop, Unreadable
+from mezzotint.data.pixels import Unreadable
 from mezzotint.data.tables import CARD
 
 BATCH_BYTES = 16 << 20  # of pixels in one Arrow record batch
@@ -32,7 +32,7 @@ def prepare(
     size: int,
     *,
     channels: int = 3,
-    crop: Crop = "adm",
+    crop: str = "adm",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the pictures of `source` at one size to the new folder `out`; the report says what was found.

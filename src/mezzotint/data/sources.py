@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -29,6 +29,7 @@ SPLITS = ("train", "test", "all")
 NO_LABEL = -1  # in `Source.labels`
 
 
+@runtime_checkable
 class Source(Protocol):
     """Samples by number, as they were stored."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mezzotint.data.pixels import Crop, Unreadable
+from mezzotint.data.pixels import Unreadable
 from mezzotint.data.sources import NO_LABEL, decode, digest, held_out
 
 CARD = "mezzotint.json"  # beside the Arrow files of a prepared folder
@@ -32,7 +32,7 @@ class Prepared:
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
     shape: tuple[int, int, int]  # channels, height, width
-    crop: Crop
+    crop: str
     key: str
     notes: tuple[str, ...] = ()
 
