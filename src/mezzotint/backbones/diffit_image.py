@@ -13,11 +13,11 @@ section 4, with these readings where the paper contradicts itself:
     widths              time 512, first features 128 (section 5.1's prose, read as EDM's 4 x 128)
 
 and these choices where it says nothing: 4 heads; MLP ratio 4; layer norms without weights, as in the latent network;
-gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip where channels change; skips between encoder and
-decoder concatenated, one per resolution, after up-sampling; down-sampling by a 3x3 convolution of stride 2,
-up-sampling by nearest neighbour and a 3x3 convolution; dropout (off unless asked for; EDM trains with 0.13 and 0.05)
-between Swish and convolution, where EDM has it; EDM's augmentation label is left out; labels, as in the latent
-network, are added to the time vector. Projections that end a residual branch, and the head, start at zero.
+gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip where channels change; skips
+between encoder and decoder concatenated, one per resolution, after up-sampling; down-sampling by a 3x3 convolution of
+stride 2, up-sampling by nearest neighbour and a 3x3 convolution; dropout (off unless asked for; EDM trains with 0.13
+and 0.05) between Swish and convolution, where EDM has it; EDM's augmentation label is left out; labels, as in the
+latent network, are added to the time vector. Projections that end a residual branch, and the head, start at zero.
 
 No checkpoint asks for the temporal key W_kt, which softmax cancels exactly (see `diffit.py`), so it does not exist.
 EDM's preconditioning is not in here: it is the family's `Parameterisation`, at the foot.
