@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import time
@@ -48,7 +47,7 @@ def demo_recipe(images: int | None, seed: int) -> Recipe:
 
 def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
     """Train, sample, judge; print the numbers and write digits.png in `out`."""
-    from mezzotint.evaluate.digits import train_reader
+    from mezzotint.evaluate.digits import digit_reader
 
     # Two threads are faster alone but collapse when another job shares the cores.
     if "OMP_NUM_THREADS" not in os.environ:
@@ -62,11 +61,11 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
     began = time.monotonic()
     console.print(f"training {recipe.preset} on {SIZE} px handwritten digits, {recipe.images:,} images")
     held_out = open_images("digits:test", size=SIZE, channels=1)
-    train(dataclasses.replace(recipe, images=0 + recipe.images), out)
+    train(recipe, out)
     model = load_model(out / "model").eval()
     after = eps_mse_by_level(model, held_out)
     before = eps_mse_by_level(_untrained(recipe), held_out)
-    reader = train_reader(SIZE, seed)
+    reader = digit_reader(seed)
     labels = torch.arange(SAMPLES) * 10 // SAMPLES
     pixels = to_uint8(sample(model, seeds=list(range(SAMPLES)), label=labels, steps=STEPS))
     right = int((reader.read(pixels) == labels).sum())

@@ -1,0 +1,198 @@
+"""A run is the same run whatever interrupts it, and nothing that goes wrong costs what was reached."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mezzotint import config
+from mezzotint.config import Recipe
+from mezzotint.recipes import recipe_for
+from mezzotint.train import loop, state
+from mezzotint.train.loop import train
+from mezzotint.train.setup import setup
+from mezzotint.train.step import NotFinite
+
+SMALL = [
+    "data.source=digits", "model.size=8", "model.channels=1", "model.width=8", "model.emb=16", "model.multipliers=[1,1]",
+    "model.blocks=[1,1]", "model.attention=[false,true]", "model.heads=1", "model.dropout=0.1", "batch=16",
+    "images=160", "log_every_images=32", "grid.every_images=80", "grid.count=10", "grid.steps=2",
+    "save.every_images=48", "save.keep=10", "engine.precision=float32", "optim.warmup_images=32", "data.flip=true",
+]  # fmt: skip
+
+
+def small(*overrides: str) -> Recipe:
+    return config.override(recipe_for("unet-tiny"), [*SMALL, *overrides])
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def records(folder) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_same_run(a, b):
+    wa, wb = weights(a), weights(b)
+    assert wa.keys() == wb.keys()
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert records(a) == records(b)
+    grids = sorted(p.name for p in (a / "samples").iterdir())
+    assert grids == sorted(p.name for p in (b / "samples").iterdir())
+    assert all((a / "samples" / n).read_bytes() == (b / "samples" / n).read_bytes() for n in grids)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    return train(small(), tmp_path_factory.mktemp("whole"), quiet=True)
+
+
+def test_a_run_leaves_what_the_design_promises(whole):
+    assert config.from_yaml(whole / "recipe.yaml").images == 160
+    assert [r["images"] for r in records(whole)] == [32, 64, 96, 128, 160]
+    assert [p.name for p in state.checkpoints(whole)] == ["48", "96", "144", "160"]
+    assert sorted(p.name for p in (whole / "samples").iterdir()) == ["000000000080.png", "000000000160.png"]
+    assert {p.name for p in (whole / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
+    """Stops after every second step, between the sums of a log line too."""
+    for attempt in range(20):
+        asked = loop.Stop()
+        steps = iter(range(2))
+        real = loop.update_averages
+
+        def update(run, asked=asked, steps=steps, real=real):
+            real(run)
+            asked.asked = next(steps, None) == 1
+
+        monkeypatch.setattr(loop, "Stop", lambda asked=asked: asked)
+        monkeypatch.setattr(loop, "update_averages", update)
+        try:
+            train(small(), tmp_path / "run", quiet=True)
+            break
+        except SystemExit as done:
+            assert done.code == 0
+        finally:
+            monkeypatch.undo()
+    assert attempt >= 4
+    assert_same_run(whole, tmp_path / "run")
+
+
+SCRIPT = """
+import sys
+import torch; torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_train import small
+from mezzotint.train.loop import train
+train(small(), {folder!r})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_loses_nothing(whole, tmp_path, number):
+    folder = tmp_path / "run"
+    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("64/160"):
+            process.send_signal(number)
+            break
+    process.communicate()
+    assert process.returncode == (0 if number == signal.SIGTERM else -number)
+    train(small(), folder, quiet=True)
+    assert_same_run(whole, folder)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "unlisted", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(whole, tmp_path, harm):
+    train(small("images=96"), tmp_path / "run", quiet=True)
+    newest = tmp_path / "run" / "checkpoints" / "96"
+    data = next(newest.glob("*.distcp"))
+    content = data.read_bytes()
+    if harm == "truncated":
+        data.write_bytes(content[:-10])
+    elif harm == "flipped":
+        data.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif harm == "unlisted":
+        data.unlink()
+    else:
+        (newest / "manifest.json").unlink()
+    intact, passed = state.newest_intact(tmp_path / "run")
+    assert intact is not None
+    assert intact.name == "48"
+    assert len(passed) == 1
+    assert "checkpoint 96 is damaged" in passed[0]
+    train(small(), tmp_path / "run", quiet=True)
+    assert_same_run_but_grids(whole, tmp_path / "run")
+
+
+def assert_same_run_but_grids(a, b):
+    """A run first asked for fewer images drew a grid at their end, which the longer one did not."""
+    wa, wb = weights(a), weights(b)
+    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert records(a) == records(b)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
+    train(small("images=48"), tmp_path, quiet=True)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "write_manifest", full)
+    with pytest.raises(OSError, match=r"checkpoint at 96 images could not be written.*No space left.*intact"):
+        train(small(), tmp_path, quiet=True)
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["48"]
+    assert state.damage(tmp_path / "checkpoints" / "48") is None
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
+    run = setup(small(), tmp_path, loop.distributed.start())
+    before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
+    bad = dataclasses.replace(run, objective=lambda m, x, eps, l, c: run.objective(m, x, eps, l, c) * (l * 0 / (l < 0)))
+    with pytest.raises(NotFinite, match=r"at 0 images; nothing was updated.*image \d+ at log-SNR -?\d") as caught:
+        loop.loop(bad, loop.Console(quiet=True), loop.Stop())
+    assert len(caught.value.facts["numbers"]) == 16
+    assert all(torch.equal(v, before[k]) for k, v in run.state.backbone.state_dict().items())
+
+
+def test_a_folder_of_another_recipe_is_refused(whole):
+    with pytest.raises(ValueError, match=r"belongs to another recipe(.|\n)*seed: 0 there, 7 asked"):
+        train(small("seed=7"), whole, quiet=True)
+
+
+def test_data_that_do_not_fit_the_network(tmp_path):
+    with pytest.raises(ValueError, match="has 10 classes, model.num_classes=4 is too few"):
+        train(small("model.num_classes=4"), tmp_path, quiet=True)
+    assert not (tmp_path / "recipe.yaml").exists()
+
+
+def test_microbatches_change_only_rounding(tmp_path):
+    one = setup(small("model.dropout=0"), tmp_path / "a", loop.distributed.start())
+    two = setup(small("model.dropout=0", "engine.microbatch=5"), tmp_path / "b", loop.distributed.start())
+    for run in (one, two):
+        loop.loop(
+            dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, images=48)), loop.Console(True), loop.Stop()
+        )
+    for a, b in zip(one.state.backbone.parameters(), two.state.backbone.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path):
+    train(small("save.every_images=16", "save.keep=2", "save.keep_every_images=64"), tmp_path, quiet=True)
+    assert [p.name for p in state.checkpoints(tmp_path)] == ["64", "128", "144", "160"]
