@@ -98,19 +98,20 @@ def read_header(path: Path) -> dict[str, Claim]:
             raise ValueError(f"{path} is no intact safetensors file: its header does not read ({error!r})") from error
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"{path}: a size or offset in the header is not a whole number")
-    end = 0
+    end, held = 0, size - 8 - length
     for start, stop, name in spans:
+        if stop > held:
+            raise ValueError(
+                f"{path} is cut or lies: {name} would need {size_words(stop)} of data, the file holds {size_words(held)}"
+            )
         if start != end or stop - start != claims[name].bytes:
             raise ValueError(
                 f"{path}: the header lies about {name}: shape {claims[name].shape} needs "
                 f"{size_words(claims[name].bytes)}, the header gives it bytes {start} to {stop} after {end}"
             )
         end = stop
-    if end != size - 8 - length:
-        raise ValueError(
-            f"{path} is cut or lies: the header claims {size_words(end)} of tensors, the file holds "
-            f"{size_words(size - 8 - length)}"
-        )
+    if end != held:
+        raise ValueError(f"{path} lies: the header claims {size_words(end)} of data, the file holds {size_words(held)}")
     return claims
 
 
