@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def read_header(path: Path) -> dict[str, Claim]:
     for start, stop, name in spans:
         if stop > held:
             raise ValueError(
-                f"{path} is cut or lies: {name} would need {size_words(stop)} of data, the file holds {size_words(held)}"
+                f"{path} is cut or lies: {name} claims data up to {size_words(stop)}, there are {size_words(held)}"
             )
         if start != end or stop - start != claims[name].bytes:
             raise ValueError(
@@ -139,18 +140,27 @@ def torch_source(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -> S
 
 
 def _torch_load(path: Path, device: str) -> Any:
+    mmap = device == "cpu" and zipfile.is_zipfile(path)
     try:
-        return torch.load(
-            path, map_location=device, weights_only=True, mmap=device == "cpu" and zipfile.is_zipfile(path)
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's about old pickle protocols; the error that follows is enough
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch.load fails in too many types to list: all mean that the file is not usable
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and code:
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{path} contains code ({code[1]}) and was refused: mezzotint reads weights only and runs nothing "
-                "from a file. Whoever made it can save its state dict alone, best as .safetensors"
+                f"{path} contains code ({found[1] if found else 'or pickled objects of unknown kind'}) and was refused: "
+                "mezzotint reads weights only and runs nothing from a file. Whoever made it can save its state dict "
+                "alone, best as .safetensors"
             ) from None
-        raise ValueError(f"{path} is damaged, cut or not a file of weights: {str(error).splitlines()[0]}") from error
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged, cut or not a file of weights: {first}") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save's do: a zip, or a pickle of protocol 2 or later."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def tensor_claims(what: str, state: Mapping[str, Tensor], limit: int | None = None) -> dict[str, Claim]:
