@@ -149,7 +149,7 @@ def _torch_load(path: Path, device: str) -> Any:
         if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{path} contains code ({found[1] if found else 'or pickled objects of unknown kind'}) and was refused: "
+                f"{path} contains code ({found[1] if found else 'or objects of unknown kind'}) and was refused: "
                 "mezzotint reads weights only and runs nothing from a file. Whoever made it can save its state dict "
                 "alone, best as .safetensors"
             ) from None
