@@ -18,7 +18,7 @@ from torch import Tensor
 from mezzotint.data.builtin import digits
 from mezzotint.data.pixels import CROPS, Unreadable, flip, pixels_of, to_model_range, to_uint8
 from mezzotint.data.shapes import shapes
-from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, open_files
+from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, image_suffixes, open_files
 from mezzotint.data.tables import CARD, Prepared, open_npz, open_prepared, open_rows
 from mezzotint.registry import nearest
 
@@ -131,7 +131,7 @@ class Images:
         """Pictures and labels (None for a set without labels); unreadable ones replaced, see the class."""
         out = np.empty((len(indices), self.channels, self.size, self.size), np.uint8)
         used = np.empty(len(indices), np.int64)
-        for row, i in enumerate(map(int, indices)):
+        for row, i in enumerate(indices.tolist() if isinstance(indices, Tensor) else indices):
             try:
                 used[row], out[row] = i, self._pixels(i)
             except Unreadable:
@@ -214,7 +214,11 @@ def open_images(
 
     folder = Path(cache).expanduser() / images.fingerprint
     if not (folder / CARD).is_file():
-        prepare_images(images, folder)
+        try:
+            prepare_images(images, folder)
+        except ValueError:
+            if not (folder / CARD).is_file():  # else another rank was first
+                raise
     return Images(open_prepared(folder, None), size=size, channels=channels, crop=images.crop, keep=False)
 
 
@@ -235,8 +239,7 @@ def open_source(source: str, size: int | None) -> tuple[Source, int]:
 def _open_path(base: str, path: Path, split: str | None) -> Source:
     suffix = path.suffix.lower()
     if path.is_dir():
-        builder = _rows_in(path)
-        if builder is not None:
+        if _holds_rows(path):
             return open_rows(base, split)
         return open_files(Folder(path), checked_split(base, split))
     if suffix in ROW_FILES and (path.is_file() or "*" in path.name):
@@ -255,12 +258,16 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
     )
 
 
-def _rows_in(folder: Path) -> str | None:
-    """The kind of data set a folder holds, None if it is one of image files."""
-    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        return "saved"
-    names = [path.suffix.lower() for path in folder.rglob("*") if not path.name.startswith(".")]
-    return next((ROW_FILES[suffix] for suffix in ROW_FILES if suffix in names), None)
+def _holds_rows(folder: Path) -> bool:
+    """Whether a folder is a saved data set or holds files of rows, in itself or in `data`, and no images."""
+    entries = {entry.name: entry.is_dir() for entry in os.scandir(folder) if not entry.name.startswith(".")}
+    if "state.json" in entries or "dataset_dict.json" in entries:
+        return True
+    if any(is_folder and name != "data" for name, is_folder in entries.items()):
+        return False
+    names = [*entries, *(os.listdir(folder / "data") if entries.get("data") else [])]
+    suffixes = {Path(name).suffix.lower() for name in names}
+    return bool(suffixes & set(ROW_FILES)) and not suffixes & image_suffixes()
 
 
 def _open_builtin(name: str, option: str, size: int | None) -> tuple[Source, int]:

@@ -119,6 +119,7 @@ def _write(images: Images, folder: Path, progress: bool) -> dict[str, Any]:
         "crop": images.crop,
         "label_names": images.label_names,
         "fingerprint": content.hexdigest()[:32],
+        "left_out": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
     }
     _write_json(folder / "report.json", report)
     _describe_to_datasets(folder, features, writer.names, card["fingerprint"])

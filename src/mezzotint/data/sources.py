@@ -11,12 +11,13 @@ import hashlib
 import io
 import json
 import os
-import posixpath
+import stat
 import threading
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
@@ -114,19 +115,28 @@ class Folder:
         """File sizes in bytes by name, hidden files left out."""
         found: dict[str, int] = {}
         seen: set[str] = set()
-        for folder, below, files in os.walk(self.root, followlinks=True):
+        root = str(self.root)
+        for folder, below, files in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
             below[:] = [] if real in seen else [name for name in below if not name.startswith(".")]
+            prefix = Path(os.path.relpath(folder, root)).as_posix() + "/" if folder != root else ""
             for name in [] if real in seen else files:
-                path = Path(folder, name)
-                if not name.startswith(".") and path.is_file():
-                    found[path.relative_to(self.root).as_posix()] = path.stat().st_size
+                status = _status(os.path.join(folder, name))
+                if not name.startswith(".") and status is not None and stat.S_ISREG(status.st_mode):
+                    found[prefix + name] = status.st_size
             seen.add(real)
         return found
 
     def bytes(self, name: str) -> bytes:
         """The content of one file."""
         return (self.root / name).read_bytes()
+
+
+def _status(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except OSError:  # a link to nowhere
+        return None
 
 
 class Zip:
@@ -248,8 +258,9 @@ def _usual() -> tuple[str, ...]:
 
 def _common_folder(names: Sequence[str]) -> str:
     """The folder that holds every name, as a prefix ending in "/" or empty: `zip -r` of a folder adds one level."""
-    common = posixpath.commonpath([posixpath.dirname(name) for name in names])
-    return f"{common}/" if common else ""
+    folders = [name.split("/")[:-1] for name in names]
+    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
+    return "".join(f"{part}/" for part, _ in shared)
 
 
 def _labels_from_folders(

@@ -105,7 +105,8 @@ def open_prepared(folder: Path, split: str | None) -> Prepared:
     shape = (card["channels"], card["size"], card["size"])
     names = tuple(card["label_names"]) if card["label_names"] else None
     labels = None if labels is None else labels[rows].astype(np.int64)
-    return Prepared(str(folder.resolve()), rows, labels, names, shape, card["crop"], card["fingerprint"])
+    notes = tuple(f"left out when it was prepared: {name}" for name in card["left_out"])
+    return Prepared(str(folder.resolve()), rows, labels, names, shape, card["crop"], card["fingerprint"], notes)
 
 
 @dataclass(frozen=True)
@@ -229,8 +230,7 @@ def _part(parts: Any, split: str | None, what: str) -> Any:
     import datasets
 
     if split in parts:
-        alone = split == "train" and len(parts) == 1
-        return parts["train"] if not alone else _tenths(parts["train"], "train")
+        return _tenths(parts[split], split) if split == "train" and len(parts) == 1 else parts[split]
     if split is None and ("train" in parts or len(parts) == 1):
         return parts["train"] if "train" in parts else next(iter(parts.values()))
     if split == "all":
