@@ -39,8 +39,8 @@ class Table:
 
     def __call__(self, u: Tensor) -> Tensor:
         """The log-SNR of entry n = ceil(N u); u in [0, 1] of any shape, in u's dtype."""
-        # u = n / N, rounded to u's own dtype, must still find n.
-        rounding = len(self) * torch.finfo(u.dtype).eps
+        # u = n / N, rounded to float32 on its way, must still find n.
+        rounding = len(self) * torch.finfo(torch.float32).eps
         n = torch.ceil(u.double() * len(self) - rounding).long().clamp(1, len(self))
         return self.logsnr.to(u.device)[n - 1].to(torch.promote_types(u.dtype, torch.float32))
 
