@@ -166,7 +166,7 @@ registry.add(
         config=config,
         keys=keys,
         codec=lambda c: "sd-vae-ft-ema" if c.time == "scaled_linear" else "pixels",
-        licence="the code is Apache-2.0; its authors state no other licence for the weights, see their release",
-        where="github.com/qihao067/DiMR, README: DiMR-XL/2R and DiMR-G/2R for ImageNet 256x256",
+        licence="research purposes only, as its authors' README says; their code is Apache-2.0",
+        where="huggingface.co/QHL067/DiMR: DiMR-XL_2R_800epochs.pth and DiMR-G_2R_800epochs.pth, ImageNet 256x256",
     ),
 )
