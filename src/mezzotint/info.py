@@ -91,7 +91,8 @@ def layers(preset: str) -> list[dict[str, Any]]:
         rows of name ("blocks.0...27"), module (class), count, resolution ("16x16", "" without one), output (shape of
         each without the batch), params, gmac and activation_bytes of all `count` together. activation_bytes is what
         autograd keeps for the backward pass of one image in float32, without checkpointing and with attention
-        matrices (a fused kernel keeps none), each tensor once, where it is first kept. The last row, named "(itself)", is what the network does and owns outside its layers.
+        matrices (a fused kernel keeps none), each tensor once, where it is first kept. The last row, named
+        "(itself)", is what the network does and owns outside its layers.
 
     Errors: ValueError for an unknown preset, listing near names.
     """

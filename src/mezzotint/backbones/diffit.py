@@ -80,7 +80,7 @@ class DiffiTConfig:
         return self.window or self.size // self.patch
 
 
-def time_embedding(noise: Float[Tensor, " b"], width: int) -> Float[Tensor, "b width"]:
+def time_embedding(noise: Float[Tensor, " b"], width: int) -> Float[Tensor, "b {width}"]:
     """[cos, sin] of the network's number at frequencies 10000^(-i / (width/2)); float32 (specs section 2)."""
     half = width // 2
     frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=noise.device))
@@ -109,7 +109,9 @@ def sincos_positions(
     return torch.cat([code(column), code(row)], dim=1)[None]
 
 
-def relative_index(height: int, width: int, device: torch.device | None = None) -> Int[Tensor, " n*n"]:
+def relative_index(
+    height: int, width: int, device: torch.device | None = None
+) -> Int[Tensor, " ({height}*{width})**2"]:
     """Row of the bias table for every (query, key) of a window, query-major.
 
     Swin's indexing (specs section 1): (r_i - r_j + h - 1)(2w - 1) + (c_i - c_j + w - 1).
@@ -121,7 +123,9 @@ def relative_index(height: int, width: int, device: torch.device | None = None) 
     return (row[:, None, :, None] + column[None, :, None, :]).reshape(-1)
 
 
-def resize_table(table: Float[Tensor, "n heads"], side: int, height: int, width: int) -> Float[Tensor, "m heads"]:
+def resize_table(
+    table: Float[Tensor, "(2*{side}-1)**2 heads"], side: int, height: int, width: int
+) -> Float[Tensor, "(2*{height}-1)*(2*{width}-1) heads"]:
     """A bias table of side x side windows, as one of height x width windows of the same extent, bilinearly.
 
     Displacement 1-side ... side-1 is mapped onto 1-height ... height-1, so zero stays zero and ends stay ends.
@@ -138,7 +142,7 @@ def resize_table(table: Float[Tensor, "n heads"], side: int, height: int, width:
     return torch.einsum("ai,bj,ijh->abh", hat(height), hat(width), grid).flatten(0, 1).to(table.dtype)
 
 
-def gathered_bias(table: Float[Tensor, "m heads"], index: Int[Tensor, " n*n"], tokens: int) -> Tensor:
+def gathered_bias(table: Float[Tensor, "m heads"], index: Int[Tensor, " {tokens}**2"], tokens: int) -> Tensor:
     """(1, heads, tokens, tokens), keys contiguous as the fused kernels want them."""
     return table.t().index_select(1, index).view(1, -1, tokens, tokens)
 
