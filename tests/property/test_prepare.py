@@ -221,6 +221,7 @@ def test_damage_to_a_prepared_folder_is_told(mixed, tmp_path):
         ("gone", lambda d: (d / "data-00000.arrow").unlink(), "is damaged"),
         ("card", lambda d: (d / "mezzotint.json").write_text("{"), "mezzotint.json is damaged or foreign"),
         ("new", lambda d: (d / "mezzotint.json").write_text('{"format": 9}'), "this version reads format 1"),
+        ("half", lambda d: (d / "mezzotint.json").write_text('{"format": 1, "size": 16}'), "lacks channels, count"),
     ]:
         copy = tmp_path / name
         shutil.copytree(tmp_path / "out", copy)

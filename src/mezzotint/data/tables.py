@@ -18,6 +18,7 @@ from mezzotint.data.pixels import Unreadable
 from mezzotint.data.sources import NO_LABEL, decode, digest, held_out
 
 CARD = "mezzotint.json"  # beside the Arrow files of a prepared folder
+CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
@@ -86,6 +87,8 @@ def read_card(folder: Path) -> dict[str, Any]:
         card = json.loads((folder / CARD).read_text("utf-8"))
         if card["format"] != 1:
             raise ValueError(f"format {card['format']}, and this version reads format 1")
+        if missing := CARD_KEYS - card.keys():
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return card
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / CARD} is damaged or foreign: {error!r}; prepare the folder again") from error
