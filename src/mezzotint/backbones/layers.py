@@ -246,9 +246,9 @@ class Down(nn.Module):
 class Up(nn.Module):
     """1x1 convolution to the level's width, then nearest x2 (section 6)."""
 
-    def __init__(self, channels: int, out: int):
+    def __init__(self, channels: int, out: int, bias: bool = True):
         super().__init__()
-        self.conv = nn.Conv2d(channels, out, 1)
+        self.conv = nn.Conv2d(channels, out, 1, bias=bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """(b, c, h, w) to (b, out, 2h, 2w)."""
@@ -308,3 +308,11 @@ def check_input(z: Tensor, channels: int, factor: int) -> None:
     if z.shape[1] != channels:
         raise ValueError(f"an input of {z.shape[1]} channels was given to a network of {channels}")
     check_sides(z.shape[2], z.shape[3], factor)
+
+
+def checked_factor(size: int, transform: str, patch: int, halvings: int) -> int:
+    """What both sides of an input must be multiples of; ValueError where the native `size` is none."""
+    wavelet_levels(transform, patch)  # refuses a patch of 0 and other misfits
+    factor = patch * 2**halvings
+    check_sides(size, size, factor)
+    return factor

@@ -19,7 +19,7 @@ from mezzotint.backbones.layers import (
     TransformerBlock,
     Up,
     check_input,
-    check_sides,
+    checked_factor,
     run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -60,9 +60,9 @@ class SiD2Config:
 class SiD2(nn.Module):
     """SiD2's residual U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
-    Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, so that with a middle
-    that does nothing the decoder starts from p. Each transformer level has its own learned positions, added right after
-    the down-sampling (before q is taken; where they enter is our choice), resized for other input sizes.
+    Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, without bias, so that
+    with a middle that does nothing the decoder starts from p. Each transformer level has its own learned positions,
+    added right after the down-sampling (before q is taken; where they enter is our choice) and resized for other inputs.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
     Set `checkpointing` to recompute every block's activations in the backward pass.
@@ -78,8 +78,7 @@ class SiD2(nn.Module):
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
         self.config = config
         self.checkpointing = False
-        self.factor = c.patch * 2**levels
-        check_sides(c.size, c.size, self.factor)
+        self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
@@ -97,7 +96,7 @@ class SiD2(nn.Module):
         self.down = nn.ModuleList(stack(i, c.blocks[i]) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
         self.middle = stack(levels, c.depth)
-        self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels))
+        self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i], bias=False) for i in range(levels))
         self.up = nn.ModuleList(stack(i, c.blocks[i]) for i in range(levels))
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
 

@@ -20,7 +20,7 @@ from mezzotint.backbones.layers import (
     Stem,
     Up,
     check_input,
-    check_sides,
+    checked_factor,
     run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -84,8 +84,7 @@ class UNet(nn.Module):
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
         self.config = config
         self.checkpointing = False
-        self.factor = c.patch * 2 ** (levels - 1)
-        check_sides(c.size, c.size, self.factor)
+        self.factor = checked_factor(c.size, c.transform, c.patch, levels - 1)
         widths = [c.width * m for m in c.multipliers]
 
         def block(level: int, skip: bool, attention: bool) -> Block:

@@ -19,7 +19,7 @@ from mezzotint.backbones.layers import (
     TransformerBlock,
     Up,
     check_input,
-    check_sides,
+    checked_factor,
     run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -73,8 +73,7 @@ class UViT(nn.Module):
             raise ValueError(f"multipliers need one entry per level of blocks and one for the transformer: {c}")
         self.config = config
         self.checkpointing = False
-        self.factor = c.patch * 2**levels
-        check_sides(c.size, c.size, self.factor)
+        self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
