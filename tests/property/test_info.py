@@ -80,7 +80,7 @@ def test_activation_bytes_are_what_autograd_keeps(preset):
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         net(torch.randn(z.shape), torch.rand(noise.shape), Cond())
     counted = sum(r["activation_bytes"] for r in info.layers(preset))
-    assert counted == pytest.approx(sum(seen.values()), rel=0.05)
+    assert counted == pytest.approx(sum(seen.values()), rel=0.1)
 
 
 def test_activations_of_a_known_network():
