@@ -48,13 +48,9 @@ def stop() -> None:
 
 def blocks(module: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a backbone, the unit of sharding and compiling: members of its innermost ModuleLists."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        members = list(child) if isinstance(child, nn.ModuleList) else [child]
-        for member in members:
-            nested = blocks(member)
-            found += nested if nested or not isinstance(child, nn.ModuleList) else [member]
-    return found
+    if isinstance(module, nn.ModuleList):
+        return [block for member in module for block in (blocks(member) or [member])]
+    return [block for child in module.children() for block in blocks(child)]
 
 
 def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> nn.Module:
