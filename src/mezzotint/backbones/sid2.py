@@ -62,7 +62,7 @@ class SiD2(nn.Module):
 
     Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, without bias, so that
     with a middle that does nothing the decoder starts from p. Each transformer level has its own learned positions,
-    added right after the down-sampling (before q is taken; where they enter is our choice) and resized for other inputs.
+    added right after the down-sampling (before q is taken: our choice) and resized for other inputs.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
     Set `checkpointing` to recompute every block's activations in the backward pass.
