@@ -11,12 +11,12 @@ from mezzotint.process.samplers import Grid, level, points, sampler
 
 
 def fast_plan(calls: int, order: int) -> list[int]:
-    """Orders of the steps that spend `calls` network calls (DPM-Solver section 3.4; specs/dimr.md 6.1)."""
+    """Orders of the steps that spend `calls` >= 1 network calls (DPM-Solver section 3.4; specs/dimr.md 6.1)."""
     if order < 3:
         return [order] * (calls // order) + [1] * (calls % order)
     threes, rest = divmod(calls, 3)
     if rest == 0:
-        return [3] * (threes - 1) + [2, 1] if threes else []
+        return [3] * (threes - 1) + [2, 1]
     return [3] * threes + [rest]
 
 
@@ -35,9 +35,11 @@ def dpmpp_singlestep(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, ord
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} must be 1, 2 or 3")
     logsnr = points(grid)
-    finite = len(logsnr) - 1 - int(logsnr[-1].isinf())
+    plan = fast_plan(len(logsnr) - 1, order)
+    if logsnr[-1].isinf() and plan[-1] > 1:
+        plan[-1:] = [plan[-1] - 1, 1]
     start = 0
-    for size in fast_plan(finite, order) + [1] * (len(logsnr) - 1 - finite):
+    for size in plan:
         z = step(denoise, z, logsnr[start : start + size + 1], cond)
         start += size
     return z
