@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.layers import check_sides, label_index, run
+from mezzotint.backbones.layers import check_input, check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm
@@ -261,6 +261,8 @@ class DiffiT(nn.Module):
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
+        if cond.text is not None:
+            raise ValueError("DiffiT takes labels, not text")
         label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
         return self.time(noise) + self.label(label)
 
@@ -287,7 +289,7 @@ class DiffiT(nn.Module):
             noise: index into the 1000-step table, 0 (clean) to 999, not necessarily whole.
             cond: labels in 0...num_classes, or none.
         """
-        check_sides(z.shape[-2], z.shape[-1], self.config.tile)
+        check_input(z, self.config.channels, self.config.tile)
         b, p = len(z), self.config.patch
         rows, columns = z.shape[-2] // p, z.shape[-1] // p
         h, w = (self.config.window, self.config.window) if self.config.window else (rows, columns)

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.layers import check_sides, label_index, run
+from mezzotint.backbones.layers import check_input, check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.prediction import named
@@ -169,6 +169,8 @@ class DiffiTImage(nn.Module):
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
         c = self.time(noise)
+        if cond.text is not None:
+            raise ValueError("DiffiT takes labels, not text")
         label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
         return c if self.label is None else c + self.label(label)
 
@@ -180,7 +182,7 @@ class DiffiTImage(nn.Module):
             noise: ln(sigma/alpha) / 4.
             cond: labels in 0...num_classes, or none; an unconditional network (num_classes 0) takes none.
         """
-        check_sides(z.shape[-2], z.shape[-1], self.config.tile)
+        check_input(z, self.config.channels, self.config.tile)
         terms = iter(self.temporal(self.condition(noise, cond)).split([2 * w for w in self.terms], dim=1))
         index = relative_index(self.config.window, self.config.window, z.device)
 
