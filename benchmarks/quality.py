@@ -1,0 +1,144 @@
+"""Every family's tiny preset on the same real images: held-out error by log-SNR at equal images and at equal GMAC.
+
+    python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test --budget 8000
+
+Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-accumulates
+of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at fixed log-SNRs,
+which compares all of them. Killed and started again it goes on where it was. Writes OUT.json and OUT.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mezzotint
+from mezzotint import config
+from mezzotint.data.images import open_images
+from mezzotint.info import GIGA
+from mezzotint.models import create_model, load_model
+from mezzotint.process.denoiser import Cond
+from mezzotint.recipes import recipe_for
+from mezzotint.train.loop import train
+from mezzotint.train.validate import LEVELS, eps_mse_by_level
+
+FAMILIES = ("unet-tiny", "uvit-tiny", "dimr-tiny", "diffit-tiny")
+
+
+def gmac_per_image(preset: str, model: dict[str, Any]) -> float:
+    """Multiply-accumulates of one forward pass of one image, in 1e9, by torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        backbone = create_model(preset, **model).backbone
+    size, channels = backbone.config.size, backbone.config.channels
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        backbone(torch.empty(1, channels, size, size), torch.empty(1), Cond())
+    return counter.get_total_flops() / 2 / GIGA
+
+
+def milestones(gmac: float, budget: float, batch: int) -> list[int]:
+    """Images at 1/8, 1/4, 1/2 and all of the budget, and at 2,048, 4,096 ... images, whole batches, up to the budget."""
+    end = int(budget / gmac) // batch * batch
+    shares = [end // n // batch * batch for n in (8, 4, 2, 1)]
+    doubling = [2048 * 2**k for k in range(20) if 2048 * 2**k <= end]
+    return sorted({m for m in [*shares, *doubling] if m > 0})
+
+
+def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Train and measure one preset, appending a row per milestone and writing after each."""
+    held_out = open_images(args.held_out, size=args.size, channels=args.channels)
+    model = {"size": args.size, "channels": args.channels, "num_classes": held_out.num_classes}
+    gmac = gmac_per_image(preset, model)
+    recipe = config.override(recipe_for(preset), [f"{f'model.{k}'}={v}" for k, v in model.items()])
+    recipe = config.override(recipe, [f"data.source={args.data!r}", f"batch={args.batch}", "log_every_images=512"])
+    recipe = config.override(recipe, ["grid.count=40", "grid.steps=18", "grid.every_images=1000000000"])
+    folder = args.runs / f"{preset}-{args.size}"
+    for images in milestones(gmac, args.budget, args.batch):
+        if any(r["preset"] == preset and r["images"] == images for r in rows):
+            continue
+        train(replace(recipe, images=images), folder)
+        trained = load_model(folder / "model").eval()
+        errors = eps_mse_by_level(trained, held_out, count=args.count)
+        rows.append(
+            {
+                "preset": preset,
+                "images": images,
+                "gmac": images * gmac,
+                "gmac_per_image": gmac,
+                "params": sum(p.numel() for p in trained.parameters()),
+                "eps_mse": {f"{level:g}": error for level, error in errors.items()},
+            }
+        )
+        write(args, rows)
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The whole result so far, with what it was made on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    facts = {
+        "data": Path(args.data).name,
+        "held_out": f"{Path(args.held_out).name}, first {args.count} images",
+        "size": args.size,
+        "batch": args.batch,
+        "budget_gmac": args.budget,
+        "torch": torch.__version__,
+        "mezzotint": mezzotint.__version__,
+        "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+    }
+    args.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
+
+
+def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Mean held-out error over the levels, against images and against compute."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    for preset in FAMILIES:
+        mine = sorted((r for r in rows if r["preset"] == preset), key=lambda r: r["images"])
+        mean = [sum(r["eps_mse"].values()) / len(r["eps_mse"]) for r in mine]
+        for axis, unit in zip(axes, ("images", "gmac"), strict=True):
+            axis.plot([r[unit] for r in mine], mean, marker="o", label=preset)
+    for axis, label in zip(axes, ("images seen", "GMAC of forward passes"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(f"held-out eps-MSE, mean over log-SNR {', '.join(f'{x:g}' for x in LEVELS)}", fontsize=7)
+    axes[1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(args.out.with_suffix(".png"), dpi=120)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--held-out", required=True)
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--budget", type=float, default=8000, help="GMAC of forward passes per family")
+    parser.add_argument("--count", type=int, default=256, help="held-out images")
+    parser.add_argument("--families", nargs="*", default=FAMILIES)
+    parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-cpu"))
+    args = parser.parse_args()
+    done = args.out.with_suffix(".json")
+    rows = json.loads(done.read_text())["rows"] if done.exists() else []
+    for preset in args.families:
+        one_family(preset, args, rows)
+    plot(args, rows)
+
+
+if __name__ == "__main__":
+    main()
