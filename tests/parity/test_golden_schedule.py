@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from closed_forms import gaussian
+from mezzotint.convert.official import load_official
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Cond, Denoised
+from mezzotint.process.guidance import classifier_free, null_label, power_cosine
 from mezzotint.process.logsnr import alpha, per_image, sigma
 from mezzotint.process.samplers import grids, registry
 from mezzotint.process.samplers.ancestral import mean_and_bounds
@@ -133,3 +135,26 @@ def test_ancestral_update_with_learned_variance(diffit):
         if index > 0:  # the last step draws nothing
             log_variance = 2 * (step(1.0) - mean)[0].log()
             assert_close(log_variance, diffit["pmv_logvar"][row], rtol=0, atol=5e-4)
+
+
+def test_guided_chain(shared, diffit):
+    """Four steps of the recorded network, from noise to image: respaced grid, learned variance, guided at 4.4, power 4.
+
+    The recording stacks conditional on unconditional rows and keeps the first half.
+    """
+    named = load_file(shared("golden/diffit/A_in8_p2.safetensors"))
+    model = load_official({k.removeprefix("sd/"): v for k, v in named.items() if k.startswith("sd/")}).eval()
+    table = schedules.linear_ddpm()
+    kept = len(diffit["sample_z"]) // 2
+    scale = power_cosine(4.4, 4.0, lambda logsnr: table.index(logsnr) / 1000)
+    with torch.no_grad():
+        image = registry["ancestral"](
+            classifier_free(model, null_label(model.card.config.num_classes), scale, channels=3),
+            diffit["sample_z"][:kept],
+            grids.respaced(table, 4),
+            Cond(label=diffit["sample_y"][:kept]),
+            variance="learned",
+            noise=lambda i, z: diffit["sample_noises"][i, :kept],
+        )
+    expected = diffit["sample_out"][:kept]
+    assert (image - expected).abs().max() / expected.abs().max() < 2e-6

@@ -13,6 +13,8 @@ from mezzotint.process.samplers import Grid, Noise, gaussian, intervals, level, 
 def sde_dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, noise: Noise = gaussian) -> Image:
     """Stochastic, multistep; one network call per step. A step to +inf returns x and draws no noise.
 
+    On Gaussian data the variance of what it makes is of second order, where `ancestral` is of first.
+
     Args:
         z: state at grid[0].
         noise: draws.

