@@ -1,0 +1,223 @@
+"""Where the images to be judged come from: a folder, a sample file, prepared data, or a model's samples by seed.
+
+Each is an `ImageSource`: n images by index, so that work can be shared over ranks, interrupted and taken up again.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mezzotint.data.images import Images
+from mezzotint.data.sources import Folder, Zip, open_files
+from mezzotint.evaluate.weights import sha256_of
+
+READ_BATCH = 64  # images decoded at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """Images by index.
+
+    name: for print. n: how many. resolution: (height, width), None before the first is seen.
+    batches: (start, stop) -> tensors (b, channels, h, w), uint8 or float in [0, 1], images start ... stop - 1 in order.
+    card: what is known of how they were made (see `card.Protocol`), by field.
+    identity: of the content, for resuming; None when pieces must not be kept.
+    """
+
+    name: str
+    n: int
+    resolution: tuple[int, int] | None
+    batches: Callable[[int, int], Iterable[Tensor]] = field(repr=False)
+    card: dict[str, Any] = field(default_factory=dict)
+    identity: str | None = None
+
+
+def of_images(images: Images, name: str, n: int | None = None) -> ImageSource:
+    """Prepared data (the first `n`, all by default), cropped and resized as `images` says."""
+    count = len(images) if n is None else n
+    if not 0 < count <= len(images):
+        raise ValueError(f"{count} images of {name} asked for; it has {len(images)}")
+
+    def batches(start: int, stop: int) -> Iterator[Tensor]:
+        for first in range(start, stop, READ_BATCH):
+            pixels, _ = images.batch(range(first, min(stop, first + READ_BATCH)))
+            yield pixels
+
+    return ImageSource(
+        name=name,
+        n=count,
+        resolution=(images.size, images.size),
+        batches=batches,
+        card={"preprocessing": f"crop {images.crop} to {images.size} px", "uint8_rule": "as stored"},
+        identity=images.fingerprint,
+    )
+
+
+def of_folder(folder: str | Path, channels: int = 3) -> ImageSource:
+    """Every picture below a folder or in a .zip, in the order of names, untouched: no resize, no crop.
+
+    Errors: ValueError when there are fewer than two, when sizes differ, when a picture has not `channels` channels or
+    cannot be read.
+    """
+    path = Path(folder).expanduser()
+    found = open_files(Zip(path) if path.suffix.lower() == ".zip" else Folder(path), "all")
+    if len(found) < 2:
+        raise ValueError(f"{folder} holds {len(found)} images; at least two are needed")
+    modes = {3: ("RGB",), 1: ("L", "1")}[channels]
+
+    first = found.read(0)
+    size = (first.height, first.width)
+
+    def pixels(i: int) -> Tensor:
+        try:
+            picture = found.read(i)
+        except ValueError as error:
+            raise ValueError(f"{found.name(i)} cannot be read: {error}") from error
+        if (picture.height, picture.width) != size:
+            raise ValueError(
+                f"{found.name(i)} is {picture.width} x {picture.height} pixels, {found.name(0)} "
+                f"{size[1]} x {size[0]}; give images of one size (mezzotint prepare makes them so)"
+            )
+        return torch.from_numpy(_untouched(picture, modes, found.name(i)))
+
+    def batches(start: int, stop: int) -> Iterator[Tensor]:
+        for begin in range(start, stop, READ_BATCH):
+            yield torch.stack([pixels(i) for i in range(begin, min(stop, begin + READ_BATCH))])
+
+    return ImageSource(
+        name=str(folder),
+        n=len(found),
+        resolution=size,
+        batches=batches,
+        card={"preprocessing": "none"},
+        identity=found.identity(),
+    )
+
+
+def _untouched(picture: Image.Image, modes: tuple[str, ...], name: str) -> np.ndarray:
+    try:
+        if picture.mode == "RGBA" and np.asarray(picture)[..., 3].min() == 255:
+            picture = picture.convert("RGB")  # an alpha channel that hides nothing
+        if picture.mode not in modes:
+            grey = "; convert grey images to RGB first if that is meant" if picture.mode in ("L", "1", "LA") else ""
+            raise ValueError(f"{name} is of mode {picture.mode}; the feature network reads {' or '.join(modes)}{grey}")
+        array = np.array(picture.convert("L") if modes[0] == "L" else picture)
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+@contextmanager
+def npy_member(file: str | Path, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
+    """An array of a .npz as a stream behind its header, with shape, dtype and whether it is in Fortran order.
+
+    Errors: ValueError for a damaged file, an absent array, and pickled objects, before any of them is touched.
+    """
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            stream = stack.enter_context(archive.open(f"{key}.npy"))
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{file} is damaged or has no array {key!r} ({error})") from error
+        if dtype.hasobject:
+            raise ValueError(f"{file}: array {key!r} holds pickled objects; refused")
+        yield stream, shape, dtype, fortran
+
+
+def npz_names(file: str | Path) -> list[str]:
+    """The arrays of a .npz, sorted."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return sorted(name.removesuffix(".npy") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is no whole .npz file ({error})") from error
+
+
+def read_npz(file: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Arrays of a .npz by name; see `npy_member`."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in names:
+        with npy_member(file, name) as (stream, shape, dtype, fortran):
+            try:
+                values = np.frombuffer(stream.read(), dtype)
+                arrays[name] = values.reshape(shape, order="F" if fortran else "C").copy()
+            except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{file}: array {name!r} is damaged ({error})") from error
+    return arrays
+
+
+def of_npz(file: str | Path) -> ImageSource:
+    """`arr_0` of an ADM sample file: uint8 (n, h, w, channels), read in pieces, since 50,000 images are 10 GB."""
+    with npy_member(file, "arr_0") as (_, shape, dtype, fortran):
+        pass
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+        raise ValueError(f"{file}: arr_0 is {dtype} of shape {shape}; expected uint8 (images, height, width, 1 or 3)")
+    n, height, width, channels = shape
+
+    def batches(start: int, stop: int) -> Iterator[Tensor]:
+        with npy_member(file, "arr_0") as (stream, *_):
+            try:
+                stream.seek(stream.tell() + start * height * width * channels)
+                for begin in range(start, stop, READ_BATCH):
+                    count = min(stop, begin + READ_BATCH) - begin
+                    data = stream.read(count * height * width * channels)
+                    rows = np.frombuffer(data, np.uint8).reshape(count, height, width, channels)
+                    yield torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
+            except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+                raise ValueError(f"{file}: arr_0 is damaged ({error})") from error
+
+    return ImageSource(
+        name=str(file),
+        n=n,
+        resolution=(height, width),
+        batches=batches,
+        card={"preprocessing": "none"},
+        identity=sha256_of(file),
+    )
+
+
+def of_samples(
+    draw: Callable[[range], Tensor],
+    n: int,
+    name: str,
+    card: dict[str, Any],
+    identity: str | None = None,
+    batch: int = 64,
+) -> ImageSource:
+    """Samples of a model: `draw(range(a, b))` gives images a ... b - 1 as uint8, each a function of its number alone.
+
+    Args:
+        card: fields of `card.Protocol` that say how they are made (seeds, sampler, steps, ...).
+        identity: of the model and those settings, so that an interrupted evaluation can be taken up; None: it cannot.
+        batch: images per call.
+    """
+
+    def batches(start: int, stop: int) -> Iterator[Tensor]:
+        for first in range(start, stop, batch):
+            yield draw(range(first, min(stop, first + batch)))
+
+    return ImageSource(name=name, n=n, resolution=None, batches=batches, card=card, identity=identity)
+
+
+def open_source_of(path: str | Path, channels: int = 3) -> ImageSource:
+    """A folder, .zip or .npz of finished images."""
+    path = Path(path)
+    if path.suffix == ".npz":
+        return of_npz(path)
+    if path.is_dir() or path.suffix == ".zip":
+        return of_folder(path, channels)
+    raise ValueError(f"no images at {path}; give a folder of images, a .zip of one, or an .npz with arr_0")
