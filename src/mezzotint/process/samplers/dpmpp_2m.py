@@ -24,7 +24,7 @@ def dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
         h = (s - t) / 2  # step in lambda = log(alpha / sigma)
         # Algorithm 2: D = (1 + 1 / 2r) x - (1 / 2r) x_past, r = h_past / h
         d = x if past is None else x + h / (2 * h_past) * (x - past)
-        # Eq. 9: z_s = (sigma_s / sigma_t) z_t - alpha_s (exp(-h) - 1) D
+        # Proposition 4.1 with x constant: z_s = (sigma_s / sigma_t) z_t - alpha_s (exp(-h) - 1) D
         z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * d
         past, h_past = x, h
     return z

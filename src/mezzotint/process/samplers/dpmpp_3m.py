@@ -26,7 +26,7 @@ def dpmpp_3m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
         if len(past) == 1:
             z = z + slope_weight(past[0][0], t) * (x - past[0][1])
         h = (s - t) / 2  # step in lambda = log(alpha / sigma)
-        # arXiv 2211.01095 eq. 8: z_s = (sigma_s / sigma_t) z_t + sigma_s times the integral of exp(lambda) x(lambda),
+        # Proposition 4.1: z_s = (sigma_s / sigma_t) z_t + sigma_s times the integral of exp(lambda) x(lambda),
         # for the parabola through the last three x in Newton's form, in units of the step.
         z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * x
         if past:

@@ -54,7 +54,7 @@ def step(denoise: Denoiser, z: Image, at: list[Tensor], cond: Cond) -> Image:
         return torch.expm1(-a)
 
     def linear(to: Tensor) -> Image:
-        # DPM-Solver++ eq. 9, the first-order step; DDIM's.
+        # DPM-Solver++ proposition 4.1 with x constant: DDIM's step (specs/dimr.md 6.1, o1).
         return sigma(to) / sigma(t) * z - alpha(to) * phi((to - t) / 2) * d0
 
     d0 = denoise(z, level(t, z), cond).x

@@ -19,7 +19,7 @@ solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignor
 def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
     """Predictor of `order` and a corrector that reuses the next step's call; one network call per step.
 
-    The corrector adds one to the predictor's order (UniPC corollary 3.2): measured 2, 3 and 4 for 1, 2 and 3. A step
+    The corrector adds one to the predictor's order (UniPC section 3): measured 2, 3 and 4 for 1, 2 and 3. A step
     to +inf returns x; the last step has no corrector, which would cost one more call.
 
     Args:
@@ -42,7 +42,7 @@ def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
 
 
 def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) -> Image:
-    """z at s from z at t: UniPC eq. 3 and 9 with the answers `known`, (log-SNR, x), the one at t first."""
+    """z at s from z at t: UniPC's predictor or corrector (section 3) from the answers `known`, (log-SNR, x), the one at t first."""
     h = (s - t) / 2  # step in lambda = log(alpha / sigma)
     x = known[0][1]
     z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * x
@@ -56,9 +56,9 @@ def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) ->
 
 
 def coefficients(h: Tensor, r: Tensor) -> Tensor:
-    """The weights of the differences at the fractions r of the step h: R(h) rho = b / B(h) (UniPC theorem 3.1).
+    """The weights of the differences at the fractions r of the step h: R(h) rho = b / B(h) (UniPC section 3).
 
-    One unknown gets 1/2, its limit for h -> 0, as in the paper (appendix F), which keeps the order.
+    One unknown gets 1/2, its limit for h -> 0, as the paper does, which keeps the order.
     """
     if len(r) == 1:
         return torch.full_like(r, 0.5)
