@@ -42,7 +42,11 @@ def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
 
 
 def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) -> Image:
-    """z at s from z at t: UniPC's predictor or corrector (section 3) from the answers `known`, (log-SNR, x), the one at t first."""
+    """z at s from z at t by UniPC's predictor, or by its corrector where x at s is known too (section 3).
+
+    Args:
+        known: the network's answers (log-SNR, x), the one at t first.
+    """
     h = (s - t) / 2  # step in lambda = log(alpha / sigma)
     x = known[0][1]
     z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * x
