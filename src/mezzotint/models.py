@@ -199,7 +199,7 @@ def readme(model: Model) -> str:
         "",
         f"# {card.preset or card.backbone}",
         "",
-        f"A {made} of [mezzotint](https://pypi.org/project/mezzotint) with {count:,} parameters, working in "
+        f"A {made} of mezzotint with {count:,} parameters, working in "
         f"{card.codec}; {card.images:,} training images seen.",
         "",
         f"Licence of the weights: {card.licence or 'not stated'}.",
