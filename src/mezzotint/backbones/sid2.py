@@ -167,9 +167,9 @@ registry.add(
                 config=SiD2Config(
                     size=32,
                     num_classes=10,
-                    width=32,
+                    width=16,
                     emb=128,
-                    multipliers=(1, 2, 4),
+                    multipliers=(1, 4, 8),
                     kinds=("res", "transformer", "transformer"),
                     blocks=(1, 1),
                     depth=3,
