@@ -27,7 +27,7 @@ from mezzotint.evaluate.collect import collect
 from mezzotint.evaluate.copies import copies, sheet
 from mezzotint.evaluate.features import from_module
 from mezzotint.evaluate.kid import kid
-from mezzotint.evaluate.metrics import frechet_distance
+from mezzotint.evaluate.metrics import frechet_distance, inception_score
 from mezzotint.evaluate.neighbours import density_coverage, precision_recall
 from mezzotint.evaluate.references import make_reference
 from mezzotint.evaluate.run import Settings, copies_against, evaluate, print_evaluation, protocol_of
@@ -102,6 +102,13 @@ def test_an_interrupted_evaluation_is_taken_up_where_it_ended(small_pieces, tmp_
     collect(dataclasses.replace(made(), identity="model at 8"), [own()], tmp_path)
     assert drawn[170:] == list(range(150))  # another model's pieces are no use
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_progress_is_shown_when_asked_for(small_pieces, capsys):
+    collect(source(), [own()])
+    assert not capsys.readouterr().out
+    collect(source(), [own()], show=True)
+    assert "features of pictures 0" in capsys.readouterr().out
 
 
 def test_a_damaged_piece_is_named(small_pieces, tmp_path):
@@ -212,6 +219,15 @@ def test_fdr_and_intervals(reference, tmp_path):
     assert base.reference["heldout_hash"] == heldout.hash
     assert distance.low < distance.value < distance.high
     assert distance.settings == {"resamples": 30, "level": 0.95, "seed": 0}
+
+
+def test_logits_give_a_score_without_any_reference(reference):
+    logits = dataclasses.replace(own(), name="inception-logits")
+    found = evaluate(source(), reference, [logits], dataclasses.replace(SETTINGS, split_size=50))
+    want = inception_score(own()(pictures(150)), 50)
+    assert found["IS"].value == want.mean
+    assert found["IS"].settings == {"split_size": 50, "std_over_splits": want.std}
+    assert found["IS"].reference is None
 
 
 def test_real_digits_from_noise(tmp_path):
