@@ -22,8 +22,8 @@ from mezzotint.train.setup import setup
 from mezzotint.train.step import NotFinite
 
 SMALL = [
-    "data.source=digits", "model.size=8", "model.channels=1", "model.width=8", "model.emb=16", "model.multipliers=[1,1]",
-    "model.blocks=[1,1]", "model.attention=[false,true]", "model.heads=1", "model.dropout=0.1", "batch=16",
+    "data.source=digits", "model.size=8", "model.channels=1", "model.width=8", "model.emb=16",
+    "model.multipliers=[1,1]", "model.blocks=[1,1]", "model.attention=[false,true]", "model.heads=1", "model.dropout=0.1", "batch=16",
     "images=160", "log_every_images=32", "grid.every_images=80", "grid.count=10", "grid.steps=2",
     "save.every_images=48", "save.keep=10", "engine.precision=float32", "optim.warmup_images=32", "data.flip=true",
 ]  # fmt: skip
@@ -69,7 +69,8 @@ def test_a_run_leaves_what_the_design_promises(whole):
 
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
     """Stops after every second step, between the sums of a log line too."""
-    for attempt in range(20):
+    stops = 0
+    while stops < 20:
         asked = loop.Stop()
         steps = iter(range(2))
         real = loop.update_averages
@@ -83,11 +84,11 @@ def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
         try:
             train(small(), tmp_path / "run", quiet=True)
             break
-        except SystemExit as done:
-            assert done.code == 0
+        except SystemExit:
+            stops += 1
         finally:
             monkeypatch.undo()
-    assert attempt >= 4
+    assert stops == 5
     assert_same_run(whole, tmp_path / "run")
 
 
@@ -162,7 +163,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
-    run = setup(small(), tmp_path, loop.distributed.start())
+    run = setup(small(), tmp_path, loop.ranks.start())
     before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
     bad = dataclasses.replace(run, objective=lambda m, x, eps, l, c: run.objective(m, x, eps, l, c) * (l * 0 / (l < 0)))
     with pytest.raises(NotFinite, match=r"at 0 images; nothing was updated.*image \d+ at log-SNR -?\d") as caught:
@@ -177,14 +178,14 @@ def test_a_folder_of_another_recipe_is_refused(whole):
 
 
 def test_data_that_do_not_fit_the_network(tmp_path):
-    with pytest.raises(ValueError, match="has 10 classes, model.num_classes=4 is too few"):
+    with pytest.raises(ValueError, match=r"has 10 classes, model\.num_classes=4 is too few"):
         train(small("model.num_classes=4"), tmp_path, quiet=True)
     assert not (tmp_path / "recipe.yaml").exists()
 
 
 def test_microbatches_change_only_rounding(tmp_path):
-    one = setup(small("model.dropout=0"), tmp_path / "a", loop.distributed.start())
-    two = setup(small("model.dropout=0", "engine.microbatch=5"), tmp_path / "b", loop.distributed.start())
+    one = setup(small("model.dropout=0"), tmp_path / "a", loop.ranks.start())
+    two = setup(small("model.dropout=0", "engine.microbatch=5"), tmp_path / "b", loop.ranks.start())
     for run in (one, two):
         loop.loop(
             dataclasses.replace(run, recipe=dataclasses.replace(run.recipe, images=48)), loop.Console(True), loop.Stop()

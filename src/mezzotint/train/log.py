@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.train.distributed import World, add_ranks
+from mezzotint.ranks import World, add_ranks
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)

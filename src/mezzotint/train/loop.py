@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mezzotint import ranks
 from mezzotint.config import Recipe
 from mezzotint.data.loader import batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
-from mezzotint.train import distributed, ema, log, state
+from mezzotint.train import ema, log, state
 from mezzotint.train.console import Console
 from mezzotint.train.preview import save_grid
 from mezzotint.train.setup import Run, averaged_model, setup
@@ -80,7 +81,7 @@ def train(
     Errors: ValueError for a recipe, data or folder that do not fit; NotFinite before a non-finite update;
     OSError when a checkpoint cannot be written (earlier ones stay).
     """
-    world = distributed.start()
+    world = ranks.start()
     console = Console(quiet or not world.main)
     stop = Stop()
     try:
@@ -88,7 +89,7 @@ def train(
             loop(setup(recipe, Path(folder), world, console.say, initialise), console, stop)
     finally:
         console.close()
-        distributed.stop()
+        ranks.stop()
     return Path(folder)
 
 
@@ -122,7 +123,7 @@ def loop(run: Run, console: Console, stop: Stop) -> None:
                 lines.write(record)
             since, began = now.images, time.monotonic()
         console.progress(now.images, record)
-        stopping = distributed.any_rank(stop.asked, world)
+        stopping = ranks.any_rank(stop.asked, world)
         if due(run, recipe.grid.every_images):
             save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world)
         if due(run, recipe.save.every_images) or stopping:

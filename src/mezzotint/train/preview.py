@@ -12,7 +12,7 @@ from mezzotint.data.pixels import to_uint8
 from mezzotint.generate import sample
 from mezzotint.pictures import grid, save_png
 from mezzotint.process.denoiser import Model
-from mezzotint.train.distributed import World
+from mezzotint.ranks import World
 
 
 def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:

@@ -15,9 +15,9 @@ from mezzotint.data.images import Images, open_images
 from mezzotint.models import Card, build_model, preset_card
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
+from mezzotint.ranks import World
 from mezzotint.registry import build
 from mezzotint.train import distributed, ema, log, state
-from mezzotint.train.distributed import World
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.step import Objective
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mezzotint.train.distributed import World, add_ranks
+from mezzotint.ranks import World, add_ranks
 
 MANIFEST = "manifest.json"
 

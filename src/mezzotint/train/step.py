@@ -15,8 +15,9 @@ from mezzotint.data import loader
 from mezzotint.data.pixels import flip, to_model_range
 from mezzotint.process.denoiser import Cond, Model, Schedule
 from mezzotint.process.schedules import slope
+from mezzotint.ranks import World
 from mezzotint.train import log
-from mezzotint.train.distributed import World, whole
+from mezzotint.train.distributed import whole
 from mezzotint.train.optim import learning_rate, set_learning_rate
 from mezzotint.train.state import State
 
