@@ -16,7 +16,6 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.dimr_blocks import (
@@ -28,6 +27,7 @@ from mezzotint.backbones.dimr_blocks import (
     TimeVectors,
     TransformerBlock,
     layer_norm,
+    recomputed,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
@@ -169,7 +169,7 @@ class Branch(nn.Module):
         maps = iter([v.to(z.dtype)[:, None, None] for v in time])
         x = self.embed(z)
         if self.cascade is not None:
-            x = x + self.cascade(features, list(islice(maps, 4)), checkpointing)
+            x = x + self.cascade(features, list(islice(maps, 4)))
         _, h, w, _ = x.shape
         if self.classes is not None and label is not None:
             x = torch.cat([F.embedding(label, self.classes)[:, None], x.flatten(1, 2)], dim=1)
@@ -182,7 +182,7 @@ class Branch(nn.Module):
             if j > self.pairs:
                 x = self.skips[j - self.pairs - 1](x, stack.pop())
             vectors = [v[:, 0] if self.transformer else v for v in islice(maps, self.per_block)]
-            x = checkpoint(block, x, *vectors, use_reentrant=False) if checkpointing else block(x, *vectors)
+            x = recomputed(block, x, *vectors) if checkpointing else block(x, *vectors)
             if j < self.pairs:
                 stack.append(x)
             features.append(as_map(x))
@@ -194,7 +194,7 @@ class DiMR(nn.Module):
     """The network: backbone(z, noise, cond) -> predictions of all branches, coarse to fine.
 
     Attributes:
-        checkpointing: recompute blocks and cascade in the backward pass, off unless set.
+        checkpointing: recompute every block in the backward pass, off unless set; the cascade always is.
     """
 
     def __init__(self, config: DiMRConfig):
@@ -227,12 +227,11 @@ class DiMR(nn.Module):
         Errors: ValueError for a size, channels or condition that the network does not take.
         """
         label = self.label(z, cond)
-        checkpointing = self.checkpointing and torch.is_grad_enabled()
         time = iter(self.time(noise / 4))  # tau = noise / 4 (spec 2.1)
         features: list[Tensor] = []
         outputs = []
         for branch, count in zip(self.branches, self.counts, strict=True):
-            features, out = branch(z, features, label, list(islice(time, count)), checkpointing)
+            features, out = branch(z, features, label, list(islice(time, count)), self.checkpointing)
             outputs.append(out)
         return outputs
 

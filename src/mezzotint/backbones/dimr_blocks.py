@@ -7,13 +7,21 @@ Section numbers are those of arXiv 2406.09416 unless said otherwise; where text 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """function(*args), keeping nothing of it for the backward pass, which computes it again."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    # There is no dropout to repeat, and saving the random state would wait for the device.
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 class TimeVectors(nn.Module):
@@ -212,17 +220,20 @@ class Cascade(nn.Module):
         self.project = nn.Linear(dim_in * count, dim * ratio**2)
         self.vectors = ((dim_in * count, 1.0), (dim_in * count, 0.0), (dim, 1.0), (dim, 0.0))
 
-    def forward(self, features: Sequence[Tensor], time: Sequence[Tensor], checkpointing: bool = False) -> Tensor:
+    def forward(self, features: Sequence[Tensor], time: Sequence[Tensor]) -> Tensor:
         """Features (b, h, w, dim_in) each -> (b, h ratio, w ratio, dim); time: gain and shift before, and after."""
         gain, shift, gain_out, shift_out = time
         mean, rstd = joint_statistics(features)
-        width, out = features[0].shape[-1], self.project.bias.to(mean.dtype)
-        for i in range(0, len(features), self.group):
-            part = features[i : i + self.group]
-            columns = slice(i * width, (i + len(part)) * width)
-            args = (part, mean, rstd, gain[..., columns], shift[..., columns], self.project.weight[:, columns])
-            # Recomputing a group costs one elementwise pass; kept, the groups are the largest activation of all.
-            out = out + (checkpoint(_project, *args, use_reentrant=False) if checkpointing else _project(*args))
+        groups = [features[i : i + self.group] for i in range(0, len(features), self.group)]
+        width = self.group * features[0].shape[-1]
+        parts = zip(
+            groups, gain.split(width, -1), shift.split(width, -1), self.project.weight.split(width, 1), strict=True
+        )
+        out = self.project.bias.to(mean.dtype)
+        for group in parts:
+            # Always recomputed in the backward pass: kept, the groups would be the largest activation of all, and one
+            # more elementwise pass over them costs 1 % of a training step.
+            out = out + recomputed(_project, mean, rstd, *group)
         b, h, w, _ = out.shape
         r = self.ratio
         out = out.view(b, h, w, r, r, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h * r, w * r, -1)
@@ -239,7 +250,7 @@ def joint_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return mean, torch.rsqrt(variances.mean(0) + spread + 1e-5)
 
 
-def _project(part: Sequence[Tensor], mean: Tensor, rstd: Tensor, gain: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+def _project(mean: Tensor, rstd: Tensor, part: Sequence[Tensor], gain: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
     """W (gain (f - mean) rstd + shift) for a few features f, with the columns of W that belong to them."""
     gains, shifts = gain.chunk(len(part), dim=-1), shift.chunk(len(part), dim=-1)
     normed = [torch.addcmul(s, (f - mean) * rstd, g) for f, g, s in zip(part, gains, shifts, strict=True)]
