@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mezzotint.process.logsnr import per_image
+from mezzotint.process.logsnr import beside, per_image
 from mezzotint.process.prediction import Prediction, solve
 
 Image = Float[Tensor, "b c h w"]
@@ -90,7 +90,7 @@ class Model(nn.Module):
     def raw(self, z: Image, logsnr: Level, cond: Cond) -> Sequence[Tensor]:
         """The backbone's outputs, coarse to fine, in its own dtype; the last has z's height and width."""
         p = self.parameterisation
-        logsnr = logsnr.to(z.device)  # levels may come from the CPU, where guidance reads them without waiting
+        logsnr = beside(logsnr, z)  # samplers give levels on the CPU, where guidance reads them without waiting
         dtype = next(self.backbone.parameters()).dtype
         scaled = per_image(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
@@ -105,4 +105,4 @@ class Model(nn.Module):
         if self.parameterisation.learned_variance:
             out, var = out.chunk(2, dim=1)
             var = var.to(torch.promote_types(var.dtype, torch.float32))
-        return Denoised(*solve(self.parameterisation.kind, z, out, logsnr.to(z.device)), var)
+        return Denoised(*solve(self.parameterisation.kind, z, out, beside(logsnr, z)), var)

@@ -5,8 +5,9 @@ A guidance scale is a function of log-SNR in DiT's unit: guess = weak + scale (s
 and eps are linear in each other given z, mixing both is mixing either.
 
 Both passes of classifier-free guidance run as one doubled batch. Where the scale is 1 for the whole batch the weak
-pass is skipped, provided that the levels (b,) are on the CPU: reading them elsewhere would stop the host until the
-device has caught up. Levels on a device always take both passes; the result is the same.
+pass is skipped, provided that the levels (b,) are on the CPU, as samplers give them on any device: reading them
+elsewhere would stop the host until the device has caught up. Levels on a device always take both passes; the result
+is the same.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level
-from mezzotint.process.logsnr import alpha, per_image, sigma
+from mezzotint.process.logsnr import alpha, beside, per_image, sigma
 
 Scale = Callable[[Tensor], Tensor]  # log-SNR (b,) -> guidance scale (b,) in DiT's unit
 Null = Callable[[Cond], Cond]  # a condition -> the empty condition of the same batch
@@ -93,7 +94,7 @@ def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None
     """weak + scale (strong - weak) on the first `channels` channels; the rest, and the variance, from `strong`."""
 
     def mix(c: Tensor, u: Tensor) -> Tensor:
-        s = per_image(scale, c).to(c.device, c.dtype)
+        s = per_image(beside(scale, c), c).to(c.dtype)
         # DiT, section 3: eps = eps_u + s (eps_c - eps_u)
         mixed = u[:, :channels] + s * (c[:, :channels] - u[:, :channels])
         return mixed if channels is None else torch.cat([mixed, c[:, channels:]], 1)
@@ -159,9 +160,9 @@ def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
     return guided
 
 
-def _with_image(z: Image, logsnr: Level, guess: Denoised, x: Image) -> Denoised:
+def with_image(z: Image, logsnr: Level, guess: Denoised, x: Image) -> Denoised:
     """`guess` with another image, and the noise that z then implies."""
-    level = logsnr.to(x.device)
+    level = beside(logsnr, x)
     # z = alpha x + sigma eps, so deps = -(alpha / sigma) dx; exactly zero where x did not change.
     ratio = per_image(alpha(level) / sigma(level), x).to(x.dtype)
     return Denoised(x, guess.eps + ratio * (guess.x - x), guess.var)
@@ -174,7 +175,7 @@ def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
 
     def guess(z: Image, logsnr: Level, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
-        return _with_image(z, logsnr, raw, raw.x.clamp(low, high))
+        return with_image(z, logsnr, raw, raw.x.clamp(low, high))
 
     return guess
 
@@ -192,7 +193,7 @@ def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
         magnitude = raw.x.abs().flatten(1).sort(1).values  # torch.quantile refuses more than 16 M elements
         q = magnitude[:, math.ceil(quantile * magnitude.shape[1]) - 1].clamp(min=1)
         q = per_image(q, raw.x)
-        return _with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
+        return with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
 
     return guess
 

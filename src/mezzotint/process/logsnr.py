@@ -21,6 +21,13 @@ def per_image(level: Tensor, like: Tensor) -> Tensor:
     return level.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def beside(level: Tensor, like: Tensor) -> Tensor:
+    """One number per image on the device of `like`; the host does not wait for the copy."""
+    dtype = torch.float32 if like.device.type == "mps" and level.dtype == torch.float64 else level.dtype
+    # Pageable memory is staged before the call returns, so `level` may go out of scope; on MPS that is not promised.
+    return level.to(like.device, dtype, non_blocking=like.device.type == "cuda")
+
+
 def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
     """z = alpha x + sigma eps (simple diffusion section 2), in the wider dtype of x and float32.
 

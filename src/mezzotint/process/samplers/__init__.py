@@ -53,6 +53,9 @@ def intervals(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def level(logsnr: Tensor, z: Image) -> Level:
-    """One log-SNR as the (b,) tensor that a denoiser takes: float64, so that a table's entries are met exactly."""
-    exact = torch.float32 if z.device.type == "mps" else torch.float64
-    return torch.full((len(z),), float(logsnr), dtype=exact, device=z.device)
+    """One log-SNR as the (b,) tensor that a denoiser takes.
+
+    float64, so that a table's entries are met exactly; on the CPU whatever z's device, so that guidance can look at it
+    without waiting for the device (`logsnr.beside` brings it there).
+    """
+    return torch.full((len(z),), float(logsnr), dtype=torch.float64, device="cpu")
