@@ -9,8 +9,9 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
+from mezzotint.weights import cache_dir, sha256_of_module
+
+__all__ = ["INCEPTION", "WeightFile", "cache_dir", "checked", "fetch", "located", "sha256_of", "sha256_of_module"]
 
 CHUNK_BYTES = 1 << 20
 
@@ -36,12 +37,6 @@ INCEPTION = WeightFile(
 )
 
 
-def cache_dir() -> Path:
-    """Where fetched weights are kept: $MEZZOTINT_CACHE, else mezzotint/ below $XDG_CACHE_HOME or ~/.cache."""
-    own = os.environ.get("MEZZOTINT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mezzotint"
-
-
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file; ValueError when it cannot be read."""
     try:
@@ -49,15 +44,6 @@ def sha256_of(path: str | Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def sha256_of_module(module: nn.Module) -> str:
-    """Hex SHA-256 of a module's parameters and buffers: names, dtypes, shapes, bytes, in the order of names."""
-    h = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
-        h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def checked(path: Path, weights: WeightFile) -> Path:
