@@ -6,6 +6,7 @@ one. Every failure is a ValueError that names the file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -193,3 +194,18 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def cache_dir() -> Path:
+    """Where fetched weights are kept: $MEZZOTINT_CACHE, else mezzotint/ below $XDG_CACHE_HOME or ~/.cache."""
+    own = os.environ.get("MEZZOTINT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mezzotint"
+
+
+def sha256_of_module(module: nn.Module) -> str:
+    """Hex SHA-256 of a module's parameters and buffers: names, dtypes, shapes, bytes, in the order of names."""
+    h = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
