@@ -144,11 +144,12 @@ def info(preset: Positional[str] = "", /, *, json: bool = False) -> None:
     from mezzotint import info as counts
 
     if json:
-        for row in counts.table():
-            if preset in ("", row["name"]):
-                print(dumps(row))
-        return
-    Console().print(counts.render_layers(preset) if preset else counts.render_table())
+        for row in [counts.describe(preset)] if preset else counts.table():
+            print(dumps(row))
+    elif preset:
+        Console().print(counts.render_layers(preset, counts.layers(preset)))
+    else:
+        Console().print(counts.render_table(counts.table()))
 
 
 COMMANDS = {"demo": demo, "train": train, "sample": sample, "prepare": prepare, "info": info}

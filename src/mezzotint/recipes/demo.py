@@ -36,7 +36,7 @@ def demo_recipe(images: int | None, seed: int) -> Recipe:
             "model.channels=1",
             "model.num_classes=10",
             "data.source=digits",
-            f"images={images or 110_000}",
+            f"images={images or 90_000}",
             f"seed={seed}",
             "optim.decay=cosine",
             "grid.every_images=1000000000",
