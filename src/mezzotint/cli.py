@@ -152,7 +152,40 @@ def info(preset: Positional[str] = "", /, *, json: bool = False) -> None:
         Console().print(counts.render_table(counts.table()))
 
 
-COMMANDS = {"demo": demo, "train": train, "sample": sample, "prepare": prepare, "info": info}
+def convert(
+    source: Positional[str],
+    out: Positional[Path],
+    /,
+    *,
+    to: Literal["mezzotint", "official"] = "mezzotint",
+    family: str | None = None,
+    hint: tuple[str, ...] = (),
+    check: bool = False,
+) -> None:
+    """Convert an official checkpoint of DiMR or DiffiT to a model folder, or a model folder back, bitwise.
+
+    Args:
+        source: Official .safetensors or .pth file, or a model folder for --to official.
+        out: Model folder to write, or the official file.
+        to: Direction.
+        family: dimr or diffit; recognised by its keys by default.
+        hint: What shapes cannot tell, e.g. heads=16 (docs/checkpoints.md lists them).
+        check: Read the result back, convert it back and compare every tensor bit for bit.
+    """
+    import yaml
+
+    from mezzotint.convert import convert as run
+
+    pairs = [h.partition("=") for h in hint]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"hint {name!r} is not of the form name=value, e.g. heads=16")
+    hints = {name: yaml.safe_load(value) for name, _, value in pairs}
+    for line in run(source, out, to=to, check=check, family=family, hints=hints):
+        print(line)
+
+
+COMMANDS = {"demo": demo, "train": train, "sample": sample, "prepare": prepare, "info": info, "convert": convert}
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mezzotint as mz
-from mezzotint.convert.surgery import adapt
+from mezzotint.convert.surgery import adapt, start_from
 
 TINY = sorted(name for name in mz.presets() if "tiny" in name)
 WITH_TRANSFORMS = {
@@ -147,3 +147,23 @@ def test_several_at_once_and_the_report():
 def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match="try 60 or 64"):
         adapt(mz.create_model("dimr-tiny"), size=62)
+
+
+def test_start_from_fills_what_fits_and_tells_the_rest(tmp_path):
+    source = mz.create_model("sid2-tiny", num_classes=4)
+    mz.save_model(source, tmp_path / "model")
+    fresh = mz.create_model("sid2-tiny", num_classes=4, size=64, transform="conv", patch=2)
+    said: list[str] = []
+    start_from(str(tmp_path), said.append)(fresh)
+    mine, theirs = fresh.backbone.state_dict(), source.backbone.state_dict()
+    same = [k for k in mine if k in theirs and mine[k].shape == theirs[k].shape]
+    assert len(same) > 0.9 * len(mine)
+    assert all(torch.equal(mine[k], theirs[k]) for k in same)
+    assert len(said) > 1
+    assert "started from" in said[0]
+
+
+def test_start_from_another_backbone_is_refused(tmp_path):
+    mz.save_model(mz.create_model("unet-tiny"), tmp_path / "model")
+    with pytest.raises(ValueError, match="is a unet; a uvit cannot start from it"):
+        start_from(str(tmp_path))(mz.create_model("uvit-tiny"))

@@ -7,9 +7,10 @@ cell: patches, wavelet bands, variance beside prediction), or a square grid of p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +68,40 @@ def adapt(
         labels = None if field == "num_classes" else card.labels
         card = replace(card, config=config, labels=labels, preset=None, images=0)
     return models.assemble(card, state), list(report.values())
+
+
+def start_from(source: str, say: Callable[[str], None] = print) -> Callable[[Model], None]:
+    """A function that fills a fresh model with the weights of `source`, a model or run folder or hub repository.
+
+    Classes, size and channels are adapted as `adapt` does. Where anything else of the config differs (a smaller patch,
+    as SiD2 goes from 128 to 512 pixels) tensors of the same name and shape are kept and the others start afresh. Every
+    tensor that is not simply kept is told.
+
+    Errors: ValueError for another backbone, or when nothing fits.
+    """
+
+    def initialise(model: Model) -> None:
+        folder = Path(source) / "model"
+        old = models.load_model(folder if folder.is_dir() else source)
+        wanted = model.card.config
+        if old.card.backbone != model.card.backbone:
+            raise ValueError(f"{source} is a {old.card.backbone}; a {model.card.backbone} cannot start from it")
+        old, changes = adapt(old, num_classes=wanted.num_classes, size=wanted.size, channels=wanted.channels)
+        state, fresh = old.backbone.state_dict(), model.backbone.state_dict()
+        kept = {k: t for k, t in state.items() if k in fresh and t.shape == fresh[k].shape}
+        if not kept:
+            raise ValueError(f"no tensor of {source} fits this model; compare the two config.json")
+        model.backbone.load_state_dict(kept, strict=False)
+        changes = [c for c in changes if c.how != "kept" and c.name in kept]
+        changes += [Change(k, "new", None, tuple(t.shape)) for k, t in fresh.items() if k not in kept]
+        changes += [Change(k, "dropped", tuple(t.shape), None) for k, t in state.items() if k not in kept]
+        say(
+            f"started from {source}: {len(kept)} of {len(fresh)} tensors, {len(changes)} of them or beside them changed"
+        )
+        for change in changes:
+            say(f"  {change}")
+
+    return initialise
 
 
 def _joined(before: Change | None, after: Change) -> Change:
