@@ -86,19 +86,26 @@ def start_from(source: str, say: Callable[[str], None] = print) -> Callable[[Mod
         wanted = model.card.config
         if old.card.backbone != model.card.backbone:
             raise ValueError(f"{source} is a {old.card.backbone}; a {model.card.backbone} cannot start from it")
-        old, changes = adapt(old, num_classes=wanted.num_classes, size=wanted.size, channels=wanted.channels)
-        state, fresh = old.backbone.state_dict(), model.backbone.state_dict()
-        kept = {k: t for k, t in state.items() if k in fresh and t.shape == fresh[k].shape}
-        if not kept:
+        adapted, changes = adapt(old, num_classes=wanted.num_classes, size=wanted.size, channels=wanted.channels)
+        how = {c.name: c for c in changes}
+        fresh = model.backbone.state_dict()
+        plain, carried = old.backbone.state_dict(), adapted.backbone.state_dict()
+        # As it is where it fits (a finer patch keeps the grid, so positions stay), else adapted, else afresh.
+        state, told = {}, []
+        for name, tensor in fresh.items():
+            if name in plain and plain[name].shape == tensor.shape:
+                state[name] = plain[name]
+            elif name in carried and carried[name].shape == tensor.shape:
+                state[name] = carried[name]
+                told.append(how[name])
+            else:
+                told.append(Change(name, "new", None, tuple(tensor.shape)))
+        told += [Change(k, "dropped", tuple(t.shape), None) for k, t in plain.items() if k not in fresh]
+        if not state:
             raise ValueError(f"no tensor of {source} fits this model; compare the two config.json")
-        model.backbone.load_state_dict(kept, strict=False)
-        changes = [c for c in changes if c.how != "kept" and c.name in kept]
-        changes += [Change(k, "new", None, tuple(t.shape)) for k, t in fresh.items() if k not in kept]
-        changes += [Change(k, "dropped", tuple(t.shape), None) for k, t in state.items() if k not in kept]
-        say(
-            f"started from {source}: {len(kept)} of {len(fresh)} tensors, {len(changes)} of them or beside them changed"
-        )
-        for change in changes:
+        model.backbone.load_state_dict(state, strict=False)
+        say(f"started from {source}: {len(state)} of {len(fresh)} tensors taken, {len(told)} changes")
+        for change in told:
             say(f"  {change}")
 
     return initialise
