@@ -2,9 +2,9 @@
 
     python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test --budget 8000
 
-Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-accumulates
-of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at fixed log-SNRs,
-which compares all of them. Killed and started again it goes on where it was. Writes OUT.json and OUT.png.
+Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-
+accumulates of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at
+fixed log-SNRs, which compares all of them. Killed and started again it goes on where it was. Writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def gmac_per_image(preset: str, model: dict[str, Any]) -> float:
 
 
 def milestones(gmac: float, budget: float, batch: int) -> list[int]:
-    """Images at 1/8, 1/4, 1/2 and all of the budget, and at 2,048, 4,096 ... images, whole batches, up to the budget."""
+    """Images at 1/8, 1/4, 1/2 and all of the budget, and at 2,048, 4,096 ... up to it; whole batches."""
     end = int(budget / gmac) // batch * batch
     shares = [end // n // batch * batch for n in (8, 4, 2, 1)]
     doubling = [2048 * 2**k for k in range(20) if 2048 * 2**k <= end]
