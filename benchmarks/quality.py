@@ -4,7 +4,7 @@
 
 Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-
 accumulates of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at
-fixed log-SNRs, which compares all of them. Killed and started again it goes on where it was. Writes OUT.json and OUT.png.
+fixed log-SNRs, which compares all of them. Killed and started again it goes on where it was. Writes OUT.json, OUT.png.
 """
 
 from __future__ import annotations
