@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
 from mezzotint.data.builtin import digits
-from mezzotint.data.pixels import CROPS, Unreadable, flip, pixels_of, to_model_range, to_uint8
+from mezzotint.data.pixels import CROPS, Unreadable, flip, mirrored, pixels_of, to_model_range, to_uint8
 from mezzotint.data.shapes import shapes
 from mezzotint.data.sources import NO_LABEL, SPLITS, Folder, Source, Zip, digest, image_suffixes, open_files
 from mezzotint.data.tables import CARD, Prepared, open_npz, open_prepared, open_rows
+from mezzotint.data.words import Words
 from mezzotint.registry import nearest
 
 __all__ = ["Images", "Report", "flip", "open_images", "to_model_range", "to_uint8"]
@@ -27,7 +28,11 @@ __all__ = ["Images", "Report", "flip", "open_images", "to_model_range", "to_uint
 MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept by cache="memory"
 MAX_STAND_INS = 1000  # unreadable samples in a row before we call the whole set damaged
 BUILTIN = ("digits", "shapes")
+LATENTS = "latents.json"  # card of a folder of `mezzotint.data.encode`
 ROW_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}  # suffix -> builder of `datasets`
+
+
+Send = Callable[[Tensor], Tensor]
 
 
 @dataclass
@@ -77,6 +82,7 @@ class Images:
         self.num_classes = len(source.label_names) if source.label_names else 0
         self.fingerprint = digest([source.identity(), f"{size} {channels} {crop}"])
         self.report = Report(len(source), notes=source.notes)
+        self.words: Words | None = None  # embedded captions, for networks that read text
         self._unreadable: dict[int, str] = {}
         self._allocate()
 
@@ -139,6 +145,17 @@ class Images:
                 out[row] = self._pixels(int(used[row]))
         labels = self.source.labels
         return torch.from_numpy(out), None if labels is None else torch.from_numpy(labels[used])
+
+    def to_model(
+        self, loaded: UInt8[Tensor, "b c h w"], seed: int, numbers: list[int], mirror: bool, send: Send
+    ) -> Float[Tensor, "b c h w"]:
+        """What `batch` gave as the network's images in -1...1; with `mirror`, half of the image numbers are mirrored.
+
+        send: moves a tensor to the device of the network.
+        """
+        if mirror:
+            loaded = flip(loaded, mirrored(seed, numbers))
+        return to_model_range(send(loaded))
 
     def mark_unreadable(self, found: dict[int, str]) -> None:
         """Take over what another process found: index -> reason."""
@@ -239,6 +256,8 @@ def open_source(source: str, size: int | None) -> tuple[Source, int]:
 def _open_path(base: str, path: Path, split: str | None) -> Source:
     suffix = path.suffix.lower()
     if path.is_dir():
+        if (path / LATENTS).is_file():
+            raise ValueError(f"{base} holds latents, not pictures; give the pictures it was prepared from")
         if _holds_rows(path):
             return open_rows(base, split)
         return open_files(Folder(path), checked_split(base, split))

@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Bool, Float16, Int64, UInt8
 from torch import Tensor
 
-from mezzotint.data.images import Images
+from mezzotint.data.latent_sets import TrainingSet
 from mezzotint.data.order import indices
 
 
@@ -23,16 +23,20 @@ class Batch(NamedTuple):
     """One rank's part of a batch.
 
     numbers: sample numbers in the run, counted from 0 over all epochs; what the draws of noise and level are keyed by.
-    pixels: uint8; labels: class indices, None for a set without labels.
+    pixels: what the set's `batch` gives and its `to_model` takes: uint8 pixels, or float16 moments of latents.
+    labels: class indices, None for a set without labels.
+    text, text_mask: embedded captions and where they hold words, None for a set without.
     """
 
     numbers: Int64[Tensor, " b"]
-    pixels: UInt8[Tensor, "b c h w"]
+    pixels: UInt8[Tensor, "b c h w"] | Float16[Tensor, "b view 2 c h w"]
     labels: Int64[Tensor, " b"] | None
+    text: Float16[Tensor, "b t d"] | None = None
+    text_mask: Bool[Tensor, "b t"] | None = None
 
 
 def batches(
-    images: Images,
+    images: TrainingSet,
     *,
     seed: int,
     start_image: int,
@@ -76,7 +80,7 @@ def _numbers(seed: int, start: int, batch: int, share: int, step: int, n: int) -
 
 
 def _ahead(
-    images: Images, plan: Callable[[int, int], tuple[Tensor, Tensor]], workers: int, processes: bool
+    images: TrainingSet, plan: Callable[[int, int], tuple[Tensor, Tensor]], workers: int, processes: bool
 ) -> Iterator[Batch]:
     """Load steps 0, 1, ... with `workers`, twice as many in flight, and hand them out in order."""
     pool, load = _pool(images, workers, processes)
@@ -94,9 +98,10 @@ def _ahead(
                 flying.append((numbers, pool.submit(load, chosen.tolist())))
                 step += 1
             numbers, future = flying.popleft()
-            pixels, labels, unreadable = future.result()
+            arrays, unreadable = future.result()
             images.mark_unreadable(unreadable)
-            yield Batch(numbers, tensor(pixels), None if labels is None else tensor(labels))
+            pixels, *others = arrays
+            yield Batch(numbers, tensor(pixels), *(None if array is None else tensor(array) for array in others))
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a data worker process died (killed, or out of memory?); the run so far is sound: start it again with the "
@@ -107,10 +112,10 @@ def _ahead(
 
 
 # Arrays, since tensors would cross processes in shared memory, which containers keep small.
-Loaded = tuple[np.ndarray, np.ndarray | None, dict[int, str]]
+Loaded = tuple[list[Any], dict[int, str]]  # the fields of `Batch` after `numbers`; unreadable samples
 
 
-def _pool(images: Images, workers: int, processes: bool) -> tuple[Executor, Callable[[list[int]], Loaded]]:
+def _pool(images: TrainingSet, workers: int, processes: bool) -> tuple[Executor, Callable[[list[int]], Loaded]]:
     if not processes:
         return ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data"), partial(_load, images)
     # Spawned, not forked: a fork of a process with CUDA or OpenMP threads may hang.
@@ -118,15 +123,18 @@ def _pool(images: Images, workers: int, processes: bool) -> tuple[Executor, Call
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(images,)), _load_adopted
 
 
-def _load(images: Images, chosen: list[int]) -> Loaded:
-    pixels, labels = images.batch(chosen)
-    return pixels.numpy(), None if labels is None else labels.numpy(), images.unreadable()
+def _load(images: TrainingSet, chosen: list[int]) -> Loaded:
+    fields: list[Tensor | None] = list(images.batch(chosen))
+    unreadable = images.unreadable()
+    if images.words is not None:  # a caption goes with the picture that is shown
+        fields += images.words.batch([images.readable(i) if i in unreadable else i for i in chosen])
+    return [None if t is None else t.numpy() for t in fields], unreadable
 
 
-_adopted: list[Images] = []  # of a worker process
+_adopted: list[TrainingSet] = []  # of a worker process
 
 
-def _adopt(images: Images) -> None:
+def _adopt(images: TrainingSet) -> None:
     torch.set_num_threads(1)
     _adopted[:] = [images]
 

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Float32, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mezzotint import draws
 from mezzotint.registry import nearest
 
 RULES = ("round", "truncate")  # of to_uint8
@@ -45,6 +46,11 @@ def flip(images: Tensor, mask: Bool[Tensor, " b"]) -> Tensor:
     """(b, ..., w) images, those where `mask` is True mirrored left to right; which ones is the caller's draw."""
     mask = mask.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
     return torch.where(mask, images.flip(-1), images)
+
+
+def mirrored(seed: int, numbers: list[int]) -> Bool[Tensor, " b"]:
+    """Which image numbers of a run are mirrored: each with probability 1/2."""
+    return draws.uniform("augment", seed, numbers) < 0.5
 
 
 def _scaled_to_uint8(image: Image.Image) -> Image.Image:
