@@ -72,41 +72,98 @@ def train(
     print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
 
 
+# Without tyro's "{None}|STR" and "(default: None)", which would double the length of the help.
+Word = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+Count = Annotated[int, arg(metavar="N", help_behavior_hint="")]
+Given = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Picture = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Switch = tyro.conf.FlagCreatePairsOff[Annotated[bool, arg(help_behavior_hint="")]]
+
+
 def sample(
-    model: Positional[str],
+    model: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]],
     /,
     *,
-    out: Annotated[Path, arg(aliases=["-o"])] = Path("samples.png"),
-    n: int = 16,
-    seed: int = 0,
-    label: tuple[str, ...] = (),
-    sampler: str = "ddim",
-    steps: int = 50,
-    guidance: float | None = None,
-    size: int | None = None,
-    batch: int = 64,
+    out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path("samples.png"),
+    n: Count = 16,
+    seed: Count = 0,
+    label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
+    label_law: Word = None,
+    protocol: Word = None,
+    sampler: Word = None,
+    grid: Word = None,
+    steps: Given = None,
+    guidance: Word = None,
+    guide: Word = None,
+    clip: Word = None,
+    size: Word = None,
+    dtype: Word = None,
+    batch: Given = None,
+    codec: Word = None,
+    latents: Switch = False,
+    overwrite: Switch = False,
+    trajectory: Switch = False,
+    interpolate: Given = None,
+    image: Picture = None,
+    image_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint="")] = None,
+    mask: Picture = None,
 ) -> None:
-    """Sample images from a run, a model folder or a hub repository into a PNG grid or a folder of PNGs.
+    """Sample images from a run, a model folder or a hub repository. The same command resumes; torchrun shares.
 
     Args:
         model: Run folder, model folder or hub name.
-        out: A .png for one grid, or a folder for one PNG per image.
-        n: Number of images; image i has seed `seed` + i.
-        seed: Seed of the first image.
-        label: Class names or numbers, repeated in turn; all classes in turn by default.
-        sampler: Name of a sampler, e.g. ddim, heun, dpmpp_2m, ancestral.
-        steps: Steps of the sampler's grid.
-        guidance: Classifier-free guidance scale as DiT counts it; 1 or nothing is none.
-        size: Height and width in pixels; the network's own by default.
-        batch: Images per network call; changes speed and memory, not the images.
+        out: FILE.png (one grid, the default), a folder of PNGs, .npz (ADM's), .tar.
+        n: Number of images; 16 by default.
+        seed: Number of the first image, 0 by default; each depends on its own alone.
+        label: Class names or numbers to choose from; all by default.
+        label_law: turn (default), random, or balanced: 50 in a row.
+        protocol: simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2.
+        sampler: With options: ddim (default), ddim:eta=0.5, heun:s_churn=40.
+        grid: even, even_logsnr, karras:rho=5, respaced; by default the family's.
+        steps: Of the grid; 50 by default.
+        guidance: dit_s=1.5 (or 1.5), simple_diffusion_w=0.1, dimr_s=0.4; and low=-3,high=5 (log-SNR), power=4,
+            channels=3.
+        guide: A weaker model to guide away from (autoguidance).
+        clip: none (default), static, dynamic:quantile=0.995.
+        size: Of the network's input: 64, or 48x64 (height first).
+        dtype: float32 (default), bfloat16, float16.
+        batch: Images per network call; 64 by default.
+        codec: Autoencoder to decode with; by default the model's.
+        latents: Write latents (.npz), not images.
+        overwrite: Replace what exists or has other settings.
+        trajectory: The way to each image: filmstrip and GIF.
+        interpolate: So many frames from each seed to the next.
+        image: Start from this picture noised to --image-logsnr.
+        image_logsnr: Lower forgets more of it.
+        mask: Paint only where this picture is white.
     """
-    from mezzotint.generate import Settings, sample_to
-    from mezzotint.registry import Spec
+    from mezzotint import protocols as words
+    from mezzotint.produce import job_for, produce
 
-    settings = Settings(
-        sampler=Spec(sampler), steps=steps, guidance=guidance, size=None if size is None else (size, size), batch=batch
+    given = {
+        "sampler": None if sampler is None else words.parse_sampler(sampler),
+        "grid": None if grid is None else words.parse_grid(grid),
+        "steps": steps,
+        "guidance": None if guidance is None else words.parse_guidance(guidance),
+        "size": None if size is None else words.parse_size(size),
+        "dtype": dtype,
+        "batch": batch,
+    }
+    changes = {field: value for field, value in given.items() if value is not None}
+    if clip is not None:
+        changes["clip"] = words.parse_clip(clip)
+    job = job_for(
+        model, changes, protocol=protocol, labels=label, label_law=label_law, guide=guide, codec=codec, latents=latents
     )
-    print(sample_to(model, out, settings, n, seed, label))
+    if trajectory or interpolate is not None or image is not None or mask is not None or image_logsnr is not None:
+        from mezzotint.looking import look
+
+        written = look(
+            job, out, n, seed, film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask
+        )
+    else:
+        written = [produce(job, out, n, seed, overwrite)]
+    print(f"{n} images, {job.calls} network calls each:", *written)
 
 
 def prepare(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,15 +13,63 @@ import torch
 from torch import Tensor
 
 from mezzotint import draws
-from mezzotint.data.pixels import to_uint8
 from mezzotint.models import load_model, schedule_of
-from mezzotint.pictures import grid, save_png, to_pillow
 from mezzotint.process import guidance as guide
 from mezzotint.process import samplers
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level, Model, Schedule
-from mezzotint.process.samplers import grids
-from mezzotint.process.schedules import Table
+from mezzotint.process.samplers import Grid, grids
+from mezzotint.process.schedules import Table, invert
+from mezzotint.ranks import own_device
 from mezzotint.registry import Spec, checked_options, nearest
+
+CLIPS: dict[str, Callable[..., Denoiser]] = {"static": guide.clipped, "dynamic": guide.dynamically_clipped}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guidance:
+    """How strongly to guide, and where. Exactly one of the three scales is given, each its own paper's number.
+
+    dit_s: guess = weak + s (strong - weak), of DiT, DiffiT, EDM2 and autoguidance; 1 is none.
+    simple_diffusion_w: guess = (1 + w) cond - w uncond; 0 is none.
+    dimr_s: guess = cond + s (cond - uncond); 0 is none.
+    low, high: natural log-SNRs between which guidance acts, `low` the noisier.
+    power: of the power-cosine, which rises from no guidance at pure noise to the scale at the clean end; None is
+        constant.
+    time: what the power-cosine runs over: "u" (None too) is the schedule's own, a table's n / N, as DiMR has it;
+        "index" is a table's (n - 1) / N, as DiffiT has it.
+    channels: how many leading channels are guided; None is all.
+    """
+
+    dit_s: float | None = None
+    simple_diffusion_w: float | None = None
+    dimr_s: float | None = None
+    low: float | None = None
+    high: float | None = None
+    power: float | None = None
+    time: str | None = None
+    channels: int | None = None
+
+    def __post_init__(self):
+        given = [n for n in ("dit_s", "simple_diffusion_w", "dimr_s") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(f"guidance needs one of dit_s, simple_diffusion_w and dimr_s; given: {given or 'none'}")
+        if (self.low is None) != (self.high is None):
+            raise ValueError("an interval needs both ends, low and high, as log-SNRs")
+        if not math.isfinite(self.peak):
+            raise ValueError(f"guidance {self.peak} must be a finite number; 1 is none as DiT counts it")
+        if self.time not in (None, "u", "index") or (self.time is not None and self.power is None):
+            raise ValueError(f"time {self.time!r} must be u or index, and belongs to a power-cosine (power=4)")
+
+    @property
+    def peak(self) -> float:
+        """The scale in DiT's unit; the power-cosine's largest."""
+        if self.dit_s is not None:
+            return self.dit_s
+        if self.simple_diffusion_w is not None:
+            return 1 + self.simple_diffusion_w
+        assert self.dimr_s is not None
+        return 1 + self.dimr_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +78,34 @@ class Settings:
 
     sampler, grid: registered names with options; grid None is the family's own: Karras' for EDM's log-normal
         schedule, even in u otherwise. steps: intervals of the grid.
-    guidance: classifier-free scale as DiT counts it, uncond + guidance (cond - uncond); None or 1 is none.
+    guidance: None is none.
+    clip: "static" (low=-1, high=1) or "dynamic" (quantile=0.995) clipping of the denoised image after guidance; None
+        is none.
     size: (height, width) of the network's input; None is its native size.
     batch: images per network call; with `exact` it changes speed and memory only.
     exact: evaluate the network in tiles of one size, for the same bytes at every batch size. None: on the CPU.
+    dtype: of the network's arithmetic, "float32", "bfloat16" or "float16"; the solver's is always float32.
     """
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
     grid: Spec | None = None
     steps: int = 50
-    guidance: float | None = None
+    guidance: Guidance | None = None
+    clip: Spec | None = None
     size: tuple[int, int] | None = None
     batch: int = 64
     exact: bool | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.batch < 1:
+            raise ValueError(f"batch {self.batch} must be at least 1")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size {self.size} must be positive")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; {nearest(self.dtype, DTYPES)}")
+        if self.clip is not None and self.clip.name not in CLIPS:
+            raise ValueError(f"unknown clipping {self.clip.name!r}; {nearest(self.clip.name, CLIPS)}")
 
 
 def sample(
@@ -71,7 +136,8 @@ def sample(
         the network cannot take.
     """
     square = (size, size) if isinstance(size, int) else size
-    settings = Settings(sampler=Spec(sampler), steps=steps, guidance=guidance, size=square)
+    guided = None if guidance is None else Guidance(dit_s=guidance)
+    settings = Settings(sampler=Spec(sampler), steps=steps, guidance=guided, size=square)
     cond = Cond(label=labels_of(model, label, len(seeds)), text=text)
     return generate(model, list(seeds), cond, settings)
 
@@ -125,8 +191,9 @@ def tiled(denoise: Denoiser, size: int = TILE) -> Denoiser:
     def each(z: Image, logsnr: Level, cond: Cond) -> Denoised:
         tiles = []
         for start in range(0, len(z), size):
-            rows = torch.arange(start, start + size, device=z.device).clamp(max=len(z) - 1)
-            tiles.append(denoise(z[rows], logsnr[rows], cond.map(lambda t, rows=rows: t[rows])))
+            rows = torch.arange(start, start + size).clamp(max=len(z) - 1)
+            there = rows.to(z.device)
+            tiles.append(denoise(z[there], logsnr[rows.to(logsnr.device)], cond.map(lambda t, rows=there: t[rows])))
         x, eps, var = zip(*tiles, strict=True)
         learned = None if var[0] is None else torch.cat(var)[: len(z)]
         return Denoised(torch.cat(x)[: len(z)], torch.cat(eps)[: len(z)], learned)
@@ -134,34 +201,151 @@ def tiled(denoise: Denoiser, size: int = TILE) -> Denoiser:
     return each
 
 
-@torch.no_grad()
-def generate(model: Model, seeds: list[int], cond: Cond, settings: Settings) -> Image:
-    """Images from seeds under `settings`; see `sample`. `cond` holds one row per seed, on any device."""
-    config = model.card.config
-    height, width = settings.size or (config.size, config.size)
+def scale_of(guidance: Guidance, schedule: Schedule) -> guide.Scale:
+    """The guidance scale as a function of log-SNR, in DiT's unit.
+
+    Errors: ValueError for an interval outside the schedule, and for time "index" of a schedule that is no table.
+    """
+    scale = guide.dit_s(guidance.peak)
+    if guidance.power is not None:
+        scale = guide.power_cosine(guidance.peak, guidance.power, _time(guidance.time or "u", schedule))
+    if guidance.low is None or guidance.high is None:
+        return scale
+    noisy, clean = schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
+    if guidance.high < noisy or guidance.low > clean:
+        raise ValueError(
+            f"the guidance interval {guidance.low:g}...{guidance.high:g} lies outside the schedule, whose log-SNR runs "
+            f"from {noisy:.4g} (noise) to {clean:.4g} (clean)"
+        )
+    return guide.interval(scale, guidance.low, guidance.high)
+
+
+def _time(name: str, schedule: Schedule) -> Callable[[Tensor], Tensor]:
+    if name == "u":
+        return lambda logsnr: invert(schedule, logsnr)
+    if not isinstance(schedule, Table):
+        raise ValueError("time=index needs a discrete table (linear_ddpm, scaled_linear ...); leave it out for u")
+    return lambda logsnr: schedule.index(logsnr) / len(schedule)
+
+
+def in_dtype(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The denoiser with its matrix products in another dtype (autocast)."""
+
+    def cast(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        with torch.autocast(z.device.type, dtype):
+            return denoise(z, logsnr, cond)
+
+    return cast
+
+
+def chain(strong: Denoiser, model: Model, settings: Settings, weak: Denoiser | None = None) -> Denoiser:
+    """The network as a sampler sees it: guided, then clipped.
+
+    Args:
+        strong: evaluates `model`, whose card says what classes and schedule it has.
+        weak: guides in place of the empty condition (autoguidance).
+    """
+    g, denoise = settings.guidance, strong
+    if weak is not None and g is None:
+        raise ValueError("a guide needs a guidance scale, e.g. dit_s=1.5")
+    if g is not None and g.peak != 1:
+        scale, channels = scale_of(g, schedule_of(model)), model.card.config.channels
+        if g.channels is not None and not 1 <= g.channels <= channels:
+            raise ValueError(f"{g.channels} guided channels; this model has {channels}")
+        if weak is None:
+            denoise = guide.classifier_free(denoise, guide.null_label(model.card.config.num_classes), scale, g.channels)
+        elif g.channels is not None:
+            raise ValueError("autoguidance guides all channels; leave channels out")
+        else:
+            denoise = guide.autoguidance(denoise, weak, scale)
+    if settings.clip is not None:
+        clip = CLIPS[settings.clip.name]
+        denoise = clip(denoise, **checked_options(f"clipping {settings.clip.name}", clip, settings.clip.options))
+    return denoise
+
+
+def network(model: Model, settings: Settings) -> Denoiser:
+    """The model as `settings` want it evaluated: in tiles and in its dtype."""
+    exact = next(model.parameters()).device.type == "cpu" if settings.exact is None else settings.exact
+    denoise: Denoiser = tiled(model) if exact else model
+    return denoise if settings.dtype == "float32" else in_dtype(denoise, DTYPES[settings.dtype])
+
+
+def run_of(settings: Settings) -> samplers.Sampler:
+    """The sampler with its options: (denoiser, z, grid, cond, noise=...) -> image, `noise` for stochastic ones."""
     run = samplers.registry[settings.sampler.name]
     options = checked_options(f"sampler {settings.sampler.name}", run, settings.sampler.options)
+    return functools.partial(run, **options)
+
+
+def network_calls(model: Model, settings: Settings, autoguided: bool = False) -> int:
+    """Forward passes per image, both passes of guidance counted, by running the sampler around an empty network."""
+
+    def empty(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+        return Denoised(
+            torch.zeros_like(z), z, torch.zeros_like(z) if model.parameterisation.learned_variance else None
+        )
+
+    counted = guide.Counted(empty)
+    denoise = chain(counted, model, settings, counted if autoguided else None)
+    z = torch.zeros(1, model.card.config.channels, 1, 1)
+    label = torch.zeros(1, dtype=torch.long) if model.card.config.num_classes else None
+    run_of(settings)(denoise, z, grid_of(model, settings), Cond(label=label))
+    return counted.rows
+
+
+def start_noise(model: Model, seeds: Sequence[int], settings: Settings) -> Image:
+    """The standard normal noise from which each seed starts, (len(seeds), c, h, w) on the model's device."""
+    config = model.card.config
+    height, width = settings.size or (config.size, config.size)
+    noise = draws.normal("sample", 0, list(seeds), (config.channels, height, width))
+    return noise.to(next(model.parameters()).device)
+
+
+@torch.no_grad()
+def integrate(
+    model: Model,
+    z: Image,
+    stops: Grid,
+    seeds: Sequence[int],
+    cond: Cond,
+    settings: Settings,
+    weak: Model | None = None,
+    around: Callable[[Denoiser], Denoiser] | None = None,
+) -> Image:
+    """One batch from the state z at stops[0] through the sampler.
+
+    Args:
+        z: (b, c, h, w) on the model's device.
+        stops: rising log-SNRs, of `grid_of` or one's own.
+        seeds: of the sampler's own noise, one per image.
+        weak: guides in place of the empty condition.
+        around: wraps the guided and clipped denoiser once more.
+    """
+    denoise = chain(network(model, settings), model, settings, weak and network(weak, settings))
+    run, numbers = run_of(settings), list(seeds)
+
+    def noise(i: int, z: Image) -> Image:
+        return draws.normal("sampler", 0, numbers, tuple(z.shape[1:]), draw=i).to(z)
+
+    if "noise" in inspect.signature(run).parameters:
+        run = functools.partial(run, noise=noise)
+    return run(denoise if around is None else around(denoise), z, stops, cond.map(lambda t: t.to(z.device)))
+
+
+def generate(model: Model, seeds: Sequence[int], cond: Cond, settings: Settings, weak: Model | None = None) -> Image:
+    """Images from seeds under `settings`; see `sample`. `cond` holds one row per seed, on any device.
+
+    weak: a weaker model to guide away from, in place of the empty condition (autoguidance).
+    """
     stops = grid_of(model, settings)
-    device = next(model.parameters()).device
-    exact = device.type == "cpu" if settings.exact is None else settings.exact
-    denoise: Denoiser = tiled(model) if exact else model
-    if settings.guidance is not None:
-        denoise = guide.classifier_free(denoise, guide.null_label(config.num_classes), guide.dit_s(settings.guidance))
-    shape = (config.channels, height, width)
-    images = []
+    images = [start_noise(model, (), settings)]
     for start in range(0, len(seeds), settings.batch):
         part = slice(start, start + settings.batch)
-        numbers = seeds[part]
-
-        def noise(i: int, z: Image, numbers: list[int] = numbers) -> Image:
-            return draws.normal("sampler", 0, numbers, tuple(z.shape[1:]), draw=i).to(z)
-
-        if "noise" in inspect.signature(run).parameters:
-            options = {**options, "noise": noise}
         # At the grid's noisy end z is standard normal up to the image's trace, alpha(grid[0]).
-        z = draws.normal("sample", 0, numbers, shape).to(device)
-        images.append(run(denoise, z, stops, cond.map(lambda t, p=part: t[p].to(device)), **options))
-    return torch.cat(images) if images else torch.empty(0, *shape, device=device)
+        z = start_noise(model, seeds[part], settings)
+        images.append(integrate(model, z, stops, seeds[part], cond.map(lambda t, p=part: t[p]), settings, weak))
+    return torch.cat(images)
 
 
 def open_model(source: str | Path) -> Model:
@@ -170,7 +354,7 @@ def open_model(source: str | Path) -> Model:
     if (folder / "recipe.yaml").exists() and not (folder / "model").exists():
         raise ValueError(f"{folder} is a run that has saved no model yet; wait for its first checkpoint")
     model = load_model(folder / "model" if (folder / "model").exists() else str(source))
-    return model.eval().requires_grad_(False).to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval().requires_grad_(False).to(own_device())
 
 
 def label_indices(model: Model, names: Sequence[str]) -> list[int]:
@@ -187,38 +371,3 @@ def label_indices(model: Model, names: Sequence[str]) -> list[int]:
                 f"unknown label {name!r}; {nearest(name, known) if known else 'this model has no label names'}"
             )
     return found
-
-
-def default_labels(model: Model, count: int, chosen: Sequence[int] = ()) -> list[int] | None:
-    """One label per image, the chosen ones (or all classes) in turn; None for an unconditional model."""
-    classes = model.card.config.num_classes
-    if not classes:
-        if chosen:
-            raise ValueError("labels were given but this model is unconditional; leave them out")
-        return None
-    turn = list(chosen) or list(range(classes))
-    return [turn[i % len(turn)] for i in range(count)]
-
-
-def sample_to(source: str, out: Path, settings: Settings, n: int, seed: int, labels: Sequence[str] = ()) -> Path:
-    """Sample `n` images into one PNG grid (`out` ends in .png) or a folder with one PNG per image, seed by seed.
-
-    Errors: ValueError as `sample`, and for n below 1 or an `out` that is neither.
-    """
-    if n < 1:
-        raise ValueError(f"n {n}; ask for one image or more")
-    if out.suffix not in ("", ".png"):
-        raise ValueError(f"{out} is neither a .png nor a folder; end it in .png for one grid")
-    model = open_model(source)
-    chosen = default_labels(model, n, label_indices(model, labels))
-    seeds = list(range(seed, seed + n))
-    drawn = generate(model, seeds, Cond(label=labels_of(model, chosen, n)), settings)
-    pixels = to_uint8(drawn.cpu())
-    if out.suffix == ".png":
-        names = model.card.labels
-        captions = None if chosen is None else [names[i] if names else str(i) for i in chosen]
-        save_png(grid(pixels, captions=captions), out)
-        return out
-    for number, image in zip(seeds, pixels, strict=True):
-        save_png(to_pillow(image), out / f"{number:06d}.png")
-    return out

@@ -27,11 +27,21 @@ class World:
         return self.rank == 0
 
 
+class RankFailed(OSError):
+    """Raised on ranks that did nothing wrong; an OSError, which the command line prints as one sentence."""
+
+
+def own_device() -> torch.device:
+    """The GPU that torchrun gives this process (the first one, alone), or the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    )
+
+
 def start() -> World:
     """Join the group that torchrun's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stand alone."""
-    cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = own_device()
+    cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -71,7 +81,7 @@ def from_main(value: T, world: World) -> T:
 
 
 def fail_together(error: Exception | None, world: World) -> None:
-    """Raise on every rank if any brings an error: its own where there is one, a RuntimeError with the others' words.
+    """Raise on every rank if any brings an error: its own where there is one, else `RankFailed` with their words.
 
     Every rank must call it equally often; call it after work that may fail, so that no rank waits for one that left.
     """
@@ -83,4 +93,4 @@ def fail_together(error: Exception | None, world: World) -> None:
     dist.all_gather_object(words, None if error is None else f"{type(error).__name__}: {error}")
     if error is not None:
         raise error
-    raise RuntimeError("; ".join(f"rank {i} failed: {said}" for i, said in enumerate(words) if said is not None))
+    raise RankFailed("; ".join(f"rank {i} failed: {said}" for i, said in enumerate(words) if said is not None))
