@@ -173,18 +173,28 @@ def prepare(
     *,
     size: int,
     crop: Literal["adm", "plain"] = "adm",
+    codec: str = "pixels",
 ) -> None:
     """Resize a folder, zip or hub data set once into a memory-mapped set that training reads without decoding.
+
+    With --codec, write latents of the pictures and of their mirror images instead. That resumes when the same command
+    is given again, and torchrun shares it over processes.
 
     Args:
         source: Folder of images (class subfolders or flat), zip, parquet or hub name.
         out: Folder to write; appears only when complete.
         size: Height and width in pixels.
         crop: adm (halve with BOX, bicubic, centre; as the papers) or plain (one antialiased resize, centre).
+        codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or any autoencoder of diffusers by folder or hub name.
     """
+    from mezzotint.data.audit import describe
     from mezzotint.data.prepare import prepare as run
+    from mezzotint.data.prepare import prepare_latents
 
-    run(source, out, size=size, crop=crop)
+    if codec == "pixels":
+        print(describe(run(source, out, size=size, crop=crop)))
+    else:
+        print(prepare_latents(source, out, size, codec, crop=crop))
 
 
 def info(preset: Positional[str] = "", /, *, json: bool = False) -> None:

@@ -200,6 +200,13 @@ class LatentImages:
 TrainingSet = Images | LatentImages | EncodedImages  # what the loop reads; all have the same surface
 
 
+def space_of(images: TrainingSet) -> str:
+    """The name of the codec in whose space a set is: "pixels" or an autoencoder's."""
+    if isinstance(images, Images):
+        return "pixels"
+    return images.codec if isinstance(images, LatentImages) else images.codec.name
+
+
 def piece_path(folder: Path, piece: int, suffix: str) -> Path:
     """One of the two files of a piece."""
     return folder / f"piece-{piece:06d}.{suffix}"
@@ -241,7 +248,7 @@ def open_training_set(
     channels: int,
     crop: str,
     space: str = "pixels",
-    flip: bool = False,
+    mirror: bool = False,
     device: torch.device | str = "cpu",
 ) -> TrainingSet:
     """What a network of `size` x `size` x `channels` input trains on.
@@ -251,7 +258,7 @@ def open_training_set(
         size, channels: of the network's input, cells or pixels.
         crop: see `open_images`.
         space: name of the codec the network works in.
-        flip: whether mirrored pictures will be asked for.
+        mirror: whether mirrored pictures will be asked for.
         device: where pictures are encoded.
 
     Errors: ValueError where the source is latents and the network's space is not theirs, and the reverse.
@@ -266,7 +273,7 @@ def open_training_set(
         made = codec(space, device)
         check_fit(made, channels, "the network")
         pictures = open_images(source, size=size * made.factor, channels=3, crop=crop)
-        return EncodedImages(pictures, made, flip)
+        return EncodedImages(pictures, made, mirror)
     latents = LatentImages(folder, checked_split(base, split or None))
     if space == "pixels":
         raise ValueError(

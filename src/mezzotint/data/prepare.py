@@ -51,6 +51,44 @@ def prepare(
     return prepare_images(images, Path(out), progress=progress)
 
 
+def prepare_latents(
+    source: str | Path,
+    out: str | Path,
+    size: int,
+    name: str,
+    *,
+    crop: str = "adm",
+    device: str | None = None,
+    progress: bool = True,
+) -> str:
+    """Write the latents of the pictures of `source`, and of their mirror images, to `out`; go on if it was begun.
+
+    Started by torchrun, every process encodes its share; the last to finish completes the set.
+
+    Args:
+        source, size, crop: see `mezzotint.data.images.open_images`; size is in pixels.
+        name: of the autoencoder, see `mezzotint.data.latents.codec`.
+        device: where it computes; a GPU where there is one.
+        progress: show a bar on standard error.
+
+    Returns: what the set holds, in words. Errors: ValueError as `mezzotint.data.encode.encode`.
+    """
+    import torch
+
+    from mezzotint.data.encode import Share, encode
+    from mezzotint.data.latent_sets import LatentImages, describe_latents
+    from mezzotint.data.latents import codec
+
+    share = Share.from_environment()
+    if device is None:
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    images = open_images(source, size=size, crop=crop, cache=None)
+    if not encode(images, Path(out), codec(name, device), share, progress=progress):
+        return f"this process's share of {out} is done; the set is complete when the other processes have finished"
+    return describe_latents(LatentImages(Path(out)))
+
+
 def prepare_images(images: Images, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """`prepare` for a set already open."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

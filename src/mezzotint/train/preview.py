@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from mezzotint.config import Grid
+from mezzotint.data import latents
 from mezzotint.data.pixels import to_uint8
 from mezzotint.generate import sample
 from mezzotint.pictures import grid, save_png
@@ -22,6 +24,19 @@ def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
     return torch.arange(count) * num_classes // count if count >= num_classes else torch.arange(count)
 
 
+@functools.lru_cache(maxsize=2)
+def preview_codec(name: str, device: torch.device) -> latents.Codec | None:
+    """What shows latents while training: TAESD for Stable Diffusion's, since it is quick; None if none is at hand."""
+    quick = latents.at_hand("taesd", device) if name in latents.SD_LATENTS else None
+    return quick or latents.at_hand(name, device)
+
+
+def visible(images: torch.Tensor, codec: str) -> torch.Tensor:
+    """Images in [-1, 1] of a network's output; where no decoder is on this machine, three channels of the latents."""
+    space = preview_codec(codec, images.device)
+    return images[:, :3] / 3 if space is None else space.decode(images)
+
+
 def save_grid(model: Model, folder: Path, settings: Grid, seed: int, world: World) -> Path:
     """Sample the grid, every rank a share of it, and write samples/IMAGES.png."""
     labels = grid_labels(model.card.config.num_classes, settings.count)
@@ -34,7 +49,7 @@ def save_grid(model: Model, folder: Path, settings: Grid, seed: int, world: Worl
         steps=settings.steps,
         guidance=settings.guidance,
     )
-    pixels = to_uint8(images.cpu())
+    pixels = to_uint8(visible(images, model.card.codec).cpu())
     shares = [(mine, pixels)]
     if world.size > 1:
         gathered: list = [None] * world.size
