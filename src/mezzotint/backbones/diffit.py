@@ -263,7 +263,7 @@ class DiffiT(nn.Module):
         """c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
         if cond.text is not None:
             raise ValueError("DiffiT takes labels, not text")
-        label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
+        label = label_index(cond.label, self.config.num_classes, noise.shape[0], noise.device)
         return self.time(noise) + self.label(label)
 
     def temporal_terms(self, c: Float[Tensor, "b c"]) -> tuple[Tensor, Tensor]:
@@ -290,7 +290,7 @@ class DiffiT(nn.Module):
             cond: labels in 0...num_classes, or none.
         """
         check_input(z, self.config.channels, self.config.tile)
-        b, p = len(z), self.config.patch
+        b, p = z.shape[0], self.config.patch
         rows, columns = z.shape[-2] // p, z.shape[-1] // p
         h, w = (self.config.window, self.config.window) if self.config.window else (rows, columns)
         q_t, v_t = self.temporal_terms(self.condition(noise, cond))

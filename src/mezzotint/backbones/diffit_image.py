@@ -171,7 +171,7 @@ class DiffiTImage(nn.Module):
         c = self.time(noise)
         if cond.text is not None:
             raise ValueError("DiffiT takes labels, not text")
-        label = label_index(cond.label, self.config.num_classes, len(noise), noise.device)
+        label = label_index(cond.label, self.config.num_classes, noise.shape[0], noise.device)
         return c if self.label is None else c + self.label(label)
 
     def forward(self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond) -> list[Tensor]:

@@ -44,8 +44,8 @@ def label_index(label: Tensor | None, num_classes: int, batch: int, device: torc
         return torch.full((batch,), num_classes, device=device)
     if num_classes == 0:
         raise ValueError("a label was given to an unconditional network (num_classes 0); pass no label")
-    if len(label) != batch:
-        raise ValueError(f"{len(label)} labels for a batch of {batch}")
+    if label.shape[0] != batch:
+        raise ValueError(f"{label.shape[0]} labels for a batch of {batch}")
     readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and bool(((label < 0) | (label > num_classes)).any()):
         raise ValueError(
@@ -116,7 +116,7 @@ class Conditioning(nn.Module):
         # Steps of 0...1000, as the embedding's periods are made for (section 2).
         position = sinusoid(1000 * inv_cos(wide), self.width)
         out = self.noise(position.to(next(self.noise.parameters()).dtype))
-        index = label_index(cond.label, self.num_classes, len(logsnr), logsnr.device)
+        index = label_index(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
         return F.silu(out if self.label is None else out + self.label(index))
 
 
