@@ -33,6 +33,14 @@ class Table:
         log_alpha = torch.log1p(-betas).cumsum(0) / 2
         self.logsnr = 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
         self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])  # at t = 0, 1/N, ..., 1
+        self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(logsnr, knots) on `device`, copied once: a copy per call would make the host wait in every step."""
+        if device not in self._copies:
+            exact = torch.float32 if device.type == "mps" else torch.float64
+            self._copies[device] = self.logsnr.to(device, exact), self._knots.to(device, exact)
+        return self._copies[device]
 
     def __len__(self) -> int:
         return len(self.logsnr)
@@ -42,7 +50,7 @@ class Table:
         # u = n / N, rounded to float32 on its way, must still find n.
         rounding = len(self) * torch.finfo(torch.float32).eps
         n = torch.ceil(u.double() * len(self) - rounding).long().clamp(1, len(self))
-        return self.logsnr.to(u.device)[n - 1].to(torch.promote_types(u.dtype, torch.float32))
+        return self._on(u.device)[0][n - 1].to(torch.promote_types(u.dtype, torch.float32))
 
     def interpolated(self, t: Tensor) -> Tensor:
         """Log-SNR with log alpha piecewise linear through the entries at t = n / N; t in [0, 1], any shape.
@@ -52,7 +60,7 @@ class Table:
         return in_float64(self._interpolated)(t)
 
     def _interpolated(self, t: Tensor) -> Tensor:
-        knots = self._knots.to(t)
+        knots = self._on(t.device)[1].to(t)
         n = torch.floor(t.detach() * len(self)).long().clamp(0, len(self) - 1)
         log_alpha = knots[n] + (t * len(self) - n) * (knots[n + 1] - knots[n])
         return 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
@@ -67,7 +75,7 @@ class Table:
         rounding = 4 * torch.finfo(logsnr.dtype).eps
 
         def index(logsnr: Tensor) -> Tensor:
-            knots, entries = self._knots.to(logsnr), self.logsnr.to(logsnr)
+            entries, knots = (table.to(logsnr) for table in self._on(logsnr.device))
             log_alpha = -softplus(-logsnr, threshold=40.0) / 2
             left = torch.searchsorted(-knots, -log_alpha.contiguous()).clamp(1, len(self)) - 1
             t = left + (log_alpha - knots[left]) / (knots[left + 1] - knots[left])
