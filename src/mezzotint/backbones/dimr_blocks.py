@@ -263,7 +263,7 @@ class NormedProjection(torch.autograd.Function):
         mean, rstd = joint_statistics(features)
         ctx.low = low
         ctx.save_for_backward(gain, shift, weight, mean, rstd, *features)
-        rows = features[0].shape[:-1].numel()
+        rows = mean.numel()
         out = bias.to(mean.dtype).repeat(rows, 1)
         for columns, n in normed_groups(features, mean, rstd):
             a = torch.addcmul(shift[..., columns], n, gain[..., columns]).to(low)
