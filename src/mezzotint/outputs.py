@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ EPOCH = (1980, 1, 1, 0, 0, 0)  # the time inside archives, so that equal images 
 BLOCK = 4096  # bytes; what a file system rounds a file up to
 
 
+@runtime_checkable
 class Output(Protocol):
     """What `produce` knows of a place for images."""
 

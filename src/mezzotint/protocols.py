@@ -192,7 +192,7 @@ def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str,
     given = checked_options(what, taker, {key.strip(): value.strip() for key, _, value in pairs})
     hints = typing.get_type_hints(taker)
     for key in given:
-        if not {int, float, str, bool} & set(typing.get_args(hints[key]) or (hints[key],)):
+        if not any(kind in (int, float, str, bool) for kind in typing.get_args(hints[key]) or (hints[key],)):
             raise ValueError(f"{key} of {what} is no option that can be written as text")
     return {key: _parse_value(f"{key} of {what}", value, hints[key]) for key, value in given.items()}
 
