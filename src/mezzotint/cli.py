@@ -257,6 +257,7 @@ def evaluate(
     /,
     *,
     reference: str = "",
+    maker: str | None = None,
     make_reference: tuple[str, Path] | None = None,
     features: tuple[str, ...] = ("inception-2048", "inception-sfid", "inception-logits"),
     weights: Path | None = None,
@@ -277,6 +278,7 @@ def evaluate(
     Args:
         source: Run or model folder, hub name, folder of PNGs, or .npz with arr_0.
         reference: Statistics of real images: ours, or an .npz/.pkl of ADM, EDM, EDM2, pytorch-fid, clean-fid.
+        maker: Of a reference of bare mu and sigma: adm, edm, pytorch-fid or clean-fid.
         make_reference: DATA OUT: take the statistics of real images instead, with --size to resize them.
         features: Sets of features, e.g. inception-2048 (FID), inception-768, dinov2, digits.
         weights: Of the features' network; by default the cache, or a download with a pinned hash.
@@ -313,8 +315,8 @@ def evaluate(
         given = {"steps": steps, "sampler": sampler and words.parse_sampler(sampler)}
         given["guidance"] = guidance and words.parse_guidance(guidance)
         judged = samples_of(job_for(source, {k: v for k, v in given.items() if v}, protocol=protocol), n)
-    real = references.completed(references.read_reference(reference), sets)
-    against = None if heldout is None else references.read_reference(heldout)
+    real = references.completed(references.read_reference(reference, maker), sets)
+    against = None if heldout is None else references.read_reference(heldout, maker)
     found = run.evaluate(judged, real, sets, heldout=against, folder=out.with_suffix(".pieces"), show=True)
     found.save(out)
     run.print_evaluation(found)
@@ -440,6 +442,25 @@ def bench(
     Console().print(measure.render(rows))
 
 
+def serve(
+    sources: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    port: int | None = None,
+    auth: str = "",
+) -> None:
+    """Open the studio, one page on 127.0.0.1: sample, watch runs, see what schedules and networks do, compare.
+
+    Args:
+        sources: Run folders, model folders or hub names.
+        port: A free one from 7860 upwards by default.
+        auth: user:password that visitors must give.
+    """
+    from mezzotint.web.page import serve as run
+
+    run(sources, port, auth)
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -451,6 +472,7 @@ COMMANDS = {
     "compare": compare,
     "reproduce": reproduce,
     "bench": bench,
+    "serve": serve,
 }
 
 
