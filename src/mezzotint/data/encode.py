@@ -16,7 +16,8 @@ from mezzotint.data.latent_sets import LABELS, PLAN, moments_of, piece_path, rea
 from mezzotint.data.latents import Codec
 from mezzotint.data.sources import NO_LABEL, digest
 
-PIECE_BYTES = 16 << 20  # of moments in one piece; what a kill can cost
+PIECE_BYTES = 16 << 20  # of moments in one piece, at most; a kill costs the piece begun
+PIECE_IMAGES = 256
 EXPECTED_STD = (0.5, 2.0)  # the scaling constants are made for 1
 
 
@@ -62,7 +63,7 @@ def encode(images: Images, out: Path, space: Codec, share: Share | None = None, 
         raise ValueError(f"size {images.size} is no multiple of the codec's {space.factor}; try --size {near}")
     _claim(out, plan)
     row_bytes = 2 * 2 * 2 * space.channels * (images.size // space.factor) ** 2
-    per_piece = max(1, PIECE_BYTES // row_bytes)
+    per_piece = min(PIECE_IMAGES, max(1, PIECE_BYTES // row_bytes))
     pieces = range(-(-len(images) // per_piece))
     if not (out / LATENTS).is_file():
         mine = [k for k in pieces if k % share.world == share.rank]
