@@ -1,0 +1,44 @@
+"""The Compare tab: two models, or one under two settings, on the same seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mezzotint.web import making, markup
+from mezzotint.web.generate_tab import gallery, how, kept_or, model_and_class, slow
+from mezzotint.web.studio import Studio
+from mezzotint.web.wish import Wish
+
+WAITING = "The same seeds from both sides will stand here, column by column."
+
+
+def compare_tab(studio: Studio) -> None:
+    """The whole tab, with its events."""
+    import gradio as gr
+
+    names = list(studio.models)
+    sides: list[dict[str, Any]] = []
+    with gr.Row():
+        for i, name in enumerate("AB"):
+            with gr.Column(min_width=280):
+                gr.HTML(f"<h3>{name}</h3>", apply_default_css=False)
+                fields = model_and_class(studio, names, i)
+                fields |= how(studio)
+                if i == 1 and len(names) < 2:
+                    fields["steps"].value = 8  # one model: compare few steps with many
+                sides.append(fields)
+    with gr.Row(equal_height=True):
+        seeds = gr.Textbox("0-3", label="Seeds", info="3, or 0-7, or 1, 5, 9", min_width=160)
+        start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
+        stop = gr.Button("Stop", min_width=100)
+    status = gr.HTML(markup.note(""), apply_default_css=False, elem_id="compare-status")
+    pictures = gallery(markup.empty(WAITING), elem_id="pairs")
+
+    def run(values: dict[Any, Any]) -> Iterator[making.Step]:
+        wishes = [Wish(seeds=values[seeds], **{k: values[c] for k, c in fields.items()}) for fields in sides]
+        yield from kept_or(making.told(making.compared(studio, wishes[0], wishes[1])))
+
+    event = start.click(run, {seeds, *(c for f in sides for c in f.values())}, [pictures, status], **slow())
+    stopped = markup.note("stopped")
+    stop.click(lambda: stopped, None, status, cancels=[event], queue=False, api_visibility="private")

@@ -1,0 +1,154 @@
+"""What a visitor asks for, checked: a form becomes a `Job` and seeds, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mezzotint.generate import Guidance, Settings, label_indices, labels_of
+from mezzotint.process.denoiser import Model
+from mezzotint.produce import Job
+from mezzotint.protocols import parse_size
+from mezzotint.registry import Spec
+from mezzotint.web.studio import Limits, Studio
+
+IN_TURN, NO_CLASS = "every class in turn", "no class"
+CURVES = ("constant", "power-cosine")
+LARGEST_SEED = 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """A form as it was filled in; any value may be of any type, since anyone can send anything over HTTP.
+
+    model: name. label: class names or numbers, IN_TURN or NO_CLASS. seeds: "3", "0-7", "1, 5, 9".
+    guidance: as DiT counts it, 1 is none. curve: of CURVES; power: of the power-cosine.
+    limited, low, high: guide only between these two log-SNRs. size: "", "64" or "48x64".
+    """
+
+    model: Any
+    label: Any = IN_TURN
+    seeds: Any = "0"
+    steps: Any = 50
+    sampler: Any = "ddim"
+    guidance: Any = 1.0
+    curve: Any = "constant"
+    power: Any = 4.0
+    limited: Any = False
+    low: Any = -5.0
+    high: Any = 5.0
+    size: Any = ""
+
+
+def number(what: str, value: Any, low: float, high: float) -> float:
+    """A finite number between two bounds."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if not low <= found <= high:
+        raise ValueError(f"{what} {str(value)[:40]!r} must be a number from {low:g} to {high:g}")
+    return found
+
+
+def whole(what: str, value: Any, low: int, high: int) -> int:
+    """A whole number between two bounds."""
+    found = number(what, value, low, high)
+    if found != int(found):
+        raise ValueError(f"{what} {found:g} must be a whole number")
+    return int(found)
+
+
+def seeds_of(text: Any, limits: Limits) -> list[int]:
+    """The seeds of "3", "0-7" or "1, 5, 9", at most `limits.pictures`."""
+    found: list[int] = []
+    for part in re.split(r"[,\s]+", str(text)[:400].strip()):
+        match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
+        if not match:
+            raise ValueError(f"seeds {str(text)[:40]!r} are not whole numbers; write 3, or 0-7, or 1, 5, 9")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if first > last or last > LARGEST_SEED:
+            raise ValueError(f"seeds {part} must rise and stay below 2^62")
+        if len(found) + last - first + 1 > limits.pictures:
+            raise ValueError(f"seeds {part}: at most {limits.pictures} pictures at once")
+        found += range(first, last + 1)
+    return found
+
+
+def pool_of(model: Model, label: Any) -> tuple[int, ...]:
+    """The classes to choose from, image i getting number i mod their count; empty for no class."""
+    words = str(label if label is not None else "").strip()[:400]
+    classes = model.card.config.num_classes
+    if words in ("", IN_TURN):
+        return tuple(range(classes))
+    if words == NO_CLASS:
+        return ()
+    if not classes:
+        raise ValueError("this model knows no classes; choose 'no class'")
+    names = [words] if words in (model.card.labels or ()) else [w.strip() for w in words.split(",")]
+    pool = label_indices(model, names)
+    labels_of(model, pool, len(pool))
+    return tuple(pool)
+
+
+def guidance_of(wish: Wish) -> Guidance | None:
+    """The guidance asked for; None where it is 1."""
+    scale = number("guidance", wish.guidance, 0, 30)
+    if scale == 1:
+        return None
+    if wish.curve not in CURVES:
+        raise ValueError(f"guidance curve {str(wish.curve)[:40]!r} must be one of {', '.join(CURVES)}")
+    ends: dict[str, float] = {}
+    if wish.limited:
+        ends = {"low": number("log-SNR", wish.low, -30, 30), "high": number("log-SNR", wish.high, -30, 30)}
+    power = number("power", wish.power, 0.01, 20) if wish.curve == "power-cosine" else None
+    return Guidance(dit_s=scale, power=power, **ends)
+
+
+def size_of(model: Model, text: Any, limits: Limits) -> tuple[int, int] | None:
+    """(height, width) of the network's input; None is its own."""
+    words = str(text if text is not None else "").strip()[:40]
+    if not words:
+        return None
+    size, most = parse_size(words), limits.enlargement * model.card.config.size
+    if max(size) > most:
+        raise ValueError(f"size {words} is too large here; this model may be asked for up to {most}")
+    return size
+
+
+def job_of(studio: Studio, wish: Wish) -> Job:
+    """The job that a wish describes.
+
+    Errors: ValueError for whatever is unknown, out of bounds or does not fit together.
+    """
+    model = studio.model(wish.model)
+    settings = Settings(
+        sampler=Spec(str(wish.sampler)[:40]),
+        steps=whole("steps", wish.steps, 1, studio.limits.steps),
+        guidance=guidance_of(wish),
+        size=size_of(model, wish.size, studio.limits),
+        batch=studio.limits.pictures,
+    )
+    return Job(model=model, settings=settings, pool=pool_of(model, wish.label), codec=model.card.codec)
+
+
+def with_guidance(job: Job, scale: float) -> Job:
+    """The job with another guidance scale, on the same curve."""
+    old = job.settings.guidance or Guidance(dit_s=1.0)
+    new = None if scale == 1 else replace(old, dit_s=scale)
+    return replace(job, settings=replace(job.settings, guidance=new))
+
+
+def with_steps(job: Job, steps: int) -> Job:
+    """The job with another number of steps."""
+    return replace(job, settings=replace(job.settings, steps=steps))
+
+
+def words_of(job: Job) -> str:
+    """Settings as the line under a picture."""
+    s, side = job.settings, job.model.card.config.size
+    height, width = s.size or (side, side)
+    guided = "" if s.guidance is None else f" · guidance {s.guidance.peak:g}"
+    return f"{s.sampler.name} · {s.steps} steps{guided} · {width}×{height}"
