@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -53,6 +54,9 @@ def start() -> World:
 def stop() -> None:
     """Leave the group, if there is one."""
     if dist.is_initialized():
+        # gloo's threads need Python's lock to let go of the last collective's tensors, and torch 2.13 joins them
+        # holding it: sleeping lends it to them first.
+        time.sleep(0.1)
         dist.destroy_process_group()
 
 
