@@ -28,12 +28,17 @@ class Data:
     source: folder, zip, prepared set, parquet, hub name or built-in set ("digits", "shapes").
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
+    codec: autoencoder of a latent network that is given pictures, by name or folder; the preset's, or that of a
+        prepared set, by default.
+    text: T5 encoder of a network that reads captions, by name or folder.
     workers: processes that decode; 0 decodes in a thread of the training process.
     """
 
     source: str = ""
     crop: Literal["adm", "plain"] = "adm"
     flip: bool = False
+    codec: str = ""
+    text: str = ""
     workers: int = 0
 
 
@@ -74,12 +79,15 @@ class Ema:
 
     half_life_images: of the exponential average that is sampled and saved.
     rampup: the half-life is at most this fraction of the images seen (EDM: 0.05); None for none.
-    power_stds: widths of power-function averages whose snapshots allow any width afterwards (EDM2 section 3.1).
+    power_stds: relative widths of power-function averages, e.g. (0.05, 0.10), whose snapshots allow any width
+        afterwards (EDM2 section 3; `mezzotint ema`).
+    snapshot_every_images: how often those are kept; None for with every checkpoint.
     """
 
     half_life_images: float = 500_000
     rampup: float | None = 0.05
     power_stds: tuple[float, ...] = ()
+    snapshot_every_images: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +122,8 @@ class Engine:
     microbatch: images per forward pass and process; None for the whole share of the batch.
     checkpointing: recompute each block's activations in the backward pass.
     compile: torch.compile of each repeated block.
+    ceiling_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
+        log states the utilisation.
     """
 
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -121,6 +131,24 @@ class Engine:
     microbatch: int | None = None
     checkpointing: bool = False
     compile: bool = False
+    ceiling_tflops: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sentinel:
+    """What a run does about a step that goes wrong (`train.sentinel`).
+
+    on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a bundle for
+        `mezzotint replay`. Then "stop" ends the run; "skip" goes on with the next images; "rollback" does so from the
+        weights of the newest checkpoint.
+    limit: skips or rollbacks of the whole run; the next one stops it.
+    spike: a step is reported whose loss exceeds the recent median by this many robust standard deviations; None for
+        no reports.
+    """
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    limit: int = 10
+    spike: float | None = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +160,7 @@ class Recipe:
     objective: of `process.objectives`, by name.
     images, batch: length of the run and of one optimiser step, both in images.
     label_drop: probability of the null label (or empty text) in training, for guidance.
+    track: trackers that get every log line besides log.jsonl; they must be installed.
     """
 
     preset: str
@@ -150,6 +179,8 @@ class Recipe:
     grid: Grid = field(default_factory=Grid)
     save: Save = field(default_factory=Save)
     engine: Engine = field(default_factory=Engine)
+    sentinel: Sentinel = field(default_factory=Sentinel)
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self):
         for name in ("images", "batch", "log_every_images"):

@@ -53,6 +53,11 @@ class Console:
         elif record is not None:
             self.say(f"{images:,}/{self.total:,} images  {facts}")
 
+    def event(self, record: dict[str, Any]) -> None:
+        """What is out of the ordinary, as events.jsonl has it."""
+        facts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("images", "event"))
+        self.say(f"{record['event']} at {record['images']:,} images: {facts}")
+
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self.bar is not None:

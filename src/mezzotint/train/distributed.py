@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mezzotint.config import Engine
-from mezzotint.ranks import World
+from mezzotint.ranks import World, add_ranks
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
@@ -38,6 +41,38 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
     return backbone
 
 
+def unsynchronised(wrapped: nn.Module) -> AbstractContextManager[None]:
+    """A block whose backward pass leaves gradients with each rank, to be summed by a later one.
+
+    Under DDP alone: FSDP2 would hold all gradients whole until then, which is what sharding is there to avoid.
+    """
+    return wrapped.no_sync() if isinstance(wrapped, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered (by all ranks at once); any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def norms(groups: Sequence[Sequence[Tensor]], world: World) -> Tensor:
+    """Euclidean norm of each group of tensors, sharded ones included, (groups,) float64; all ranks call this at once.
+
+    A group is sharded as a whole or not at all; an empty one has norm 0.
+    """
+    device = world.device
+    squares = [
+        torch.stack(torch._foreach_norm([local(t) for t in group])).double().square().sum()
+        if group
+        else torch.zeros((), dtype=torch.float64, device=device)
+        for group in groups
+    ]
+    total = torch.stack(squares)
+    if any(isinstance(t, DTensor) for group in groups for t in group):
+        add_ranks(total, world)
+    return total.sqrt()

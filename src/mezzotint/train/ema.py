@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,23 @@ def exponential_beta(ema: Ema, images: int, batch: int) -> float:
     if ema.rampup is not None:
         half_life = min(half_life, ema.rampup * images)
     return 0.5 ** (batch / max(half_life, 1e-8))
+
+
+def horizon_event(ema: Ema, images: int) -> dict[str, Any] | None:
+    """For events.jsonl: that the average reaches back beyond the start of the run at `images` seen; None if not so.
+
+    With a ramp the half-life never exceeds a fraction of the images seen; without one, 0.5^(images / half_life) of the
+    average is still the initial weights.
+    """
+    half_life = ema.half_life_images if ema.rampup is None else min(ema.half_life_images, ema.rampup * images)
+    if half_life <= images:
+        return None
+    why = (
+        f"the average's half-life of {half_life:,.0f} images is longer than the run so far: "
+        f"{0.5 ** (images / half_life):.0%} of the averaged weights is still the initial ones, which "
+        "grids and model/ show; ema.rampup=0.05 shortens the average early in the run"
+    )
+    return {"images": images, "event": "ema", "why": why}
 
 
 def power_gamma(std: float) -> float:

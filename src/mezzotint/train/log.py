@@ -1,9 +1,14 @@
-"""What training leaves to read: log.jsonl, one line per window of images, with the loss split by log-SNR."""
+"""What training leaves to read: log.jsonl, one line per window of images, with the loss split by log-SNR; events.jsonl
+for what is out of the ordinary; unreadable.txt for the pictures that could not be read.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import resource
+import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,48 +17,81 @@ import torch
 from torch import Tensor
 
 from mezzotint.ranks import World, add_ranks
+from mezzotint.weights import replace_file
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)
 BINS = len(EDGES) + 1
-# A window is a row of sums: loss, images, gradient norm, steps, then loss per bin, images per bin.
-WINDOW = 4 + 2 * BINS
+# A window is a row of sums: loss, images, steps; loss per bin, images per bin; gradient norm, of the whole and by part.
+HEAD = 3
+# Of a log line, what depends on the machine and the hour; all else is a function of the recipe.
+MEASURED = ("images_per_second", "tflops", "utilisation", "peak_memory_gib")
 
 
-def new_window(device: torch.device) -> Tensor:
+def new_window(device: torch.device, parts: int) -> Tensor:
     """Sums since the last log line, all zero; float64, so that adding a million losses loses nothing."""
-    return torch.zeros(WINDOW, dtype=torch.float64, device=device)
+    return torch.zeros(HEAD + 2 * BINS + 1 + parts, dtype=torch.float64, device=device)
 
 
-def add_losses(window: Tensor, losses: Tensor, logsnr: Tensor) -> None:
-    """Add one microbatch's losses (b,) at their log-SNR (b,), without leaving the device."""
-    losses = losses.detach().double()
+def add(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: World) -> None:
+    """Add one step, without leaving the device.
+
+    Args:
+        losses, logsnr: this rank's, (b,).
+        norms: of the gradient, of the whole and by part; the same on all ranks and counted on the first.
+    """
+    losses = losses.double()
     bins = torch.bucketize(logsnr.float(), EDGES.to(logsnr.device))
     window[0] += losses.sum()
     window[1] += len(losses)
-    window[4 : 4 + BINS].index_add_(0, bins, losses)
-    window[4 + BINS :].index_add_(0, bins, torch.ones_like(losses))
-
-
-def add_norm(window: Tensor, norm: Tensor, world: World) -> None:
-    """Add one step's gradient norm, which is the same on all ranks and counted on the first."""
+    window[HEAD : HEAD + BINS].index_add_(0, bins, losses)
+    window[HEAD + BINS : HEAD + 2 * BINS].index_add_(0, bins, torch.ones_like(losses))
     if world.main:
-        window[2] += norm
-        window[3] += 1
+        window[2] += 1
+        window[HEAD + 2 * BINS :] += norms
 
 
-def summary(window: Tensor, world: World) -> dict[str, Any]:
+def summary(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any]:
     """The window's means, over all ranks; resets it. Empty bins are left out."""
     total = add_ranks(window.clone(), world).tolist()
     window.zero_()
     between = [f"{a:.0f}..{b:.0f}" for a, b in pairwise(EDGES.tolist())]
     names = [f"<{EDGES[0]:.0f}", *between, f">{EDGES[-1]:.0f}"]
-    sums, counts = total[4 : 4 + BINS], total[4 + BINS :]
+    sums, counts = total[HEAD : HEAD + BINS], total[HEAD + BINS : HEAD + 2 * BINS]
+    norm, *by_part = [n / max(total[2], 1) for n in total[HEAD + 2 * BINS :]]
     return {
         "loss": total[0] / max(total[1], 1),
-        "grad_norm": total[2] / max(total[3], 1),
+        "grad_norm": norm,
         "loss_by_logsnr": {n: s / c for n, s, c in zip(names, sums, counts, strict=True) if c},
+        "grad_norm_by_part": dict(zip(parts, by_part, strict=True)),
     }
+
+
+def measured(images: int, seconds: float, flop_per_image: float, ceiling_tflops: float | None, world: World) -> dict:
+    """Speed and memory: images per second and 1e12 floating-point operations per second of all ranks together.
+
+    Args:
+        images: seen by all ranks in `seconds`.
+        flop_per_image: of forward and backward pass, without recomputation.
+        ceiling_tflops: of one device; with it, the fraction reached is added.
+    """
+    speed = images / max(seconds, 1e-9)
+    tflops = speed * flop_per_image / 1e12
+    cuda = world.device.type == "cuda"
+    result = {
+        "images_per_second": round(speed, 2),
+        "tflops": float(f"{tflops:.4g}"),
+        "peak_memory_gib": round((torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()) / 2**30, 3),
+    }
+    if ceiling_tflops is not None:
+        result["utilisation"] = float(f"{tflops / (ceiling_tflops * world.size):.4g}")
+    return result
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had resident."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
 class Log:
@@ -61,11 +99,10 @@ class Log:
 
     def __init__(self, path: Path, images: int):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _images(line) <= images]
-        temporary = path.with_suffix(".partial")
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(path)
+        text = path.read_text() if path.exists() else ""
+        kept = "".join(f"{line}\n" for line in text.splitlines() if _images(line) <= images)
+        if kept != text:
+            replace_file(path, lambda beside: beside.write_text(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; "images" says where it belongs."""
@@ -84,3 +121,13 @@ def _images(line: str) -> float:
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole records of a log."""
     return [json.loads(line) for line in path.read_text().splitlines() if _images(line) < math.inf]
+
+
+def quarantine(path: Path, found: dict[str, str]) -> int:
+    """Add pictures that could not be read to the list at `path`, name and reason a line; returns how many are new."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    listed = {line.partition("\t")[0] for line in lines}
+    new = [f"{name}\t{' '.join(reason.split())}" for name, reason in found.items() if name not in listed]
+    if new:
+        replace_file(path, lambda beside: beside.write_text("".join(f"{line}\n" for line in sorted([*lines, *new]))))
+    return len(new)

@@ -5,12 +5,13 @@ Progress is counted in images seen. To resume, call `train` again with the same 
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ from mezzotint.config import Recipe
 from mezzotint.data.loader import batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
-from mezzotint.train import ema, log, state
+from mezzotint.train import ema, log, posthoc, sentinel, state, trackers
 from mezzotint.train.console import Console
+from mezzotint.train.distributed import whole
 from mezzotint.train.preview import save_grid
-from mezzotint.train.setup import Run, averaged_model, setup
-from mezzotint.train.step import make_batch, step
+from mezzotint.train.setup import Run, averaged_model, flop_per_image, on_cpu, setup
+from mezzotint.train.step import Batch, agree, ahead, gradient, gradient_norms, make_batch, update
 
 
 def update_averages(run: Run) -> None:
@@ -51,7 +53,7 @@ class Stop:
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.asked:
-            sys.exit(128 + number)
+            os._exit(128 + number)  # no waiting for threads; the next start clears up
         self.asked = True
 
     @contextmanager
@@ -84,59 +86,110 @@ def train(
     world = ranks.start()
     console = Console(quiet or not world.main)
     stop = Stop()
-    try:
-        with stop.listening():
-            loop(setup(recipe, Path(folder), world, console.say, initialise), console, stop)
-    finally:
-        console.close()
-        ranks.stop()
+    with ExitStack() as stack:
+        stack.callback(ranks.stop)
+        stack.callback(console.close)
+        stack.enter_context(stop.listening())
+        run = setup(recipe, Path(folder), world, console.say, initialise)
+        stack.callback(run.writer.close)
+        track = stack.enter_context(trackers.opened(run)) if world.main else []
+        loop(run, console, stop, track)
     return Path(folder)
 
 
-def loop(run: Run, console: Console, stop: Stop) -> None:
-    """Until the images are seen: batch, step, averages; log, grid and checkpoint when due."""
-    recipe, now, world = run.recipe, run.state, run.world
-    lines = log.Log(run.folder / "log.jsonl", now.images) if world.main else None
-    run.model.train()
-    console.start(recipe.images, now.images)
-    feed = batches(
+def feed_of(run: Run) -> Iterator[Batch]:
+    """This rank's batches from the images seen on, drawn and loaded ahead of the loop."""
+    recipe, world = run.recipe, run.world
+    loaded = batches(
         run.images,
         seed=recipe.seed,
-        start_image=now.images,
+        start_image=run.state.images,
         batch=recipe.batch,
         rank=world.rank,
         world=world.size,
         workers=max(1, recipe.data.workers),
         processes=recipe.data.workers > 0,
     )
+    return ahead(loaded, lambda batch: make_batch(recipe, run.images, run.card.config.num_classes, batch, world.device))
+
+
+def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = ()) -> None:
+    """Until the images are seen: batch, gradient, agreement, update, averages; log, grid and checkpoint when due."""
+    recipe, now, world = run.recipe, run.state, run.world
+    lines = [log.Log(run.folder / "log.jsonl", now.images).write, *track] if world.main else []
+    events = [log.Log(run.folder / "events.jsonl", now.images).write, console.event] if world.main else []
+    flop = flop_per_image(run.card)
+    run.model.train()
+    console.start(recipe.images, now.images)
+    feed = feed_of(run)
     since, began = now.images, time.monotonic()
     while now.images < recipe.images:
-        batch = make_batch(recipe, run.card.config.num_classes, next(feed), world.device)
-        step(recipe, run.model, run.objective, run.schedule, now, batch, world)
+        batch = next(feed)
+        losses = gradient(run, batch)
+        norms = gradient_norms(run)
+        verdict = agree(losses, norms[0], stop.asked, run.writer.failed, world)  # the step's one wait for the device
+        if verdict.failing:
+            run.writer.settle()  # raises what went wrong
+        if verdict.finite:
+            update(run, norms[0])
+            log.add(now.window, losses.loss, losses.logsnr, norms, world)
+            event = sentinel.watch(run, verdict)
+        else:
+            event = sentinel.respond(run, batch, losses, verdict)  # raises, or leaves the weights as they were
+        now.images += recipe.batch
         update_averages(run)
 
         record = None
         if due(run, recipe.log_every_images):
-            speed = (now.images - since) / max(time.monotonic() - began, 1e-9)
-            record = {"images": now.images, **log.summary(now.window, world), "images_per_second": round(speed, 2)}
-            if lines is not None:
-                lines.write(record)
+            seconds = time.monotonic() - began
+            speed = log.measured(now.images - since, seconds, flop, recipe.engine.ceiling_tflops, world)
+            means = log.summary(now.window, list(run.parts), world)
+            record = {"images": now.images, **means, "skipped_steps": now.skipped, "spikes": now.spikes, **speed}
             since, began = now.images, time.monotonic()
+        tell(record, lines)
+        tell(event, events)
         console.progress(now.images, record)
-        stopping = ranks.any_rank(stop.asked, world)
         if due(run, recipe.grid.every_images):
+            tell(ema.horizon_event(recipe.ema, now.images), events)
             save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world)
-        if due(run, recipe.save.every_images) or stopping:
-            save(run)
-        if stopping:
+        checkpoint = due(run, recipe.save.every_images) or verdict.stopping
+        snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images)
+        if checkpoint or snapshots:
+            save(run, checkpoint, recipe.ema.power_stds if snapshots else ())
+        if verdict.stopping:
+            run.writer.settle()
             console.say(f"stopped at {now.images:,} images; run the same command again to go on")
             raise SystemExit(0)
+    run.writer.settle()
 
 
-def save(run: Run) -> None:
-    """The checkpoint of this moment, and the averaged weights as a model folder."""
-    keep = run.recipe.save
-    state.save(run.state, run.folder, run.world, keep.keep, keep.keep_every_images)
-    model = averaged_model(run)
-    if run.world.main:
-        save_model(model, run.folder / "model")
+def tell(record: dict[str, Any] | None, readers: Sequence[Callable[[dict[str, Any]], None]]) -> None:
+    """Give a record, if there is one, to everyone who reads such."""
+    if record is not None:
+        for reader in readers:
+            reader(record)
+
+
+def save(run: Run, checkpoint: bool, snapshot_stds: Sequence[float]) -> None:
+    """Copy what is to be kept to the CPU now, and have it written behind training.
+
+    A checkpoint brings model/ along, the averaged weights, and unreadable.txt. Training waits only where the writing
+    before is not yet done. All ranks call this together.
+    """
+    run.writer.settle()
+    tasks: list[Callable[[], object]] = []
+    images, keep = run.state.images, run.recipe.save
+    for std in snapshot_stds:
+        average = run.state.averages[f"power-{std:g}"]
+        weights = {name: whole(w).to("cpu", copy=True) for name, w in average.items()}
+        if run.world.main:
+            tasks.append(partial(posthoc.write_snapshot, run.folder, weights, images, std))
+    if checkpoint:
+        sentinel.quarantine(run)
+        tasks.append(state.begin(run.state, run.folder, run.writer))
+        model = on_cpu(averaged_model(run))
+        if run.world.main:
+            tasks.append(partial(state.prune, run.folder, keep.keep, keep.keep_every_images))
+            tasks.append(partial(save_model, model, run.folder / "model"))
+    if tasks:
+        run.writer.start(lambda: [task() for task in tasks])

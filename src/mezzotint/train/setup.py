@@ -8,21 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.data.images import Images, open_images
+from mezzotint.data.latent_sets import TrainingSet, space_of
 from mezzotint.models import Card, build_model, preset_card
 from mezzotint.process import objectives, schedules
-from mezzotint.process.denoiser import Model, Schedule
-from mezzotint.ranks import World
+from mezzotint.process.denoiser import Cond, Model, Schedule
+from mezzotint.process.objectives import Objective
+from mezzotint.ranks import World, fail_together
 from mezzotint.registry import build
 from mezzotint.train import distributed, ema, log, state
+from mezzotint.train.data import open_data
 from mezzotint.train.optim import make_optimisers
-from mezzotint.train.step import Objective
+from mezzotint.weights import replace_file
 
-# Fields that may differ when a run is continued: how long, how fast, how often; never what is learnt.
-CHANGEABLE = ("images", "engine", "save", "grid", "log_every_images")
+# Fields that may differ when a run is continued: how long, how fast, how often; what is done about a failure.
+CHANGEABLE = ("images", "engine", "save", "grid", "log_every_images", "sentinel", "track")
 
 
 @dataclass
@@ -32,15 +36,17 @@ class Run:
     recipe: Recipe
     folder: Path
     world: World
-    images: Images
+    images: TrainingSet
     card: Card
     model: Model  # as the step calls it, wrapped for the world
+    parts: dict[str, list[nn.Parameter]]  # of the backbone, by the name of its top-level module
     objective: Objective
     schedule: Schedule
     state: state.State
+    writer: state.Writer
 
 
-def resolve(recipe: Recipe, images: Images) -> Recipe:
+def resolve(recipe: Recipe, images: TrainingSet) -> Recipe:
     """The recipe with everything that depended on the data or the machine written out.
 
     Errors: ValueError where data and network do not fit: labels, channels.
@@ -90,10 +96,12 @@ def claim_folder(folder: Path, recipe: Recipe) -> None:
         if differing:
             listing = "\n".join(differing)
             raise ValueError(f"{folder} belongs to another recipe:\n{listing}\nUse another --out, or ask for the same.")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "recipe.yaml.partial"
-    temporary.write_text(config.to_yaml(recipe))
-    temporary.replace(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.remove_partial(folder)
+        replace_file(path, lambda beside: beside.write_text(config.to_yaml(recipe)))
+    except OSError as error:
+        raise OSError(f"the run's folder {folder} cannot be written: {error}; mend it or use another --out") from error
 
 
 def setup(
@@ -107,13 +115,19 @@ def setup(
 
     initialise: called on the network before its first step (not on resume), e.g. to load weights to fine-tune.
     """
-    first = preset_card(recipe.preset, **recipe.model).config
-    images = open_images(recipe.data.source, size=first.size, channels=first.channels, crop=recipe.data.crop)
+    images = open_data(recipe, world.device)
     recipe = resolve(recipe, images)
+    refused = None
     if world.main:
-        claim_folder(folder, recipe)
+        try:
+            claim_folder(folder, recipe)
+        except (ValueError, OSError) as error:
+            refused = error
+    fail_together(refused, world)
     card = preset_card(recipe.preset, **recipe.model)
-    card = dataclasses.replace(card, schedule=recipe.schedule or card.schedule, labels=images.label_names)
+    card = dataclasses.replace(
+        card, schedule=recipe.schedule or card.schedule, labels=images.label_names, codec=space_of(images)
+    )
     torch.manual_seed(recipe.seed)
     model = build_model(card).to(world.device)
     backbone = model.backbone
@@ -123,12 +137,13 @@ def setup(
     setattr(backbone, "checkpointing", recipe.engine.checkpointing)  # noqa: B010
     model.backbone = distributed.wrap(backbone, recipe.engine, recipe.engine.precision, world)
     weights = ema.weights_of(backbone)
+    parts = parts_of(backbone)
     names = ["ema", *(f"power-{std:g}" for std in recipe.ema.power_stds)]
     current = state.State(
         backbone=backbone,
         optimisers=make_optimisers(recipe.optim, backbone, fused=True),
         averages={name: ema.snapshot(weights) for name in names},
-        window=log.new_window(world.device),
+        window=log.new_window(world.device, len(parts)),
     )
     for sentence in passed:
         say(sentence)
@@ -142,14 +157,36 @@ def setup(
         images=images,
         card=card,
         model=model,
+        parts=parts,
         objective=build(objectives.registry, recipe.objective),
         schedule=build(schedules.registry, card.schedule),
         state=current,
+        writer=state.Writer(world),
     )
 
 
+def parts_of(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters by the first word of their names, in the network's order."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            parts.setdefault(name.partition(".")[0], []).append(parameter)
+    return parts
+
+
+def flop_per_image(card: Card) -> float:
+    """Floating-point operations of one image's forward and backward pass: three forward passes of 2 per MAC."""
+    with torch.device("meta"):
+        backbone = build_model(card).backbone
+        z = torch.empty(1, card.config.channels, card.config.size, card.config.size)
+        noise = torch.empty(1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        backbone(z, noise, Cond())
+    return 3.0 * counter.get_total_flops()
+
+
 def averaged_model(run: Run, name: str = "ema") -> Model:
-    """A separate model in eval mode with an average's weights, gathered when sharded; all ranks call this together."""
+    """A model in eval mode that shares an average's weights, gathered when sharded; all ranks call this together."""
     card = dataclasses.replace(run.card, images=run.state.images)
     with torch.device("meta"):
         model = build_model(card)
@@ -158,3 +195,11 @@ def averaged_model(run: Run, name: str = "ema") -> Model:
     buffers = {k: distributed.whole(b) for k, b in run.state.backbone.named_buffers()}
     model.backbone.load_state_dict({**buffers, **weights}, assign=True, strict=False)
     return model.eval().requires_grad_(False)
+
+
+def on_cpu(model: Model) -> Model:
+    """The model with weights of its own on the CPU, which later steps do not change."""
+    model.backbone.load_state_dict(
+        {k: t.to("cpu", copy=True) for k, t in model.backbone.state_dict().items()}, assign=True
+    )
+    return model

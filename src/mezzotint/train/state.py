@@ -11,11 +11,12 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mezzotint.ranks import World, add_ranks
+from mezzotint.ranks import World, add_ranks, fail_together
 
 MANIFEST = "manifest.json"
+RECENT = 128  # losses that the sentinel remembers
 
 
 @dataclass
@@ -39,12 +41,16 @@ class State:
 
     images: images seen; every random draw, the learning rate and the data cursor are functions of it.
     window: sums since the last log line (see `log`), so that a resumed log continues to the letter.
+    recent: losses of the latest steps; skipped, spikes: steps of either kind in the whole run (see `sentinel`).
     """
 
     backbone: nn.Module
     optimisers: list[torch.optim.Optimizer]
     averages: dict[str, dict[str, Tensor]]
     window: Tensor
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    skipped: int = 0
+    spikes: int = 0
     images: int = 0
 
     def tensors(self, world: World) -> dict[str, Any]:
@@ -54,7 +60,18 @@ class State:
             "optimiser": get_optimizer_state_dict(self.backbone, self.optimisers),
             "average": self.averages,
             "window": add_ranks(self.window.clone(), world),
+            "history": self._history(),
         }
+
+    def _history(self) -> Tensor:
+        losses = [*self.recent, *[torch.nan] * (RECENT - len(self.recent))]
+        return torch.tensor([self.skipped, self.spikes, *losses], dtype=torch.float64)
+
+    def set_history(self, history: Tensor) -> None:
+        """The inverse of what `tensors` holds as "history"."""
+        skipped, spikes, *losses = history.tolist()
+        self.skipped, self.spikes = int(skipped), int(spikes)
+        self.recent = deque((loss for loss in losses if loss == loss), maxlen=RECENT)
 
 
 def file_hash(path: Path) -> str:
@@ -118,38 +135,101 @@ def newest_intact(run: Path) -> tuple[Path | None, list[str]]:
     return None, passed
 
 
-def save(state: State, run: Path, world: World, keep: int, keep_every: int | None) -> Path:
-    """Write the checkpoint of `state.images` (all ranks call this together) and drop the old ones.
+class Writer:
+    """Writes behind training, one thing at a time; what goes wrong waits to be asked for."""
 
-    On any failure nothing half-written stays and the previous checkpoint is untouched.
+    def __init__(self, world: World):
+        self.world = world
+        # The ranks' writing threads agree on a checkpoint in a group of their own, apart from training's.
+        self.group: dist.ProcessGroup | None = None
+        if world.size > 1:
+            self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mezzotint-writer")
+        self._pending: Future[object] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last thing given could not be written, as far as is known without waiting."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def settle(self) -> None:
+        """Wait for what is being written; where it failed on any rank, raise on all. All ranks call this together."""
+        pending, self._pending = self._pending, None
+        error = None if pending is None else pending.exception()
+        fail_together(error if isinstance(error, Exception) else None, self.world)
+
+    def start(self, task: Callable[[], object]) -> None:
+        """Run `task` behind training; what was started before must have been settled."""
+        assert self._pending is None, "settle first"
+        self._pending = self._pool.submit(task)
+
+    def close(self) -> None:
+        """Wait for what is being written, come what may."""
+        self._pool.shutdown(wait=True)
+
+
+def begin(state: State, run: Path, writer: Writer) -> Callable[[], Path]:
+    """Copy the state to the CPU now; the function returned writes it as the checkpoint of `state.images`.
+
+    All ranks call both together. On any failure nothing half-written stays and the previous checkpoint is untouched.
+
+    Errors: OSError from the function returned when the disk is full, not writable or gone.
     """
-    final = run / "checkpoints" / str(state.images)
-    partial = final.with_name(f".{state.images}.partial")
-    try:
-        if world.main:
+    world, images = writer.world, state.images
+    final = run / "checkpoints" / str(images)
+    partial = final.with_name(f".{images}.partial")
+    error = None
+    if world.main:
+        try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.parent.mkdir(parents=True, exist_ok=True)
-        _barrier(world)
-        with _one_process_is_fine():
-            dcp.save(state.tensors(world), checkpoint_id=partial, no_dist=world.size == 1)
-        if world.main:
-            write_manifest(partial, images=state.images, ranks=world.size, torch=torch.__version__)
-            if final.exists():  # left by a run that was killed between this save and its next log line
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync(final.parent)
-            prune(run, keep, keep_every)
-    except BaseException as error:
-        if world.main:
-            shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, (OSError, RuntimeError, dcp.api.CheckpointException)):
-            raise OSError(
-                f"the checkpoint at {state.images} images could not be written to {run}: {error}; "
-                "earlier checkpoints are intact. Free some space or mend the folder and run the same command again."
-            ) from error
-        raise
-    _barrier(world)
-    return final
+            partial.mkdir(parents=True)
+        except OSError as reason:
+            error = _not_written(images, run, reason)
+    fail_together(error, world)  # and no rank goes on before the folder is there
+    # Without a process group torch warns that it assumes a single process, which is what we tell it.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    writing = dcp.async_save(
+        state.tensors(world), checkpoint_id=partial, process_group=writer.group, no_dist=world.size == 1
+    )
+    assert isinstance(writing, Future), "the default stager copies before it returns"
+
+    def finish() -> Path:
+        try:
+            writing.result()
+            if world.main:
+                write_manifest(partial, images=images, ranks=world.size, torch=torch.__version__)
+                rename(partial, final)
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as reason:
+            raise _not_written(images, run, reason) from reason
+        finally:
+            if world.main:
+                shutil.rmtree(partial, ignore_errors=True)
+        return final
+
+    return finish
+
+
+def _not_written(images: int, run: Path, reason: BaseException) -> OSError:
+    return OSError(
+        f"the checkpoint at {images} images could not be written to {run}: {reason}; "
+        "earlier checkpoints are intact. Free some space or mend the folder and run the same command again."
+    )
+
+
+def rename(partial: Path, final: Path) -> None:
+    """Put a written folder in its place and have the disk keep its name; what was there before goes."""
+    if final.exists():  # of a run that was resumed from an earlier checkpoint
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def remove_partial(run: Path) -> list[Path]:
+    """Remove what a killed process left half-written in a run's folder; returns what there was."""
+    left = [*run.glob(".*.partial"), *run.glob("*/.*.partial")]
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return left
 
 
 def prune(run: Path, keep: int, keep_every: int | None) -> None:
@@ -162,23 +242,11 @@ def prune(run: Path, keep: int, keep_every: int | None) -> None:
 def restore(state: State, folder: Path, world: World) -> None:
     """Read a checkpoint into `state`, in place, whatever the number of ranks that wrote it."""
     tensors = state.tensors(world)
-    with _one_process_is_fine():
-        dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as in `begin`
+    dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
     set_model_state_dict(state.backbone, tensors["model"])
     set_optimizer_state_dict(state.backbone, state.optimisers, tensors["optimiser"])
+    state.set_history(tensors["history"])
     # The sums were saved over all ranks, so the first one continues them and the others start anew.
     state.window.copy_(tensors["window"] if world.main else torch.zeros_like(state.window))
     state.images = int(folder.name)
-
-
-@contextmanager
-def _one_process_is_fine() -> Iterator[None]:
-    """Without a process group torch warns that it assumes a single process, which is what we told it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()

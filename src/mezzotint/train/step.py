@@ -1,10 +1,13 @@
-"""One optimiser step, and the random draws it is a function of."""
+"""One optimiser step in three parts: gradient, agreement, update; and the random draws it is a function of."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +15,13 @@ from torch import Tensor
 from mezzotint import draws
 from mezzotint.config import Recipe, Time
 from mezzotint.data import loader
-from mezzotint.data.pixels import flip, to_model_range
-from mezzotint.process.denoiser import Cond, Model, Schedule
+from mezzotint.data.latent_sets import TrainingSet
+from mezzotint.process.denoiser import Cond
 from mezzotint.process.schedules import slope
-from mezzotint.ranks import World
-from mezzotint.train import log
-from mezzotint.train.distributed import whole
+from mezzotint.ranks import World, add_ranks
+from mezzotint.train.distributed import norms, unsynchronised
 from mezzotint.train.optim import learning_rate, set_learning_rate
-from mezzotint.train.state import State
-
-Objective = Callable[[Model, Tensor, Tensor, Tensor, Cond], Tensor]
+from mezzotint.train.setup import Run
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,27 @@ class Batch:
             )
 
 
+class Losses(NamedTuple):
+    """This rank's loss per image and the log-SNR it was noised at, (b,) each, on the device."""
+
+    loss: Tensor
+    logsnr: Tensor
+
+
+class Verdict(NamedTuple):
+    """What all ranks agree on before an update.
+
+    loss: mean over the global batch. grad_norm: of the whole gradient, before clipping. finite: whether every loss and
+    the gradient are. stopping: a rank was asked to stop. failing: a rank could not write a checkpoint.
+    """
+
+    loss: float
+    grad_norm: float
+    finite: bool
+    stopping: bool
+    failing: bool
+
+
 def draw_times(time: Time, seed: int, numbers: list[int], batch: int) -> Tensor:
     """u in (0, 1) for each image number, float64.
 
@@ -60,85 +81,100 @@ def draw_times(time: Time, seed: int, numbers: list[int], batch: int) -> Tensor:
     return (offset + place / batch).remainder(1.0).clamp(2.0**-54, 1 - 2.0**-53)
 
 
-def make_batch(recipe: Recipe, num_classes: int, loaded: loader.Batch, device: torch.device) -> Batch:
+def make_batch(
+    recipe: Recipe, images: TrainingSet, num_classes: int, loaded: loader.Batch, device: torch.device
+) -> Batch:
     """Images with every random draw of the step; each is a function of (seed, image number) alone.
 
     Args:
+        images: the set that `loaded` is of.
         num_classes: of the network; 0 leaves labels out, otherwise dropped labels become index num_classes.
     """
-    seed, numbers, images, labels = recipe.seed, loaded.numbers.tolist(), loaded.pixels, loaded.labels
-    if recipe.data.flip:
-        images = flip(images, draws.uniform("augment", seed, numbers) < 0.5)
-    label = None
+    seed, numbers, labels = recipe.seed, loaded.numbers.tolist(), loaded.labels
+
+    def sent(tensor: Tensor) -> Tensor:  # only pinned memory is copied to a GPU without waiting
+        return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+    x = images.to_model(loaded.pixels, seed, numbers, recipe.data.flip, sent)
+    dropped = draws.uniform("condition", seed, numbers) < recipe.label_drop
+    label = text = text_mask = None
     if num_classes:
         assert labels is not None, "checked against the data before training started"
-        dropped = draws.uniform("condition", seed, numbers) < recipe.label_drop
-        label = torch.where(dropped, num_classes, labels).to(device, non_blocking=True)
+        label = sent(torch.where(dropped, num_classes, labels))
+    if loaded.text is not None and loaded.text_mask is not None:  # no words at all is the empty condition
+        text, text_mask = sent(loaded.text), sent(loaded.text_mask & ~dropped[:, None])
     return Batch(
-        x=to_model_range(images.to(device, non_blocking=True)),
-        eps=draws.normal("noise", seed, numbers, tuple(images.shape[1:])).to(device, non_blocking=True),
-        u=draw_times(recipe.time, seed, numbers, recipe.batch).to(device),
-        cond=Cond(label=label),
+        x=x,
+        eps=sent(draws.normal("noise", seed, numbers, tuple(x.shape[1:]))),
+        u=sent(draw_times(recipe.time, seed, numbers, recipe.batch)),
+        cond=Cond(label=label, text=text, text_mask=text_mask),
         numbers=numbers,
     )
 
 
-class NotFinite(FloatingPointError):
-    """The gradient of a step is not finite; nothing was updated. `facts` says which images and log-SNRs."""
+def ahead(feed: Iterator[loader.Batch], make: Callable[[loader.Batch], Batch], most: int = 4) -> Iterator[Batch]:
+    """make(loaded) for each loaded batch, in order, in threads that run up to `most` batches ahead of the loop.
 
-    def __init__(self, message: str, facts: dict[str, Any]):
-        super().__init__(message)
-        self.facts = facts
+    Drawing the noise of a batch of 256 px images takes longer than a GPU's step, and releases Python's lock.
+    """
+    flying: deque[Future[Batch]] = deque()
+    with ThreadPoolExecutor(most, thread_name_prefix="mezzotint-batch") as pool:
+        while True:
+            while len(flying) < most:
+                flying.append(pool.submit(make, next(feed)))
+            yield flying.popleft().result()
 
 
-def step(
-    recipe: Recipe, model: Model, objective: Objective, schedule: Schedule, state: State, batch: Batch, world: World
-) -> None:
-    """Gradient of the mean loss over the global batch, clipped; update; averages. Stops before a non-finite update."""
-    # Dropout is the one draw left to torch's own generator; it too is a function of (seed, rank, images seen).
-    torch.manual_seed(int(draws.philox("condition", recipe.seed, state.images, world.rank + 1).integers(2**62)))
-    losses = []
-    for part in batch.split(recipe.engine.microbatch):
-        logsnr = schedule(part.u)
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.engine.precision == "bf16"):
-            loss = objective(model, part.x, part.eps, logsnr.float(), part.cond)
-        if recipe.time.measure == "logsnr":
-            loss = loss * (-slope(schedule, part.u) / 2).to(loss)
-        # Exact for any split: every image's loss is divided by the global batch; DDP and FSDP average over ranks.
-        (loss.sum() * (world.size / recipe.batch)).backward()
-        log.add_losses(state.window, loss, logsnr)
-        losses.append((loss.detach(), logsnr))
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    clip = recipe.optim.clip if recipe.optim.clip is not None else float("inf")
-    norm = whole(torch.nn.utils.clip_grad_norm_(parameters, clip))
-    log.add_norm(state.window, norm, world)
-    if not torch.isfinite(norm):
-        raise _not_finite(norm, losses, batch, state.images)
-    set_learning_rate(state.optimisers, learning_rate(recipe.optim, state.images, recipe.images))
-    for optimiser in state.optimisers:
+def gradient(run: Run, batch: Batch) -> Losses:
+    """Backward pass of the mean loss over the global batch, one microbatch after the other; added to every p.grad."""
+    recipe, device = run.recipe, run.world.device.type
+    # Dropout is the one draw left to torch's own generator; it too is a function of (seed, image number).
+    torch.manual_seed(int(draws.philox("condition", recipe.seed, batch.numbers[0], 1).integers(2**62)))
+    parts = list(batch.split(recipe.engine.microbatch))
+    done: list[Losses] = []
+    for part in parts:
+        last = len(done) == len(parts) - 1
+        with nullcontext() if last else unsynchronised(run.model.backbone):
+            logsnr = run.schedule(part.u)
+            with torch.autocast(device, torch.bfloat16, enabled=recipe.engine.precision == "bf16"):
+                loss = run.objective(run.model, part.x, part.eps, logsnr.float(), part.cond)
+            if recipe.time.measure == "logsnr":
+                loss = loss * (-slope(run.schedule, part.u) / 2).to(loss)
+            # Exact for any split: each image's loss over the global batch; DDP and FSDP2 average over ranks.
+            (loss.sum() * (run.world.size / recipe.batch)).backward()
+        done.append(Losses(loss.detach(), logsnr))
+    return Losses(torch.cat([d.loss for d in done]), torch.cat([d.logsnr for d in done]))
+
+
+def gradient_norms(run: Run) -> Tensor:
+    """Norms of the gradient: of the whole, then of each part in `run.parts`; float64, the same on every rank."""
+    by_part = norms([[p.grad for p in part if p.grad is not None] for part in run.parts.values()], run.world)
+    return torch.cat([by_part.square().sum().sqrt()[None], by_part])
+
+
+def agree(losses: Losses, grad_norm: Tensor, stopping: bool, failing: bool, world: World) -> Verdict:
+    """One sum over ranks, and the one wait for the device in a step.
+
+    The wait costs little: what is launched next, the update and the averages, streams all weights several times, and
+    the host is ahead of the device again before that is over. In return nothing needs undoing.
+    """
+    bad = ~(torch.isfinite(losses.loss).all() & torch.isfinite(grad_norm))
+    votes = torch.stack([losses.loss.double().sum(), bad.double()])
+    votes = torch.cat(
+        [votes, torch.tensor([len(losses.loss), stopping, failing], dtype=torch.float64).to(votes.device)]
+    )
+    total, bad, count, stopping_ranks, failing_ranks, norm = torch.cat(
+        [add_ranks(votes, world), grad_norm[None]]
+    ).tolist()
+    return Verdict(total / count, norm, bad == 0, stopping_ranks > 0, failing_ranks > 0)
+
+
+def update(run: Run, grad_norm: Tensor) -> None:
+    """One optimiser step along the gradient, clipped to recipe.optim.clip; the rate is that of the images seen."""
+    recipe, now = run.recipe, run.state
+    if recipe.optim.clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), recipe.optim.clip, grad_norm.float())
+    set_learning_rate(now.optimisers, learning_rate(recipe.optim, now.images, recipe.images))
+    for optimiser in now.optimisers:
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    state.images += recipe.batch
-
-
-def _not_finite(norm: Tensor, losses: list[tuple[Tensor, Tensor]], batch: Batch, images: int) -> NotFinite:
-    loss = torch.cat([a for a, _ in losses]).cpu()
-    logsnr = torch.cat([b for _, b in losses]).cpu()
-    bad = (~torch.isfinite(loss)).nonzero().flatten().tolist()
-    where = (
-        "losses that are not finite: "
-        + ", ".join(f"image {batch.numbers[i]} at log-SNR {logsnr[i]:.2f}" for i in bad[:8])
-        if bad
-        else f"all losses are finite; the largest is {loss.max():.3g} at log-SNR {logsnr[loss.argmax()]:.2f}"
-    )
-    return NotFinite(
-        f"gradient norm {norm.item()} at {images} images; nothing was updated. {where}. "
-        "Try a lower optim.lr, optim.clip=1, or engine.precision=float32.",
-        {
-            "images": images,
-            "grad_norm": norm.item(),
-            "numbers": batch.numbers,
-            "loss": loss.tolist(),
-            "logsnr": logsnr.tolist(),
-        },
-    )
