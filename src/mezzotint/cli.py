@@ -85,7 +85,7 @@ def sample(
     /,
     *,
     out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path("samples.png"),
-    n: Count = 16,
+    n: Annotated[Count, arg(aliases=["-n"])] = 16,  # torchrun takes --n for one of its own
     seed: Count = 0,
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
     label_law: Word = None,
@@ -461,6 +461,56 @@ def serve(
     run(sources, port, auth)
 
 
+def export(
+    model: Positional[str],
+    out: Positional[Path],
+    /,
+    *,
+    to: Literal["diffusers", "torch", "onnx"],
+    size: int | None = None,
+) -> None:
+    """Take a model elsewhere: a diffusers pipeline, or its denoiser (z, logsnr, label) -> (x, eps) as one file.
+
+    Args:
+        model: Run folder, model folder or hub name.
+        out: Folder (diffusers), .pt2 file (torch) or .onnx file.
+        to: Form; for torch and onnx the file is read back and its outputs compared.
+        size: Height and width of z in torch's and onnx's; the network's own by default.
+    """
+    from mezzotint.export import export as run
+
+    for line in run(model, out, to, size):
+        print(line)
+
+
+def card(
+    source: Positional[str],
+    /,
+    *,
+    evaluation: tuple[Path, ...] = (),
+    licence: str | None = None,
+    fresh: bool = False,
+    push: str | None = None,
+    private: bool = False,
+) -> None:
+    """Write the card of a run's model (README.md with the hub's metadata, samples.png), and push the model if asked.
+
+    Args:
+        source: Run folder or model folder.
+        evaluation: Files of `mezzotint evaluate`; those in the run folder are found without being named.
+        licence: Of the weights, as the hub names it: apache-2.0, cc-by-4.0, other ...
+        fresh: Sample the picture anew instead of taking the run's newest grid.
+        push: Repository of the Hugging Face hub, owner/name, made if it is not there.
+        private: Make that repository private.
+    """
+    from mezzotint.hub import push_to_hub, write_card
+
+    folder = write_card(source, evaluation, licence, fresh)
+    print(f"card: {folder / 'README.md'}")
+    if push is not None:
+        print(push_to_hub(folder, push, private))
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -473,6 +523,8 @@ COMMANDS = {
     "reproduce": reproduce,
     "bench": bench,
     "serve": serve,
+    "export": export,
+    "card": card,
 }
 
 
