@@ -511,6 +511,41 @@ def card(
         print(push_to_hub(folder, push, private))
 
 
+def ema(
+    run: Positional[Path],
+    /,
+    *,
+    width: float,
+    images: int | None = None,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+) -> None:
+    """Average a run's weights anew, with any width, from the snapshots it kept (ema.power_stds in its recipe).
+
+    Args:
+        run: Run folder.
+        width: Relative width of the power-function average, e.g. 0.08 (EDM2); below 0.2887.
+        images: Average up to so many images seen; the newest snapshot by default.
+        out: Model folder to write; RUN/model-WIDTH by default.
+    """
+    from mezzotint.train.posthoc import save_rebuilt
+
+    folder, rebuilt = save_rebuilt(run, width, images, out)
+    print(f"{folder}: relative width {width:g} at {rebuilt.images:,} images, of {len(rebuilt.sources)} snapshots")
+    print(f"relative distance of its profile from the one asked for: {rebuilt.distance:.2g} (0.1 and above is coarse)")
+
+
+def replay(bundle: Positional[Path], /, *, data: Annotated[str | None, arg(aliases=["-d"])] = None) -> None:
+    """Repeat a training step that was not finite, from the bundle it left, and name the layer where it began.
+
+    Args:
+        bundle: Folder RUN/bundles/IMAGES.
+        data: Where the training data is now, if it moved.
+    """
+    from mezzotint.train.replay import replay as run
+
+    print(run(bundle, data))
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -525,6 +560,8 @@ COMMANDS = {
     "serve": serve,
     "export": export,
     "card": card,
+    "ema": ema,
+    "replay": replay,
 }
 
 

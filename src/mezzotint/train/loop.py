@@ -83,6 +83,7 @@ def train(
     Errors: ValueError for a recipe, data or folder that do not fit; NotFinite before a non-finite update;
     OSError when a checkpoint cannot be written (earlier ones stay).
     """
+    trackers.check(recipe.track)
     world = ranks.start()
     console = Console(quiet or not world.main)
     stop = Stop()
