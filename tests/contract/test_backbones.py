@@ -23,6 +23,7 @@ from mezzotint.process.denoiser import Cond
 from mezzotint.registry import build
 
 TINY = sorted(name for name in backbones.presets() if name.endswith("-tiny"))
+LABELLED = [name for name in TINY if not backbones.text_width(backbones.presets()[name][1].config)]
 STATE_KEYS = Path(__file__).resolve().parents[1] / "golden" / "state_keys"
 LEVELS = (-4.0, 0.5, 3.0)
 
@@ -48,7 +49,10 @@ def query(model, batch=3, height=None, width=None, dtype=torch.float32, levels=L
     z = torch.randn(batch, c.channels, height or c.size, width or c.size, dtype=torch.float64, generator=g).to(dtype)
     logsnr = torch.tensor(levels, dtype=torch.float32 if dtype == torch.bfloat16 else dtype)[:batch]
     label = torch.arange(batch) % c.num_classes if c.num_classes else None
-    return z, logsnr, Cond(label=label)
+    if not backbones.text_width(c):
+        return z, logsnr, Cond(label=label)
+    text = torch.randn(batch, 5, backbones.text_width(c), dtype=torch.float64, generator=g).to(dtype)
+    return z, logsnr, Cond(label=label, text=text, text_mask=torch.arange(5) < 2 + torch.arange(batch)[:, None])
 
 
 def raw_channels(model):
@@ -128,7 +132,7 @@ def test_indivisible_and_misfit_inputs_are_refused(name):
         model(torch.zeros(1, channels + 1, size, size), logsnr, cond)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", LABELLED)
 def test_labels(name):
     model = make(name)
     classes = model.card.config.num_classes
@@ -233,6 +237,7 @@ def test_channels_last_changes_nothing(name):
 
 COMPILE = """
 import json, sys, torch
+from mezzotint.backbones import text_width
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
 
@@ -243,6 +248,9 @@ for name in sys.argv[1:]:
     c = model.card.config
     z, noise = torch.randn(2, c.channels, c.size, c.size), model.parameterisation.noise(torch.tensor([-4.0, 3.0]))
     cond = Cond(label=torch.tensor([0, 1]))
+    if width := text_width(c):
+        mask = torch.tensor([[True, True, False], [True, False, False]])
+        cond = Cond(text=torch.randn(2, 3, width), text_mask=mask)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -31,6 +31,11 @@ class Config(Protocol):
     prediction: str
 
 
+def text_width(config: Any) -> int:
+    """Width of the text embeddings a network reads, its config's `text_dim`; 0 for a network without text."""
+    return getattr(config, "text_dim", 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """A published (or laptop) size.

@@ -108,16 +108,61 @@ class Conditioning(nn.Module):
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
 
-    def forward(self, logsnr: Tensor, cond: Cond) -> Tensor:
-        """(b,) log-SNR and conditions to (b, emb)."""
-        if cond.text is not None:
+    def forward(self, logsnr: Tensor, cond: Cond, pooled: Tensor | None = None) -> Tensor:
+        """(b,) log-SNR and conditions to (b, emb); `pooled` is the text as one vector (b, emb), see `Words`."""
+        if cond.text is not None and pooled is None:
             raise ValueError("text was given to a network without text input; pass a label or nothing")
         wide = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
         # Steps of 0...1000, as the embedding's periods are made for (section 2).
         position = sinusoid(1000 * inv_cos(wide), self.width)
         out = self.noise(position.to(next(self.noise.parameters()).dtype))
         index = label_index(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
-        return F.silu(out if self.label is None else out + self.label(index))
+        out = out if self.label is None else out + self.label(index)
+        return F.silu(out if pooled is None else out + pooled)
+
+
+class Words(nn.Module):
+    """Token embeddings of a text encoder to what the transformer attends to and to one vector for FiLM.
+
+    The paper's way of injection is not known ([?], section 6): here the normalised, projected tokens are extra keys and
+    values of every self-attention, and their mean is one more term of the conditioning. Padding is masked; a text
+    without any token, or none at all, is the empty condition.
+
+    Args:
+        text_dim: width of the embeddings. channels: of the transformer. emb: width of the conditioning.
+    """
+
+    def __init__(self, text_dim: int, channels: int, emb: int):
+        super().__init__()
+        self.text_dim = text_dim
+        self.norm = nn.LayerNorm(text_dim)
+        self.tokens = nn.Linear(text_dim, channels)
+        self.pooled = nn.Linear(text_dim, emb)
+
+    def forward(self, cond: Cond, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (b, t, channels), mask (b, t), True where a token is real, and the pooled vector (b, emb)."""
+        weight = self.tokens.weight
+        text, mask = cond.text, cond.text_mask
+        if text is None:
+            text, mask = weight.new_zeros(batch, 1, self.text_dim), weight.new_zeros(batch, 1, dtype=torch.bool)
+        if mask is None:
+            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        if text.shape[0] != batch or text.shape[2] != self.text_dim or mask.shape != text.shape[:2]:
+            raise ValueError(
+                f"text {tuple(text.shape)} with mask {tuple(mask.shape)} for a batch of {batch}: this network reads "
+                f"(b, t, {self.text_dim}) with a mask (b, t)"
+            )
+        mask = mask.to(weight.device)
+        text = text.to(weight).masked_fill(~mask[..., None], 0)  # what stands in the padding does not matter
+        text = self.norm(text).to(weight.dtype) * mask[..., None]
+        mean = text.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        return self.tokens(text), mask, self.pooled(mean)
+
+
+def keys_mask(h: Tensor, mask: Tensor) -> Tensor:
+    """(b, 1, 1, h w + t), True for every cell of the map (b, c, h, w) and for the real tokens of `mask` (b, t)."""
+    cells = mask.new_ones(len(mask), h.shape[2] * h.shape[3])
+    return torch.cat([cells, mask], 1)[:, None, None]
 
 
 class FiLM(nn.Module):
@@ -174,9 +219,10 @@ class Attention(nn.Module):
     """Section 6: pre-norm self-attention, q and k normalised per head, output projection starting at zero.
 
     Norms are LayerNorm, without bias on the tokens and with bias on q and k; q, k, v have no other (our choice).
+    With `text`, words give extra keys and values, see `Words`.
     """
 
-    def __init__(self, channels: int, heads: int):
+    def __init__(self, channels: int, heads: int, text: bool = False):
         super().__init__()
         if channels % heads:
             raise ValueError(f"a width of {channels} does not divide into {heads} heads")
@@ -185,13 +231,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.norm_q = nn.LayerNorm(channels // heads)
         self.norm_k = nn.LayerNorm(channels // heads)
+        self.text = nn.Linear(channels, 2 * channels, bias=False) if text else None
         self.out = zero(nn.Linear(channels, channels))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """(b, c, h, w) to (b, c, h, w), the residual included."""
+    def forward(self, h: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) to (b, c, h, w), the residual included; words (b, t, c) with the mask of `keys_mask`."""
         q, k, v = self.qkv(self.norm(to_tokens(h))).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if self.text is not None and words is not None:
+            more_k, more_v = self.text(words).unflatten(-1, (2, self.heads, -1)).unbind(2)
+            k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # autocast normalises in float32
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
         return h + to_map(self.out(mixed.transpose(1, 2).flatten(2)), h)
 
 
@@ -201,19 +251,19 @@ class TransformerBlock(nn.Module):
     FiLM comes before the swish, as in the ResBlock (order [?] in the paper).
     """
 
-    def __init__(self, channels: int, emb: int, heads: int, dropout: float = 0.0):
+    def __init__(self, channels: int, emb: int, heads: int, dropout: float = 0.0, text: bool = False):
         super().__init__()
         self.norm = nn.LayerNorm(channels, bias=False)
         self.up = nn.Linear(channels, 4 * channels)
         self.film = FiLM(emb, 4 * channels)
         self.dropout = nn.Dropout(dropout)
         self.down = zero(nn.Linear(4 * channels, channels))
-        self.attention = Attention(channels, heads)
+        self.attention = Attention(channels, heads, text)
 
-    def forward(self, h: Tensor, emb: Tensor) -> Tensor:
-        """(b, c, h, w) and (b, emb) to (b, c, h, w)."""
+    def forward(self, h: Tensor, emb: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """(b, c, h, w) and (b, emb) to (b, c, h, w); words and mask as `Attention`."""
         hidden = F.silu(self.film(self.up(self.norm(to_tokens(h))), emb))
-        return self.attention(h + to_map(self.down(self.dropout(hidden)), h))
+        return self.attention(h + to_map(self.down(self.dropout(hidden)), h), words, mask)
 
 
 class Positions(nn.Module):

@@ -18,8 +18,10 @@ from mezzotint.backbones.layers import (
     Stem,
     TransformerBlock,
     Up,
+    Words,
     check_input,
     checked_factor,
+    keys_mask,
     run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -37,6 +39,7 @@ class UViTConfig:
     depth, heads: transformer blocks and their heads.
     dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
+    text_dim: width of the text embeddings it reads (T5-XXL: 4096), 0 for none; see `layers.Words`.
     """
 
     size: int
@@ -53,6 +56,7 @@ class UViTConfig:
     dropout_from: int = 16
     transform: str = "none"
     patch: int = 1
+    text_dim: int = 0
 
 
 class UViT(nn.Module):
@@ -86,7 +90,11 @@ class UViT(nn.Module):
         self.down = nn.ModuleList(res(i, c.blocks[i], False) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
         self.positions = Positions(widths[-1], sides[-1])
-        self.middle = nn.ModuleList(TransformerBlock(widths[-1], c.emb, c.heads, dropout[-1]) for _ in range(c.depth))
+        self.words = Words(c.text_dim, widths[-1], c.emb) if c.text_dim else None
+        reads = self.words is not None
+        self.middle = nn.ModuleList(
+            TransformerBlock(widths[-1], c.emb, c.heads, dropout[-1], reads) for _ in range(c.depth)
+        )
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels))
         self.up = nn.ModuleList(res(i, c.blocks[i] + 1, True) for i in range(levels))
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
@@ -94,7 +102,10 @@ class UViT(nn.Module):
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
         """(b, channels, h, w), log-SNR (b,) and conditions to one output shaped like z."""
         check_input(z, self.config.channels, self.factor)
-        emb = self.conditioning(noise, cond)
+        words = mask = pooled = None
+        if self.words is not None:
+            words, mask, pooled = self.words(cond, len(z))
+        emb = self.conditioning(noise, cond, pooled)
         h = self.stem(z)
         skips: list[Tensor] = []
         for blocks, pool in zip(self.down, self.pool, strict=True):
@@ -104,8 +115,9 @@ class UViT(nn.Module):
                 skips.append(h)
             h = pool(h)
         h = self.positions(h)
+        mask = None if mask is None else keys_mask(h, mask)
         for block in self.middle:
-            h = run(block, self.checkpointing, h, emb)
+            h = run(block, self.checkpointing, h, emb, words, mask)
         for i in reversed(range(len(self.up))):
             h = self.unpool[i](h)
             for block in self.up[i].children():
@@ -166,6 +178,22 @@ registry.add(
                     dropout=0.0,
                 ),
                 paper="laptop size of the same network; 16 to 64 pixels in minutes on a CPU",
+            ),
+            "uvit-text-tiny": Preset(
+                config=UViTConfig(
+                    size=64,
+                    num_classes=0,
+                    width=32,
+                    emb=128,
+                    multipliers=(1, 2, 4),
+                    blocks=(1, 1),
+                    depth=4,
+                    dropout=0.0,
+                    transform="dwt",
+                    patch=2,
+                    text_dim=64,
+                ),
+                paper="laptop size that reads captions instead of labels; a T5 encoder of width 64",
             ),
         },
     ),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,6 +84,16 @@ def null_label(num_classes: int) -> Null:
         return Cond(label=torch.full_like(cond.label, num_classes))
 
     return null
+
+
+def null_text(cond: Cond) -> Cond:
+    """The condition without words: no token is real.
+
+    Errors: ValueError for a condition without text, which has nothing to guide towards.
+    """
+    if cond.text is None or cond.text_mask is None:
+        raise ValueError("guidance needs text and its mask for each image; none was given")
+    return replace(cond, text_mask=torch.zeros_like(cond.text_mask))
 
 
 def _unguided(scale: Tensor) -> bool:
