@@ -22,16 +22,15 @@ def compare_tab(studio: Studio) -> None:
     with gr.Row():
         for i, name in enumerate("AB"):
             with gr.Column(min_width=280):
-                gr.HTML(f"<h3>{name}</h3>", apply_default_css=False)
-                fields = model_and_class(studio, names, i)
+                fields = model_and_class(studio, names, i, f"Model {name}")
                 fields |= how(studio)
                 if i == 1 and len(names) < 2:
                     fields["steps"].value = 8  # one model: compare few steps with many
                 sides.append(fields)
-    with gr.Row(equal_height=True):
-        seeds = gr.Textbox("0-3", label="Seeds", info="3, or 0-7, or 1, 5, 9", min_width=160)
-        start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=120)
-        stop = gr.Button("Stop", min_width=100)
+    seeds = gr.Textbox("0-3", label="Seeds of both", info="3, or 0-7, or 1, 5, 9")
+    with gr.Row():
+        start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=140, scale=2)
+        stop = gr.Button("Stop", min_width=90)
     status = gr.HTML(markup.note(""), apply_default_css=False, elem_id="compare-status")
     pictures = gallery(markup.empty(WAITING), elem_id="pairs")
 

@@ -48,12 +48,12 @@ def label_choices(studio: Studio, name: Any) -> list[str]:
     return [IN_TURN, NO_CLASS, *labels]
 
 
-def model_and_class(studio: Studio, names: list[str], chosen: int = 0) -> dict[str, Any]:
+def model_and_class(studio: Studio, names: list[str], chosen: int = 0, title: str = "Model") -> dict[str, Any]:
     """The two menus; the second follows the first."""
     import gradio as gr
 
     first = names[min(chosen, len(names) - 1)] if names else None
-    model = gr.Dropdown(names, value=first, label="Model", interactive=True)
+    model = gr.Dropdown(names, value=first, label=title, interactive=True)
     choices = label_choices(studio, first)
     label = gr.Dropdown(
         choices,

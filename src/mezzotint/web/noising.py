@@ -19,13 +19,13 @@ from mezzotint.data.shapes import shapes
 from mezzotint.pictures import to_pillow
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Schedule
-from mezzotint.process.logsnr import diffuse
+from mezzotint.process.logsnr import alpha, diffuse, sigma
 from mezzotint.web import markup
 from mezzotint.web.markup import COLOURS, Figure, Line
 from mezzotint.web.studio import Limits
 
 SIDES = (64, 128, 256, 512)
-SHOWN = 128  # pixels to which larger noised pictures are averaged, as the eye does from afar
+SHOWN = 64  # pixels to which larger noised pictures are averaged, as the eye does from afar
 LEVELS = (10.0, 7.5, 5.0, 2.5, 0.0, -2.5, -5.0, -7.5, -10.0)
 OTHERS = ("cosine_interpolated", "linear_ddpm", "scaled_linear", "linear_vp", "lognormal", "flow")
 
@@ -67,14 +67,20 @@ def at_side(photo: Tensor, side: int) -> Tensor:
 
 
 def noised(photo: Tensor, side: int, logsnr: float) -> bytes:
-    """The photo at one size and log-SNR as JPEG bytes, averaged to SHOWN pixels where it is larger."""
+    """The photo at one size and log-SNR, as JPEG bytes of SHOWN pixels.
+
+    Averaging blocks of s x s pixels divides the noise's standard deviation by s and leaves the picture, so the result
+    is a state of log-SNR + 2 log s (simple diffusion section 3.1); it is scaled to variance preserving like any other.
+    """
     x = at_side(photo, side)
     eps = draws.normal("noise", 0, [side], tuple(x.shape[1:]))
-    z = diffuse(x, eps, torch.full((1,), max(min(logsnr, 40.0), -40.0)))
-    if side > SHOWN:
-        z = F.adaptive_avg_pool2d(z, SHOWN)
+    level = torch.full((1,), max(min(logsnr, 40.0), -40.0))
+    block = side // SHOWN
+    pooled = F.avg_pool2d(diffuse(x, eps, level), block) * block
+    # Of variance alpha^2 s^2 + sigma^2 for a picture of variance 1.
+    z = pooled / (alpha(level) ** 2 * block**2 + sigma(level) ** 2).sqrt()
     file = io.BytesIO()
-    to_pillow(to_uint8(z)[0]).save(file, format="JPEG", quality=88)
+    to_pillow(to_uint8(z)[0]).save(file, format="JPEG", quality=90)
     return file.getvalue()
 
 
@@ -92,19 +98,22 @@ def sizes(photo: Tensor, u: float, reference: int) -> str:
     """The same photo at every size and one u: with one schedule for all, and with the shift."""
     plain, rows = at(schedules.cosine(), u), []
     for title, levels in (
-        ("One schedule for every size: large pictures hide little", [plain] * len(SIDES)),
+        ("One schedule for every size: the larger, the less is hidden", [plain] * len(SIDES)),
         (f"Shifted to {reference} px: every size hides as much", [at(shifted(s, reference), u) for s in SIDES]),
     ):
         found = zip(SIDES, levels, strict=True)
         items = [Figure(noised(photo, s, level), f"{s} px", f"log-SNR {level:+.1f}") for s, level in found]
         rows.append(markup.figures(items, "mz-four", title))
-    return "".join(rows)
+    words = "Pixels are noised at the size named and then averaged to 64 px, as the eye does from afar."
+    return f"{''.join(rows)}{markup.note(words)}"
 
 
 def levels(photo: Tensor, side: int) -> str:
     """What each log-SNR looks like at one size."""
     items = [Figure(noised(photo, side, level), f"{level:+.1f}") for level in LEVELS]
-    return markup.figures(items, "mz-strip", f"What each log-SNR looks like at {side} px")
+    return markup.figures(
+        items, "mz-strip", f"What each log-SNR looks like at {side} px" + (", averaged to 64" if side > SHOWN else "")
+    )
 
 
 def curves(u: float, reference: int, others: list[str]) -> str:

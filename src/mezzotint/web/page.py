@@ -25,6 +25,22 @@ COPPER = (
 )
 
 
+class NoFiles:
+    """Closes Gradio's routes for files, which no component of this page uses; for Starlette's middleware."""
+
+    closed = tuple(f"/gradio_api/{name}" for name in ("upload", "file", "proxy", "stream", "deep_link"))
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer 404 on the closed routes, pass everything else on."""
+        if scope["type"] != "http" or not scope["path"].startswith((*self.closed, "/file")):
+            return await self.app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 404, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": b"there are no files here"})
+
+
 def gradio() -> Any:
     """Gradio with everything off that would speak to the outside."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -45,7 +61,8 @@ def look() -> dict[str, Any]:
     theme = gr.themes.Base(
         primary_hue=copper, secondary_hue=copper, neutral_hue="stone", radius_size="md", font=words, font_mono=code
     ).set(button_primary_text_color="white", button_primary_background_fill="*primary_600")
-    return {"theme": theme, "css": (Path(__file__).parent / "studio.css").read_text()}
+    # In the head, since Gradio rewrites what it is given as css, and media queries do not survive that.
+    return {"theme": theme, "head": f"<style>{(Path(__file__).parent / 'studio.css').read_text()}</style>"}
 
 
 def build(studio: Studio) -> Any:
@@ -83,6 +100,8 @@ def launch(studio: Studio, port: int | None, auth: str = "", block: bool = True)
     if auth and not (name and colon and password):
         raise ValueError("auth must be user:password")
     page = build(studio)
+    from starlette.middleware import Middleware  # comes with gradio
+
     page.launch(
         server_name="127.0.0.1",
         server_port=port,
@@ -94,6 +113,7 @@ def launch(studio: Studio, port: int | None, auth: str = "", block: bool = True)
         prevent_thread_lock=not block,
         quiet=True,
         footer_links=[],
+        app_kwargs={"middleware": [Middleware(NoFiles)]},
         max_file_size=studio.limits.photo_bytes,
         state_session_capacity=studio.limits.visitors,
         **look(),
