@@ -151,12 +151,14 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for (b, heads, n, d) and a bias (1, heads, n, n).
 
     Measured, one core: without gradients the fused CPU kernel is 1.3-2x faster in float32; with a bias that needs
-    gradients torch has no fused CPU kernel, and its fallback is 1.1-2.3x slower than these three lines.
+    gradients torch has no fused CPU kernel, and its fallback is 1.1-2.3x slower than these three lines. In bf16
+    they are 1.6x faster even than the fused kernel at 256 tokens, and as fast at 1024, where memory decides.
     """
     bias = bias.to(q.dtype)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and bias.requires_grad:
+    trained = torch.is_grad_enabled() and bias.requires_grad
+    if q.device.type == "cpu" and (trained or (q.dtype == torch.bfloat16 and q.shape[-2] <= 512)):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.add_(bias).softmax(-1) @ v
+        return scores.add_(bias).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
