@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mezzotint import config
-from mezzotint.config import Recipe
-from mezzotint.recipes import recipe_for
-from mezzotint.train import log, loop, state
+from mezzotint.train import loop, state
 from mezzotint.train.loop import train
 from mezzotint.train.sentinel import NotFinite
 from mezzotint.train.setup import setup
-
-SMALL = [
-    "data.source=digits", "model.size=8", "model.channels=1", "model.width=8", "model.emb=16",
-    "model.multipliers=[1,1]", "model.blocks=[1,1]", "model.attention=[false,true]", "model.heads=1",
-    "model.dropout=0.1", "batch=16", "images=160", "log_every_images=32", "grid.every_images=80", "grid.count=10",
-    "grid.steps=2", "save.every_images=48", "save.keep=10", "engine.precision=float32", "optim.warmup_images=32", "data.flip=true",
-]  # fmt: skip
-
-
-def small(*overrides: str) -> Recipe:
-    return config.override(recipe_for("unet-tiny"), [*SMALL, *overrides])
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def records(folder) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in log.MEASURED} for line in lines]
-
-
-def assert_same_run(a, b):
-    wa, wb = weights(a), weights(b)
-    assert wa.keys() == wb.keys()
-    assert all(torch.equal(wa[k], wb[k]) for k in wa)
-    assert records(a) == records(b)
-    grids = sorted(p.name for p in (a / "samples").iterdir())
-    assert grids == sorted(p.name for p in (b / "samples").iterdir())
-    assert all((a / "samples" / n).read_bytes() == (b / "samples" / n).read_bytes() for n in grids)
+from runs import assert_same_run, records, small, weights
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +63,7 @@ SCRIPT = """
 import sys
 import torch; torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-from test_train import small
+from runs import small
 from mezzotint.train.loop import train
 train(small(), {folder!r})
 """
@@ -105,7 +72,7 @@ train(small(), {folder!r})
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_loses_nothing(whole, tmp_path, number):
     folder = tmp_path / "run"
-    script = SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder))
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:

@@ -11,17 +11,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint import config
+from mezzotint import config, draws
+from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
 from mezzotint.data.latent_sets import TrainingSet, space_of
 from mezzotint.models import Card, build_model, preset_card
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Cond, Model, Schedule
 from mezzotint.process.objectives import Objective
+from mezzotint.process.schedules import Table
 from mezzotint.ranks import World, fail_together
-from mezzotint.registry import build
+from mezzotint.registry import Spec, build
 from mezzotint.train import distributed, ema, log, state
-from mezzotint.train.data import open_data
+from mezzotint.train.data import open_data, text_card
 from mezzotint.train.optim import make_optimisers
 from mezzotint.weights import replace_file
 
@@ -53,7 +55,7 @@ def resolve(recipe: Recipe, images: TrainingSet) -> Recipe:
     """
     card = preset_card(recipe.preset, **recipe.model)
     model = dict(recipe.model)
-    if images.num_classes and "num_classes" not in model:
+    if images.num_classes and "num_classes" not in model and not text_width(card.config):
         model["num_classes"] = images.num_classes
     card = preset_card(recipe.preset, **model)
     wanted = card.config.num_classes
@@ -115,7 +117,7 @@ def setup(
 
     initialise: called on the network before its first step (not on resume), e.g. to load weights to fine-tune.
     """
-    images = open_data(recipe, world.device)
+    images = open_data(recipe, world)
     recipe = resolve(recipe, images)
     refused = None
     if world.main:
@@ -126,10 +128,16 @@ def setup(
     fail_together(refused, world)
     card = preset_card(recipe.preset, **recipe.model)
     card = dataclasses.replace(
-        card, schedule=recipe.schedule or card.schedule, labels=images.label_names, codec=space_of(images)
+        card,
+        schedule=recipe.schedule or card.schedule,
+        labels=images.label_names,
+        codec=space_of(images),
+        extra=text_card(images.words),
     )
     torch.manual_seed(recipe.seed)
     model = build_model(card).to(world.device)
+    schedule, objective = build(schedules.registry, card.schedule), build(objectives.registry, recipe.objective)
+    check_objective(recipe, model, objective, schedule)
     backbone = model.backbone
     checkpoint, passed = state.newest_intact(folder)
     if checkpoint is None and initialise is not None:
@@ -158,11 +166,45 @@ def setup(
         card=card,
         model=model,
         parts=parts,
-        objective=build(objectives.registry, recipe.objective),
-        schedule=build(schedules.registry, card.schedule),
+        objective=objective,
+        schedule=schedule,
         state=current,
         writer=state.Writer(world),
     )
+
+
+@torch.no_grad()
+def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule: Schedule) -> None:
+    """The loss at a low, a middle and a high noise level, so that what does not fit together fails before training.
+
+    Errors: ValueError where the objective refuses the network or the schedule, or the loss is not finite.
+    """
+    config, device = model.card.config, next(model.parameters()).device
+    spec = recipe.objective
+    if spec.name == "hybrid":
+        table = build(schedules.registry, Spec("linear_ddpm", spec.options))
+        if not (
+            isinstance(schedule, Table) and isinstance(table, Table) and torch.equal(schedule.logsnr, table.logsnr)
+        ):
+            raise ValueError(
+                f"objective {spec} is defined on the steps of DDPM's linear table, not on {model.card.schedule}; "
+                "set schedule.name=linear_ddpm with the same options, or objective.name=regression"
+            )
+    u = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64, device=device)
+    x, eps = (
+        draws.normal(purpose, 0, [0, 1, 2], (config.channels, config.size, config.size)).to(device)
+        for purpose in ("sample", "noise")
+    )
+    label = torch.full((3,), config.num_classes, device=device) if config.num_classes else None
+    logsnr = schedule(u)
+    loss = objective(model, x.clamp(-1, 1), eps, logsnr.float(), Cond(label=label))
+    if recipe.time.measure == "logsnr":
+        loss = loss * (-schedules.slope(schedule, u) / 2).to(loss)
+    if not torch.isfinite(loss).all():
+        raise ValueError(
+            f"objective {spec} of a network that predicts {config.prediction} is {loss.tolist()} at log-SNR "
+            f"{logsnr.tolist()} of schedule {model.card.schedule}; choose another objective, prediction or schedule"
+        )
 
 
 def parts_of(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
