@@ -1,0 +1,338 @@
+"""The page in a real browser, as its visitors use and misuse it."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from mezzotint.generate import Settings, open_model
+from mezzotint.pictures import to_pillow
+from mezzotint.produce import Job
+
+PICTURES = "#pictures figure:has([data-save]) img"
+
+
+def ask(page, seeds: str, steps: int = 3) -> None:
+    page.get_by_label("Seeds", exact=True).first.fill(seeds)
+    box = page.get_by_role("spinbutton", name="number input for Steps").first
+    box.fill(str(steps))
+    box.press("Tab")
+    page.click("#generate")
+
+
+def wait_done(page, seconds: float = 60) -> list[str]:
+    """The addresses of the finished pictures."""
+    page.wait_for_function(
+        "() => document.querySelector('#status').innerText.startsWith('done')", timeout=1000 * seconds
+    )
+    return [image.get_attribute("src") for image in page.query_selector_all(PICTURES)]
+
+
+def made(page, seeds: str, steps: int = 3) -> list[str]:
+    """Ask, and wait until the status of an earlier request has given way to this one's."""
+    page.evaluate("() => { document.querySelector('#status').innerText = ''; }")
+    ask(page, seeds, steps)
+    return wait_done(page)
+
+
+def decoded(uri: str) -> Image.Image:
+    head, _, body = uri.partition(",")
+    assert head == "data:image/png;base64"
+    return Image.open(io.BytesIO(base64.b64decode(body)))
+
+
+def call(server, values: list, name: str = "generate") -> str:
+    """The raw answer of the HTTP API."""
+    body = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(
+        f"{server.url}/gradio_api/call/{name}", body, headers={"Content-Type": "application/json"}
+    )
+    number = json.loads(fetched(request))["event_id"]
+    return fetched(f"{server.url}/gradio_api/call/{name}/{number}", 120)
+
+
+def fetched(request, seconds: float = 30) -> str:
+    with urllib.request.urlopen(request, timeout=seconds) as answer:
+        return answer.read().decode()
+
+
+def values(**changes) -> list:
+    """The arguments of `generate` in the order of the form."""
+    form = {"model": "good", "label": "every class in turn", "seeds": "0", "sampler": "ddim", "steps": 2}
+    form |= {"guidance": 1, "curve": "constant", "power": 4, "limited": False, "low": -3, "high": 5, "size": ""}
+    return list({**form, **changes}.values())
+
+
+def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_same_bytes(visit, server, shot):
+    page = visit()
+    first = made(page, "4-6")
+    assert len(set(first)) == 3
+    shot(page, "generate")
+    model = open_model(server.model)
+    drawn = Job(model=model, settings=Settings(steps=3), pool=(0, 1, 2)).draw([4, 5, 6])
+    for uri, picture in zip(first, drawn, strict=True):
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pillow(picture)))
+    card = json.loads(decoded(first[1]).text["mezzotint"])
+    assert (card["first"], card["n"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
+    page.click("#pictures .mz-tools [data-seed='5']")
+    page.wait_for_function("() => document.querySelector('#seeds textarea, #seeds input').value === '5'")
+    assert made(page, "5") == [first[1]]
+    assert page.locator("#earlier figure").count() == 3
+
+
+def test_strips_between_seeds_and_over_settings(visit):
+    page = visit()
+    page.get_by_text("Between two seeds").click()
+    page.click("#interpolate")
+    page.wait_for_function("() => document.querySelector('#status').innerText.includes('great arc')", timeout=60_000)
+    assert page.locator("#strip figure").count() == 7
+    page.get_by_text("One seed, several settings").click()
+    page.click("#vary")
+    page.wait_for_function("() => document.querySelectorAll('#strip [data-save]').length === 4", timeout=60_000)
+    assert len({i.get_attribute("src") for i in page.query_selector_all("#strip img")}) == 4
+
+
+def test_cancelling_stops_the_computation(visit):
+    page = visit()
+    ask(page, "0-15", 250)
+    page.wait_for_selector("#status progress")
+    page.click("#stop")
+    page.wait_for_function("() => document.querySelector('#status').innerText === 'stopped'")
+    before = time.monotonic()
+    assert len(made(page, "1")) == 1
+    assert time.monotonic() - before < 15
+    assert page.locator("#status").inner_text().startswith("done")
+
+
+def test_a_photo_of_ones_own_is_noised_and_other_files_are_refused(visit, tmp_path, shot):
+    page = visit()
+    page.get_by_role("tab", name="Understand").click()
+    shown = page.locator("#noised img").first
+    shown.wait_for()
+    before = shown.get_attribute("src")
+    Image.new("RGB", (300, 200), (250, 20, 20)).save(tmp_path / "red.png")
+    page.set_input_files("#photo-file", str(tmp_path / "red.png"))
+    page.wait_for_function("b => document.querySelector('#noised img').src !== b", arg=before, timeout=30_000)
+    _, _, body = page.locator("#noised img").nth(3).get_attribute("src").partition(",")
+    red, green, _ = np.array(Image.open(io.BytesIO(base64.b64decode(body)))).reshape(-1, 3).mean(0)
+    assert red > green + 60
+    shot(page, "understand-photo")
+    (tmp_path / "no.png").write_text("root:x:0:0")
+    page.set_input_files("#photo-file", str(tmp_path / "no.png"))
+    page.wait_for_selector("#noised [role=alert]")
+    assert "no picture" in page.locator("#noised").inner_text()
+
+
+def images_seen(page) -> int:
+    found = re.match(r"([\d,]+) images seen", page.locator("#watch-status").inner_text())
+    return int(found[1].replace(",", "")) if found else 0
+
+
+def test_watching_a_run_that_trains_at_that_moment(visit, training, shot):
+    page = visit()
+    page.get_by_role("tab", name="Watch").click()
+    page.wait_for_selector("#curves svg", timeout=30_000)
+    before = images_seen(page)
+    training.go_on()
+    try:
+        end = time.monotonic() + 60
+        while images_seen(page) <= before and time.monotonic() < end:
+            page.wait_for_timeout(500)
+    finally:
+        training.pause()
+    assert images_seen(page) > before > 0
+    assert page.locator("#curves svg").count() == 4
+    shot(page, "watch")
+
+
+def brightness(page, expression: str) -> float:
+    colour = page.evaluate(f"() => getComputedStyle({expression})")
+    return float(np.mean([float(v) for v in re.findall(r"[\d.]+", colour)[:3]]))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_follows_light_and_dark(visit, scheme, shot):
+    page = visit(color_scheme=scheme)
+    page.wait_for_timeout(500)
+    ground = brightness(page, "document.body).backgroundColor.concat('' ")
+    ink = brightness(page, "document.querySelector('.mz-head h1')).color.concat('' ")
+    assert (ground < 60 and ink > 180) if scheme == "dark" else (ground > 220 and ink < 80)
+    shot(page, f"generate-{scheme}")
+
+
+def test_a_phone_scrolls_in_one_direction_only(visit, shot):
+    page = visit(viewport={"width": 390, "height": 844})
+    assert len(made(page, "0-3")) == 4
+    for tab in ("Generate", "Watch", "Understand", "Compare"):
+        page.get_by_role("tab", name=tab, exact=True).click()
+        page.wait_for_timeout(1000)
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390, tab
+        shot(page, f"phone-{tab.lower()}")
+
+
+def test_the_keyboard_is_enough(visit):
+    page = visit()
+    page.get_by_label("Seeds", exact=True).first.fill("3")
+    page.locator("#generate").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#pictures [data-save]", timeout=60_000)
+    page.locator("#pictures .mz-pick").focus()
+    page.get_by_label("Seeds", exact=True).first.fill("")
+    page.locator("#pictures .mz-pick").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('#seeds textarea, #seeds input').value === '3'")
+
+
+def test_two_visitors_at_once_each_get_their_own(visit):
+    one, two = visit(), visit()
+    ask(one, "0-7", 30)
+    ask(two, "8, 9", 3)
+    wait_done(one)
+    wait_done(two)
+    assert one.locator("#pictures [data-save='seed-7.png']").count() == 1
+    assert two.locator("#pictures figure").count() == 2
+    assert two.locator("#pictures [data-save='seed-9.png']").count() == 1
+
+
+def test_a_failing_model_says_so_and_the_server_lives(visit, server):
+    page = visit()
+    page.get_by_role("listbox", name="Model").first.click()
+    page.get_by_role("option", name="broken").click()
+    page.wait_for_timeout(500)
+    ask(page, "0")
+    page.wait_for_selector("#status [role=alert]", timeout=30_000)
+    assert "not a finite number" in page.locator("#status").inner_text()
+    page.get_by_role("listbox", name="Model").first.click()
+    page.get_by_role("option", name="good").click()
+    page.wait_for_timeout(500)
+    assert len(made(page, "0")) == 1
+    assert server.process.poll() is None
+
+
+def test_comparing_two_models(visit, shot):
+    page = visit()
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#compare")
+    page.wait_for_function(
+        "() => document.querySelector('#compare-status').innerText.startsWith('done')", timeout=90_000
+    )
+    columns = [
+        [i.get_attribute("src") for i in s.query_selector_all("img")] for s in page.query_selector_all("#pairs section")
+    ]
+    assert [len(c) for c in columns] == [4, 4]
+    assert not set(columns[0]) & set(columns[1])
+    shot(page, "compare")
+
+
+def test_a_request_over_the_limits_is_refused_on_the_page(visit):
+    page = visit()
+    ask(page, "0-99")
+    page.wait_for_selector("#status [role=alert]")
+    assert "at most 16 pictures" in page.locator("#status").inner_text()
+
+
+REFUSED = [
+    {"seeds": "0-99999999"},
+    {"seeds": "/etc/passwd"},
+    {"steps": 10**6},
+    {"steps": "x"},
+    {"steps": None},
+    {"guidance": 1e9},
+    {"size": "4096"},
+    {"size": "32x33"},
+    {"model": "/etc"},
+    {"model": "../good"},
+    {"sampler": "__import__"},
+    {"label": "9999"},
+    {"curve": "constant", "limited": True, "guidance": 2, "low": 9, "high": -9},
+]
+
+
+@pytest.mark.parametrize("changes", REFUSED, ids=str)
+def test_a_bad_request_is_refused_over_http(server, changes):
+    answer = call(server, values(**changes))
+    assert "event: error" in answer
+    assert "root:" not in answer
+    assert "data:image" not in answer
+
+
+def test_the_same_request_within_limits_is_answered_over_http(server):
+    assert "data:image/png" in call(server, values())
+
+
+PATHS = [
+    "/gradio_api/file=/etc/passwd",
+    "/gradio_api/file=../../../../etc/passwd",
+    "/gradio_api/file=..%2f..%2f..%2fetc%2fpasswd",
+    "/gradio_api/file=file:///etc/passwd",
+    "/file=/etc/passwd",
+    "/static/../../../../../../etc/passwd",
+    "/assets/..%2f..%2f..%2f..%2f..%2fetc%2fpasswd",
+    "/gradio_api/proxy=http://example.com/",
+    "/gradio_api/upload",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_path_of_a_visitor_is_opened(server, path):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(server.url + path, timeout=10)
+    assert 400 <= error.value.code < 500
+    assert b"root:" not in error.value.read()
+
+
+def test_a_photo_cannot_be_a_path_or_an_address(server):
+    config = json.loads(fetched(f"{server.url}/config"))
+    photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
+    which = next(d for d in config["dependencies"] if d["inputs"][:1] == [photo] and len(d["inputs"]) == 3)
+    for text in ("/etc/passwd", "file:///etc/passwd", {"path": "/etc/passwd"}, "http://127.0.0.1:1/x.png"):
+        body = {"data": [text, 0.5, 64], "fn_index": which["id"], "session_hash": "visitor"}
+        request = urllib.request.Request(
+            f"{server.url}/gradio_api/queue/join",
+            json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        fetched(request)
+        said = fetched(f"{server.url}/gradio_api/queue/data?session_hash=visitor")
+        assert "a name or an address is not opened" in said
+        assert "root:" not in said
+
+
+def test_the_server_listens_and_speaks_on_this_machine_only(server):
+    found = psutil.Process(server.process.pid).net_connections(kind="inet")
+    assert found
+    assert {c.laddr.ip for c in found} == {"127.0.0.1"}
+    assert {c.raddr.ip for c in found if c.raddr} <= {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_twenty_visitors_queue_for_a_minute_and_none_is_lost(server):
+    from concurrent.futures import ThreadPoolExecutor
+
+    process = psutil.Process(server.process.pid)
+    call(server, values())
+    before = process.memory_info().rss
+    end = time.monotonic() + 60
+
+    def visitor(number: int) -> tuple[int, int]:
+        asked = answered = 0
+        while asked == 0 or time.monotonic() < end:
+            asked += 1
+            answered += "data:image/png" in call(server, values(seeds=f"{number * 100}-{number * 100 + 7}", steps=10))
+        return asked, answered
+
+    with ThreadPoolExecutor(20) as pool:
+        counts = list(pool.map(visitor, range(20)))
+    assert all(asked == answered for asked, answered in counts), counts
+    assert sum(asked for asked, _ in counts) >= 20
+    assert process.memory_info().rss - before < 300 << 20
