@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mezzotint import config
 from mezzotint.config import Recipe
@@ -30,6 +30,7 @@ LIMITS = (
 )
 
 
+@runtime_checkable
 class Api(Protocol):
     """The two calls of `huggingface_hub.HfApi` that a push makes."""
 

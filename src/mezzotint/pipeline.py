@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -64,7 +64,7 @@ class MezzotintPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         sampler: str = "ddim",
         size: int | tuple[int, int] | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: str = "pil",
     ) -> ImagePipelineOutput:
         """Pictures.
 
