@@ -108,7 +108,8 @@ def encoder(name: str, device: torch.device | str = "cpu", max_tokens: int = MAX
             "safetensors, and tokenizer.json (a spiece.model alone needs: pip install sentencepiece)"
         ) from error
     own = str(folder) if Path(name).expanduser().is_dir() else name
-    model = model.to(device).eval().requires_grad_(False)
+    model: Any = model.eval().requires_grad_(False)
+    model.to(torch.device(device))
     return TextEncoder(own, model, tokenizer, _tokenizer_hash(folder), max_tokens)
 
 
@@ -155,9 +156,8 @@ class Captions:
 def captions_of(texts: Sequence[str | None]) -> Captions:
     """Captions by first appearance; None and white space are no caption."""
     numbers: dict[str, int] = {}
-    rows = [
-        -1 if text is None or not text.strip() else numbers.setdefault(text.strip(), len(numbers)) for text in texts
-    ]
+    said = [(text or "").strip() for text in texts]
+    rows = [numbers.setdefault(text, len(numbers)) if text else -1 for text in said]
     of_sample = np.array(rows, dtype=np.int64)
     return Captions(tuple(numbers), of_sample, int((of_sample < 0).sum()))
 
@@ -207,7 +207,7 @@ def _write_words(folder: Path, key: str, captions: Captions, reader: TextEncoder
         card = {
             "format": 1, "key": key, "encoder": reader.name, "encoder_hash": reader.hash,
             "tokenizer_hash": reader.tokenizer_hash, "width": reader.width, "max_tokens": reader.max_tokens,
-            "captions": len(captions.distinct), "cut": cut,
+            "longest": max(lengths), "captions": len(captions.distinct), "cut": cut,
         }  # fmt: skip
         (beside / WORDS).write_text(json.dumps(card, indent=1))
         try:

@@ -22,7 +22,7 @@ WORDS = "words.json"
 
 @final
 class Words:
-    """Embedded captions of a set of pictures by sample number, padded to `max_tokens`.
+    """Embedded captions of a set of pictures by sample number, all padded to `max_tokens`, those of the longest.
 
     Args:
         folder: of `mezzotint.data.text.embed_captions`.
@@ -32,7 +32,7 @@ class Words:
     def __init__(self, folder: Path, captions: np.ndarray):
         self.folder = folder
         self.card: dict[str, Any] = json.loads((folder / WORDS).read_text("utf-8"))
-        self.width, self.max_tokens = int(self.card["width"]), int(self.card["max_tokens"])
+        self.width, self.max_tokens = int(self.card["width"]), int(self.card["longest"])
         self.captions = captions
 
     def __len__(self) -> int:

@@ -24,7 +24,7 @@ from mezzotint.ranks import World
 from mezzotint.registry import build
 from mezzotint.train import log, sentinel, state
 from mezzotint.train.data import open_data
-from mezzotint.train.setup import Run, parts_of
+from mezzotint.train.setup import Run, parts_of, shell_of
 from mezzotint.train.step import gradient, make_batch
 
 
@@ -110,7 +110,7 @@ def run_of(recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, d
 
     card = preset_card(recipe.preset, **recipe.model)
     card = dataclasses.replace(card, schedule=recipe.schedule or card.schedule)
-    images = open_data(recipe, device, source)
+    images = open_data(recipe, World(rank=0, size=1, device=device), source)
     if images.fingerprint != fingerprint:
         raise ValueError(f"{source or recipe.data.source} is not the data that {bundle} was made with; give --data")
     model = build_model(card).to(device).train()
@@ -120,9 +120,9 @@ def run_of(recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, d
     parts = parts_of(model.backbone)
     current = state.State(model.backbone, [], {}, log.new_window(device, len(parts)))
     return Run(
-        recipe=recipe, folder=bundle, world=world, images=images, card=card, model=model, parts=parts,
-        objective=build(objectives.registry, recipe.objective), schedule=build(schedules.registry, card.schedule),
-        state=current, writer=state.Writer(world),
+        recipe=recipe, folder=bundle, world=world, images=images, card=card, model=model, shell=shell_of(card),
+        parts=parts, objective=build(objectives.registry, recipe.objective),
+        schedule=build(schedules.registry, card.schedule), state=current, writer=state.Writer(world),
     )  # fmt: skip
 
 
