@@ -1,0 +1,40 @@
+"""What every benchmark writes beside its numbers, and how: facts of the machine and the code, one JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mezzotint
+from mezzotint.bench import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Where and with what a result was made."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "mezzotint": mezzotint.__version__,
+        "commit": commit.stdout.strip(),
+        **machine(device),
+        "clock": "processor time of one thread" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
+    }
+
+
+def write(out: Path, device: str, **content: Any) -> None:
+    """`facts` and `content` as one JSON file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps({**facts(device), **content}, indent=1) + "\n")
+
+
+def one_thread() -> None:
+    """A single thread unless OMP_NUM_THREADS says otherwise: two collapse when another job shares the cores."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
