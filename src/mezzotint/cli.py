@@ -546,6 +546,52 @@ def replay(bundle: Positional[Path], /, *, data: Annotated[str | None, arg(alias
     print(run(bundle, data))
 
 
+def plan(
+    preset: Positional[str],
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    gpus: int = 1,
+    batch: Given = None,
+    device: str = "h200",
+    strategy: Literal["ddp", "fsdp"] | None = None,
+    precision: Literal["float32", "bf16"] | None = None,
+    checkpointing: Switch = False,
+    efficiency: float | None = None,
+    json: Switch = False,
+) -> None:
+    """Say what a recipe will need before it is started: memory per rank, largest batch that fits, step time, days, FLOP.
+
+    Args:
+        preset: Network and recipe, as for train.
+        overrides: Fields of the recipe, e.g. model.size=128 engine.microbatch=32.
+        gpus: Ranks, one process each.
+        batch: Images per step over all ranks; the recipe's own by default.
+        device: h200, b200, h100, a100, a100-40gb, l40s, rtx4090 or cpu.
+        strategy: Which of the two to judge; both are shown.
+        precision: Of the forward and backward pass.
+        checkpointing: Judge the run with activation checkpointing; both ways are shown.
+        efficiency: Part of the device's ceiling that a step reaches, 0 to 1; 0.35 by default.
+        json: One JSON object, for programs.
+    """
+    from json import dumps
+
+    from rich.console import Console
+
+    from mezzotint import config
+    from mezzotint import plan as planning
+    from mezzotint.recipes import recipe_for
+
+    asked = {"batch": batch, "engine.strategy": strategy, "engine.precision": precision}
+    named = [f"{k}={v}" for k, v in asked.items() if v is not None] + ["engine.checkpointing=true"] * checkpointing
+    recipe = config.override(recipe_for(preset), [*overrides, *named])
+    answer = planning.plan(recipe, gpus=gpus, device=device, efficiency=efficiency or planning.EFFICIENCY)
+    if json:
+        print(dumps(answer))
+    else:
+        Console().print(planning.render(answer))
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -562,6 +608,7 @@ COMMANDS = {
     "card": card,
     "ema": ema,
     "replay": replay,
+    "plan": plan,
 }
 
 
