@@ -19,12 +19,13 @@ from mezzotint.generate import Settings, open_model
 from mezzotint.pictures import to_pillow
 from mezzotint.produce import Job
 
+SEEDS = "#seeds :is(textarea, input)"
 PICTURES = "#pictures figure:has([data-save]) img"
 
 
 def ask(page, seeds: str, steps: int = 3) -> None:
-    page.get_by_label("Seeds", exact=True).first.fill(seeds)
-    box = page.get_by_role("spinbutton", name="number input for Steps").first
+    page.locator(SEEDS).fill(seeds)
+    box = page.get_by_label("number input for Steps").first
     box.fill(str(steps))
     box.press("Tab")
     page.click("#generate")
@@ -39,9 +40,10 @@ def wait_done(page, seconds: float = 60) -> list[str]:
 
 
 def made(page, seeds: str, steps: int = 3) -> list[str]:
-    """Ask, and wait until the status of an earlier request has given way to this one's."""
-    page.evaluate("() => { document.querySelector('#status').innerText = ''; }")
+    """Ask, and wait until more pictures than before can be saved, the earlier ones among them."""
+    before = page.locator("[data-save]").count()
     ask(page, seeds, steps)
+    page.wait_for_function("n => document.querySelectorAll('[data-save]').length > n", arg=before, timeout=60_000)
     return wait_done(page)
 
 
@@ -85,7 +87,7 @@ def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_
     card = json.loads(decoded(first[1]).text["mezzotint"])
     assert (card["first"], card["n"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
     page.click("#pictures .mz-tools [data-seed='5']")
-    page.wait_for_function("() => document.querySelector('#seeds textarea, #seeds input').value === '5'")
+    page.wait_for_function("() => document.querySelector('#seeds :is(textarea, input)').value === '5'")
     assert made(page, "5") == [first[1]]
     assert page.locator("#earlier figure").count() == 3
 
@@ -182,15 +184,15 @@ def test_a_phone_scrolls_in_one_direction_only(visit, shot):
 
 def test_the_keyboard_is_enough(visit):
     page = visit()
-    page.get_by_label("Seeds", exact=True).first.fill("3")
+    page.locator(SEEDS).fill("3")
     page.locator("#generate").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#pictures [data-save]", timeout=60_000)
     page.locator("#pictures .mz-pick").focus()
-    page.get_by_label("Seeds", exact=True).first.fill("")
+    page.locator(SEEDS).fill("")
     page.locator("#pictures .mz-pick").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("() => document.querySelector('#seeds textarea, #seeds input').value === '3'")
+    page.wait_for_function("() => document.querySelector('#seeds :is(textarea, input)').value === '3'")
 
 
 def test_two_visitors_at_once_each_get_their_own(visit):
@@ -206,13 +208,13 @@ def test_two_visitors_at_once_each_get_their_own(visit):
 
 def test_a_failing_model_says_so_and_the_server_lives(visit, server):
     page = visit()
-    page.get_by_role("listbox", name="Model").first.click()
+    page.get_by_role("combobox", name="Model").first.click()
     page.get_by_role("option", name="broken").click()
     page.wait_for_timeout(500)
     ask(page, "0")
     page.wait_for_selector("#status [role=alert]", timeout=30_000)
     assert "not a finite number" in page.locator("#status").inner_text()
-    page.get_by_role("listbox", name="Model").first.click()
+    page.get_by_role("combobox", name="Model").first.click()
     page.get_by_role("option", name="good").click()
     page.wait_for_timeout(500)
     assert len(made(page, "0")) == 1
