@@ -162,7 +162,9 @@ def save_onnx(model: Model, path: Path, size: tuple[int, int] | None = None) -> 
 
 def _translations() -> dict[Any, Any]:
     """Two operations of the noise coordinate, which is float64 here, as ONNX runtimes have them in float64."""
-    from onnxscript import opset20 as op
+    from onnxscript import opset20
+
+    op: Any = opset20  # its own types know neither symbolic values nor lists of axes
 
     def softplus(x: Any, beta: float = 1.0, threshold: float = 20.0) -> Any:
         # softplus(x) = max(x, 0) - log sigmoid(|x|), without overflow and so without a threshold

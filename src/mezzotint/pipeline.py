@@ -82,7 +82,8 @@ class MezzotintPipeline(DiffusionPipeline):
         model: Model = self.network.model
         numbers = [seeds] if isinstance(seeds, int) else list(seeds)
         made = sample(model, numbers, label, None, sampler, num_inference_steps, guidance_scale, size)
-        return ImagePipelineOutput(images=made if output_type == "latent" else self.pictures(made, output_type))
+        images: Any = made if output_type == "latent" else self.pictures(made, output_type)
+        return ImagePipelineOutput(images=images)
 
     def pictures(self, made: Tensor, output_type: str) -> Any:
         """What the network made, decoded where it works in latents, as `output_type` asks."""
