@@ -101,6 +101,10 @@ def checked_options(what: str, function: Callable[..., Any], options: Mapping[st
 
 
 def build(registry: Registry[Callable[..., T]], spec: Spec) -> T:
-    """Call the builder that `spec` names with its options, after checking the options' names."""
+    """Call the builder that `spec` names with its options, after checking the options' names.
+
+    Lists, as YAML and JSON give them, arrive as tuples.
+    """
     builder = registry[spec.name]
-    return builder(**checked_options(f"{registry.what} {spec.name}", builder, spec.options))
+    options = checked_options(f"{registry.what} {spec.name}", builder, spec.options)
+    return builder(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

@@ -119,7 +119,7 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = ()) 
     recipe, now, world = run.recipe, run.state, run.world
     lines = [log.Log(run.folder / "log.jsonl", now.images).write, *track] if world.main else []
     events = [log.Log(run.folder / "events.jsonl", now.images).write, console.event] if world.main else []
-    flop = flop_per_image(run.card)
+    flop = flop_per_image(run.shell)
     run.model.train()
     console.start(recipe.images, now.images)
     feed = feed_of(run)

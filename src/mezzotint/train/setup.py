@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ class Run:
     images: TrainingSet
     card: Card
     model: Model  # as the step calls it, wrapped for the world
+    shell: Model  # the same network on the meta device: averages fill a copy of it
     parts: dict[str, list[nn.Parameter]]  # of the backbone, by the name of its top-level module
     objective: Objective
     schedule: Schedule
@@ -165,6 +167,7 @@ def setup(
         images=images,
         card=card,
         model=model,
+        shell=shell_of(card),
         parts=parts,
         objective=objective,
         schedule=schedule,
@@ -216,27 +219,30 @@ def parts_of(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def flop_per_image(card: Card) -> float:
-    """Floating-point operations of one image's forward and backward pass: three forward passes of 2 per MAC."""
+def shell_of(card: Card) -> Model:
+    """The network without storage, in eval mode."""
     with torch.device("meta"):
-        backbone = build_model(card).backbone
-        z = torch.empty(1, card.config.channels, card.config.size, card.config.size)
-        noise = torch.empty(1)
+        return build_model(card).eval().requires_grad_(False)
+
+
+def flop_per_image(shell: Model) -> float:
+    """Floating-point operations of one image's forward and backward pass: three forward passes of 2 per MAC."""
+    config = shell.card.config
+    z = torch.empty(1, config.channels, config.size, config.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        backbone(z, noise, Cond())
+        shell.backbone(z, torch.empty(1, device="meta"), Cond())
     return 3.0 * counter.get_total_flops()
 
 
 def averaged_model(run: Run, name: str = "ema") -> Model:
     """A model in eval mode that shares an average's weights, gathered when sharded; all ranks call this together."""
-    card = dataclasses.replace(run.card, images=run.state.images)
-    with torch.device("meta"):
-        model = build_model(card)
+    model = copy.deepcopy(run.shell)
+    model.card = dataclasses.replace(run.card, images=run.state.images)
     weights = {k: distributed.whole(w) for k, w in run.state.averages[name].items()}
     # Buffers are constants of the config; they come from the trained module.
     buffers = {k: distributed.whole(b) for k, b in run.state.backbone.named_buffers()}
     model.backbone.load_state_dict({**buffers, **weights}, assign=True, strict=False)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def on_cpu(model: Model) -> Model:
