@@ -43,14 +43,22 @@ BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 def commands(block):
-    """The words of every mezzotint command in a block that is no Python; comments and redirections are the shell's."""
+    """The words of every mezzotint command in a block that is no Python; comments and redirections are the shell's.
+
+    `torchrun ... -m mezzotint.cli train ...` is one too.
+    """
     if block.lang == "python":
         return []
     lines = block.text.replace("\\\n", " ").splitlines()
-    words = [
-        shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "mezzotint" in line and "|" not in line
-    ]
-    return [w[: w.index(">")] if ">" in w else w for w in words]
+    found = []
+    for line in lines:
+        if not line.startswith(("mezzotint ", "torchrun ")):
+            continue
+        words = shlex.split(line, comments=True)
+        if words[0] == "torchrun":
+            words = ["mezzotint", *words[words.index("mezzotint.cli") + 1 :]]
+        found.append(words[: words.index(">")] if ">" in words else words)
+    return found
 
 
 COMMANDS = [pytest.param(w, id=f"{b.page}-{' '.join(w)[:60]}") for b in BLOCKS for w in commands(b)]
