@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -108,10 +108,10 @@ def stream(work: Callable[[Show], T], seconds: float) -> Generator[Any, None, T]
         show.stop.set()
     if found.error is not None:
         raise found.error
-    return found.value
+    return cast(T, found.value)
 
 
-def burn(job: Job, z: Image, numbers: list[int], show: Show) -> Tensor:
+def burn(job: Job, z: Image, numbers: list[int], show: Callable[[Callable[[], Frame]], None]) -> Tensor:
     """Sample from the state z, one row per seed in `numbers`, showing x-hat; uint8 (b, c, h, w)."""
     # Both passes of guidance are one call.
     calls = network_calls(job.model, replace(job.settings, guidance=None))

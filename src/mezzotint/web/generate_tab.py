@@ -139,7 +139,9 @@ def generate_tab(studio: Studio) -> None:
     def run(values: dict[Any, Any]) -> Iterator[tuple[Any, ...]]:
         yield from collected(studio, wish_from(fields, values), values[kept])
 
-    events = [start.click(run, {*fields.values(), kept}, [pictures, status, earlier, kept], **slow("generate"))]
+    events: list[Any] = [
+        start.click(run, {*fields.values(), kept}, [pictures, status, earlier, kept], **slow("generate"))
+    ]
     events += extras(studio, fields, status)
     stopped = markup.note("stopped")
     stop.click(lambda: stopped, None, status, cancels=events, queue=False, api_visibility="private")
@@ -148,7 +150,7 @@ def generate_tab(studio: Studio) -> None:
     def draw(values: dict[Any, Any]) -> str:
         return guidance_plot(studio, wish_from(fields, values))
 
-    quiet = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
     shaping = ("model", "steps", "guidance", "curve", "power", "limited", "low", "high")
     gr.on([fields[name].change for name in shaping], draw, set(fields.values()), drawn, **quiet)
 

@@ -129,6 +129,7 @@ def varied(studio: Studio, wish: Wish, what: Any, values: Any, seed: Any) -> Ite
     else:
         raise ValueError(f"vary guidance or steps, not {str(what)[:40]!r}")
     items: list[Figure] = []
+    shown: list[Figure] = []
     for i, (one, value) in enumerate(zip(jobs, asked, strict=True)):
         title = f"{what} {value}"
         for new, _, done in sampled(one, chosen, limits):

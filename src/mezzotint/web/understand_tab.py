@@ -35,7 +35,7 @@ element.addEventListener('change', async (event) => {
   trigger('change');
 });
 """
-QUIET = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def understand_tab(studio: Studio) -> None:
@@ -87,7 +87,7 @@ def noise_part(studio: Studio) -> None:
     def plotted(at: Any, pixels: Any, names: Any) -> str:
         return noising.curves(number("u", at, 0, 1), whole("reference side", pixels, 1, 4096), list(names or []))
 
-    latest = {"trigger_mode": "always_last", **QUIET}
+    latest: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
     gr.on([photo.change, u.change, reference.change], pictures, [photo, u, reference], shown, **latest)
     gr.on([photo.change, side.change], by_level, [photo, side], strip, **latest)
     gr.on([u.change, reference.change, others.change], plotted, [u, reference, others], drawn, **latest)
@@ -160,7 +160,8 @@ def attention_part(studio: Studio) -> None:
     shown = gr.HTML("", apply_default_css=False, elem_id="attention")
 
     def run(values: dict[Any, Any]) -> Iterator[making.Step]:
-        given, place = [values[c] for c in (*inputs, layer)], (values[row], values[column])
-        yield from kept_or(making.told(inside.attention(studio, *given, place)))
+        model, seed, steps, which = (values[c] for c in (*inputs, layer))
+        place = (values[row], values[column])
+        yield from kept_or(making.told(inside.attention(studio, model, seed, steps, which, place)))
 
     start.click(run, {*inputs, layer, row, column}, [shown, status], **slow())

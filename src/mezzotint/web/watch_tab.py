@@ -128,7 +128,7 @@ def watch_tab(studio: Studio, tab: Any) -> None:
         return headline(run), curves(run, now[1]), slider, sheet(run, shown), now
 
     outputs = [status, drawn, which, picture, seen]
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for event in (timer.tick, name.change, tab.select):
         event(refresh, [name, which, seen], outputs, **quiet)
     tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)

@@ -100,11 +100,11 @@ def guidance_of(wish: Wish) -> Guidance | None:
         return None
     if wish.curve not in CURVES:
         raise ValueError(f"guidance curve {str(wish.curve)[:40]!r} must be one of {', '.join(CURVES)}")
-    ends: dict[str, float] = {}
+    low = high = None
     if wish.limited:
-        ends = {"low": number("log-SNR", wish.low, -30, 30), "high": number("log-SNR", wish.high, -30, 30)}
+        low, high = number("log-SNR", wish.low, -30, 30), number("log-SNR", wish.high, -30, 30)
     power = number("power", wish.power, 0.01, 20) if wish.curve == "power-cosine" else None
-    return Guidance(dit_s=scale, power=power, **ends)
+    return Guidance(dit_s=scale, power=power, low=low, high=high)
 
 
 def size_of(model: Model, text: Any, limits: Limits) -> tuple[int, int] | None:
