@@ -89,6 +89,9 @@ def sample(
     seed: Count = 0,
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
     label_law: Word = None,
+    text: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]] = (),
+    prompts: Picture = None,
+    encoder: Word = None,
     protocol: Word = None,
     sampler: Word = None,
     grid: Word = None,
@@ -117,6 +120,9 @@ def sample(
         seed: Number of the first image, 0 by default; each depends on its own alone.
         label: Class names or numbers to choose from; all by default.
         label_law: turn (default), random, or balanced: 50 in a row.
+        text: What to show, for a model that reads text; --text may be repeated, they are taken in turn.
+        prompts: A file of such, one a line.
+        encoder: Folder of the text encoder, if it moved.
         protocol: simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2.
         sampler: With options: ddim (default), ddim:eta=0.5, heun:s_churn=40.
         grid: even, even_logsnr, karras:rho=5, respaced; by default the family's.
@@ -139,6 +145,7 @@ def sample(
     """
     from mezzotint import protocols as words
     from mezzotint.produce import job_for, produce
+    from mezzotint.prompts import prompts_from
 
     given = {
         "sampler": None if sampler is None else words.parse_sampler(sampler),
@@ -153,8 +160,9 @@ def sample(
     if clip is not None:
         changes["clip"] = words.parse_clip(clip)
     job = job_for(
-        model, changes, protocol=protocol, labels=label, label_law=label_law, guide=guide, codec=codec, latents=latents
-    )
+        model, changes, protocol=protocol, labels=label, label_law=label_law, guide=guide, codec=codec, latents=latents,
+        texts=(*text, *(prompts_from(prompts) if prompts else ())), encoder=encoder,
+    )  # fmt: skip
     if trajectory or interpolate is not None or image is not None or mask is not None or image_logsnr is not None:
         from mezzotint.looking import look
 
