@@ -6,13 +6,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mezzotint import draws
+from mezzotint import draws, prompts
 from mezzotint.models import load_model, schedule_of
 from mezzotint.process import guidance as guide
 from mezzotint.process import samplers
@@ -76,7 +76,7 @@ class Guidance:
 class Settings:
     """How to sample.
 
-    sampler, grid: registered names with options; grid None is the family's own: Karras' for EDM's log-normal
+    sampler, grid: registered names with options; grid None is Karras' for Heun's sampler and for EDM's log-normal
         schedule, even in u otherwise. steps: intervals of the grid.
     guidance: None is none.
     clip: "static" (low=-1, high=1) or "dynamic" (quantile=0.995) clipping of the denoised image after guidance; None
@@ -112,7 +112,7 @@ def sample(
     model: Model,
     seeds: Sequence[int],
     label: int | Sequence[int] | Tensor | None = None,
-    text: Tensor | None = None,
+    text: str | Sequence[str] | Tensor | None = None,
     sampler: str = "ddim",
     steps: int = 50,
     guidance: float | None = None,
@@ -124,7 +124,7 @@ def sample(
         model: in eval mode, on any device.
         seeds: one non-negative integer per image; an image depends on its own seed alone.
         label: class index of each image, or one for all; None is the null label (no class).
-        text: token embeddings, one row per image, for models with text.
+        text: one prompt for all or one per image, or token embeddings (b, t, d), for models that read text.
         sampler, steps: see `mezzotint.process.samplers`.
         guidance: classifier-free scale as DiT counts it; None or 1 is none.
         size: height and width of the network's input, one number for square.
@@ -138,8 +138,20 @@ def sample(
     square = (size, size) if isinstance(size, int) else size
     guided = None if guidance is None else Guidance(dit_s=guidance)
     settings = Settings(sampler=Spec(sampler), steps=steps, guidance=guided, size=square)
-    cond = Cond(label=labels_of(model, label, len(seeds)), text=text)
+    cond = replace(text_of(model, text, len(seeds)), label=labels_of(model, label, len(seeds)))
     return generate(model, list(seeds), cond, settings)
+
+
+def text_of(model: Model, text: str | Sequence[str] | Tensor | None, count: int) -> Cond:
+    """The text part of a condition for `count` images; ValueError for another number of prompts."""
+    if text is None:
+        return Cond()
+    if isinstance(text, Tensor):
+        return Cond(text=text, text_mask=torch.ones(text.shape[:2], dtype=torch.bool, device=text.device))
+    said = [text] * count if isinstance(text, str) else list(text)
+    if len(said) != count:
+        raise ValueError(f"{len(said)} prompts for {count} seeds; give one prompt, or one per seed")
+    return prompts.read(model, said)
 
 
 def labels_of(model: Model, label: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
@@ -161,9 +173,11 @@ def labels_of(model: Model, label: int | Sequence[int] | Tensor | None, count: i
     return row
 
 
-def default_grid(schedule: Schedule, name: str) -> Spec:
-    """The grid a family is sampled on when none is asked for."""
-    if name == "lognormal":  # EDM samples where it was not trained evenly: Karras' grid (EDM eq. 5)
+def default_grid(schedule: Schedule, name: str, sampler: str) -> Spec:
+    """The grid when none is asked for; `name` is the schedule's."""
+    # EDM samples where it was not trained evenly: Karras' grid (EDM eq. 5). Its sampler steps in sigma = exp(-logsnr /
+    # 2), of which a grid even in u of a cosine would take nearly all, 1800 to 20, in its first step.
+    if name == "lognormal" or sampler == "heun":
         return Spec("karras")
     # A table's noisy end is finite; a continuous schedule may be infinite at u = 1.
     ends = isinstance(schedule, Table) or bool(schedule(torch.ones((), dtype=torch.float64)).isfinite())
@@ -173,7 +187,7 @@ def default_grid(schedule: Schedule, name: str) -> Spec:
 def grid_of(model: Model, settings: Settings) -> Tensor:
     """The rising log-SNRs at which the sampler stops."""
     schedule = schedule_of(model)
-    spec = settings.grid or default_grid(schedule, model.card.schedule.name)
+    spec = settings.grid or default_grid(schedule, model.card.schedule.name, settings.sampler.name)
     build = grids.registry[spec.name]
     return build(schedule, settings.steps, **checked_options(f"grid {spec.name}", build, spec.options))
 
@@ -253,7 +267,7 @@ def chain(strong: Denoiser, model: Model, settings: Settings, weak: Denoiser | N
         if g.channels is not None and not 1 <= g.channels <= channels:
             raise ValueError(f"{g.channels} guided channels; this model has {channels}")
         if weak is None:
-            denoise = guide.classifier_free(denoise, guide.null_label(model.card.config.num_classes), scale, g.channels)
+            denoise = guide.classifier_free(denoise, prompts.null_of(model), scale, g.channels)
         elif g.channels is not None:
             raise ValueError("autoguidance guides all channels; leave channels out")
         else:
@@ -289,8 +303,7 @@ def network_calls(model: Model, settings: Settings, autoguided: bool = False) ->
     counted = guide.Counted(empty)
     denoise = chain(counted, model, settings, counted if autoguided else None)
     z = torch.zeros(1, model.card.config.channels, 1, 1)
-    label = torch.zeros(1, dtype=torch.long) if model.card.config.num_classes else None
-    run_of(settings)(denoise, z, grid_of(model, settings), Cond(label=label))
+    run_of(settings)(denoise, z, grid_of(model, settings), prompts.blank(model, 1))
     return counted.rows
 
 
