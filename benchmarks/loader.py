@@ -1,0 +1,129 @@
+"""What the data loader delivers per core, and whether that outruns the networks: rates measured, the rest arithmetic.
+
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
+
+Rates are processor time of one thread for `Images.batch` in random order: JPEG files decoded, resized and cropped; the
+same pictures prepared once (memory-mapped rows of uint8); latents of a 256 px picture (float16 mean and log-variance of
+4 x 32 x 32). `--gpu-flops` is the rate the network could at most run at; a preset's demand is that rate over 6 GMAC, so
+8 cores suffice where 8 times the rate is more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RESULTS, one_thread, write
+from mezzotint import info
+from mezzotint.bench import interleaved
+from mezzotint.data.images import Images, open_images
+from mezzotint.data.prepare import prepare
+
+CORES = 8
+
+
+def jpegs(folder: Path, count: int, side: int) -> None:
+    """Smooth random colour pictures, about as compressible as photographs."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for i in range(count):
+        coarse = torch.rand(1, 3, 24, 24, generator=generator)
+        picture = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)[0]
+        grain = 0.04 * torch.randn(3, side, side, generator=generator)
+        pixels = ((picture + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+        (folder / f"{i % 10}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{i % 10}" / f"{i:05d}.jpg", quality=90)
+
+
+class Latents:
+    """Means and log-variances of latents on disk, memory-mapped, drawn anew at each reading."""
+
+    def __init__(self, path: Path, count: int):
+        import numpy as np
+
+        self.rows = np.memmap(path, dtype=np.float16, mode="w+", shape=(count, 2, 4, 32, 32))
+        self.rows[:] = np.random.default_rng(0).standard_normal(self.rows.shape, dtype=np.float32).astype(np.float16)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, chosen: list[int]) -> torch.Tensor:
+        """z = mean + std eps of some rows, (b, 4, 32, 32) float32."""
+        mean, logvar = torch.from_numpy(self.rows[chosen]).float().unbind(1)
+        return torch.addcmul(mean, torch.exp(0.5 * logvar), torch.randn_like(mean))
+
+
+def rate(images: Images | Latents, device: str, batch: int = 64) -> float:
+    """Images per second of one core, in random order; the median of five batches."""
+    generator = torch.Generator().manual_seed(1)
+
+    def read() -> None:
+        images.batch(torch.randint(len(images), (batch,), generator=generator).tolist())
+
+    return batch / interleaved({"read": read}, device)["read"]
+
+
+def demands(flops: float) -> dict[str, float]:
+    """Preset -> images per second that a training step of 3 forward passes of 2 GMAC takes at `flops`."""
+    rows = (info.describe(name) for name in info.backbones.presets())
+    return {r["name"]: flops / (6e9 * (r["gmac"] - r["gmac_skipped"])) for r in rows}
+
+
+def source_of(preset: str) -> str:
+    """What the preset is trained from: latents, or prepared pictures of its own size."""
+    entry = info.find(preset)[1]
+    return "latents" if entry.codec != "pixels" else f"prepared {entry.config.size}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=256)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--gpu-flops", type=float, default=790e12, help="790e12: bf16 products of one H200, measured")
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--device", default="cpu", choices=("cpu",))
+    parser.add_argument("--out", type=Path, default=RESULTS / "loader-cpu.json")
+    args = parser.parse_args()
+    one_thread()
+    count, sizes = (16, [32]) if args.small else (args.count, args.sizes)
+    rates: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for size in sizes:
+            stored = max(size, 256)  # pictures at least as large as what is trained on
+            source = folder / f"jpeg{stored}"
+            if not source.exists():
+                source.mkdir()
+                jpegs(source, count, stored)
+            # keep=False would be the honest reading of a set larger than memory; a fresh cache=None is that.
+            rates[f"jpeg {stored} to {size}"] = rate(open_images(str(source), size=size, cache=None), args.device)
+            prepare(source, folder / f"prepared{size}", size, progress=False)
+            images = open_images(str(folder / f"prepared{size}"), size=size, cache=None)
+            rates[f"prepared {size}"] = rate(images, args.device)
+        rates["latents"] = rate(Latents(folder / "latents.bin", 16 if args.small else 4096), args.device)
+    for name, value in rates.items():
+        print(f"{name:24} {value:12,.0f} images/s per core")
+    rows: list[dict[str, Any]] = []
+    for preset, demand in demands(args.gpu_flops).items():
+        source = source_of(preset)
+        supply = CORES * rates[source] if source in rates else None
+        rows.append(
+            {
+                "preset": preset,
+                "source": source,
+                "demand": demand,
+                "supply_8_cores": supply,
+                "outruns": None if supply is None else supply > demand,
+            }
+        )
+        print(rows[-1])
+    write(args.out, args.device, rates_per_core=rates, gpu_flops=args.gpu_flops, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
