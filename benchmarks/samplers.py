@@ -87,7 +87,7 @@ def write(args: argparse.Namespace, model: mezzotint.Model, rows: list[dict[str,
 
 
 def plot(args: argparse.Namespace, rows: list[dict[str, Any]], floor: float) -> None:
-    """FD-digits against network calls, both logarithmic."""
+    """FD-digits against network calls."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,10 +100,10 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]], floor: float) -> 
         calls, values = [r["network_calls"] for r in mine], [r["fd_digits"] for r in mine]
         axis.plot(calls, values, marker="osv^D"[i % 5], ms=4, lw=1.2, color=f"C{i}", label=name)
     axis.axhline(floor, color="grey", lw=1, ls=":", label="297 held-out real digits")
-    axis.set(xscale="log", yscale="log", xlabel="network calls per image", ylabel="FD-digits to the training digits")
+    axis.set(xscale="log", xlabel="network calls per image", ylabel="FD-digits to the training digits")
     # A sampler that fails at few calls leaves the picture at its top rather than flattening the others.
     least = sorted(row["fd_digits"] for row in rows)
-    axis.set_ylim(0.8 * least[0], 3 * least[len(least) // 2])
+    axis.set_ylim(0, 3 * least[len(least) // 2])
     axis.set_xticks(CALLS, [str(c) for c in CALLS])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
