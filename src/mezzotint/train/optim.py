@@ -44,13 +44,11 @@ def make_optimisers(optim: Optim, backbone: nn.Module, fused: bool) -> list[torc
         for p in module.parameters()
         if p.ndim == 2
     }
-    hidden = [p for p in backbone.parameters() if p.requires_grad and id(p) in inside]
+    decayed, *spared = groups(backbone, optim.weight_decay)  # what the backbone spares from decay is no hidden matrix
+    hidden = [p for p in decayed["params"] if id(p) in inside]
     if not hidden:
         raise ValueError("optim.name=muon needs 2-D weights inside repeated blocks; this backbone has none; use adamw")
-    rest = [
-        {**group, "params": [p for p in group["params"] if id(p) not in inside]}
-        for group in groups(backbone, optim.weight_decay)
-    ]
+    rest = [{**decayed, "params": [p for p in decayed["params"] if id(p) not in inside]}, *spared]
     muon = torch.optim.Muon(
         # "match_rms_adamw" scales Muon's update to AdamW's size, so that one learning rate serves both.
         hidden, lr=optim.lr, weight_decay=optim.weight_decay, adjust_lr_fn="match_rms_adamw",
