@@ -161,7 +161,7 @@ def plot(
             axes.set_yscale("log")
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
-        axes.tick_params(colors=INK)
+        axes.tick_params(which="both", colors=INK)
         axes.grid(alpha=0.12, color=INK)
         for side, spine in axes.spines.items():
             spine.set_visible(side in ("left", "bottom"))
