@@ -568,7 +568,7 @@ def plan(
     efficiency: float | None = None,
     json: Switch = False,
 ) -> None:
-    """Say what a recipe will need before it is started: memory per rank, largest batch that fits, step time, days, FLOP.
+    """Say what a recipe will need: memory per rank, the largest batch that fits, step time, days, FLOP.
 
     Args:
         preset: Network and recipe, as for train.
@@ -600,6 +600,46 @@ def plan(
         Console().print(planning.render(answer))
 
 
+def doctor(
+    data: Positional[str] = "",
+    /,
+    *,
+    size: Given = None,
+    channels: Count = 3,
+    out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
+    json: Switch = False,
+) -> None:
+    """Look at this machine and at your data for half a minute, and list what deserves a look before training.
+
+    Args:
+        data: As for train; without it only the machine is looked at.
+        size: Height and width in pixels to train at; by default the largest usual one that half the pictures reach.
+        channels: 1 (grey) or 3 (RGB).
+        out: Where runs will be written.
+        json: One JSON object, for programs.
+    """
+    from json import dumps
+
+    from mezzotint.doctor import examine, render
+
+    found = examine(data, size=size, channels=channels, folder=out)
+    print(dumps(found) if json else render(found))
+
+
+def report(run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=["-o"])] = None) -> None:
+    """Make one self-contained HTML page of a run, finished or not: curves, grids over time, recipe, environment.
+
+    Args:
+        run: Run folder.
+        out: File to write; RUN/report.html by default.
+    """
+    from mezzotint import config
+    from mezzotint.recipes import difference
+    from mezzotint.report import write_report
+
+    print(write_report(run, out or run / "report.html", difference(config.from_yaml(run / "recipe.yaml"))))
+
+
 COMMANDS = {
     "demo": demo,
     "train": train,
@@ -617,6 +657,8 @@ COMMANDS = {
     "ema": ema,
     "replay": replay,
     "plan": plan,
+    "doctor": doctor,
+    "report": report,
 }
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from mezzotint import __version__, protocols
+from mezzotint import __version__, prompts, protocols
 from mezzotint.data import latents as codecs
 from mezzotint.data.pixels import to_uint8
 from mezzotint.generate import (
@@ -48,6 +48,7 @@ class Job:
     """Everything that decides what image number i looks like.
 
     model: in eval mode on its device; weak: guides it, if given. settings: see `Settings`.
+    prompts: what the pictures of a model that reads text show, in turn; the text encoder is `encoder` or the card's.
     pool: the classes that labels are chosen from, empty for an unconditional model. label_law: of
         `protocols.LABEL_LAWS`. uint8_rule: of `to_uint8`.
     codec: that decodes, "pixels" or an autoencoder's name (see `mezzotint.data.latents.codec`); None leaves latents.
@@ -57,6 +58,8 @@ class Job:
     model: Model
     settings: Settings
     weak: Model | None = None
+    prompts: tuple[str, ...] = ()
+    encoder: str | None = None
     pool: tuple[int, ...] = ()
     label_law: str = "turn"
     uint8_rule: str = "round"
@@ -79,9 +82,17 @@ class Job:
         """Images by number, (b, c, h, w) uint8 on the CPU; float32 latents where there is no codec."""
         return self.decode(generate(self.model, list(numbers), self.cond(numbers), self.settings, self.weak))
 
+    def prompt(self, number: int) -> str:
+        """The words of an image."""
+        return self.prompts[number % len(self.prompts)]
+
     def cond(self, numbers: Sequence[int]) -> Cond:
-        """The labels of these images as a condition."""
-        return Cond(label=labels_of(self.model, self.labels(numbers), len(numbers)))
+        """The labels and words of these images as a condition."""
+        label = labels_of(self.model, self.labels(numbers), len(numbers))
+        if not self.prompts:
+            return Cond(label=label)
+        words = prompts.read(self.model, [self.prompt(n) for n in numbers], self.encoder)
+        return dataclasses.replace(words, label=label)
 
     def decode(self, made: Tensor) -> Tensor:
         """What the model made, as `draw` gives it."""
@@ -117,6 +128,8 @@ class Job:
             "seed_law": protocols.SEED_LAW,
             "label_law": protocols.LAW_WORDS[self.label_law] if self.pool else None,
             "label_pool": _pool_words(self.pool) if self.pool else None,
+            "prompts": list(self.prompts) or None,
+            "text_encoder": self.model.card.extra.get("text"),
             "sampler": protocols.as_words(s.sampler),
             "grid": protocols.as_words(s.grid) if s.grid else "the family's own",
             "steps": s.steps,
@@ -158,6 +171,8 @@ def job_for(
     guide: str | Path | None = None,
     codec: str | None = None,
     latents: bool = False,
+    texts: Sequence[str] = (),
+    encoder: str | None = None,
 ) -> Job:
     """A Job from names.
 
@@ -166,9 +181,10 @@ def job_for(
         changes: fields of `Settings` that are not as the protocol (or the defaults) have them.
         protocol: of `protocols.PROTOCOLS`. labels: class names or numbers to choose from; all by default.
         label_law: of `protocols.LABEL_LAWS`; the protocol's, or "turn". codec: decodes instead of the protocol's or the
-            model's own. latents: do not decode.
+            model's own. latents: do not decode. texts: prompts, in turn, for a model that reads text. encoder: of text,
+            where the card's has moved.
 
-    Errors: ValueError for unknown names and for labels of an unconditional model.
+    Errors: ValueError for unknown names, for labels of an unconditional model, and for prompts of one that reads none.
     """
     model = open_model(source)
     published = None if protocol is None else protocols.protocol(protocol)
@@ -192,8 +208,14 @@ def job_for(
         uint8_rule=published.uint8_rule if published else "round",
         codec=None if latents else codec,
         protocol=protocol,
+        prompts=tuple(texts),
+        encoder=encoder,
     )
     protocols.labels_for(job.label_law, (), job.pool)
+    if texts:
+        prompts.reader_of(model, encoder)
+    elif "text" in model.card.extra and settings.guidance is not None:
+        raise ValueError("guidance of a model that reads text needs words to go towards; give --text or --prompts")
     return job
 
 

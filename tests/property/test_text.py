@@ -14,13 +14,17 @@ from safetensors.torch import load_file
 
 import mezzotint.data.text as text_module
 from mezzotint import config
+from mezzotint.cli import main
 from mezzotint.data.images import open_images
 from mezzotint.data.loader import batches
+from mezzotint.data.pixels import to_uint8
 from mezzotint.data.text import captions_of, describe_words, embed, encoder
-from mezzotint.generate import Settings, generate
-from mezzotint.models import create_model, load_model
+from mezzotint.generate import Guidance, Settings, generate, sample
+from mezzotint.models import create_model, load_model, save_model
 from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond
+from mezzotint.produce import job_for
+from mezzotint.prompts import prompts_from
 from mezzotint.ranks import World
 from mezzotint.recipes import recipe_for
 from mezzotint.train.data import open_data
@@ -341,3 +345,68 @@ def test_pictures_without_captions_are_refused(t5, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
     with pytest.raises(ValueError, match="no picture has a caption"):
         train(tiny(str(tmp_path / "in"), t5), tmp_path / "run", quiet=True)
+
+
+# --- sampling
+
+
+@pytest.fixture(scope="module")
+def run(t5, tmp_path_factory) -> Path:
+    """The model of a run of a few steps on captions, moved off the start, where nothing steers yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEZZOTINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        trained = train(tiny("shapes:16,count=50", t5), tmp_path_factory.mktemp("run"), quiet=True)
+    model, folder = load_model(trained / "model"), tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_model(model, folder)
+    return folder
+
+
+def test_prompts_are_taken_in_turn_and_steer_each_picture_alone(run):
+    job = job_for(run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a red ring", "a blue square"])
+    pictures = job.draw([0, 1, 2, 3])
+    assert torch.equal(pictures[1], job.draw([1])[0])
+    assert torch.equal(pictures[3], sample_one(run, 3, "a blue square"))
+    other = job_for(run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a green circle"])
+    assert not torch.equal(pictures[0], other.draw([0])[0])
+    assert job.calls == 4
+    card = job.card(4, 0)
+    assert card["prompts"] == ["a red ring", "a blue square"]
+    assert card["text_encoder"]["encoder_hash"]
+
+
+def sample_one(run: Path, seed: int, words: str) -> torch.Tensor:
+    model = load_model(run).eval()
+    return to_uint8(sample(model, [seed], text=words, steps=2, guidance=2.0))[0]
+
+
+def test_prompts_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a red ring\n\na blue square\n")
+    out = tmp_path / "out"
+    words = ["--text", "a green circle", "--text", "a cyan ring", "--prompts", str(tmp_path / "prompts.txt")]
+    monkeypatch.setattr(
+        "sys.argv", ["mezzotint", "sample", str(run), "-o", str(out), "-n", "4", "--steps", "2", *words]
+    )
+    main()
+    assert len(list(out.glob("*.png"))) == 4
+    card = json.loads(next(out.glob("*.json")).read_text())
+    assert card["prompts"] == ["a green circle", "a cyan ring", "a red ring", "a blue square"]
+
+
+def test_prompts_that_nothing_reads_are_refused(run, t5, tmp_path):
+    with pytest.raises(ValueError, match="2 prompts for 1 seeds"):
+        sample(load_model(run).eval(), [0], text=["a", "b"], steps=1)
+    with pytest.raises(ValueError, match="reads no text"):
+        sample(create_model("unet-tiny", size=16, num_classes=0).eval(), [0], text="a red ring", steps=1)
+    with pytest.raises(ValueError, match="give --text or --prompts"):
+        job_for(run, {"guidance": Guidance(dit_s=2.0)})
+    with pytest.raises(ValueError, match="not the one the model was trained with"):
+        job_for(run, texts=["a red ring"], encoder=str(saved_t5(tmp_path / "other", seed=1)))
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        prompts_from(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        prompts_from(tmp_path / "absent.txt")

@@ -90,6 +90,7 @@ def encoder(name: str, device: torch.device | str = "cpu", max_tokens: int = MAX
     """
     try:
         from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
     except ImportError as error:
         raise ValueError("text needs transformers: pip install 'mezzotint[text]'") from error
     folder = find_encoder(name)
@@ -99,6 +100,8 @@ def encoder(name: str, device: torch.device | str = "cpu", max_tokens: int = MAX
         raise ValueError(f"{folder} holds no encoder: {error!r}; give a folder that transformers saved") from None
     if kind not in ("t5", "mt5", "umt5"):
         raise ValueError(f"{folder} holds a {kind!r} model; text encoders are T5's, e.g. google-t5/t5-small")
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of reading a file from disk
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model = T5EncoderModel.from_pretrained(str(folder), local_files_only=True)
@@ -107,6 +110,9 @@ def encoder(name: str, device: torch.device | str = "cpu", max_tokens: int = MAX
             f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs config.json, weights in "
             "safetensors, and tokenizer.json (a spiece.model alone needs: pip install sentencepiece)"
         ) from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
     own = str(folder) if Path(name).expanduser().is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
