@@ -1,4 +1,4 @@
-"""Is this machine ready to train, and is this data fit for it? Half a minute of looking, a list of concerns at the end."""
+"""Is this machine ready to train, and is this data fit for it? Half a minute of looking, then a list of concerns."""
 
 from __future__ import annotations
 
@@ -242,13 +242,13 @@ def _machine_concerns(found: dict[str, Any]) -> list[str]:
     said = []
     if not env["gpus"] and env["threads"] > 1 and env["load"][0] > 0.5 * env["cores"]:
         said.append(
-            f"{env['threads']} threads on {env['cores']} cores with a load of {env['load'][0]:g}: OpenMP collapses when "
-            "other jobs share its cores; set OMP_NUM_THREADS=1 or wait"
+            f"{env['threads']} threads on {env['cores']} cores with a load of {env['load'][0]:g}: OpenMP collapses "
+            "when other jobs share its cores; set OMP_NUM_THREADS=1 or wait"
         )
     if rate["bf16"] < rate["float32"]:
         said.append(
-            f"bf16 is slower here than float32 ({rate['bf16'] / 1e9:,.0f} against {rate['float32'] / 1e9:,.0f} GFLOP/s); "
-            "engine.precision=auto will take float32 if the hardware says so, engine.precision=float32 always"
+            f"bf16 is slower here than float32 ({rate['bf16'] / 1e9:,.0f} and {rate['float32'] / 1e9:,.0f} GFLOP/s); "
+            "set engine.precision=float32"
         )
     for gpu in env["gpus"]:
         if gpu["free"] < 0.9 * gpu["bytes"]:
@@ -258,9 +258,7 @@ def _machine_concerns(found: dict[str, Any]) -> list[str]:
             f"{together['processes']} processes do not work together under {together['backend']}: {together['error']}"
         )
     if store["free"] < LEAST_FREE_BYTES:
-        said.append(
-            f"{store['folder']}: {store['free'] / 1e9:.1f} GB are free; checkpoints of large networks take more"
-        )
+        said.append(f"{store['folder']}: {store['free'] / 1e9:.1f} GB are free for checkpoints")
     if "error" in store:
         said.append(f"{store['folder']} cannot be written: {store['error']}")
     elif store["write"] is not None and store["write"] < LEAST_WRITE:

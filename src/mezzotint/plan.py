@@ -35,6 +35,8 @@ EFFICIENCY = 0.35
 REACHED = 0.8
 # Part of the memory left alone, for the context (about half a GiB), kernels' workspaces and fragmentation. Our choice.
 SPARE = 0.08
+# Batches that `train.step.ahead` has on the device before they are needed.
+AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,8 @@ def column(
     """Bytes that one rank holds at the fullest moment of a step.
 
     Returns:
-        weights, optimiser, averages; gradients that stay from step to step or microbatch to microbatch; gathered: what
+        weights, optimiser, averages; batches: images and noise of the batches ahead, and of the present one beyond
+        the microbatch at work; gradients that stay from step to step or microbatch to microbatch; gathered: what
         FSDP holds of other ranks' weights and gradients for a moment; activations: everything that comes and goes with
         the step: the batch, what autograd keeps, weights cast for autocast, the backward pass's temporaries and, where
         gradients are 0, the gradients. total is their sum, fits says whether it leaves `SPARE` of the device,
@@ -206,6 +209,7 @@ def column(
         "weights": _bytes(model) // part,
         "optimiser": optimiser_bytes(recipe, model) // part,
         "averages": (1 + len(recipe.ema.power_stds)) * FLOAT * sum(p.numel() for p in model.parameters()) // part,
+        "batches": ((AHEAD + 1) * share - micro) * 2 * FLOAT * model.card.config.channels * model.card.config.size**2,
         "gradients": FLOAT * trained // part if resident else 0,
         "gathered": gathered_bytes(model, 2 if low else FLOAT) if sharded else 0,
     }
@@ -283,7 +287,7 @@ def render(answer: dict[str, Any]) -> RenderableType:
     grid.add_column("GiB per rank")
     for head in heads:
         grid.add_column(head, justify="right")
-    for key in ("weights", "gradients", "optimiser", "averages", "gathered", "activations", "total"):
+    for key in ("weights", "gradients", "optimiser", "averages", "batches", "gathered", "activations", "total"):
         if any(c[key] for c in a["memory"]):
             grid.add_row(key, *[_gib(c[key]) for c in a["memory"]], end_section=key in ("activations", "total"))
     grid.add_row("fits", *["yes" if c["fits"] else "no" for c in a["memory"]])

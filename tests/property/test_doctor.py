@@ -7,10 +7,14 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mezzotint import doctor
+from mezzotint import config, doctor
 from mezzotint.data.images import open_images
+from mezzotint.process import schedules
+from mezzotint.recipes import recipe_for
+from mezzotint.registry import build
 
 
 @pytest.fixture
@@ -48,14 +52,8 @@ def test_shift_and_its_override(folder):
     found = doctor.look(str(folder), 256, 3, seconds=30)
     assert found["logsnr_shift"] == pytest.approx(2 * math.log(64 / 256))
     assert "smaller than the size asked for" in " ".join(found["concerns"])
-    from mezzotint import config
-    from mezzotint.process import schedules
-    from mezzotint.recipes import recipe_for
-    from mezzotint.registry import build
 
     spec = config.override(recipe_for("dimr-tiny"), found["overrides"]).schedule
-    import torch
-
     middle = build(schedules.registry, spec)(torch.tensor([0.5], dtype=torch.float64))
     assert middle.item() == pytest.approx(found["logsnr_shift"], abs=1e-6)
 
@@ -84,7 +82,7 @@ def test_disk_speed_and_a_disk_that_refuses(tmp_path, monkeypatch):
     found = doctor.disk(tmp_path / "not" / "yet")
     assert found["free"] > 0
     assert found["write"] > 0
-    assert not [p for p in tmp_path.iterdir()]
+    assert not list(tmp_path.iterdir())
 
     def refuse(*args, **kwargs):
         raise OSError("read-only file system")

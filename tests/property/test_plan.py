@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import io
 import json
 import os
@@ -21,11 +22,12 @@ from torch import nn
 from mezzotint import config
 from mezzotint.memory import Live, Player
 from mezzotint.models import build_model, preset_card
-from mezzotint.plan import ACCELERATORS, Accelerator, gathered_bytes, optimiser_bytes, plan, render
+from mezzotint.plan import ACCELERATORS, AHEAD, Accelerator, gathered_bytes, optimiser_bytes, plan, render
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.registry import build
+from mezzotint.train.step import ahead
 
 MIB = 2**20
 # Heavy in activations, so that an interpreter's own few MiB do not matter; digits, whose pixels are few.
@@ -132,10 +134,12 @@ def test_what_the_ranks_share():
     assert ddp["averages"] == 2 * 4 * count  # the exponential one and one power function
     for key in ("weights", "gradients", "optimiser", "averages"):
         assert fsdp[key] == ddp[key] // 4
+    assert ddp["batches"] == 4 * 16 * 2 * 4 * 3 * 16**2  # four ahead, 16 images a rank, with their noise
+    assert inspect.signature(ahead).parameters["most"].default == AHEAD
     assert ddp["gathered"] == 0 < fsdp["gathered"] == gathered_bytes(model, 4)
     for c in answer["memory"]:
         assert c["total"] == sum(v for k, v in c.items() if k in (
-            "weights", "gradients", "optimiser", "averages", "gathered", "activations"))  # fmt: skip
+            "weights", "gradients", "optimiser", "averages", "batches", "gathered", "activations"))  # fmt: skip
         assert c["fits"]
     assert "ddp fits" in answer["advice"][0]
     printed = text(answer)
@@ -156,7 +160,7 @@ def test_time_is_arithmetic_that_is_stated():
 
 
 def test_a_step_that_does_not_fit_says_what_would(monkeypatch):
-    monkeypatch.setitem(ACCELERATORS, "thimble", Accelerator(memory=10e6, bf16=1e12, float32=1e12, source="-"))
+    monkeypatch.setitem(ACCELERATORS, "thimble", Accelerator(memory=24e6, bf16=1e12, float32=1e12, source="-"))
     answer = plan(recipe("unet-tiny", *SMALL, "batch=256"), device="thimble", compare=False)
     most = answer["memory"][0]["largest_microbatch"]
     assert not answer["memory"][0]["fits"]
