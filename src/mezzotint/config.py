@@ -31,6 +31,8 @@ class Data:
     codec: autoencoder of a latent network that is given pictures, by name or folder; the preset's, or that of a
         prepared set, by default.
     text: T5 encoder of a network that reads captions, by name or folder.
+    shapes: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the network's size.
+    portrait: with shapes, turn pictures taller than wide and say so in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
     """
 
@@ -39,6 +41,8 @@ class Data:
     flip: bool = False
     codec: str = ""
     text: str = ""
+    shapes: tuple[tuple[int, int], ...] = ()
+    portrait: bool = False
     workers: int = 0
 
 

@@ -23,6 +23,7 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
 from mezzotint import draws
+from mezzotint.data.buckets import BucketedImages
 from mezzotint.data.images import LATENTS, Images, Report, Send, checked_split, open_images, split_suffix
 from mezzotint.data.latents import Codec, check_fit, codec, draw_latents
 from mezzotint.data.pixels import mirrored, to_model_range
@@ -197,12 +198,12 @@ class LatentImages:
         return {}
 
 
-TrainingSet = Images | LatentImages | EncodedImages  # what the loop reads; all have the same surface
+TrainingSet = Images | BucketedImages | LatentImages | EncodedImages  # what the loop reads; all have the same surface
 
 
 def space_of(images: TrainingSet) -> str:
     """The name of the codec in whose space a set is: "pixels" or an autoencoder's."""
-    if isinstance(images, Images):
+    if isinstance(images, (Images, BucketedImages)):
         return "pixels"
     return images.codec if isinstance(images, LatentImages) else images.codec.name
 

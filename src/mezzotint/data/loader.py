@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float16, Int64, UInt8
 from torch import Tensor
 
+from mezzotint.data.buckets import BucketedImages
 from mezzotint.data.latent_sets import TrainingSet
 from mezzotint.data.order import indices
 
@@ -70,17 +71,19 @@ def batches(
     if start_image < 0:
         raise ValueError(f"start_image {start_image} is negative")
     share = batch // world
-    return _ahead(images, partial(_numbers, seed, start_image + rank * share, batch, share), workers, processes)
+    return _ahead(images, partial(_numbers, images, seed, start_image + rank * share, batch, share), workers, processes)
 
 
-def _numbers(seed: int, start: int, batch: int, share: int, step: int, n: int) -> tuple[Tensor, Tensor]:
+def _numbers(images: TrainingSet, seed: int, start: int, batch: int, share: int, step: int) -> tuple[Tensor, Tensor]:
     """Sample numbers of this rank's part of batch number `step`, and the pictures they show."""
     first = start + step * batch
-    return torch.arange(first, first + share), indices(seed, first, share, n)
+    if isinstance(images, BucketedImages):
+        return torch.arange(first, first + share), images.indices(seed, first, share, batch)
+    return torch.arange(first, first + share), indices(seed, first, share, len(images))
 
 
 def _ahead(
-    images: TrainingSet, plan: Callable[[int, int], tuple[Tensor, Tensor]], workers: int, processes: bool
+    images: TrainingSet, plan: Callable[[int], tuple[Tensor, Tensor]], workers: int, processes: bool
 ) -> Iterator[Batch]:
     """Load steps 0, 1, ... with `workers`, twice as many in flight, and hand them out in order."""
     pool, load = _pool(images, workers, processes)
@@ -94,7 +97,7 @@ def _ahead(
     try:
         while True:
             while len(flying) < 2 * workers:
-                numbers, chosen = plan(step, len(images))
+                numbers, chosen = plan(step)
                 flying.append((numbers, pool.submit(load, chosen.tolist())))
                 step += 1
             numbers, future = flying.popleft()

@@ -27,7 +27,6 @@ from mezzotint.weights import cache_dir, sha256_of_module
 MAX_TOKENS = 128  # Imagen's and its successors' usual length; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
 FILES = ("*.json", "*.safetensors", "*.model")
-PORTRAIT = "portrait mode"  # the flag of a rotated picture's caption; the paper's words are not known ([M])
 
 
 @final

@@ -6,10 +6,12 @@ from pathlib import Path
 
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
+from mezzotint.data.buckets import BucketedImages
+from mezzotint.data.images import open_source
 from mezzotint.data.latent_sets import TrainingSet, open_training_set, space_of
 from mezzotint.data.text import XXL, embed, encoder
 from mezzotint.data.words import Words
-from mezzotint.models import preset_card
+from mezzotint.models import Card, preset_card
 from mezzotint.ranks import World, fail_together
 
 
@@ -24,6 +26,10 @@ def open_data(recipe: Recipe, world: World, source: str | None = None) -> Traini
     """
     card = preset_card(recipe.preset, **recipe.model)
     source = source or recipe.data.source
+    if recipe.data.shapes:
+        return open_buckets(recipe, card, source, world)
+    if recipe.data.portrait:
+        raise ValueError("data.portrait turns pictures for a shape wider than tall: name it, data.shapes=[[384,640]]")
     images = open_training_set(
         source,
         size=card.config.size,
@@ -37,6 +43,19 @@ def open_data(recipe: Recipe, world: World, source: str | None = None) -> Traini
     if asked and found not in (asked, str(Path(asked).expanduser().resolve())):
         raise ValueError(f"{source} holds latents of {found}, data.codec asks for {asked}; leave data.codec out")
     images.words = open_words(recipe, images, text_width(card.config), world)
+    return images
+
+
+def open_buckets(recipe: Recipe, card: Card, source: str, world: World) -> BucketedImages:
+    """The recipe's pictures in its aspect-ratio buckets; ValueError for a network that works on latents."""
+    if (recipe.data.codec or card.codec) != "pixels":
+        raise ValueError(
+            "aspect-ratio buckets are of pixels; leave data.shapes out for a latent network"
+        )
+    opened, _ = open_source(source, card.config.size)
+    config = card.config
+    images = BucketedImages(opened, recipe.data.shapes, channels=config.channels, portrait=recipe.data.portrait)
+    images.words = open_words(recipe, images, text_width(config), world)
     return images
 
 
