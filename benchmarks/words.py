@@ -143,8 +143,8 @@ def check_real(count: int = 150, size: int = 64) -> dict[str, float]:
 def recipe(out: Path, images: int, size: int) -> config.Recipe:
     """uvit-text-tiny's own, on the training part of the shapes, with the encoder made here."""
     own = [
-        "data.source='shapes:train'", f"data.text={str(out / 'encoder')!r}", f"images={images}", f"model.size={size}",
-        f"model.text_dim={WIDTH}", "save.every_images=10000", "grid.every_images=1000000000",
+        "data.source='shapes:train,count=40000'", f"data.text={str(out / 'encoder')!r}", f"images={images}", f"model.size={size}",
+        f"model.text_dim={WIDTH}", "save.every_images=5000", "grid.every_images=1000000000",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-text-tiny"), own)
 
@@ -161,7 +161,7 @@ def sampled(model_folder: Path, asked: Sequence[Attributes], guidance: float, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/words"))
-    parser.add_argument("--images", type=int, default=200_000, help="training length")
+    parser.add_argument("--images", type=int, default=150_000, help="training length")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--each", type=int, default=4, help="pictures of every held-out combination")
     parser.add_argument("--guidance", type=float, default=2.0, help="as DiT counts it; 1 is none")

@@ -22,7 +22,7 @@ def uvit_text_tiny() -> Recipe:
         time=Time(sampling="stratified"),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_images=3_000, decay="cosine"),
         ema=Ema(half_life_images=20_000),
-        images=200_000,
+        images=150_000,
         batch=32,
         label_drop=0.1,
         log_every_images=3_200,
