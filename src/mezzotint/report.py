@@ -204,8 +204,8 @@ class Silent(nn.Module):
 def predict_nothing(recipe: Recipe, levels: int = 256, batch: int = 16) -> dict[str, float]:
     """Loss per log-SNR bin of a network whose outputs are zero, by the recipe's own objective, schedule and measure.
 
-    All backbones but DiMR's start there. Pictures are white, of standard deviation `DATA_STD`; where the objective compares
-    noise alone, they do not matter.
+    All backbones but DiMR's start there. Pictures are white, of standard deviation `DATA_STD`; where the objective
+    compares noise alone, they do not matter.
     """
     card = preset_card(recipe.preset, **recipe.model)
     with torch.device("meta"):
