@@ -1,4 +1,4 @@
-"""Run the training command on several gloo ranks of this machine, as a user would: torchrun around `mezzotint train`."""
+"""Run the training command on several gloo ranks of this machine as a user would: torchrun, `mezzotint train`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ranks see the same images and learn the same, whatever the strategy; a checkpoint fits any number of ranks."""
+"""Several ranks see the same images and learn the same, whatever the strategy; checkpoints fit any number of ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ def alone(tmp_path_factory):
     return train(1, "unet-tiny", tmp_path_factory.mktemp("ranks") / "one", *PRESETS["unet-tiny"])
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp"), pytest.param(4, "ddp", marks=pytest.mark.slow)])
+FOUR = pytest.param(4, "ddp", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp"), FOUR])
 def test_ranks_agree_with_one_process(alone, tmp_path, ranks, strategy):
     assert_same(alone, train(ranks, "unet-tiny", tmp_path, *PRESETS["unet-tiny"], f"engine.strategy={strategy}"))
 
