@@ -205,6 +205,34 @@ def prepare(
         print(prepare_latents(source, out, size, codec, crop=crop))
 
 
+def prefetch(
+    what: Positional[str],
+    overrides: Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    only_list: Annotated[Switch, arg(name="list")] = False,
+) -> None:
+    """List and fetch what a recipe needs from elsewhere (autoencoder, text encoder), with sizes and hashes.
+
+    It lands in $MEZZOTINT_CACHE (or ~/.cache/mezzotint); copy that folder to a machine without network.
+
+    Args:
+        what: A preset, a recipe.yaml, or the name of an autoencoder or text encoder.
+        overrides: Fields of the recipe, e.g. data.text=google-t5/t5-small.
+        only_list: Fetch nothing.
+    """
+    from mezzotint import config, models
+    from mezzotint.prefetch import needs_for
+    from mezzotint.prefetch import prefetch as run
+    from mezzotint.recipes import recipe_for
+
+    recipe = None
+    if Path(what).suffix in (".yaml", ".yml") or what in models.presets():
+        recipe = recipe_for(what) if what in models.presets() else config.from_yaml(what)
+        recipe = config.override(recipe, overrides)
+    print(run(needs_for(what, recipe), only_list))
+
+
 def info(preset: Positional[str] = "", /, *, json: bool = False) -> None:
     """List every published size with parameters and multiply-accumulates, counted and claimed.
 
@@ -645,6 +673,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "prepare": prepare,
+    "prefetch": prefetch,
     "info": info,
     "convert": convert,
     "evaluate": evaluate,
