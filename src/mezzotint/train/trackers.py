@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from mezzotint import config
@@ -40,7 +41,7 @@ def tensorboard(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Event files in RUN/tensorboard; what a killed process wrote beyond its checkpoint is hidden on resume."""
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.state.images)
+    writer = SummaryWriter(str(run.folder / "tensorboard"), purge_step=run.state.images + 1)
 
     def write(record: dict[str, Any]) -> None:
         for name, value in scalars(record).items():
@@ -60,7 +61,7 @@ def wandb(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
 
     known = "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
     session = package.init(
-        project=PROJECT, name=run.folder.name, id=identity(run), resume="allow", dir=str(run.folder),
+        project=PROJECT, name=run.folder.name, id=identity(run.folder), resume="allow", dir=str(run.folder),
         config=config.to_dict(run.recipe), mode=None if known else "offline",
     )  # fmt: skip
     try:
@@ -75,7 +76,7 @@ def trackio(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
     import trackio as package
 
     session = package.init(
-        project=PROJECT, name=identity(run), config=config.to_dict(run.recipe), resume="allow", embed=False,
+        project=PROJECT, name=identity(run.folder), config=config.to_dict(run.recipe), resume="allow", embed=False,
         auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
     try:
@@ -84,10 +85,10 @@ def trackio(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
         session.finish()
 
 
-def identity(run: Run) -> str:
+def identity(folder: Path) -> str:
     """A name that the same run folder always gets and two folders of one name do not share."""
-    path = str(run.folder.absolute())
-    return f"{run.folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    path = str(folder.absolute())
+    return f"{folder.name}-{hashlib.sha256(path.encode()).hexdigest()[:8]}"
 
 
 @contextmanager
