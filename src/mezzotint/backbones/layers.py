@@ -215,6 +215,17 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for (b, heads, n, d); a mask as `scaled_dot_product_attention` takes it.
+
+    Measured on one AVX512-BF16 core, 257 tokens: torch's fused CPU kernel is 1.1-1.3 times as fast as these lines in
+    float32, but in bf16 2.2 times slower, forward and backward. Long rows stay fused, for memory.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512 and mask is None:
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Section 6: pre-norm self-attention, q and k normalised per head, output projection starting at zero.
 
@@ -241,7 +252,7 @@ class Attention(nn.Module):
             more_k, more_v = self.text(words).unflatten(-1, (2, self.heads, -1)).unbind(2)
             k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # autocast normalises in float32
-        mixed = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return h + to_map(self.out(mixed.transpose(1, 2).flatten(2)), h)
 
 
