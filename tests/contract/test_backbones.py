@@ -27,7 +27,8 @@ LABELLED = [name for name in TINY if not backbones.text_width(backbones.presets(
 STATE_KEYS = Path(__file__).resolve().parents[1] / "golden" / "state_keys"
 LEVELS = (-4.0, 0.5, 3.0)
 
-NOT_ZERO_AT_START = {"dimr-tiny": "DiMR's heads start at random; only its noise dependence starts at nothing"}
+_DIMR = "DiMR's heads start at random; only its noise dependence starts at nothing"
+NOT_ZERO_AT_START = {"dimr-tiny": _DIMR, "dimr-latent-tiny": _DIMR}
 # (preset, regular expression of the parameter): reason. A parameter listed here must have no gradient at all.
 WITHOUT_GRADIENT: dict[tuple[str, str], str] = {}
 

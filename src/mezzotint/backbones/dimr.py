@@ -372,6 +372,11 @@ registry.add(
                 config=replace(published(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4),
                 paper="none: DiMR that trains on a laptop, 32 or 64 pixels",
             ),
+            "dimr-latent-tiny": Preset(
+                config=replace(published(16, (2, 1), 128, (5, 3), pixels=False), num_classes=10, heads=4),
+                paper="none: latent DiMR that trains on a laptop, on latents of 128x128 images",
+                codec="sd-vae-ft-ema",
+            ),
         },
     ),
 )

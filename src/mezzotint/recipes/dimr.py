@@ -75,3 +75,9 @@ def dimr_tiny() -> Recipe:
         grid=Grid(every_images=50_000, count=40, sampler="dpmpp_2m", steps=50),
         save=Save(every_images=50_000),
     )
+
+
+@recipe("dimr-latent-tiny")
+def dimr_latent_tiny() -> Recipe:
+    """For a laptop, on latents of a small autoencoder; no published number."""
+    return replace(dimr_tiny(), preset="dimr-latent-tiny", data=Data(flip=True))
