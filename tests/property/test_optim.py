@@ -14,8 +14,8 @@ from mezzotint.train.optim import groups, learning_rate, make_optimisers
 from runs import assert_same_run, records, small
 
 VIT = [
-    "data.source=digits", "model.size=8", "model.channels=1", "batch=16", "images=960", "log_every_images=192",
-    "grid.every_images=480", "grid.count=10", "grid.steps=2", "save.every_images=480", "save.keep=9",
+    "data.source=digits", "model.size=8", "model.channels=1", "batch=16", "images=1152", "log_every_images=192",
+    "grid.every_images=576", "grid.count=10", "grid.steps=2", "save.every_images=576", "save.keep=9",
     "engine.precision=float32", "optim.warmup_images=0", "optim.name=muon", "optim.lr=2e-3",
     "time.sampling=stratified",
 ]  # fmt: skip
@@ -57,7 +57,7 @@ def test_muon_trains_and_resumes_bitwise(tmp_path):
     whole = train(recipe, tmp_path / "whole", quiet=True)
     loss = [r["loss"] for r in records(whole)]
     assert loss[-1] < 0.8 * loss[0]
-    part = config.override(recipe, ["images=480"])
+    part = config.override(recipe, ["images=576"])
     train(part, tmp_path / "parts", quiet=True)
     train(recipe, tmp_path / "parts", quiet=True)
     assert_same_run(whole, tmp_path / "parts")
