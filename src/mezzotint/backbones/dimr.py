@@ -237,6 +237,8 @@ class DiMR(nn.Module):
 
     def label(self, z: Tensor, cond: Cond) -> Tensor | None:
         """Rows of the class embedding, (b,), after checking the input."""
+        if cond.label is not None and cond.label.shape[0] != z.shape[0]:
+            raise ValueError(f"{cond.label.shape[0]} labels for a batch of {z.shape[0]}; give one per image")
         c, patch = self.config, self.config.patches[0]
         if z.shape[1] != c.channels or z.shape[2] % patch or z.shape[3] % patch:
             near = [max(s // patch, 1) * patch for s in z.shape[2:]]

@@ -244,7 +244,17 @@ def normed_projection(features: Sequence[Tensor], gain: Tensor, shift: Tensor, w
     kind = features[0].device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     low = torch.get_autocast_dtype(kind) if mixed else weight.dtype
+    if torch.compiler.is_compiling():  # the compiler chooses by itself what to keep and what to make again
+        mean, rstd = joint_statistics(features)
+        out = bias.to(mean.dtype)
+        for columns, n in normed_groups(features, mean, rstd):
+            a = torch.addcmul(shift[..., columns], n, gain[..., columns]).to(low)
+            out = out + F.linear(a, weight[:, columns].to(low))
+        return out
     return NormedProjection.apply(gain, shift, weight, bias, low, *features)
+
+
+GROUP = 8  # features normalised and projected at once: wide enough for the matrix product, a fifth of XL's memory
 
 
 class NormedProjection(torch.autograd.Function):
@@ -254,8 +264,6 @@ class NormedProjection(torch.autograd.Function):
     a of all groups would be the largest activation of the network; they are made again from the features, one
     elementwise pass, where plain checkpointing would repeat the matrix product too.
     """
-
-    group = 8  # features normalised and projected at once: wide enough for the matrix product, a fifth of XL's memory
 
     @staticmethod
     def forward(
@@ -307,10 +315,10 @@ class NormedProjection(torch.autograd.Function):
 
 def normed_groups(features: Sequence[Tensor], mean: Tensor, rstd: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(columns, (f - mean) rstd) of a few features at a time, side by side; columns of the whole concatenation."""
-    d, group = features[0].shape[-1], NormedProjection.group
+    d = features[0].shape[-1]
     offset = -mean * rstd
-    for i in range(0, len(features), group):
-        part = features[i : i + group]
+    for i in range(0, len(features), GROUP):
+        part = features[i : i + GROUP]
         joined = torch.cat([torch.addcmul(offset, f.to(mean.dtype), rstd) for f in part], dim=-1)
         yield slice(i * d, (i + len(part)) * d), joined
 
