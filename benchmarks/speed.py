@@ -4,26 +4,26 @@
 
 Networks have the published widths at reduced depth. A training step is forward, loss and backward; what the optimiser
 and the average of the weights take is a row of its own. A sampling call is one guided evaluation: two passes for the
-twins, one doubled batch for ours. `--memory` gives the peaks of training steps at published sizes. `--switches` measures
-every choice alone, by putting the plain form in its place.
+twins, one doubled batch for ours. `--memory` gives the peaks of training steps at published sizes. `--switches`
+measures every choice alone, by putting the plain form in its place.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+import plain.forms as forms
 from common import RESULTS, one_thread, write
-from mezzotint.backbones import diffit, dimr, dimr_blocks, registry
+from mezzotint.backbones import dimr, registry
 from mezzotint.backbones.diffit import DiffiTConfig
 from mezzotint.backbones.dimr import published
 from mezzotint.backbones.uvit import UViTConfig
@@ -220,80 +220,6 @@ def with_checkpointing(pair: Pair, checkpointing: bool) -> Work:
     return work
 
 
-# The plain form of each choice, put in its place for as long as it is measured.
-
-
-def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, ...]:
-    """One chain of small operations per vector."""
-    parts = zip(*(p.split(self.widths) for p in (self.p0, self.p1, self.w_minus_1, self.b)), strict=True)
-    result = []
-    for p0, p1, w, b in parts:
-        s = torch.sigmoid((1 + w) * tau[:, None] + b)
-        result.append(s * p0 + (1 - s) * p1)
-    return tuple(result)
-
-
-def plain_projection(features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Everything concatenated."""
-    x = torch.cat(list(features), dim=-1)
-    return F.linear(F.layer_norm(x, x.shape[-1:]) * gain + shift, weight, bias)
-
-
-def plain_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
-    """Layout copies around the convolution."""
-    x = x + self.depthwise(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1).contiguous()
-    return x + self.mlp(x, *time)
-
-
-def autocast_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
-    """The convolution in the precision of everything else."""
-    x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return x + self.mlp(x, *time)
-
-
-def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Heads filled up with zeros to a multiple of 8."""
-    d = q.shape[-1]
-    q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
-
-
-def float_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In float32, as the published code has it."""
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
-
-
-def all_terms(self: diffit.DiffiT, c: Tensor) -> tuple[Tensor, Tensor]:
-    """The dead key term too."""
-    terms = self.temporal(c).view(-1, 3, self.config.depth, self.config.width).permute(1, 2, 0, 3)
-    return terms[0], terms[1]
-
-
-def fused_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """torch's fused attention with the bias as its mask."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-
-
-def written_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """softmax(q k^T + bias) written out."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
-
-
-Swap = Callable[[], AbstractContextManager[Any]]
-SWITCHES: list[tuple[str, str, Swap]] = [
-    ("dimr", "time vectors one by one", lambda: patch.object(dimr_blocks.TimeVectors, "forward", plain_vectors)),
-    ("dimr", "cascade concatenated", lambda: patch.object(dimr_blocks, "normed_projection", plain_projection)),
-    ("dimr", "layout copies", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", plain_convnext)),
-    ("dimr", "depthwise in autocast", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", autocast_convnext)),
-    ("dimr", "attention fused", lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention)),
-    ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attend", padded_attention)),
-    ("dimr", "attention in float32", lambda: patch.object(dimr_blocks, "attend", float_attention)),
-    ("diffit", "dead key term", lambda: patch.object(diffit.DiffiT, "temporal_terms", all_terms)),
-    ("diffit", "attention fused", lambda: patch.object(diffit, "biased_attention", fused_biased)),
-    ("diffit", "attention written out", lambda: patch.object(diffit, "biased_attention", written_biased)),
-]
-
-
 @contextmanager
 def compiled(model: Model) -> Iterator[None]:
     """Every repeated block through torch.compile."""
@@ -306,7 +232,7 @@ def compiled(model: Model) -> Iterator[None]:
         block._compiled_call_impl = None
 
 
-def switched(work: Work, swap: Swap) -> Work:
+def switched(work: Work, swap: forms.Swap) -> Work:
     """`work` with a plain form in place."""
 
     def other() -> None:
@@ -323,7 +249,7 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
         chosen["dimr-2r"] = ("dimr", published(64, (4, 2, 1), 384, (3, 3, 3), pixels=True), 1)
     pairs = {family: make(*chosen[name], device) for family, name in (("dimr", "dimr-2r"), ("diffit", "diffit"))}
     rows = []
-    for family, name, swap in SWITCHES:
+    for family, name, swap in forms.SWITCHES:
         pair, row = pairs[family], {"family": family, "switch": name}
         for bf16 in (False, True):
             for mode in ("train", "sample"):
@@ -379,6 +305,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny networks, to see that everything runs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="*")
+    parser.add_argument("--batch", type=int, help="images per step; by default what a CPU does in a second or two")
     parser.add_argument("--switches", action="store_true", help="each choice alone, instead of the comparison")
     parser.add_argument("--memory", action="store_true", help="peaks at published sizes, instead of the comparison")
     parser.add_argument("--compile", action="store_true", help="with --switches: torch.compile of the blocks too")
@@ -400,7 +327,7 @@ def main() -> None:
     for name, (family, config, batch) in networks(args.small).items():
         if args.networks and name not in args.networks:
             continue
-        rows.append(compare(name, make(family, config, batch, args.device), args.rounds, args.device))
+        rows.append(compare(name, make(family, config, args.batch or batch, args.device), args.rounds, args.device))
         print(rows[-1])
         write(args.out, args.device, ceiling_flops=ceilings, rows=rows, updates=None)
     write(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
@@ -272,17 +272,23 @@ def _gmac(model: Model) -> float:
 
 
 def render(rows: list[dict[str, Any]]) -> RenderableType:
-    """The rows of `bench` for a terminal."""
-    table = Table(title="one step or guided call; peak beyond weights and optimiser state", title_justify="left")
-    for column in ("preset", "mode", "precision"):
-        table.add_column(column, no_wrap=True)
-    for column in ("batch", "seconds", "images/s", "batch 1, s", "peak MiB", "GMAC", "GFLOP/s", "of the ceiling"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """The rows of `bench` for a terminal, one column each."""
+    table = Table(title=f"{rows[0]['preset']} on {rows[0]['machine']['processor']}", title_justify="left")
+    table.add_column("")
     for r in rows:
-        latency = "" if r["latency_seconds"] is None else f"{r['latency_seconds']:.4f}"
-        table.add_row(
-            r["preset"], r["mode"], r["precision"], str(r["batch"]), f"{r['seconds']:.4f}",
-            f"{r['images_per_second']:.2f}", latency, f"{r['peak_bytes'] / 2**20:.0f}", f"{r['gmac']:.2f}",
-            f"{r['achieved_flops'] / 1e9:.0f}", f"{r['fraction']:.0%}",
-        )  # fmt: skip
-    return table
+        table.add_column(f"{r['mode']}, {r['precision']}, batch {r['batch']}", justify="right")
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+        "seconds per step or guided call": lambda r: f"{r['seconds']:.4f}",
+        "images per second": lambda r: f"{r['images_per_second']:.2f}",
+        "guided call at batch 1, seconds": lambda r: (
+            "" if r["latency_seconds"] is None else f"{r['latency_seconds']:.4f}"
+        ),
+        "peak memory beyond weights, MiB": lambda r: f"{r['peak_bytes'] / 2**20:.0f}",
+        "GMAC per image and pass": lambda r: f"{r['gmac']:.3f}",
+        "achieved GFLOP/s": lambda r: f"{r['achieved_flops'] / 1e9:.0f}",
+        "of the matrix-product rate": lambda r: f"{r['fraction']:.0%}",
+    }
+    for name, value in lines.items():
+        table.add_row(name, *map(value, rows))
+    facts = rows[0]["machine"]
+    return Group(table, f"{facts['threads']} threads of {facts['cores']} cores, load {facts['load'][0]}")

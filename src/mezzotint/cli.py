@@ -182,6 +182,7 @@ def prepare(
     size: int,
     crop: Literal["adm", "plain"] = "adm",
     codec: str = "pixels",
+    text: str = "",
 ) -> None:
     """Resize a folder, zip or hub data set once into a memory-mapped set that training reads without decoding.
 
@@ -194,15 +195,18 @@ def prepare(
         size: Height and width in pixels.
         crop: adm (halve with BOX, bicubic, centre; as the papers) or plain (one antialiased resize, centre).
         codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or any autoencoder of diffusers by folder or hub name.
+        text: T5 encoder that embeds the captions now rather than when training starts.
     """
     from mezzotint.data.audit import describe
     from mezzotint.data.prepare import prepare as run
-    from mezzotint.data.prepare import prepare_latents
+    from mezzotint.data.prepare import prepare_latents, prepare_words
 
     if codec == "pixels":
         print(describe(run(source, out, size=size, crop=crop)))
     else:
         print(prepare_latents(source, out, size, codec, crop=crop))
+    if text:
+        print("\n".join(prepare_words(out, text)))
 
 
 def prefetch(

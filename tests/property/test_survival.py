@@ -222,6 +222,26 @@ LONG = ("images=3200", "save.every_images=32", "save.keep=3", "log_every_images=
 
 
 @pytest.mark.slow
+def test_a_killed_run_leaves_no_worker_behind(tmp_path):
+    import psutil
+
+    words = ("images=100000", "data.workers=2")
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), overrides=words, folder=str(tmp_path / "run"))
+    program = tmp_path / "program.py"  # spawned workers import it again
+    program.write_text(
+        script.replace("train(small", "if __name__ == '__main__': train(small").replace("print", "0 and print")
+    )
+    with subprocess.Popen([sys.executable, str(program)], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(iter(process.stderr))
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """kill -9 and -TERM in turn, at any moment from start-up to writing; then the rest of the run."""

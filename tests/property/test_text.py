@@ -18,6 +18,7 @@ from mezzotint.cli import main
 from mezzotint.data.images import open_images
 from mezzotint.data.loader import batches
 from mezzotint.data.pixels import to_uint8
+from mezzotint.data.prepare import prepare, prepare_words
 from mezzotint.data.text import captions_of, describe_words, embed, encoder
 from mezzotint.generate import Guidance, Settings, generate, sample
 from mezzotint.models import create_model, load_model, save_model
@@ -171,6 +172,14 @@ def test_what_is_no_encoder_is_told(tmp_path, t5):
         encoder(str(other))
     with pytest.raises(ValueError, match="max_tokens 0"):
         encoder(str(t5), max_tokens=0)
+
+
+def test_prepared_captions_are_those_that_training_looks_for(t5, tmp_path, monkeypatch):
+    prepare("shapes:16,count=20", tmp_path / "out", 16, progress=False)
+    words = prepare_words(tmp_path / "out", str(t5), progress=False)
+    assert words[0].endswith(f"distinct captions for 20 pictures, embedded by {t5.resolve()}")
+    monkeypatch.setattr(text_module, "_write_words", lambda *_: pytest.fail("embedded twice"))
+    open_data(tiny(str(tmp_path / "out"), t5), World(rank=0, size=1, device=torch.device("cpu")))
 
 
 # --- the network

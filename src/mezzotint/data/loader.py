@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -139,7 +142,16 @@ _adopted: list[TrainingSet] = []  # of a worker process
 
 def _adopt(images: TrainingSet) -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _adopted[:] = [images]
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the process it works for is gone, killed perhaps: it would wait for orders for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker was started by someone"
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _load_adopted(chosen: list[int]) -> Loaded:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.data.audit import Audit, examined
-from mezzotint.data.images import Images, open_images
+from mezzotint.data.images import LATENTS, Images, open_images
 from mezzotint.data.pixels import Unreadable
 from mezzotint.data.tables import CARD
 
@@ -87,6 +87,26 @@ def prepare_latents(
     if not encode(images, Path(out), codec(name, device), share, progress=progress):
         return f"this process's share of {out} is done; the set is complete when the other processes have finished"
     return describe_latents(LatentImages(Path(out)))
+
+
+def prepare_words(out: str | Path, name: str, *, progress: bool = True) -> list[str]:
+    """Embed the captions of a prepared folder into our cache, where training looks for them; what there was, in words.
+
+    Args:
+        out: a folder of `prepare` or `prepare_latents`.
+        name: of the T5 encoder, see `mezzotint.data.text.encoder`.
+        progress: show a bar on standard error.
+
+    Errors: ValueError as `mezzotint.data.text.embed`.
+    """
+    import torch
+
+    from mezzotint.data.latent_sets import LatentImages
+    from mezzotint.data.text import describe_words, embed, encoder
+
+    images = LatentImages(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
+    reader = encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
+    return describe_words(embed([images.text(i) for i in range(len(images))], reader, progress=progress))
 
 
 def prepare_images(images: Images, out: Path, *, progress: bool = True) -> dict[str, Any]:

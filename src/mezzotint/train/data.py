@@ -49,9 +49,7 @@ def open_data(recipe: Recipe, world: World, source: str | None = None) -> Traini
 def open_buckets(recipe: Recipe, card: Card, source: str, world: World) -> BucketedImages:
     """The recipe's pictures in its aspect-ratio buckets; ValueError for a network that works on latents."""
     if (recipe.data.codec or card.codec) != "pixels":
-        raise ValueError(
-            "aspect-ratio buckets are of pixels; leave data.shapes out for a latent network"
-        )
+        raise ValueError("aspect-ratio buckets are of pixels; leave data.shapes out for a latent network")
     opened, _ = open_source(source, card.config.size)
     config = card.config
     images = BucketedImages(opened, recipe.data.shapes, channels=config.channels, portrait=recipe.data.portrait)

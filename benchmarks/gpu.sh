@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one call of at most ten minutes: correctness of every fast path, single kernels, the
+# large presets, ratios to the plain twins, and a real training run with samples. JSON and logs go to $OUT.
+#
+#   OUT=results bash benchmarks/gpu.sh
+#   DEVICE=cpu SMALL=1 OUT=results bash benchmarks/gpu.sh     # the same without a GPU, tiny, to see that it runs
+#
+# Packages that are missing there may lie in wheels/ beside this checkout's src/; they are put before the installed ones.
+# A part that fails or runs out of its time is reported and does not stop the others; the exit code says whether any did.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cuda}
+OUT=${OUT:-benchmarks/results/gpu}
+SMALL=${SMALL:+--small}
+mkdir -p "$OUT"
+
+if compgen -G "wheels/*.whl" >/dev/null; then
+  site=$(mktemp -d)
+  "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" wheels/*.whl || exit 1
+  export PYTHONPATH="$site"
+fi
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+
+failed=0
+part() { # name, seconds, command...
+  local name=$1 limit=$2 began=$SECONDS status
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 40
+  status=${PIPESTATUS[0]}
+  echo "== $name: exit $status after $((SECONDS - began)) s"
+  [ "$status" -eq 0 ] || failed=1
+}
+
+run=$(mktemp -d)
+data=digits
+"$PYTHON" -c "import sklearn" 2>/dev/null || data=shapes:16
+if [ -n "$SMALL" ]; then images=512; budget=60; else images=200000; budget=200; fi
+
+part checks 100 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --out "$OUT"
+part kernels 40 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --out "$OUT"
+part presets 260 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
+part twins 80 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "${BATCH:-32}" --rounds 3 --out "$OUT/twins.json"
+part train 80 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
+  model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \
+  grid.every_images="$images" grid.count=10 grid.steps=10 save.every_images="$images"
+part sample 30 "$PYTHON" -m mezzotint.cli sample "$run/digits" --n 20 --steps 20 --out "$OUT/samples.png"
+cp "$run/digits/log.jsonl" "$OUT/train.jsonl" 2>/dev/null || failed=1
+
+ls -l "$OUT"
+exit $failed

@@ -1,0 +1,85 @@
+"""The plain form of each choice in our networks, put in its place while it is measured (`speed.py --switches`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mezzotint.backbones import diffit, dimr_blocks
+
+
+def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, ...]:
+    """One chain of small operations per vector."""
+    parts = zip(*(p.split(self.widths) for p in (self.p0, self.p1, self.w_minus_1, self.b)), strict=True)
+    result = []
+    for p0, p1, w, b in parts:
+        s = torch.sigmoid((1 + w) * tau[:, None] + b)
+        result.append(s * p0 + (1 - s) * p1)
+    return tuple(result)
+
+
+def plain_projection(features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Everything concatenated."""
+    x = torch.cat(list(features), dim=-1)
+    return F.linear(F.layer_norm(x, x.shape[-1:]) * gain + shift, weight, bias)
+
+
+def plain_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
+    """Layout copies around the convolution."""
+    x = x + self.depthwise(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1).contiguous()
+    return x + self.mlp(x, *time)
+
+
+def autocast_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
+    """The convolution in the precision of everything else."""
+    x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return x + self.mlp(x, *time)
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Heads filled up with zeros to a multiple of 8."""
+    d = q.shape[-1]
+    q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+
+
+def float_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In float32, as the published code has it."""
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+
+
+def all_terms(self: diffit.DiffiT, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The dead key term too."""
+    terms = self.temporal(c).view(-1, 3, self.config.depth, self.config.width).permute(1, 2, 0, 3)
+    return terms[0], terms[1]
+
+
+def fused_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """torch's fused attention with the bias as its mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+
+
+def written_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """softmax(q k^T + bias) written out."""
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
+
+
+Swap = Callable[[], AbstractContextManager[Any]]
+SWITCHES: list[tuple[str, str, Swap]] = [
+    ("dimr", "time vectors one by one", lambda: patch.object(dimr_blocks.TimeVectors, "forward", plain_vectors)),
+    ("dimr", "cascade concatenated", lambda: patch.object(dimr_blocks, "normed_projection", plain_projection)),
+    ("dimr", "layout copies", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", plain_convnext)),
+    ("dimr", "depthwise in autocast", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", autocast_convnext)),
+    ("dimr", "attention fused", lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention)),
+    ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attend", padded_attention)),
+    ("dimr", "attention in float32", lambda: patch.object(dimr_blocks, "attend", float_attention)),
+    ("diffit", "dead key term", lambda: patch.object(diffit.DiffiT, "temporal_terms", all_terms)),
+    ("diffit", "attention fused", lambda: patch.object(diffit, "biased_attention", fused_biased)),
+    ("diffit", "attention written out", lambda: patch.object(diffit, "biased_attention", written_biased)),
+]
