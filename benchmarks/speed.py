@@ -136,7 +136,11 @@ def networks(small: bool) -> dict[str, tuple[str, Any, int]]:
         return {
             "dimr-2r": ("dimr", published(16, (2, 1), 32, (3, 3), pixels=False), 2),
             "diffit": ("diffit", DiffiTConfig(size=8, width=64, depth=2, heads=2), 2),
-            "uvit": ("uvit", UViTConfig(size=16, width=8, emb=32, multipliers=(1, 4), blocks=(1,), depth=1), 2),
+            "uvit": (
+                "uvit",
+                UViTConfig(size=16, width=8, emb=32, multipliers=(1, 4), blocks=(1,), depth=1, dropout=0.0),
+                2,
+            ),
         }
     wide = UViTConfig(size=64, width=64, emb=256, multipliers=(1, 2, 12), blocks=(2, 2), depth=4, dropout=0.0)
     return {
