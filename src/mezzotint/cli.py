@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from mezzotint.config import Recipe
 
 
 def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
@@ -44,7 +47,7 @@ def train(
         out: Run folder; runs/PRESET by default.
         recipe: Start from this recipe.yaml instead of the preset's own recipe.
         init_from: Start from the weights of this model folder, other sizes or classes allowed.
-        dry_run: Print the resolved recipe and its differences from the paper; train nothing.
+        dry_run: Print the resolved recipe, its differences from the paper and the plan for this device; train nothing.
     """
     from mezzotint import config
     from mezzotint.recipes import difference, recipe_for
@@ -59,6 +62,7 @@ def train(
     if dry_run:
         print(config.to_yaml(chosen))
         print(difference(chosen))
+        print_plan(chosen)
         return
     if not chosen.data.source:
         raise ValueError("no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits")
@@ -70,6 +74,17 @@ def train(
     folder = run(chosen, out or Path("runs") / preset, initialise=initialise)
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
     print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
+
+
+def print_plan(recipe: Recipe) -> None:
+    """What one process on this machine's device needs for the recipe, with a pointer to more."""
+    from rich.console import Console
+
+    from mezzotint.plan import here, plan, render
+
+    if (device := here()) is not None:
+        Console().print(render(plan(recipe, device=device, compare=False)))
+    print(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
 
 
 # Without tyro's "{None}|STR" and "(default: None)", which would double the length of the help.

@@ -88,6 +88,15 @@ def accelerator(name: str) -> Accelerator:
     return ACCELERATORS[name]
 
 
+def here() -> str | None:
+    """This machine's row of `ACCELERATORS`, by the GPU's name and memory; "cpu" without one, None if unknown."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    words, (_, total) = torch.cuda.get_device_name().lower().replace(" ", ""), torch.cuda.mem_get_info()
+    named = [name for name in ACCELERATORS if name.split("-")[0] in words]
+    return min(named, key=lambda name: abs(ACCELERATORS[name].memory - total), default=None)
+
+
 def plan(
     recipe: Recipe, *, gpus: int = 1, device: str = "h200", efficiency: float = EFFICIENCY, compare: bool = True
 ) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from torch import nn
 from mezzotint import config
 from mezzotint.memory import Live, Player
 from mezzotint.models import build_model, preset_card
-from mezzotint.plan import ACCELERATORS, AHEAD, Accelerator, gathered_bytes, optimiser_bytes, plan, render
+from mezzotint.plan import ACCELERATORS, AHEAD, Accelerator, gathered_bytes, here, optimiser_bytes, plan, render
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
@@ -190,6 +190,38 @@ def test_errors_say_what_to_try():
         plan(chosen, gpus=3)
     with pytest.raises(ValueError, match="efficiency 35"):
         plan(chosen, efficiency=35)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "memory", "row"),
+    [
+        ("NVIDIA H200", 150e9, "h200"),
+        ("NVIDIA A100-SXM4-80GB", 85e9, "a100"),
+        ("NVIDIA A100-PCIE-40GB", 42e9, "a100-40gb"),
+        ("NVIDIA GeForce RTX 4090", 25e9, "rtx4090"),
+        ("Other X1", 8e9, None),
+    ],
+)
+def test_this_machines_gpu_by_its_name(monkeypatch, gpu, memory, row):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, memory))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: gpu)
+    assert here() == row
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert here() == "cpu"
+
+
+def test_commands_print_the_plan(capsys):
+    from mezzotint import cli
+
+    cli.plan("unet-tiny", tuple(SMALL), batch=8, device="cpu", checkpointing=True, json=True)
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["batch"] == 8
+    assert "with checkpointing fits" in answer["advice"][0]
+    cli.train("unet-tiny", ("batch=8", *SMALL), dry_run=True)
+    printed = capsys.readouterr().out
+    assert "difference from the recipe" in printed
+    assert "images per forward pass" in printed
 
 
 def text(answer):
