@@ -116,6 +116,13 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
         train(small(), tmp_path / "file" / "run", quiet=True)
 
 
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    with state.held(tmp_path), pytest.raises(ValueError, match="another process is training in"):
+        train(small(), tmp_path, quiet=True)
+    assert not (tmp_path / "recipe.yaml").exists()
+    train(small("images=16"), tmp_path, quiet=True)
+
+
 def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path):
     """A file stands where the folder should: to root, who may write anywhere, the nearest thing to read-only."""
     (tmp_path / "checkpoints").write_text("in the way")
@@ -227,11 +234,7 @@ def test_a_killed_run_leaves_no_worker_behind(tmp_path):
 
     words = ("images=100000", "data.workers=2")
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), overrides=words, folder=str(tmp_path / "run"))
-    program = tmp_path / "program.py"  # spawned workers import it again
-    program.write_text(
-        script.replace("train(small", "if __name__ == '__main__': train(small").replace("print", "0 and print")
-    )
-    with subprocess.Popen([sys.executable, str(program)], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         next(iter(process.stderr))
         children = psutil.Process(process.pid).children(recursive=True)

@@ -20,6 +20,7 @@ from mezzotint.config import Recipe
 from mezzotint.data.loader import batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
+from mezzotint.ranks import World
 from mezzotint.train import ema, log, posthoc, sentinel, state, trackers
 from mezzotint.train.console import Console
 from mezzotint.train.distributed import whole
@@ -91,11 +92,25 @@ def train(
         stack.callback(ranks.stop)
         stack.callback(console.close)
         stack.enter_context(stop.listening())
+        hold(Path(folder), world, stack)
         run = setup(recipe, Path(folder), world, console.say, initialise)
         stack.callback(run.writer.close)
         track = stack.enter_context(trackers.opened(run)) if world.main else []
         loop(run, console, stop, track)
     return Path(folder)
+
+
+def hold(folder: Path, world: World, stack: ExitStack) -> None:
+    """Make the run's folder and keep other processes out of it until `stack` ends; all ranks fail if it cannot be."""
+    error = None
+    if world.main:
+        try:
+            stack.enter_context(state.held(folder))
+        except ValueError as reason:
+            error = reason
+        except OSError as reason:
+            error = OSError(f"the run's folder {folder} cannot be written: {reason}; mend it or use another --out")
+    ranks.fail_together(error, world)
 
 
 def feed_of(run: Run) -> Iterator[Batch]:

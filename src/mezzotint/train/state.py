@@ -6,14 +6,16 @@ three can resume, plus `manifest.json` with the size and SHA-256 of every file.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -222,6 +224,23 @@ def rename(partial: Path, final: Path) -> None:
         shutil.rmtree(final)
     partial.rename(final)
     _sync(final.parent)
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Within the block the run's folder is ours alone; however the process ends, the lock ends with it.
+
+    Errors: ValueError where another process holds it; OSError where the folder cannot be made.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process is training in {run}; let it, or use another --out") from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
 
 
 def remove_partial(run: Path) -> list[Path]:
