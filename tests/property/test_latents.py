@@ -154,8 +154,12 @@ def test_tiles_bound_what_is_decoded_at_once(vae_folder):
     own.vae.decode = lambda part: seen.append(part.shape) or whole(part)
     assert own.decode(z, tile=8).shape == (1, 3, 48, 80)
     assert max(max(shape[2:]) for shape in seen) == 8
-    assert len(own.decode(z, tile=None)) == 1
+    own.decode(z, tile=40)
     assert seen[-1] == (1, 4, 24, 40)
+    own.decode(z)
+    assert seen[-1] == (1, 4, 24, 32)  # a CPU's default
+    with pytest.raises(ValueError, match="at least 4 cells"):
+        own.decode(z, tile=0)
 
 
 def test_taesd_reconstructs_photographs(shared):
