@@ -276,7 +276,7 @@ class NormedProjection(torch.autograd.Function):
         rows = mean.numel()
         out = bias.to(mean.dtype).repeat(rows, 1)
         for columns, n in normed_groups(features, mean, rstd):
-            a = torch.addcmul(shift[..., columns], n, gain[..., columns]).to(low)
+            a = torch.addcmul(shift[..., columns], n, gain[..., columns], out=n).to(low)
             out += a.view(rows, -1) @ weight[:, columns].to(low).t()
         return out.view(*features[0].shape[:-1], -1)
 
@@ -319,7 +319,9 @@ def normed_groups(features: Sequence[Tensor], mean: Tensor, rstd: Tensor) -> Ite
     offset = -mean * rstd
     for i in range(0, len(features), GROUP):
         part = features[i : i + GROUP]
-        joined = torch.cat([torch.addcmul(offset, f.to(mean.dtype), rstd) for f in part], dim=-1)
+        joined = mean.new_empty(*mean.shape[:-1], len(part) * d)
+        for f, place in zip(part, joined.split(d, dim=-1), strict=True):
+            torch.addcmul(offset, f.to(mean.dtype), rstd, out=place)
         yield slice(i * d, (i + len(part)) * d), joined
 
 
