@@ -321,8 +321,10 @@ def test_each_picture_comes_with_its_own_caption(t5):
 
 
 def test_a_run_on_captions_resumes_and_remembers_its_encoder(t5, tmp_path):
-    recipe = tiny("shapes:16,count=50", t5)
+    recipe = tiny("shapes:16,count=50", t5, "grid.guidance=2.0")
     whole = train(recipe, tmp_path / "whole", quiet=True)
+    shapes = open_images("shapes:16,count=50")
+    assert (whole / "samples" / "captions.txt").read_text().splitlines() == [shapes.text(0), shapes.text(25)]
     train(config.override(recipe, ["images=16"]), tmp_path / "part", quiet=True)
     part = train(recipe, tmp_path / "part", quiet=True)
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, part)]

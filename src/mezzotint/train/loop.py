@@ -167,7 +167,7 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = ()) 
         console.progress(now.images, record)
         if due(run, recipe.grid.every_images):
             tell(ema.horizon_event(recipe.ema, now.images), events)
-            save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world)
+            save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world, run.images)
         checkpoint = due(run, recipe.save.every_images) or verdict.stopping
         snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images)
         if checkpoint or snapshots:

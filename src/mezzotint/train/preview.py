@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ import torch.distributed as dist
 
 from mezzotint.config import Grid
 from mezzotint.data import latents
+from mezzotint.data.latent_sets import TrainingSet
 from mezzotint.data.pixels import to_uint8
-from mezzotint.generate import sample
+from mezzotint.generate import Guidance, Settings, generate
 from mezzotint.pictures import grid, save_png
-from mezzotint.process.denoiser import Model
+from mezzotint.process.denoiser import Cond, Model
 from mezzotint.ranks import World
+from mezzotint.registry import Spec
 
 
 def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
@@ -37,19 +40,34 @@ def visible(images: torch.Tensor, codec: str) -> torch.Tensor:
     return images[:, :3] / 3 if space is None else space.decode(images)
 
 
-def save_grid(model: Model, folder: Path, settings: Grid, seed: int, world: World) -> Path:
-    """Sample the grid, every rank a share of it, and write samples/IMAGES.png."""
-    labels = grid_labels(model.card.config.num_classes, settings.count)
+def grid_pictures(count: int, total: int) -> list[int]:
+    """Evenly spaced samples of a set of `total` pictures; a grid shows their captions."""
+    return [i * total // count for i in range(count)]
+
+
+def save_grid(
+    model: Model, folder: Path, settings: Grid, seed: int, world: World, images: TrainingSet | None = None
+) -> Path:
+    """Sample the grid, every rank a share of it, and write samples/IMAGES.png.
+
+    images: the set whose captions are asked for if it has embedded ones; they are listed in samples/captions.txt.
+    """
+    config = model.card.config
+    labels = grid_labels(config.num_classes, settings.count)
     mine = list(range(world.rank, settings.count, world.size))
-    images = sample(
-        model,
-        seeds=[seed + i for i in mine],
-        label=None if labels is None else labels[mine],
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-    )
-    pixels = to_uint8(visible(images, model.card.codec).cpu())
+    cond = Cond() if labels is None else Cond(label=labels[mine])
+    if images is not None and images.words is not None:
+        shown = grid_pictures(settings.count, len(images))
+        text, mask = images.words.batch([shown[i] for i in mine])
+        cond = replace(cond, text=text, text_mask=mask)
+        if world.main:
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
+            lines = [" ".join((images.text(i) or "").split()) for i in shown]
+            (folder / "samples" / "captions.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    guided = None if settings.guidance is None else Guidance(dit_s=settings.guidance)
+    asked = Settings(sampler=Spec(settings.sampler), steps=settings.steps, guidance=guided)
+    made = generate(model, [seed + i for i in mine], cond, asked)
+    pixels = to_uint8(visible(made, model.card.codec).cpu())
     shares = [(mine, pixels)]
     if world.size > 1:
         gathered: list = [None] * world.size
@@ -62,6 +80,6 @@ def save_grid(model: Model, folder: Path, settings: Grid, seed: int, world: Worl
             sheet[numbers] = part
         names = model.card.labels
         captions = [names[i] for i in labels.tolist()] if names and labels is not None else None
-        columns = settings.count // model.card.config.num_classes if labels is not None else None
+        columns = settings.count // config.num_classes if labels is not None else None
         save_png(grid(sheet, columns=columns or None, captions=captions), path)
     return path
