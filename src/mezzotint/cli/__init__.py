@@ -1,0 +1,47 @@
+"""The command line. Every command imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import sys
+
+import tyro
+
+from mezzotint.cli import data, judging, sampling, training
+
+COMMANDS = {
+    "demo": training.demo,
+    "train": training.train,
+    "sample": sampling.sample,
+    "prepare": data.prepare,
+    "prefetch": data.prefetch,
+    "info": judging.info,
+    "convert": sampling.convert,
+    "evaluate": judging.evaluate,
+    "compare": judging.compare,
+    "reproduce": judging.reproduce,
+    "bench": judging.bench,
+    "serve": sampling.serve,
+    "export": sampling.export,
+    "card": sampling.card,
+    "ema": training.ema,
+    "replay": training.replay,
+    "plan": judging.plan,
+    "doctor": data.doctor,
+    "report": training.report,
+}
+
+
+def main() -> None:
+    """Entry point: a user's error is one sentence on stderr and exit code 1 (2 for a wrong command line)."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="mezzotint",
+            description="High-resolution image diffusion backbones: train, sample, evaluate.",
+        )
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"mezzotint: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mezzotint: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

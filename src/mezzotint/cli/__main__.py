@@ -1,0 +1,5 @@
+"""python -m mezzotint.cli"""
+
+from mezzotint.cli import main
+
+main()
