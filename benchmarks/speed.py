@@ -209,7 +209,7 @@ def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
         ratio = {name: peak / peaks["plain"] for name, peak in peaks.items()}
         precision = "bf16" if bf16 else "float32"
         rows.append({"preset": preset, "batch": batch, "precision": precision, "peak_bytes": peaks, "ratio": ratio})
-        print(rows[-1])
+        print(rows[-1], flush=True)
     return rows
 
 
@@ -267,7 +267,7 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
                 peaks.append(peak_bytes(work, device))
             row[f"peak {'bf16' if bf16 else 'float32'}"] = peaks[1] / peaks[0]
         rows.append(row)
-        print(row)
+        print(row, flush=True)
     if compile:
         for family, pair in pairs.items():
             step = pair.train("ours", False)
@@ -276,7 +276,7 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
                 stack.enter_context(compiled(pair.ours))
                 fast = interleaved({"step": step}, device, rounds)["step"]
             rows.append({"family": family, "switch": "compiled, block by block", "train float32": fast / eager})
-            print(rows[-1])
+            print(rows[-1], flush=True)
     return rows
 
 
@@ -332,7 +332,7 @@ def main() -> None:
         if args.networks and name not in args.networks:
             continue
         rows.append(compare(name, make(family, config, args.batch or batch, args.device), args.rounds, args.device))
-        print(rows[-1])
+        print(rows[-1], flush=True)
         write(args.out, args.device, ceiling_flops=ceilings, rows=rows, updates=None)
     write(
         args.out, args.device, ceiling_flops=ceilings, rows=rows, updates=updates(args.rounds, args.device, args.small)

@@ -62,7 +62,7 @@ def test_one_rank_raising_ends_all_with_its_message_within_seconds(tmp_path):
     assert max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")) in (32, 64)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_loss_that_is_nan_on_one_rank_stops_both_before_the_update(tmp_path, strategy):
     """The bundle holds both ranks' images, and one process repeats the step of two with the same losses."""
     from mezzotint.train.replay import replay
@@ -82,6 +82,7 @@ def test_a_loss_that_is_nan_on_one_rank_stops_both_before_the_update(tmp_path, s
     torch.testing.assert_close([again.loss[i] for i in sound], [again.recorded[i] for i in sound], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_both_skip_together(tmp_path):
     process = launch(2, tmp_path / "run", "nan", "sentinel.on_nonfinite=skip", "save.every_images=64")
     _, words = process.communicate(timeout=200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -31,12 +32,18 @@ def names(run):
     return [n for n, _ in run.state.backbone.named_parameters()]
 
 
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory):
+    """64 images of a run."""
+    return loop.train(small("images=64"), tmp_path_factory.mktemp("half") / "run", quiet=True)
+
+
 @pytest.fixture
-def begun(tmp_path):
-    """A function from overrides to a run of 64 images, done, then set up again to go on to 160."""
+def begun(first_half, tmp_path):
+    """A function from overrides to that run set up again, ready to go on to 160 images."""
 
     def start(*overrides):
-        loop.train(small("images=64", *overrides), tmp_path / "run", quiet=True)
+        shutil.copytree(first_half, tmp_path / "run")
         return setup(small(*overrides), tmp_path / "run", ranks.start())
 
     return start

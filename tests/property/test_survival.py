@@ -22,14 +22,7 @@ from safetensors.torch import load_file
 
 from mezzotint.train import log, loop, state
 from mezzotint.train.loop import train
-from runs import assert_same_run, records, small, weights
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An uninterrupted run."""
-    torch.set_num_threads(1)
-    return train(small(), tmp_path_factory.mktemp("whole") / "run", quiet=True)
+from runs import assert_same_run, small
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
@@ -131,10 +124,9 @@ def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path):
     assert (tmp_path / "checkpoints").read_text() == "in the way"
 
 
-def test_half_renamed_checkpoints(whole, tmp_path):
+def test_half_renamed_checkpoints(whole, stopped):
     """A complete folder not yet renamed, one renamed without its manifest, and a model folder half-replaced."""
-    folder = tmp_path / "run"
-    train(small("images=96"), folder, quiet=True)
+    folder = stopped(96)
     checkpoints = folder / "checkpoints"
     (checkpoints / "96").rename(checkpoints / ".96.partial")
     (checkpoints / "144").mkdir()
@@ -147,9 +139,7 @@ def test_half_renamed_checkpoints(whole, tmp_path):
     assert "144 is damaged and passed over: manifest.json is missing" in passed[0]
     train(small(), folder, quiet=True)
     assert not list(folder.rglob(".*.partial"))
-    assert records(whole) == records(folder)
-    wa, wb = weights(whole), weights(folder)
-    assert all(torch.equal(wa[k], wb[k]) for k in wa)
+    assert_same_run(whole, folder)
 
 
 def test_a_log_torn_in_the_middle_of_a_line(tmp_path):
@@ -179,7 +169,9 @@ def test_clocks_that_jump(whole, tmp_path, monkeypatch):
         assert math.isfinite(json.loads(line)["images_per_second"])
 
 
-def test_a_killed_loader_worker_stops_the_run_which_then_goes_on(whole, tmp_path, monkeypatch):
+def test_a_killed_loader_worker_stops_the_run_which_then_goes_on(whole, stopped, monkeypatch):
+    """With fewer workers, as the message advises."""
+    folder = stopped(48)
     averages = loop.update_averages
 
     def update(run):
@@ -191,14 +183,11 @@ def test_a_killed_loader_worker_stops_the_run_which_then_goes_on(whole, tmp_path
 
     monkeypatch.setattr(loop, "update_averages", update)
     with pytest.raises(RuntimeError, match=r"a data worker process died.*same command"):
-        train(small("data.workers=1"), tmp_path / "run", quiet=True)
+        train(small("data.workers=1"), folder, quiet=True)
     monkeypatch.undo()
-    assert state.checkpoints(tmp_path / "run")[-1].name == "48"
-    recipe = small("data.workers=1")
-    train(recipe, tmp_path / "run", quiet=True)
-    wa, wb = weights(whole), weights(tmp_path / "run")
-    assert all(torch.equal(wa[k], wb[k]) for k in wa)
-    assert records(whole) == records(tmp_path / "run")
+    assert state.checkpoints(folder)[-1].name == "48"
+    train(small(), folder, quiet=True)
+    assert_same_run(whole, folder)
 
 
 def test_a_second_signal_leaves_at_once(monkeypatch):

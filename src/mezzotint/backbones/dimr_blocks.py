@@ -247,8 +247,9 @@ def normed_projection(features: Sequence[Tensor], gain: Tensor, shift: Tensor, w
     if torch.compiler.is_compiling():  # the compiler chooses by itself what to keep and what to make again
         mean, rstd = joint_statistics(features)
         out = bias.to(mean.dtype)
-        for columns, n in normed_groups(features, mean, rstd):
-            a = torch.addcmul(shift[..., columns], n, gain[..., columns]).to(low)
+        for i, f in enumerate(features):
+            columns = slice(i * f.shape[-1], (i + 1) * f.shape[-1])
+            a = torch.addcmul(shift[..., columns], (f.to(mean.dtype) - mean) * rstd, gain[..., columns]).to(low)
             out = out + F.linear(a, weight[:, columns].to(low))
         return out
     return NormedProjection.apply(gain, shift, weight, bias, low, *features)

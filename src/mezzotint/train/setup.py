@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,9 @@ from mezzotint.train.optim import make_optimisers
 from mezzotint.weights import replace_file
 
 # Fields that may differ when a run is continued: how long, how fast, how often; what is done about a failure.
-CHANGEABLE = ("images", "engine", "save", "grid", "log_every_images", "sentinel", "track")
+CHANGEABLE = (
+    "images", "engine", "save", "grid", "log_every_images", "sentinel", "track", "data.workers", "ema.snapshot_every_images",
+)  # fmt: skip
 
 
 @dataclass
@@ -89,14 +92,21 @@ def _bf16_is_fast() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def fixed(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may differ when a run is continued."""
+    values = config.to_dict(recipe)
+    for path in CHANGEABLE:
+        *outer, key = path.split(".")
+        del (values[outer[0]] if outer else values)[key]
+    return values
+
+
 def claim_folder(folder: Path, recipe: Recipe) -> None:
     """Write recipe.yaml, or check that the one there is of the same run; ValueError lists the differences."""
     path = folder / "recipe.yaml"
     if path.exists():
-        old, new = config.to_dict(config.from_yaml(path)), config.to_dict(recipe)
-        differing = [
-            f"  {k}: {old.get(k)} there, {new[k]} asked" for k in new if k not in CHANGEABLE and old.get(k) != new[k]
-        ]
+        old, new = fixed(config.from_yaml(path)), fixed(recipe)
+        differing = [f"  {k}: {old.get(k)} there, {new[k]} asked" for k in new if old.get(k) != new[k]]
         if differing:
             listing = "\n".join(differing)
             raise ValueError(f"{folder} belongs to another recipe:\n{listing}\nUse another --out, or ask for the same.")
