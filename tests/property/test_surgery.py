@@ -41,6 +41,11 @@ def labels(*values):
     return mz.Cond(label=torch.tensor(values))
 
 
+def valid(model):
+    """A condition of two that the model takes: labels 3 and 4 where it has classes."""
+    return labels(3, 4) if model.card.config.num_classes else mz.Cond()
+
+
 def how(report):
     return {c.name: c.how for c in report if c.how != "kept"}
 
@@ -48,6 +53,8 @@ def how(report):
 @torch.no_grad()
 @pytest.mark.parametrize("classes", [13, 7])
 def test_other_classes(model, classes):
+    if not model.card.config.num_classes:
+        pytest.skip("has no classes: see test_classes_for_an_unconditional_network")
     before = {k: t.clone() for k, t in model.backbone.state_dict().items()}
     adapted, report = adapt(model, num_classes=classes)
     adapted.eval()
@@ -64,13 +71,27 @@ def test_other_classes(model, classes):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("preset", ["unet-tiny", "uvit-tiny", "sid2-tiny", "diffit-tiny"])
+def test_classes_for_an_unconditional_network(preset):
+    model = mz.create_model(preset, num_classes=0).eval()
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape)
+    adapted, report = adapt(model, num_classes=3)
+    adapted.eval()
+    z, logsnr = inputs(model)
+    for cond in (mz.Cond(), labels(0, 2), labels(3, 1)):
+        assert torch.equal(model.raw(z, logsnr, mz.Cond())[0], adapted.raw(z, logsnr, cond)[0])
+    assert list(how(report).values()) == ["new"]
+
+
+@torch.no_grad()
 def test_more_channels(model):
     c = model.card.config.channels
     adapted, report = adapt(model, channels=c + 2)
     adapted.eval()
     z, logsnr = inputs(model, c + 2)
-    theirs = model.raw(z[:, :c].contiguous(), logsnr, labels(3, 4))
-    for a, b in zip(theirs, adapted.raw(z, logsnr, labels(3, 4)), strict=True):
+    theirs = model.raw(z[:, :c].contiguous(), logsnr, valid(model))
+    for a, b in zip(theirs, adapted.raw(z, logsnr, valid(model)), strict=True):
         halves = a.shape[1] // c  # prediction, and variance where it is learned
         kept = b.unflatten(1, (halves, c + 2))[:, :, :c].flatten(1, 2)
         torch.testing.assert_close(kept, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
@@ -78,7 +99,7 @@ def test_more_channels(model):
     fewer, report = adapt(model, channels=1)
     assert set(how(report).values()) == {"cut"}
     z, logsnr = inputs(model, 1)
-    assert fewer.eval()(z, logsnr, labels(3, 4)).x.isfinite().all()
+    assert fewer.eval()(z, logsnr, valid(model)).x.isfinite().all()
 
 
 @torch.no_grad()
@@ -89,7 +110,7 @@ def test_another_resolution(model):
     assert adapted.card.config.size == size
     assert set(how(report).values()) <= {"interpolated"}
     z, logsnr = inputs(model, size=size)
-    ours, theirs = (m.raw(z, logsnr, labels(3, 4)) for m in (adapted, model))
+    ours, theirs = (m.raw(z, logsnr, valid(model)) for m in (adapted, model))
     for a, b in zip(ours, theirs, strict=True):
         assert a.isfinite().all()
         if model.card.backbone == "dimr" or not how(report):

@@ -45,7 +45,8 @@ def adapt(
     """A new model that continues `model` with another number of classes, native size or channels.
 
     What did not change is the source's: kept labels and the null label give the same output bit for bit, and so do
-    the old channels of a wider image, whose new input channels start without weight. Positions and relative-position
+    the old channels of a wider image, whose new input channels start without weight; a table of labels that the source
+    did not have starts at zero. Positions and relative-position
     tables are interpolated bilinearly, a published network's own resolution change being a training from scratch.
 
     Args:
@@ -131,6 +132,9 @@ def _carry(
         how, note = "new", ""
         if name in state:
             how, note = _CARRY[field](state[name], new, *values)
+        elif field == "num_classes" and values[0] == 0:
+            new.zero_()
+            note = "starts without weight: every label gives what the source gives"
         result[name] = new
         changes.append(Change(name, how, tuple(state[name].shape) if name in state else None, tuple(new.shape), note))
     changes += [Change(n, "dropped", tuple(t.shape), None) for n, t in state.items() if n not in claims]
