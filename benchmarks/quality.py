@@ -1,10 +1,13 @@
 """Every family's tiny preset on the same real images: held-out error by log-SNR at equal images and at equal GMAC.
 
-    python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test --budget 8000
+    python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test --budget 8000 \\
+        --weights inception_2015_to_mixed7a.safetensors
 
 Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-
 accumulates of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at
-fixed log-SNRs, which compares all of them. Killed and started again it goes on where it was. Writes OUT.json, OUT.png.
+fixed log-SNRs, which compares all of them. With `--weights` of an Inception (or `--features digits`) each final model
+is judged too: the same sampler, grid, steps, seeds and reference for all, which their cards must confirm. Killed and
+started again it goes on where it was. Writes OUT.json, OUT.png and a table, and RUNS/PRESET-SIZE/evaluation.json.
 """
 
 from __future__ import annotations
@@ -22,10 +25,18 @@ import torch
 import mezzotint
 from mezzotint import config
 from mezzotint.data.images import open_images
+from mezzotint.evaluate.card import load_evaluation, require_alike
+from mezzotint.evaluate.features import open_features
+from mezzotint.evaluate.of_model import samples_of
+from mezzotint.evaluate.references import Reference, make_reference, read_reference
+from mezzotint.evaluate.run import evaluate
+from mezzotint.evaluate.sources import of_images
 from mezzotint.info import GIGA
 from mezzotint.models import create_model, load_model
 from mezzotint.process.denoiser import Cond
+from mezzotint.produce import job_for
 from mezzotint.recipes import recipe_for
+from mezzotint.registry import Spec
 from mezzotint.train.loop import train
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
 
@@ -78,6 +89,63 @@ def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]
             }
         )
         write(args, rows)
+    if args.weights or args.features == ["digits"]:
+        last = max((r for r in rows if r["preset"] == preset), key=lambda r: r["images"])
+        if "distances" not in last:
+            last["distances"] = judge(folder, args)
+            write(args, rows)
+
+
+def references(args: argparse.Namespace) -> list[Reference]:
+    """Statistics of the training and of the held-out images, made once."""
+    sets = open_features(args.features, args.weights)
+    found: list[Reference] = []
+    for part, data in (("train", args.data), ("held-out", args.held_out)):
+        path = args.runs / f"{part}-{args.size}.npz"
+        if not path.exists():
+            images = open_images(data, size=args.size, channels=args.channels)
+            source = of_images(images, f"{Path(args.data).name} {part}", min(args.real, len(images)))
+            make_reference(source, path, sets, keep=args.real)
+        found.append(read_reference(path))
+    return found
+
+
+def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Distances of the final model's samples, and where its card lies."""
+    train_set, held_out = references(args)
+    how = {"sampler": Spec("dpmpp_2m"), "grid": Spec("even_logsnr"), "steps": args.steps, "dtype": args.dtype}
+    found = evaluate(
+        samples_of(job_for(folder, how), args.samples),
+        train_set,
+        open_features(args.features, args.weights),
+        heldout=held_out,
+        folder=folder / "pieces",
+        show=True,
+    )
+    found.save(folder / "evaluation.json")
+    return {number.metric: number.value for number in found.numbers}
+
+
+def check_cards(args: argparse.Namespace) -> None:
+    """All evaluations were made in the same way; ValueError names the lines in which two differ."""
+    cards = [load_evaluation(path) for path in sorted(args.runs.glob(f"*-{args.size}/evaluation.json"))]
+    for other in cards[1:]:
+        require_alike(cards[0], other, varying=("ema",))  # "at N images": what is compared
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The final row of each family as Markdown."""
+    last = [max((r for r in rows if r["preset"] == p), key=lambda r: r["images"], default=None) for p in FAMILIES]
+    shown = [r for r in last if r is not None]
+    metrics = sorted({m for r in shown for m in r.get("distances", {})})
+    heads = ["preset", "params", "images", "GMAC", *(f"eps-MSE {x:g}" for x in LEVELS), *metrics]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for r in shown:
+        errors = [f"{r['eps_mse'][f'{x:g}']:.4f}" for x in LEVELS]
+        distances = [f"{r['distances'][m]:.4g}" if m in r.get("distances", {}) else "–" for m in metrics]
+        cells = [r["preset"], f"{r['params'] / 1e6:.2f} M", f"{r['images']:,}", f"{r['gmac']:.0f}", *errors, *distances]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -85,10 +153,12 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "data": Path(args.data).name,
-        "held_out": f"{Path(args.held_out).name}, first {args.count} images",
+        "held_out": f"{Path(args.held_out).name}, {args.count} images spread over it",
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
+        "samples": f"{args.samples}, dpmpp_2m, even_logsnr, {args.steps} steps, {args.dtype}",
+        "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
         "commit": commit.stdout.strip(),
@@ -130,6 +200,12 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=8000, help="GMAC of forward passes per family")
     parser.add_argument("--count", type=int, default=256, help="held-out images")
     parser.add_argument("--families", nargs="*", default=FAMILIES)
+    parser.add_argument("--weights", type=Path, help="of an Inception, to judge the final models")
+    parser.add_argument("--features", nargs="*", default=["inception-64", "inception-768"])
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--dtype", default="bfloat16", help="of the network while sampling")
+    parser.add_argument("--real", type=int, default=2000, help="images of each reference")
     parser.add_argument("--runs", type=Path, default=Path("runs/quality"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality-cpu"))
     args = parser.parse_args()
@@ -137,7 +213,9 @@ def main() -> None:
     rows = json.loads(done.read_text())["rows"] if done.exists() else []
     for preset in args.families:
         one_family(preset, args, rows)
+    check_cards(args)
     plot(args, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

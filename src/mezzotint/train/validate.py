@@ -19,17 +19,18 @@ LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # natural log-SNR, from nearly noise to ne
 def eps_mse_by_level(
     model: Model, images: Images, levels: Sequence[float] = LEVELS, count: int = 256, seed: int = 0, batch: int = 64
 ) -> dict[float, float]:
-    """Mean squared error of the implied noise, per log-SNR, on the first `count` images with fixed noise.
+    """Mean squared error of the implied noise, per log-SNR, on `count` images spread over the set, with fixed noise.
 
     Predicting eps = 0 scores 1 at every level. Labels are given where the network takes them.
     """
     count = min(count, len(images))
+    spread = [i * len(images) // count for i in range(count)]  # sets are often sorted by class
     device = next(model.parameters()).device
     totals = torch.zeros(len(levels), dtype=torch.float64)
     training = model.training
     model.eval()
     for start in range(0, count, batch):
-        numbers = list(range(start, min(start + batch, count)))
+        numbers = spread[start : start + batch]
         pixels, labels = images.batch(numbers)
         x = to_model_range(pixels.to(device))
         eps = draws.normal("noise", seed, numbers, tuple(pixels.shape[1:])).to(device)
