@@ -5,7 +5,7 @@ BIN := .venv/bin
 QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
 PYTEST := $(QUIET) $(BIN)/pytest -n 2
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format docs docs-check clean
 
 demo: .venv/ready
 	$(BIN)/mezzotint demo
@@ -21,6 +21,13 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(QUIET) $(BIN)/mkdocs build --strict
+
+# Every link, picture and command of README and docs, and the notebooks; `make test` runs the same tests.
+docs-check: docs
+	$(QUIET) $(BIN)/pytest tests/docs
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

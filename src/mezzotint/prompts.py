@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +26,8 @@ def _reader(name: str, max_tokens: int, expected: str, device: str) -> TextEncod
     return found
 
 
-def reader_of(model: Model, name: str | None = None) -> TextEncoder:
-    """The encoder that a model was trained with; ValueError where it is not on this machine or is another.
-
-    name: where it is now, if it moved.
-    """
+def encoder_of(model: Model) -> dict[str, Any]:
+    """What the card keeps of the text encoder that a model was trained with; ValueError where it names none."""
     kept = model.card.extra.get("text")
     if kept is None:
         raise ValueError(
@@ -37,6 +35,15 @@ def reader_of(model: Model, name: str | None = None) -> TextEncoder:
             if text_width(model.card.config)
             else "this model reads no text; leave the prompts out"
         )
+    return kept
+
+
+def reader_of(model: Model, name: str | None = None) -> TextEncoder:
+    """The encoder that a model was trained with; ValueError where it is not on this machine or is another.
+
+    name: where it is now, if it moved.
+    """
+    kept = encoder_of(model)
     device = next(model.parameters()).device
     return _reader(name or kept["encoder"], kept["max_tokens"], kept["encoder_hash"], str(device))
 

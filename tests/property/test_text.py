@@ -31,13 +31,9 @@ from mezzotint.recipes import recipe_for
 from mezzotint.train.data import open_data
 from mezzotint.train.loop import train
 from mezzotint.train.step import make_batch
+from tiny_t5 import saved_t5
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = (
-    *("a", "an", "at", "in", "on", "of", "the", "red", "green", "blue", "cyan", "circle", "square", "ring"),
-    *("top", "left", "right", "centre", "bottom", "portrait", "mode"),
-)
 
 
 @pytest.fixture(autouse=True)
@@ -49,26 +45,6 @@ def _own_cache(tmp_path, monkeypatch):
 def t5(tmp_path_factory) -> Path:
     """A tiny random T5 encoder with a tokenizer of whole words, as transformers saves them."""
     return saved_t5(tmp_path_factory.mktemp("t5"), seed=0)
-
-
-def saved_t5(folder: Path, seed: int) -> Path:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from tokenizers.processors import TemplateProcessing
-
-    names = ["<pad>", "</s>", "<unk>", *WORDS]
-    tokenizer = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(seed)
-    transformers.T5EncoderModel(
-        transformers.T5Config(vocab_size=len(names), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    ).save_pretrained(folder)
-    return folder
 
 
 CAPTIONS = ["a red ring", None, "a green square at the top left", "a red ring", "  ", "in the centre"]

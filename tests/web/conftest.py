@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import socket
@@ -16,18 +17,35 @@ import pytest
 import torch
 
 import mezzotint as mz
+from mezzotint.data.text import encoder
+from tiny_t5 import saved_t5
 
 CHROMIUM = Path("/usr/bin/chromium")
-SHOTS = os.environ.get("MEZZOTINT_SCREENSHOTS")  # a folder to keep screenshots in
+SHOTS = Path(os.environ.get("MEZZOTINT_SCREENSHOTS", Path(__file__).parents[2] / "build" / "screenshots"))
 
 
 def tiny(folder: Path, seed: int) -> None:
     """A unet-tiny of 16 pixels with random weights, none of them zero."""
     torch.manual_seed(seed)
     model = mz.create_model("unet-tiny", size=16, width=8, emb=32, num_classes=3)
+    moved_off_its_start(model)
+    mz.save_model(model, folder)
+
+
+def moved_off_its_start(model) -> None:
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
+
+
+def reading(folder: Path, t5: Path, name: str) -> None:
+    """A uvit-text-tiny of 16 pixels whose card says that it was trained with that encoder."""
+    torch.manual_seed(0)
+    small = {"size": 16, "width": 8, "emb": 16, "multipliers": (1, 2), "blocks": (1,), "depth": 1, "heads": 2}
+    model = mz.create_model("uvit-text-tiny", **small, text_dim=16)
+    moved_off_its_start(model)
+    kept = {"encoder": name, "encoder_hash": encoder(str(t5)).hash, "max_tokens": 16}
+    model.card = dataclasses.replace(model.card, extra={"text": kept})
     mz.save_model(model, folder)
 
 
@@ -73,21 +91,14 @@ def wait_for(ready, seconds: float) -> None:
 
 
 class Server:
-    """`mezzotint serve` with a model, a model whose weights are not numbers, and a run."""
+    """`mezzotint serve` in a process of its own, once it answers."""
 
-    def __init__(self, folder: Path, training: Training):
-        tiny(folder / "good", 0)
-        tiny(folder / "other", 1)
-        tiny(folder / "broken", 2)
-        broken = mz.load_model(folder / "broken")
-        torch.nn.init.constant_(next(broken.parameters()), float("nan"))
-        mz.save_model(broken, folder / "broken")
-        self.model = folder / "good"
+    def __init__(self, folder: Path, *words: str):
+        self.folder = folder
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        sources = [str(folder / name) for name in ("good", "other", "broken")] + [str(training.folder)]
-        command = [sys.executable, "-m", "mezzotint.cli", "serve", *sources, "--port", str(port)]
+        command = [sys.executable, "-m", "mezzotint.cli", "serve", *words, "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
         self.said = folder / "server.txt"
         with self.said.open("w") as file:
@@ -129,7 +140,27 @@ def training(browser, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(training, tmp_path_factory):
-    running = Server(tmp_path_factory.mktemp("models"), training)
+    """Two models, one whose weights are not numbers, two that read words, one of them without its encoder; a run."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("good", "other", "broken")):
+        tiny(folder / name, seed)
+    broken = mz.load_model(folder / "broken")
+    torch.nn.init.constant_(next(broken.parameters()), float("nan"))
+    mz.save_model(broken, folder / "broken")
+    t5 = saved_t5(folder / "t5", 0)
+    reading(folder / "words", t5, str(t5))
+    reading(folder / "speechless", t5, "nobody/has-this-t5")
+    names = ("good", "other", "broken", "words", "speechless")
+    running = Server(folder, *(str(folder / name) for name in names), str(training.folder))
+    yield running
+    running.end()
+
+
+@pytest.fixture
+def guarded(browser, tmp_path):
+    """A studio that asks who is there."""
+    tiny(tmp_path / "good", 0)
+    running = Server(tmp_path, str(tmp_path / "good"), "--auth", "rembrandt:rocker")
     yield running
     running.end()
 
@@ -160,11 +191,10 @@ def visit(browser, server):
 
 @pytest.fixture
 def shot():
-    """Keeps a screenshot where MEZZOTINT_SCREENSHOTS says."""
+    """Keeps a screenshot in build/screenshots, or where MEZZOTINT_SCREENSHOTS says."""
 
     def take(page, name: str) -> None:
-        if SHOTS:
-            Path(SHOTS).mkdir(parents=True, exist_ok=True)
-            page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
 
     return take

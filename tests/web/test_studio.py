@@ -31,6 +31,12 @@ def ask(page, seeds: str, steps: int = 3) -> None:
     page.click("#generate")
 
 
+def choose(page, model: str) -> None:
+    page.get_by_role("combobox", name="Model").first.click()
+    page.get_by_role("option", name=model, exact=True).click()
+    page.wait_for_timeout(500)
+
+
 def wait_done(page, seconds: float = 60) -> list[str]:
     """The addresses of the finished pictures."""
     page.wait_for_function(
@@ -70,8 +76,9 @@ def fetched(request, seconds: float = 30) -> str:
 
 def values(**changes) -> list:
     """The arguments of `generate` in the order of the form."""
-    form = {"model": "good", "label": "every class in turn", "seeds": "0", "sampler": "ddim", "steps": 2}
-    form |= {"guidance": 1, "curve": "constant", "power": 4, "limited": False, "low": -3, "high": 5, "size": ""}
+    form = {"model": "good", "label": "every class in turn", "prompts": "", "seeds": "0"}
+    form |= {"sampler": "ddim", "steps": 2, "guidance": 1, "curve": "constant", "power": 4, "limited": False}
+    form |= {"low": -3, "high": 5, "size": ""}
     return list({**form, **changes}.values())
 
 
@@ -80,7 +87,7 @@ def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_
     first = made(page, "4-6")
     assert len(set(first)) == 3
     shot(page, "generate")
-    model = open_model(server.model)
+    model = open_model(server.folder / "good")
     drawn = Job(model=model, settings=Settings(steps=3), pool=(0, 1, 2)).draw([4, 5, 6])
     for uri, picture in zip(first, drawn, strict=True):
         assert np.array_equal(np.array(decoded(uri)), np.array(to_pillow(picture)))
@@ -208,17 +215,42 @@ def test_two_visitors_at_once_each_get_their_own(visit):
 
 def test_a_failing_model_says_so_and_the_server_lives(visit, server):
     page = visit()
-    page.get_by_role("combobox", name="Model").first.click()
-    page.get_by_role("option", name="broken").click()
-    page.wait_for_timeout(500)
+    choose(page, "broken")
     ask(page, "0")
     page.wait_for_selector("#status [role=alert]", timeout=30_000)
     assert "not a finite number" in page.locator("#status").inner_text()
-    page.get_by_role("combobox", name="Model").first.click()
-    page.get_by_role("option", name="good").click()
-    page.wait_for_timeout(500)
+    choose(page, "good")
     assert len(made(page, "0")) == 1
     assert server.process.poll() is None
+
+
+def test_a_model_that_reads_words_has_a_place_for_them(visit, server, shot):
+    page = visit()
+    assert not page.get_by_label("Prompts").first.is_visible()
+    choose(page, "words")
+    words = page.get_by_label("Prompts").first
+    words.fill("a red ring\n\na blue square")
+    assert not page.get_by_label("Class").first.is_visible()
+    pictures = made(page, "0-1")
+    shot(page, "generate-words")
+    settings = Settings(steps=3)
+    job = Job(model=open_model(server.folder / "words"), settings=settings, prompts=("a red ring", "a blue square"))
+    for uri, picture in zip(pictures, job.draw([0, 1]), strict=True):
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pillow(picture)))
+    assert json.loads(decoded(pictures[0]).text["mezzotint"])["prompts"] == ["a red ring", "a blue square"]
+    assert "a blue square" in page.locator("#pictures figure").nth(1).inner_text()
+    choose(page, "good")
+    words.wait_for(state="hidden")
+    assert len(made(page, "0")) == 1  # what was written for another model is not sent to this one
+
+
+def test_a_model_whose_text_encoder_is_absent_says_so(visit):
+    page = visit()
+    choose(page, "speechless")
+    page.get_by_label("Prompts").first.fill("a red ring")
+    ask(page, "0")
+    page.wait_for_selector("#status [role=alert]")
+    assert "nobody/has-this-t5, is not on this machine" in page.locator("#status").inner_text()
 
 
 def test_comparing_two_models(visit, shot):
@@ -257,10 +289,15 @@ REFUSED = [
     {"sampler": "__import__"},
     {"label": "9999"},
     {"curve": "constant", "limited": True, "guidance": 2, "low": 9, "high": -9},
+    {"prompts": "a red ring"},
+    {"model": "words", "prompts": "red " * 1001},
+    {"model": "words", "prompts": "red\n" * 17},
+    {"model": "words", "guidance": 3},
+    {"model": "speechless", "prompts": "red"},
 ]
 
 
-@pytest.mark.parametrize("changes", REFUSED, ids=str)
+@pytest.mark.parametrize("changes", REFUSED, ids=lambda c: str(c)[:60])
 def test_a_bad_request_is_refused_over_http(server, changes):
     answer = call(server, values(**changes))
     assert "event: error" in answer
@@ -270,6 +307,33 @@ def test_a_bad_request_is_refused_over_http(server, changes):
 
 def test_the_same_request_within_limits_is_answered_over_http(server):
     assert "data:image/png" in call(server, values())
+
+
+def log_in(page, password: str) -> None:
+    page.get_by_label("username").fill("rembrandt")
+    page.get_by_label("password").fill(password)
+    page.get_by_role("button", name="Login").click()
+
+
+def test_a_guarded_page_shows_nothing_to_who_does_not_know_the_word(guarded, browser):
+    asked = urllib.request.Request(
+        f"{guarded.url}/gradio_api/call/generate",
+        json.dumps({"data": values()}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    for request in (asked, f"{guarded.url}/config", f"{guarded.url}/gradio_api/info"):
+        with pytest.raises(urllib.error.HTTPError) as error:
+            urllib.request.urlopen(request, timeout=10)
+        assert error.value.code == 401
+    page = browser.new_page()
+    page.goto(guarded.url)
+    log_in(page, "wrong")
+    page.get_by_text("Incorrect Credentials").wait_for()
+    assert page.locator("#generate").count() == 0
+    log_in(page, "rocker")
+    page.wait_for_selector("#generate", timeout=60_000)
+    assert len(made(page, "0")) == 1
+    page.close()
 
 
 PATHS = [

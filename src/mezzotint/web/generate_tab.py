@@ -49,7 +49,7 @@ def label_choices(studio: Studio, name: Any) -> list[str]:
 
 
 def model_and_class(studio: Studio, names: list[str], chosen: int = 0, title: str = "Model") -> dict[str, Any]:
-    """The two menus; the second follows the first."""
+    """The model, and what to show: classes or prompts, whichever it knows."""
     import gradio as gr
 
     first = names[min(chosen, len(names) - 1)] if names else None
@@ -61,14 +61,27 @@ def model_and_class(studio: Studio, names: list[str], chosen: int = 0, title: st
         label="Class",
         info="a name, a number, or several with commas",
         allow_custom_value=True,
+        visible=len(choices) > 1,
+    )
+    words = gr.Textbox(
+        "",
+        label="Prompts",
+        info="one a line, taken in turn by seed",
+        placeholder="a red ring at the top left",
+        lines=2,
+        max_lines=6,
+        max_length=studio.limits.words,
+        visible=studio.reads(first),
     )
 
-    def follow(name: Any) -> Any:
+    def follow(name: Any) -> tuple[Any, Any]:
         found = label_choices(studio, name)
-        return gr.Dropdown(choices=found, value=found[0])
+        return gr.Dropdown(choices=found, value=found[0], visible=len(found) > 1), gr.Textbox(
+            value="", visible=studio.reads(name)
+        )
 
-    model.change(follow, model, label, api_visibility="private", show_progress="hidden")
-    return {"model": model, "label": label}
+    model.change(follow, model, [label, words], api_visibility="private", show_progress="hidden")
+    return {"model": model, "label": label, "prompts": words}
 
 
 def how(studio: Studio) -> dict[str, Any]:
@@ -151,7 +164,7 @@ def generate_tab(studio: Studio) -> None:
         return guidance_plot(studio, wish_from(fields, values))
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-    shaping = ("model", "steps", "guidance", "curve", "power", "limited", "low", "high")
+    shaping = ("model", "prompts", "steps", "guidance", "curve", "power", "limited", "low", "high")
     gr.on([fields[name].change for name in shaping], draw, set(fields.values()), drawn, **quiet)
 
 
@@ -206,7 +219,7 @@ def extras(studio: Studio, fields: dict[str, Any], status: Any) -> list[Any]:
     import gradio as gr
 
     inputs = set(fields.values())
-    with gr.Row():
+    with gr.Row(elem_classes="mz-stack"):
         with gr.Accordion("Between two seeds", open=False), gr.Row():
             ends = [
                 gr.Number(v, label=f"{word} seed", precision=0, min_width=90)

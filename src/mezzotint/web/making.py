@@ -42,7 +42,9 @@ def told(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def names_of(job: Job, seeds: Sequence[int]) -> list[str]:
-    """The class of each picture in words; empty strings where there is none."""
+    """What each picture shows, by prompt or class; empty strings where neither is chosen."""
+    if job.prompts:
+        return [job.prompt(seed) for seed in seeds]
     known = job.model.card.labels
     return [(known[i] if known else f"class {i}") for i in job.labels(seeds) or ()] or [""] * len(seeds)
 

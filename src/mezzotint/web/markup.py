@@ -135,6 +135,7 @@ def plot(
     x: str,
     y: str,
     log_y: bool = False,
+    from_zero: bool = False,
     marks: Sequence[float] = (),
     size: tuple[float, float] = (5.2, 2.7),
 ) -> str:
@@ -142,7 +143,8 @@ def plot(
 
     Args:
         lines: values that are not finite are gaps. x, y: names of the axes with their units. log_y: logarithmic y.
-        marks: positions of thin vertical lines. size: in inches, which sets only the proportions.
+        from_zero: y begins at 0. marks: positions of thin vertical lines.
+        size: in inches, which sets only the proportions.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure as Sheet
@@ -159,6 +161,8 @@ def plot(
             axes.axvline(mark, color=INK, alpha=0.25, linewidth=0.7)
         if log_y:
             axes.set_yscale("log")
+        if from_zero:
+            axes.set_ylim(bottom=0)
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
         axes.tick_params(which="both", colors=INK)

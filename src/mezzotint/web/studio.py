@@ -17,12 +17,14 @@ from mezzotint.registry import nearest
 class Limits:
     """Bounds of one request; beyond them is a ValueError, whether asked on the page or over HTTP.
 
-    pictures: at once. steps: of a grid. enlargement: of the network's native side. seconds: of computing.
+    pictures: at once. words: characters of all prompts. steps: of a grid. enlargement: of the network's native side.
+    seconds: of computing.
     photo_bytes, photo_pixels: of an uploaded picture, encoded and decoded. waiting: requests in the queue.
     visitors: whose earlier pictures are kept. earlier: pictures kept of each.
     """
 
     pictures: int = 16
+    words: int = 4000
     steps: int = 250
     enlargement: int = 2
     seconds: float = 300.0
@@ -77,6 +79,10 @@ class Studio:
         if name not in self.runs:
             raise ValueError(f"there is no run {str(name)[:80]!r}; {nearest(str(name)[:80], self.runs)}")
         return self.runs[name]
+
+    def reads(self, name: object) -> bool:
+        """Whether the model of that name reads prompts."""
+        return name in self.models and "text" in self.models[str(name)].model.card.extra
 
     def of(self, *backbones: str) -> list[str]:
         """Names of the models with one of these backbones."""

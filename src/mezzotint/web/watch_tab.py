@@ -61,18 +61,23 @@ def curves(run: Path, size: int) -> str:
         found = [(r["images"], r["loss_by_logsnr"][name]) for r in rows if name in r.get("loss_by_logsnr", {})]
         by_level.append(Line([x for x, _ in found], [y for _, y in found], name, COLOURS[i % len(COLOURS)]))
     plots = [
-        ("Loss", markup.plot([curve(rows, "loss")], "images seen", "loss", log_y=positive(rows, "loss"))),
+        ("Loss", markup.plot([curve(rows, "loss")], "images seen", "loss", log_y=spans_decades(rows, "loss"))),
         ("Loss by log-SNR", markup.plot(by_level, "images seen", "loss", log_y=True)),
-        ("Throughput", markup.plot([curve(rows, "images_per_second")], "images seen", "images per second")),
+        (
+            "Throughput",
+            markup.plot([curve(rows, "images_per_second")], "images seen", "images per second", from_zero=True),
+        ),
     ]
     if any("peak_memory_gib" in r for r in rows):
-        plots.append(("Memory", markup.plot([curve(rows, "peak_memory_gib")], "images seen", "peak GiB")))
+        memory = markup.plot([curve(rows, "peak_memory_gib")], "images seen", "peak GiB", from_zero=True)
+        plots.append(("Memory", memory))
     return '<div class="mz-plots">' + "".join(f"<section><h3>{t}</h3>{p}</section>" for t, p in plots) + "</div>"
 
 
-def positive(rows: list[dict[str, Any]], key: str) -> bool:
-    """Whether a logarithmic axis can show this number."""
-    return all(r[key] > 0 for r in rows if key in r)
+def spans_decades(rows: list[dict[str, Any]], key: str) -> bool:
+    """Whether a logarithmic axis can show this number, and has more than one label to show it by."""
+    values = [r[key] for r in rows if key in r]
+    return bool(values) and 0 < 10 * min(values) < max(values)
 
 
 def headline(run: Path) -> str:

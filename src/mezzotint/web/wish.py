@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mezzotint import prompts
+from mezzotint.data.text import find_encoder
 from mezzotint.generate import Guidance, Settings, label_indices, labels_of
 from mezzotint.process.denoiser import Model
 from mezzotint.produce import Job
@@ -23,13 +25,14 @@ LARGEST_SEED = 2**62
 class Wish:
     """A form as it was filled in; any value may be of any type, since anyone can send anything over HTTP.
 
-    model: name. label: class names or numbers, IN_TURN or NO_CLASS. seeds: "3", "0-7", "1, 5, 9".
-    guidance: as DiT counts it, 1 is none. curve: of CURVES; power: of the power-cosine.
+    model: name. label: class names or numbers, IN_TURN or NO_CLASS. prompts: one a line, taken in turn by seed.
+    seeds: "3", "0-7", "1, 5, 9". guidance: as DiT counts it, 1 is none. curve: of CURVES; power: of the power-cosine.
     limited, low, high: guide only between these two log-SNRs. size: "", "64" or "48x64".
     """
 
     model: Any
     label: Any = IN_TURN
+    prompts: Any = ""
     seeds: Any = "0"
     steps: Any = 50
     sampler: Any = "ddim"
@@ -93,6 +96,30 @@ def pool_of(model: Model, label: Any) -> tuple[int, ...]:
     return tuple(pool)
 
 
+def prompts_of(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
+    """One prompt a line, at most `limits.pictures` of them and `limits.words` characters; none where all is blank.
+
+    Errors: also for a model that reads none, and for a text encoder that is not on this machine. Nobody who visits a
+        page should set off a download of many gigabytes.
+    """
+    words = str(text if text is not None else "")
+    if len(words) > limits.words:
+        raise ValueError(f"the prompts have {len(words):,} characters; at most {limits.words:,} are read here")
+    lines = tuple(line.strip() for line in words.splitlines() if line.strip())
+    if len(lines) > limits.pictures:
+        raise ValueError(f"{len(lines)} prompts, one a line; at most {limits.pictures}, one for each picture")
+    if lines:
+        name = prompts.encoder_of(model)["encoder"]
+        try:
+            find_encoder(name, fetch=False)
+        except ValueError:
+            raise ValueError(
+                f"the text encoder of this model, {name}, is not on this machine: fetch it (mezzotint prefetch "
+                "OWNER/NAME) or put its folder back"
+            ) from None
+    return lines
+
+
 def guidance_of(wish: Wish) -> Guidance | None:
     """The guidance asked for; None where it is 1."""
     scale = number("guidance", wish.guidance, 0, 30)
@@ -131,7 +158,13 @@ def job_of(studio: Studio, wish: Wish) -> Job:
         size=size_of(model, wish.size, studio.limits),
         batch=studio.limits.pictures,
     )
-    return Job(model=model, settings=settings, pool=pool_of(model, wish.label), codec=model.card.codec)
+    return Job(
+        model=model,
+        settings=settings,
+        pool=pool_of(model, wish.label),
+        prompts=prompts_of(model, wish.prompts, studio.limits),
+        codec=model.card.codec,
+    )
 
 
 def with_guidance(job: Job, scale: float) -> Job:
