@@ -40,6 +40,7 @@ from mezzotint.registry import Spec
 from mezzotint.train.loop import train
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
 
+GRID = Spec("even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0})  # every family was trained on these levels
 FAMILIES = ("unet-tiny", "uvit-tiny", "dimr-tiny", "diffit-tiny")
 
 
@@ -113,7 +114,7 @@ def references(args: argparse.Namespace) -> list[Reference]:
 def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Distances of the final model's samples, and where its card lies."""
     train_set, held_out = references(args)
-    how = {"sampler": Spec("dpmpp_2m"), "grid": Spec("even_logsnr"), "steps": args.steps, "dtype": args.dtype}
+    how = {"sampler": Spec("dpmpp_2m"), "grid": GRID, "steps": args.steps, "dtype": args.dtype}
     found = evaluate(
         samples_of(job_for(folder, how), args.samples),
         train_set,
@@ -157,7 +158,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
-        "samples": f"{args.samples}, dpmpp_2m, even_logsnr, {args.steps} steps, {args.dtype}",
+        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR from -9 to 9, {args.steps} steps, {args.dtype}",
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
