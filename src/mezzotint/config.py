@@ -109,6 +109,28 @@ class Grid:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Numbers of the averaged weights' samples along the way, on all ranks; none while `every_images` is 0.
+
+    n: samples, seeds 0 ... n - 1. reference: file of real images' statistics (`mezzotint evaluate --make-reference`);
+        maker: whose it is where it cannot say. features: feature sets, all of which the reference has. weights: file of
+        their network; the cache by default.
+    sampler, steps, guidance: as for the grids. batch: samples at a time on each rank.
+    """
+
+    every_images: int = 0
+    n: int = 5_000
+    reference: str = ""
+    features: tuple[str, ...] = ("inception-2048",)
+    weights: str | None = None
+    maker: str | None = None
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float | None = None
+    batch: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
 class Save:
     """Checkpoints: one every so many images, the newest `keep` of them, plus those at multiples of `keep_every`."""
 
@@ -181,6 +203,7 @@ class Recipe:
     seed: int = 0
     log_every_images: int = 10_000
     grid: Grid = field(default_factory=Grid)
+    evaluate: Evaluate = field(default_factory=Evaluate)
     save: Save = field(default_factory=Save)
     engine: Engine = field(default_factory=Engine)
     sentinel: Sentinel = field(default_factory=Sentinel)

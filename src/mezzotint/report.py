@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def write_report(run: Path, out: Path, difference: str = "") -> Path:
 def page(run: Path, difference: str) -> str:
     """The whole page as text."""
     recipe = config.from_yaml(run / "recipe.yaml")
-    records = read_lines(run / "log.jsonl")
+    records, judged = read_lines(run / "log.jsonl"), read_evaluations(run / "log.jsonl")
     events = read_lines(run / "events.jsonl")
     name = html.escape(run.resolve().name)
     sections = [
@@ -69,6 +69,7 @@ def page(run: Path, difference: str) -> str:
         f"<p>{html.escape(status(run, recipe, records))}</p>",
         tiles(recipe, records),
         *(curves(recipe, records) if records else ["<p>No line is logged yet.</p>"]),
+        *(evaluations(recipe, judged) if judged else []),
         grids(run),
         table("Out of the ordinary", [[f"{e['images']:,}", *_event(e)] for e in events], ("images", "event", "")),
         "<h2>Recipe</h2>",
@@ -86,6 +87,11 @@ def page(run: Path, difference: str) -> str:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Whole records of a JSON-lines file of a run; none where there is no file."""
     return log.read(path) if path.is_file() else []
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """A log's whole records of evaluations; none where there is no file."""
+    return log.read_evaluations(path) if path.is_file() else []
 
 
 def _event(event: dict[str, Any]) -> tuple[str, str]:
@@ -149,11 +155,37 @@ def curves(recipe: Recipe, records: list[dict[str, Any]]) -> list[str]:
         ("gradient norm, before clipping", over_images("grad_norm", ORANGE, True), ""),
         ("images per second", over_images("images_per_second", GREEN, False), ""),
     ]
-    figures = [
-        f"<figure><figcaption>{title}</figcaption>{svg(draw, title)}<p>{text}</p></figure>"
+    return ["<h2>Curves</h2>", figures(plots)]
+
+
+def figures(plots: Sequence[tuple[str, Callable[[Any], None], str]]) -> str:
+    """Plots side by side, each with its title and a note."""
+    drawn = [
+        f"<figure><figcaption>{html.escape(title)}</figcaption>{svg(draw, title)}<p>{text}</p></figure>"
         for title, draw, text in plots
     ]
-    return ["<h2>Curves</h2>", f'<section class="plots">{"".join(figures)}</section>']
+    return f'<section class="plots">{"".join(drawn)}</section>'
+
+
+def evaluations(recipe: Recipe, judged: list[dict[str, Any]]) -> list[str]:
+    """A curve for each metric of the evaluations along the way."""
+
+    def over_images(metric: str) -> Callable[[Any], None]:
+        def draw(axes: Any) -> None:
+            found = [(r["images"], r["evaluation"][metric]) for r in judged if metric in r["evaluation"]]
+            axes.plot(*zip(*found, strict=True), color=BLUE, marker=".")
+            axes.set_xlabel("images seen")
+
+        return draw
+
+    metrics = dict.fromkeys(metric for record in judged for metric in record["evaluation"])
+    asked = recipe.evaluate
+    how = (
+        f"{asked.n:,} samples of the averaged weights, {asked.sampler}, {asked.steps} steps, against "
+        f"{asked.reference}; the cards are in evaluations/."
+    )
+    plots = [(metric, over_images(metric), "") for metric in metrics]
+    return ["<h2>Evaluations</h2>", f"<p>{html.escape(how)}</p>", figures(plots)]
 
 
 def by_logsnr(axes: Any, recipe: Recipe, records: list[dict[str, Any]]) -> None:

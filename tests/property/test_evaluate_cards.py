@@ -71,7 +71,7 @@ def reference(tmp_path):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(collecting, "PIECE_IMAGES", 40)
+    monkeypatch.setattr(collecting, "piece_images", lambda n: 40)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
@@ -136,7 +136,7 @@ import test_evaluate_cards as t
 from mezzotint.evaluate import collect as collecting
 from mezzotint.evaluate.ranks import EvaluationFailed, rank
 from mezzotint.evaluate.references import read_reference
-collecting.PIECE_IMAGES = 40
+collecting.piece_images = lambda n: 40
 dist.init_process_group("gloo", init_method="file://{store}", rank=int(sys.argv[1]), world_size=2)
 reference = read_reference({reference!r})
 whole = t.evaluate(t.source(), reference, [t.own()], t.SETTINGS)

@@ -49,6 +49,7 @@ def train(
     """
     from mezzotint import config
     from mezzotint.recipes import difference, recipe_for
+    from mezzotint.recipes.judge import judge_for
     from mezzotint.train.loop import train as run
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
@@ -69,7 +70,7 @@ def train(
         from mezzotint.convert.surgery import start_from
 
         initialise = start_from(init_from)
-    folder = run(chosen, out or Path("runs") / preset, initialise=initialise)
+    folder = run(chosen, out or Path("runs") / preset, initialise=initialise, judge=judge_for(chosen))
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
     print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
 

@@ -12,13 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.evaluate.features import FeatureSet, features_of
+from mezzotint.evaluate.features import NETWORK_BATCH, FeatureSet, features_of
 from mezzotint.evaluate.ranks import gathered, rank, together, world
 from mezzotint.evaluate.sources import ImageSource, read_npz
 
-PIECE_IMAGES = 512
+PIECE_IMAGES = 512  # at most
+PIECES = 64  # at least, where that leaves whole network batches, so that many ranks have work
 
 Features = dict[str, Tensor]
+
+
+def piece_images(n: int) -> int:
+    """Images in a piece of n; a function of n alone, so that other ranks can take up what is there."""
+    return min(PIECE_IMAGES, NETWORK_BATCH * max(1, n // (PIECES * NETWORK_BATCH)))
 
 
 def collect(
@@ -26,7 +32,7 @@ def collect(
 ) -> Features | None:
     """Features of every image of `source`, each (n, dims) float32 in the images' order, on rank 0; None on the others.
 
-    Piece i of PIECE_IMAGES images is done by rank i modulo the number of ranks. As an image's features depend on
+    Piece i of `piece_images` images is done by rank i modulo the number of ranks. As an image's features depend on
     nothing but the image, the result is bitwise the same for any number of ranks, interrupted or not.
 
     Args:
@@ -38,8 +44,9 @@ def collect(
     """
     if source.n < 2:
         raise ValueError(f"{source.name} has {source.n} images; at least two are needed")
-    pieces = [(first, min(source.n, first + PIECE_IMAGES)) for first in range(0, source.n, PIECE_IMAGES)]
-    store = None if folder is None else _store(Path(folder), source, sets)
+    each = piece_images(source.n)
+    pieces = [(first, min(source.n, first + each)) for first in range(0, source.n, each)]
+    store = together(lambda: None if folder is None else _store(Path(folder), source, sets))
     mine = together(lambda: _work(source, sets, pieces[rank() :: world()], store, show))
     if store is not None:
         return together(lambda: _joined([_read(store, p, sets) for p in pieces]) if rank() == 0 else None)
@@ -91,7 +98,7 @@ def _store(folder: Path, source: ImageSource, sets: Sequence[FeatureSet]) -> Pat
         raise ValueError(
             f"{source.name} has no identity, so its pieces could not be told from another's; give no folder"
         )
-    key = json.dumps([source.identity, source.n, PIECE_IMAGES, *(s.hash for s in sets)])
+    key = json.dumps([source.identity, source.n, piece_images(source.n), *(s.hash for s in sets)])
     store = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     store.mkdir(parents=True, exist_ok=True)
     return store

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=1)  # how long a rank waits for the one with the most pieces; NCCL's own groups give minutes
+_held: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 
 
 class EvaluationFailed(RuntimeError):
@@ -24,6 +27,16 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def _group() -> dist.ProcessGroup:
+    """A gloo group for the objects that are exchanged here, made when first needed; all ranks need it together."""
+    global _held
+    if _held is None or _held[0] is not dist.group.WORLD:
+        made = dist.new_group(backend="gloo", timeout=PATIENCE)
+        assert isinstance(made, dist.ProcessGroup), "every rank is a member"
+        _held = dist.group.WORLD, made
+    return _held[1]
+
+
 def together(work: Callable[[], T]) -> T:
     """`work()` on every rank; if it raises on one, every rank raises after all have finished or failed.
 
@@ -38,7 +51,7 @@ def together(work: Callable[[], T]) -> T:
     except Exception as caught:
         error = caught
     reports: list[Any] = [None] * world()
-    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}")
+    dist.all_gather_object(reports, None if error is None else f"{type(error).__name__}: {error}", group=_group())
     failed = [f"rank {i}: {report}" for i, report in enumerate(reports) if report is not None]
     if failed:
         raise EvaluationFailed("; ".join(failed)) from error
@@ -51,7 +64,7 @@ def on_first(work: Callable[[], T]) -> T:
     if world() == 1:
         return result  # pyright: ignore[reportReturnType]
     box: list[Any] = [result]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_group())
     return box[0]
 
 
@@ -60,5 +73,5 @@ def gathered(mine: T) -> list[T] | None:
     if world() == 1:
         return [mine]
     values: list[Any] | None = [None] * world() if rank() == 0 else None
-    dist.gather_object(mine, values, dst=0)
+    dist.gather_object(mine, values, dst=0, group=_group())
     return values

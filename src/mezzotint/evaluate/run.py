@@ -21,7 +21,7 @@ from mezzotint.evaluate.features import FeatureSet, features_of
 from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
 from mezzotint.evaluate.neighbours import density_coverage, precision_recall
-from mezzotint.evaluate.ranks import on_first
+from mezzotint.evaluate.ranks import on_first, together
 from mezzotint.evaluate.references import Reference
 from mezzotint.evaluate.sources import ImageSource
 from mezzotint.registry import nearest
@@ -79,13 +79,15 @@ def evaluate(
     Errors: ValueError for bad images and references that do not fit; see `collect`.
     """
     settings = settings or Settings()
-    source, resolution = _seen(source)
-    for s in sets:
-        if s.name != LOGITS:
-            reference.check(s, resolution)
-            if heldout is not None:
-                heldout.check(s, resolution)
-    protocol = protocol_of(source, resolution)
+
+    def protocol_checked() -> tuple[ImageSource, Protocol]:
+        seen, resolution = _seen(source)
+        check(sets, reference, resolution)
+        if heldout is not None:
+            check(sets, heldout, resolution)
+        return seen, protocol_of(seen, resolution)
+
+    source, protocol = together(protocol_checked)
     features = collect(source, sets, folder, show)
 
     def numbers() -> Evaluation:
@@ -94,6 +96,13 @@ def evaluate(
         return Evaluation(protocol=protocol, numbers=tuple(found))
 
     return on_first(numbers)
+
+
+def check(sets: Sequence[FeatureSet], reference: Reference, resolution: tuple[int, int] | None) -> None:
+    """ValueError unless the reference serves all of these sets that need one; see `Reference.check`."""
+    for s in sets:
+        if s.name != LOGITS:
+            reference.check(s, resolution)
 
 
 def _seen(source: ImageSource) -> tuple[ImageSource, tuple[int, int] | None]:

@@ -119,7 +119,16 @@ def _images(line: str) -> float:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a log."""
+    """All whole records of a log but those of evaluations."""
+    return [record for record in _whole(path) if "evaluation" not in record]
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """The records of evaluations in a log: "images", and in "evaluation" a value for each metric."""
+    return [record for record in _whole(path) if "evaluation" in record]
+
+
+def _whole(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if _images(line) < math.inf]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mezzotint import ranks
 from mezzotint.config import Recipe
@@ -21,12 +21,15 @@ from mezzotint.data.loader import batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
 from mezzotint.ranks import World
-from mezzotint.train import ema, log, posthoc, sentinel, state, trackers
+from mezzotint.train import ema, judging, log, posthoc, sentinel, state, trackers
 from mezzotint.train.console import Console
 from mezzotint.train.distributed import whole
+from mezzotint.train.judging import Judge
 from mezzotint.train.preview import save_grid
 from mezzotint.train.setup import Run, averaged_model, flop_per_image, on_cpu, setup
 from mezzotint.train.step import Batch, agree, ahead, gradient, gradient_norms, make_batch, update
+
+Readers = Sequence[Callable[[dict[str, Any]], None]]
 
 
 def update_averages(run: Run) -> None:
@@ -76,15 +79,20 @@ def train(
     folder: str | Path,
     quiet: bool = False,
     initialise: Callable[[Model], None] | None = None,
+    judge: Judge | None = None,
 ) -> Path:
     """Train `recipe` in `folder` until `recipe.images` have been seen; continue if it was begun. Returns the folder.
 
     Leaves recipe.yaml, log.jsonl, samples/, checkpoints/ and model/ (the averaged weights) in the folder.
 
+    Args:
+        judge: makes the evaluations of `recipe.evaluate`; see `recipes.judge`.
+
     Errors: ValueError for a recipe, data or folder that do not fit; NotFinite before a non-finite update;
     OSError when a checkpoint cannot be written (earlier ones stay).
     """
     trackers.check(recipe.track)
+    judging.check(recipe, judge)
     world = ranks.start()
     console = Console(quiet or not world.main)
     stop = Stop()
@@ -96,7 +104,7 @@ def train(
         run = setup(recipe, Path(folder), world, console.say, initialise)
         stack.callback(run.writer.close)
         track = stack.enter_context(trackers.opened(run)) if world.main else []
-        loop(run, console, stop, track)
+        loop(run, console, stop, track, judge)
     return Path(folder)
 
 
@@ -129,14 +137,16 @@ def feed_of(run: Run) -> Iterator[Batch]:
     return ahead(loaded, lambda batch: make_batch(recipe, run.images, run.card.config.num_classes, batch, world.device))
 
 
-def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = ()) -> None:
-    """Until the images are seen: batch, gradient, agreement, update, averages; log, grid and checkpoint when due."""
+def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = (), judge: Judge | None = None) -> None:
+    """Until the images are seen: batch, gradient, agreement, update, averages; log, grid, save and judge when due."""
     recipe, now, world = run.recipe, run.state, run.world
     lines = [log.Log(run.folder / "log.jsonl", now.images).write, *track] if world.main else []
     events = [log.Log(run.folder / "events.jsonl", now.images).write, console.event] if world.main else []
     flop = flop_per_image(run.shell)
     run.model.train()
     console.start(recipe.images, now.images)
+    if judge is not None and owed(run) and not judged(run, judge, stop, console, lines, events):
+        leave(run, console)
     feed = feed_of(run)
     since, began = now.images, time.monotonic()
     while now.images < recipe.images:
@@ -168,18 +178,48 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = ()) 
         if due(run, recipe.grid.every_images):
             tell(ema.horizon_event(recipe.ema, now.images), events)
             save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world, run.images)
-        checkpoint = due(run, recipe.save.every_images) or verdict.stopping
+        judging_due = judge is not None and due(run, recipe.evaluate.every_images)
+        # An evaluation may take long, so what was reached is saved before; the next start takes it up.
+        checkpoint = due(run, recipe.save.every_images) or judging_due or verdict.stopping
         snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images)
         if checkpoint or snapshots:
             save(run, checkpoint, recipe.ema.power_stds if snapshots else ())
-        if verdict.stopping:
-            run.writer.settle()
-            console.say(f"stopped at {now.images:,} images; run the same command again to go on")
-            raise SystemExit(0)
+        stopping = verdict.stopping
+        if judge is not None and judging_due and not stopping:
+            paused = time.monotonic()
+            stopping = not judged(run, judge, stop, console, lines, events)
+            began += time.monotonic() - paused
+        if stopping:
+            leave(run, console)
     run.writer.settle()
 
 
-def tell(record: dict[str, Any] | None, readers: Sequence[Callable[[dict[str, Any]], None]]) -> None:
+def leave(run: Run, console: Console) -> NoReturn:
+    """End the process in good order, its state being saved."""
+    run.writer.settle()
+    console.say(f"stopped at {run.state.images:,} images; run the same command again to go on")
+    raise SystemExit(0)
+
+
+def owed(run: Run) -> bool:
+    """Whether the process before ended between a checkpoint and its evaluation; all ranks call this together."""
+    milestone = run.state.images > 0 and due(run, run.recipe.evaluate.every_images)
+    return milestone and not judging.recorded(run)
+
+
+def judged(run: Run, judge: Judge, stop: Stop, console: Console, lines: Readers, events: Readers) -> bool:
+    """Have the averaged weights judged and tell what was found, or why nothing; False where training is to stop."""
+    console.say(f"judging {run.recipe.evaluate.n:,} samples at {run.state.images:,} images")
+    found, failure = judging.evaluation(run, judge, lambda: stop.asked)
+    tell(found, lines)
+    if found is not None:
+        console.say(", ".join(f"{metric} {value:.6g}" for metric, value in found["evaluation"].items()))
+    if failure is not None:
+        tell({"images": run.state.images, "event": "evaluation failed", "why": failure}, events)
+    return found is not None or failure is not None
+
+
+def tell(record: dict[str, Any] | None, readers: Readers) -> None:
     """Give a record, if there is one, to everyone who reads such."""
     if record is not None:
         for reader in readers:

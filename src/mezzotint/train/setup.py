@@ -31,7 +31,8 @@ from mezzotint.weights import replace_file
 
 # Fields that may differ when a run is continued: how long, how fast, how often; what is done about a failure.
 CHANGEABLE = (
-    "images", "engine", "save", "grid", "log_every_images", "sentinel", "track", "data.workers", "ema.snapshot_every_images",
+    "images", "engine", "save", "grid", "evaluate", "log_every_images", "sentinel", "track", "data.workers",
+    "ema.snapshot_every_images",
 )  # fmt: skip
 
 

@@ -1,0 +1,61 @@
+"""Evaluation along the way: the averaged weights' samples are judged by whoever was given, on all ranks together.
+
+A judge's failure ends that evaluation everywhere and training goes on. What judges is not this package's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mezzotint.config import Recipe
+from mezzotint.process.denoiser import Model
+from mezzotint.ranks import any_rank, fail_together, from_main
+from mezzotint.train import log
+from mezzotint.train.setup import Run, averaged_model
+
+# judge(averaged model, folder to keep cards and pieces in, whether to stop) -> a value for each metric. All ranks call
+# it together and get the same; it raises on all of them or on none, soon after `whether to stop` has become true.
+Judge = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
+
+
+def check(recipe: Recipe, judge: Judge | None) -> None:
+    """ValueError where the recipe asks for evaluations and nobody judges, or the other way round."""
+    if (recipe.evaluate.every_images > 0) != (judge is not None):
+        raise ValueError(
+            f"evaluate.every_images={recipe.evaluate.every_images} and {'no' if judge is None else 'a'} judge do not "
+            "fit together; mezzotint.recipes.judge.judge_for(recipe) makes the recipe's own"
+        )
+
+
+def recorded(run: Run) -> bool:
+    """Whether the log has an evaluation at the images seen; all ranks call this together."""
+    path, found = run.folder / "log.jsonl", False
+    if run.world.main and path.exists():
+        found = any(record["images"] == run.state.images for record in log.read_evaluations(path))
+    return from_main(found, run.world)
+
+
+def evaluation(run: Run, judge: Judge, stopping: Callable[[], bool]) -> tuple[dict[str, Any] | None, str | None]:
+    """Have the average judged as it is now; all ranks call this together.
+
+    Returns:
+        The line for the log, or None and why there is none; twice None where it ended because training is to stop.
+    """
+    found: dict[str, float] = {}
+    model, error = averaged_model(run), None
+    try:
+        found = judge(model, run.folder / "evaluations", stopping)
+    except Exception as failure:
+        # Without its traceback, which would keep every tensor of the evaluation alive.
+        error = failure.with_traceback(None)
+    if run.world.device.type == "cuda":
+        torch.cuda.empty_cache()  # blocks of the samplers' sizes are of no use to training
+    try:
+        fail_together(error, run.world)
+    except Exception as reason:
+        return None, None if any_rank(stopping(), run.world) else f"{type(reason).__name__}: {reason}"
+    return {"images": run.state.images, "evaluation": found}, None
