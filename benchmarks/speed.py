@@ -151,6 +151,18 @@ def networks(small: bool) -> dict[str, tuple[str, Any, int]]:
     }
 
 
+ARITHMETIC = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_convolution",
+              "aten::convolution_backward", "aten::_scaled_dot_product_flash_attention_for_cpu",
+              "aten::_scaled_dot_product_flash_attention_for_cpu_backward")  # fmt: skip
+
+
+def arithmetic_seconds(work: Work) -> float:
+    """What one call spends in products, convolutions and attention; no form of the network can do without them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in ARITHMETIC) / 1e6
+
+
 def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
     """Seconds of every contender and ratios to the float32 twin."""
     kinds = [("plain", False), ("ours", False), ("plain", True), ("ours", True)]
@@ -165,6 +177,11 @@ def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
             "bf16 against float32 twin": seconds["plain float32"] / seconds["ours bf16"],
             "bf16 against bf16 twin": seconds["plain bf16"] / seconds["ours bf16"],
         }
+        if device == "cpu":  # the ratios if everything else cost nothing
+            row[mode]["limits"] = {
+                precision: seconds["plain float32"] / arithmetic_seconds(works[f"ours {precision}"])
+                for precision in ("float32", "bf16")
+            }
     works = {label: with_checkpointing(pair, on) for label, on in (("kept", False), ("checkpointed", True))}
     seconds = interleaved({**works, "plain": pair.train("plain", False)}, device, rounds)
     pair.ours.backbone.checkpointing = False
