@@ -1,4 +1,4 @@
-"""Write the tables of docs/backbones.md from the library's own counts and from benchmarks/results/quality-cpu.json."""
+"""Write the tables of docs/backbones.md and README.md from the library's own counts and from benchmarks/results."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 from mezzotint import info
 
-PAGE = Path(__file__).parent / "backbones.md"
-QUALITY = Path(__file__).parents[1] / "benchmarks" / "results" / "quality-cpu.json"
+ROOT = Path(__file__).parents[1]
+PAGE, README = ROOT / "docs" / "backbones.md", ROOT / "README.md"
+QUALITY = ROOT / "benchmarks" / "results" / "quality-cpu.json"
+SPEED = ROOT / "benchmarks" / "results" / "speed-cpu.json"
 
 
 def cost() -> str:
@@ -49,6 +51,25 @@ def quality() -> str:
     return "\n".join([said, "", *lines])
 
 
+def speed() -> str:
+    """How many times as fast as plain transcriptions of the published networks, with the machine and the command."""
+    found = json.loads(SPEED.read_text())
+    lines = [
+        "| network | training, float32 | training, bf16 | sampling, float32 | sampling, bf16 |",
+        "|---|" + "---:|" * 4,
+    ]
+    for row in found["rows"]:
+        pairs = [row[mode][key] for mode in ("train", "sample") for key in ("float32", "bf16 against bf16 twin")]
+        lines.append(f"| {row['network']} | " + " | ".join(f"{ratio:.2f}×" for ratio in pairs) + " |")
+    said = (
+        "Times as fast as a plain transcription of the published network (`benchmarks/plain/`) in the same precision;\n"
+        f"{found['processor']}, {found['threads']} thread, torch {found['torch']}, load "
+        f"{found['load'][0]:.0f} on {found['cores']} cores, {found['clock']}. Written by\n`{found['command']}`\n"
+        "and `python docs/make_tables.py`."
+    )
+    return "\n".join([said, "", *lines])
+
+
 def between(text: str, name: str, table: str) -> str:
     """`text` with what stands between the two comments of `name` replaced."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -61,3 +82,4 @@ if __name__ == "__main__":
     for name, table in (("cost", cost()), ("quality", quality())):
         page = between(page, name, table)
     PAGE.write_text(page)
+    README.write_text(between(README.read_text(), "speed", speed()))

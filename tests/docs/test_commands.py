@@ -1,5 +1,7 @@
 """The documents: every command parses, every Python block compiles, what is marked to run runs, links lead somewhere.
 
+Commands are those of fenced blocks and those in the text between single backquotes.
+
 A fenced block after the line `<!-- run -->` is run, the blocks of one page in order in one fresh folder. A block after
 `<!-- file: PATH -->` is a whole source file.
 """
@@ -8,20 +10,24 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from mezzotint import cli
+from mezzotint.web.studio import Limits
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"(?:<!-- (?P<mark>run|file: \S+) -->\n)?^```(?P<lang>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S)
-LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+MAKEFILE = (ROOT / "Makefile").read_text()
+LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)|^\[[^\]]+\]: (\S+)$", re.M)
 
 
 @dataclass(frozen=True)
@@ -42,26 +48,43 @@ def blocks(page):
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
-def commands(block):
-    """The words of every mezzotint command in a block that is no Python; comments and redirections are the shell's.
+def lines_of(block):
+    """The lines of a block that is no Python, those that a backslash continues joined."""
+    return [] if block.lang == "python" else block.text.replace("\\\n", " ").splitlines()
 
-    `torchrun ... -m mezzotint.cli train ...` is one too.
+
+def words_of(line):
+    """The words of a mezzotint command, None of anything else; comments and redirections are the shell's.
+
+    `torchrun ... -m mezzotint.cli train ...` is one too, and so is one that a script of SLURM ends in.
     """
-    if block.lang == "python":
-        return []
-    lines = block.text.replace("\\\n", " ").splitlines()
-    found = []
-    for line in lines:
-        if not line.startswith(("mezzotint ", "torchrun ")):
-            continue
-        words = shlex.split(line, comments=True)
-        if words[0] == "torchrun":
-            words = ["mezzotint", *words[words.index("mezzotint.cli") + 1 :]]
-        found.append(words[: words.index(">")] if ">" in words else words)
-    return found
+    if task := re.search(r"exec (mezzotint [^']*)'", line):
+        line = task[1]
+    if not line.startswith(("mezzotint ", "torchrun ", "accelerate launch ")):
+        return None
+    words = shlex.split(line, comments=True)
+    if words[0] != "mezzotint":
+        words = ["mezzotint", *words[words.index("mezzotint.cli") + 1 :]]
+    return words[: words.index(">")] if ">" in words else words
 
 
-COMMANDS = [pytest.param(w, id=f"{b.page}-{' '.join(w)[:60]}") for b in BLOCKS for w in commands(b)]
+def commands(block):
+    """The words of every mezzotint command of a block."""
+    return [words for line in lines_of(block) if (words := words_of(line))]
+
+
+def mentions(page):
+    """What stands between single backquotes, outside fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+MENTIONS = [(page, text) for page in PAGES for text in mentions(page)]
+# An ellipsis stands for whatever else belongs there.
+MENTIONED = [(p.name, words) for p, text in MENTIONS if "..." not in text and len(words := words_of(text) or ()) > 2]
+COMMANDS = [
+    pytest.param(words, id=f"{page}-{' '.join(words)[:60]}")
+    for page, words in [*((b.page, w) for b in BLOCKS for w in commands(b)), *MENTIONED]
+]
 
 
 def invoke(words, monkeypatch, functions):
@@ -82,7 +105,9 @@ def test_every_command_parses(words, monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             invoke(words, monkeypatch, stubs)
         assert left.value.code in (None, 0)
-        assert "mezzotint" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "--help" in words or all(name in said for name in cli.COMMANDS), "not every command is completed"
+        assert "mezzotint" in said
         return
     invoke(words, monkeypatch, stubs)
     assert called == [words[1].replace("-", "_")]
@@ -94,7 +119,60 @@ def test_a_wrong_command_does_not_parse(monkeypatch, capsys):
     assert "--dat" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_command_that_is_mentioned_exists(page):
+    for text in mentions(page):
+        if found := re.match(r"mezzotint ([a-z][\w-]*)", text):
+            assert found[1] in cli.COMMANDS, text
+        if found := re.match(r"make ([a-z][\w-]*)$", text):
+            assert re.search(rf"^{found[1]}:", MAKEFILE, re.M), text
+
+
+def test_every_target_of_make_in_a_block_exists():
+    found = [m[1] for b in BLOCKS for line in lines_of(b) if (m := re.match(r"make ([\w-]+)", line))]
+    assert found
+    assert all(re.search(rf"^{name}:", MAKEFILE, re.M) for name in found)
+
+
+def scripts():
+    """The words of every command that runs one of the repository's Python files."""
+    lines = [*(line for b in BLOCKS for line in lines_of(b)), *(text for _, text in MENTIONS)]
+    starting = [m[1] for line in lines if (m := re.match(r"(?:# )?python (\w\S*\.py.*)", line))]
+    return sorted({tuple(shlex.split(line, comments=True)) for line in starting})
+
+
+SCRIPTS = scripts()
+
+
+@pytest.mark.parametrize("words", SCRIPTS, ids=" ".join)
+def test_every_script_knows_its_options(words):
+    script = ROOT / words[0]
+    assert script.is_file()
+    options = [w for w in words[1:] if w.startswith("--")]
+    if options:
+        said = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert all(re.search(rf"{option}\b", said.stdout) for option in options), said.stdout
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.lang == "bash"], ids=lambda b: b.page)
+def test_every_shell_script_parses(block):
+    subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
+
+
+PLACES = [ROOT, ROOT / "src" / "mezzotint", ROOT / "docs"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_every_source_file_that_is_named_exists(page):
+    written_there = {b.mark.removeprefix("file: ") for b in BLOCKS if b.mark}
+    for text in set(mentions(page)) - written_there:
+        if re.fullmatch(r"[\w./-]+\.(py|ipynb|sh)|(benchmarks|tests|docs|src)/[\w./-]*", text):
+            assert any((place / text).exists() for place in PLACES), f"{page.name} names {text}"
+
+
 def test_there_is_something_to_test():
+    assert len(MENTIONED) > 10
+    assert len(SCRIPTS) > 3
     assert len(COMMANDS) > 40
     assert sum(b.lang == "python" for b in BLOCKS) > 5
 
@@ -151,16 +229,32 @@ def test_the_files_of_extending_work(tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_and_pictures_exist(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
-    for target in LINK.findall(text):
-        if "://" in target or target.startswith(("#", "mailto:")):
+    for target in (found[1] or found[2] for found in LINK.finditer(text)):
+        if "://" in target:  # the suite has no network; that it is an address is all there is to see
+            address = urlsplit(target)
+            assert address.scheme == "https", f"{page.name} links to {target}"
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), f"{page.name} links to {target}"
             continue
         path, _, anchor = target.partition("#")
-        other = page.parent / path
+        other = page.parent / path if path else page
         assert other.exists(), f"{page.name} links to {target}"
         if anchor:
             headings = re.findall(r"^#+ (.*)$", other.read_text(encoding="utf-8"), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
             assert anchor in slugs, f"{page.name} links to {target}; {path} has {sorted(slugs)}"
+
+
+def test_the_speed_table_is_of_the_newest_results():
+    """Where it fails: python docs/make_tables.py."""
+    written = runpy.run_path(str(ROOT / "docs" / "make_tables.py"))["speed"]()
+    assert written in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_studio_page_states_its_limits():
+    limits, said = Limits(), (ROOT / "docs" / "studio.md").read_text(encoding="utf-8")
+    seconds = f"{limits.seconds / 60:g} minutes of computing"
+    for words in (f"{limits.pictures} pictures", f"{limits.steps} steps", seconds, f"{limits.words:,} characters"):
+        assert words in " ".join(said.split())
 
 
 def test_the_cost_table_is_of_this_version():

@@ -162,7 +162,7 @@ def plot(
         if log_y:
             axes.set_yscale("log")
         if from_zero:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * max((v for line in lines for v in line.y if math.isfinite(v)), default=1) or 1)
         axes.set_xlabel(x, color=INK)
         axes.set_ylabel(y, color=INK)
         axes.tick_params(which="both", colors=INK)
