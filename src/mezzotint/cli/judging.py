@@ -7,28 +7,28 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.words import Given, Switch
+from mezzotint.cli.words import File, Given, Switch, Word
 
 
 def evaluate(
-    source: Positional[str] = "",
+    source: Positional[Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")]] = "",
     /,
     *,
-    reference: str = "",
-    maker: str | None = None,
-    make_reference: tuple[str, Path] | None = None,
+    reference: Annotated[str, arg(metavar="FILE", help_behavior_hint="")] = "",
+    maker: Word = None,
+    make_reference: Annotated[tuple[str, Path] | None, arg(metavar="DATA OUT", help_behavior_hint="")] = None,
     features: tuple[str, ...] = ("inception-2048", "inception-sfid", "inception-logits"),
-    weights: Path | None = None,
-    heldout: str | None = None,
-    n: int = 50_000,
-    size: int | None = None,
+    weights: File = None,
+    heldout: Word = None,
+    n: Annotated[int, arg(aliases=["-n"])] = 50_000,
+    size: Given = None,
     channels: int = 3,
-    protocol: str | None = None,
-    sampler: str | None = None,
-    steps: int | None = None,
-    guidance: str | None = None,
-    train_images: str | None = None,
-    heldout_images: str | None = None,
+    protocol: Word = None,
+    sampler: Word = None,
+    steps: Given = None,
+    guidance: Word = None,
+    train_images: Word = None,
+    heldout_images: Word = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("evaluation.json"),
 ) -> None:
     """Judge a model, a folder of images or an .npz against a reference; every number comes with its card.
@@ -103,12 +103,12 @@ def reproduce(
     name: Positional[str],
     /,
     *,
-    model: str | None = None,
-    reference: str | None = None,
-    n: int = 50_000,
-    steps: int | None = None,
+    model: Word = None,
+    reference: Word = None,
+    n: Annotated[int, arg(aliases=["-n"])] = 50_000,
+    steps: Given = None,
     features: tuple[str, ...] = ("inception-2048", "inception-sfid", "inception-logits"),
-    weights: Path | None = None,
+    weights: File = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),
     dry_run: bool = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.words import Count, Given, Picture, Switch, Word
+from mezzotint.cli.words import Count, File, Given, Switch, Word
 
 
 def sample(
@@ -21,7 +21,7 @@ def sample(
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
     label_law: Word = None,
     text: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]] = (),
-    prompts: Picture = None,
+    prompts: File = None,
     encoder: Word = None,
     protocol: Word = None,
     sampler: Word = None,
@@ -38,9 +38,9 @@ def sample(
     overwrite: Switch = False,
     trajectory: Switch = False,
     interpolate: Given = None,
-    image: Picture = None,
+    image: File = None,
     image_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint="")] = None,
-    mask: Picture = None,
+    mask: File = None,
 ) -> None:
     """Sample images from a run, a model folder or a hub repository. The same command resumes; torchrun shares.
 

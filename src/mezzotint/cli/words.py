@@ -12,5 +12,5 @@ from tyro.conf import arg
 Word = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int, arg(metavar="N", help_behavior_hint="")]
 Given = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Picture = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Switch = tyro.conf.FlagCreatePairsOff[Annotated[bool, arg(help_behavior_hint="")]]
