@@ -49,7 +49,7 @@ def curve(rows: list[dict[str, Any]], key: str, name: str = "", colour: str = CO
 
 @functools.lru_cache(maxsize=8)
 def curves(run: Path, size: int) -> str:
-    """Loss, loss by log-SNR, speed and memory; `size` of the log makes the answer of an unchanged one be kept."""
+    """Loss, loss by log-SNR, speed, memory, evaluations; the answer is kept while `size`, of the log, is the same."""
     rows = thinned(records(run))
     if not rows:
         return markup.empty("This run has logged nothing yet; the curves come with its first line.")
@@ -71,7 +71,19 @@ def curves(run: Path, size: int) -> str:
     if any("peak_memory_gib" in r for r in rows):
         memory = markup.plot([curve(rows, "peak_memory_gib")], "images seen", "peak GiB", from_zero=True)
         plots.append(("Memory", memory))
+    plots += evaluated(run)
     return '<div class="mz-plots">' + "".join(f"<section><h3>{t}</h3>{p}</section>" for t, p in plots) + "</div>"
+
+
+def evaluated(run: Path) -> list[tuple[str, str]]:
+    """A plot for each metric of the evaluations along the way."""
+    judged = log.read_evaluations(run / "log.jsonl")
+    plots = []
+    for metric in dict.fromkeys(name for record in judged for name in record["evaluation"]):
+        found = [(r["images"], r["evaluation"][metric]) for r in judged if metric in r["evaluation"]]
+        line = Line([x for x, _ in found], [y for _, y in found], style="o-")
+        plots.append((f"Evaluation: {metric}", markup.plot([line], "images seen", metric)))
+    return plots
 
 
 def spans_decades(rows: list[dict[str, Any]], key: str) -> bool:
