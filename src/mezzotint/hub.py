@@ -66,7 +66,7 @@ def write_card(
     run = folder if (folder / "recipe.yaml").exists() else None
     model = open_model(folder)
     place = folder / "model" if run else folder
-    found = [load_evaluation(path) for path in (*_lying_in(run), *evaluations)]
+    found = [load_evaluation(path) for path in (*_lying_in(run, model.card.images), *evaluations)]
     recipe = config.from_yaml(run / "recipe.yaml") if run else None
     records = log.read(run / "log.jsonl") if run and (run / "log.jsonl").exists() else []
     grids = sorted((run / "samples").glob("*.png")) if run else []
@@ -80,9 +80,13 @@ def write_card(
     return place
 
 
-def _lying_in(run: Path | None) -> list[Path]:
-    """The evaluations in a run's folder, in the order of their names."""
-    return [p for p in sorted(run.glob("*.json")) if '"mezzotint_evaluation"' in p.read_text()] if run else []
+def _lying_in(run: Path | None, images: int) -> list[Path]:
+    """The evaluations in a run's folder, in the order of their names; of those along the way, the one at `images`."""
+    if run is None:
+        return []
+    along = run / "evaluations" / f"{images}.json"
+    files = [*sorted(run.glob("*.json")), *([along] if along.exists() else [])]
+    return [p for p in files if '"mezzotint_evaluation"' in p.read_text()]
 
 
 def draw_grid(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:

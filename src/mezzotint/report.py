@@ -29,6 +29,7 @@ from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.schedules import slope
 from mezzotint.ranks import World
 from mezzotint.registry import build
+from mezzotint.train import environment as starting
 from mezzotint.train import log
 from mezzotint.weights import replace_file
 
@@ -321,8 +322,14 @@ def data_uri(path: Path) -> str:
 
 
 def environment(run: Path) -> list[list[str]]:
-    """What the newest checkpoint says of the machines that wrote it, and the one that wrote this page."""
+    """What the run was last started with, its newest checkpoint, and the machine that wrote this page."""
     rows = []
+    if starts := starting.read(run / starting.FILE):
+        last = dict(starts[-1])
+        last["started"] = f"{last.get('started')}, {len(starts)} times so far"
+        for key, value in last.items():
+            words = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            rows.append([{"images": "images seen at the start"}.get(key, key), words])
     found = [p for p in (run / "checkpoints").glob("*/manifest.json") if p.parent.name.isdigit()]
     for path in sorted(found, key=lambda p: int(p.parent.name))[-1:]:
         try:

@@ -48,7 +48,7 @@ def on_meta(chosen):
         return build_model(preset_card(chosen.preset, **chosen.model))
 
 
-def player(chosen, *, bf16=False, checkpointing=False, gradients_leave=True):
+def player(chosen, *, bf16=False, checkpointing="none", gradients_leave=True):
     return Player(
         on_meta(chosen),
         build(objectives.registry, chosen.objective),
@@ -86,7 +86,7 @@ def test_live_counts_what_autograd_keeps():
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_a_played_step_holds_what_a_real_one_does(bf16, checkpointing):
     chosen = recipe("unet-tiny", *SMALL)
     model = build_model(preset_card(chosen.preset, **chosen.model)).train()
@@ -105,13 +105,13 @@ def test_a_played_step_holds_what_a_real_one_does(bf16, checkpointing):
 def test_checkpointing_and_leaving_gradients_hold_less():
     chosen = recipe("unet-tiny", *SMALL, "model.emb=512")
     plain = player(chosen).peak(8)
-    assert player(chosen, checkpointing=True).peak(8) < 0.8 * plain
-    staying = player(chosen, gradients_leave=False, checkpointing=True)
-    assert staying.peak(1) > 1.5 * player(chosen, checkpointing=True).peak(1)
+    assert player(chosen, checkpointing="full").peak(8) < 0.8 * plain
+    staying = player(chosen, gradients_leave=False, checkpointing="full")
+    assert staying.peak(1) > 1.5 * player(chosen, checkpointing="full").peak(1)
 
 
 def test_the_largest_batch_fits_and_one_a_little_larger_does_not():
-    played = player(recipe("unet-tiny", *SMALL), checkpointing=True)
+    played = player(recipe("unet-tiny", *SMALL), checkpointing="full")
     for room, near in ((4 * MIB, 64), (100 * MIB, 1)):
         most = played.largest(room, near)
         assert played.peak(most) <= 1.02 * room
@@ -124,10 +124,10 @@ def test_what_the_ranks_share():
     model = on_meta(chosen)
     count = sum(p.numel() for p in model.parameters())
     answer = json.loads(json.dumps(plan(chosen, gpus=4, device="a100")))
-    ddp, _, fsdp, _ = answer["memory"]
+    ddp, _, _, fsdp, _, _ = answer["memory"]
     assert [(c["strategy"], c["checkpointing"]) for c in answer["memory"]] == [
-        ("ddp", False), ("ddp", True), ("fsdp", False), ("fsdp", True),
-    ]  # fmt: skip
+        (way, again) for way in ("ddp", "fsdp") for again in ("none", "selective", "full")
+    ]
     assert answer["params"] == count
     assert ddp["gradients"] == 4 * count
     assert ddp["optimiser"] == 8 * count
@@ -143,7 +143,7 @@ def test_what_the_ranks_share():
         assert c["fits"]
     assert "ddp fits" in answer["advice"][0]
     printed = text(answer)
-    assert "fsdp, checkpointing" in printed
+    assert "fsdp, full checkpointing" in " ".join(printed.split())
     assert "a100" in printed
 
 
@@ -154,7 +154,7 @@ def test_time_is_arithmetic_that_is_stated():
     assert a["seconds_per_step"] == pytest.approx(64 * 6 * a["gmac"] * 1e9 / (0.35 * 790e12))
     assert a["days"] * 86400 * a["images_per_second"] == pytest.approx(1e6)
     assert b["days"] == pytest.approx(a["days"] / 2)
-    again = plan(config.override(chosen, ["engine.checkpointing=true"]), device="h200", compare=False)
+    again = plan(config.override(chosen, ["engine.checkpointing=full"]), device="h200", compare=False)
     assert again["seconds_per_step"] == pytest.approx(a["seconds_per_step"] * 4 / 3)
     assert again["flop"] == a["flop"]
 
@@ -212,13 +212,13 @@ def test_this_machines_gpu_by_its_name(monkeypatch, gpu, memory, row):
 
 
 def test_commands_print_the_plan(capsys):
-    from mezzotint import cli
+    from mezzotint.cli import judging, training
 
-    cli.plan("unet-tiny", tuple(SMALL), batch=8, device="cpu", checkpointing=True, json=True)
+    judging.plan("unet-tiny", tuple(SMALL), batch=8, device="cpu", checkpointing="full", json=True)
     answer = json.loads(capsys.readouterr().out)
     assert answer["batch"] == 8
-    assert "with checkpointing fits" in answer["advice"][0]
-    cli.train("unet-tiny", ("batch=8", *SMALL), dry_run=True)
+    assert "with full checkpointing fits" in answer["advice"][0]
+    training.train("unet-tiny", ("batch=8", *SMALL), dry_run=True)
     printed = capsys.readouterr().out
     assert "difference from the recipe" in printed
     assert "images per forward pass" in printed

@@ -131,3 +131,13 @@ def unet_tiny() -> Recipe:
 def uvit_tiny() -> Recipe:
     """For a laptop; no published number."""
     return _laptop("uvit-tiny", 1e-3)
+
+
+@recipe("sid2-tiny")
+def sid2_tiny() -> Recipe:
+    """For a laptop; no published number. The bias is that of 128 pixels, the smallest size SiD2 states one for."""
+    return replace(
+        _laptop("sid2-tiny", 2e-3),
+        objective=Spec("sigmoid", {"bias": 0.0}),
+        time=Time(sampling="stratified", measure="logsnr"),
+    )

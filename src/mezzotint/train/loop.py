@@ -21,7 +21,7 @@ from mezzotint.data.loader import batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
 from mezzotint.ranks import World
-from mezzotint.train import ema, judging, log, posthoc, sentinel, state, trackers
+from mezzotint.train import ema, environment, judging, log, posthoc, sentinel, state, trackers
 from mezzotint.train.console import Console
 from mezzotint.train.distributed import whole
 from mezzotint.train.judging import Judge
@@ -83,7 +83,7 @@ def train(
 ) -> Path:
     """Train `recipe` in `folder` until `recipe.images` have been seen; continue if it was begun. Returns the folder.
 
-    Leaves recipe.yaml, log.jsonl, samples/, checkpoints/ and model/ (the averaged weights) in the folder.
+    Leaves recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/ and model/ (the averaged weights) there.
 
     Args:
         judge: makes the evaluations of `recipe.evaluate`; see `recipes.judge`.
@@ -103,6 +103,7 @@ def train(
         hold(Path(folder), world, stack)
         run = setup(recipe, Path(folder), world, console.say, initialise)
         stack.callback(run.writer.close)
+        environment.record(run)
         track = stack.enter_context(trackers.opened(run)) if world.main else []
         loop(run, console, stop, track, judge)
     return Path(folder)
