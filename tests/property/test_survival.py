@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from judges import judge, reference
 from mezzotint.train import log, loop, state
 from mezzotint.train.loop import train
 from runs import assert_same_run, small
@@ -208,9 +209,11 @@ SCRIPT = """
 import sys
 import torch; torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
+from judges import judge
 from runs import small
 from mezzotint.train.loop import train
-train(small(*{overrides!r}), {folder!r})
+recipe = small(*{overrides!r})
+train(recipe, {folder!r}, judge=judge(recipe))
 print("finished", file=sys.stderr, flush=True)
 """
 LONG = ("images=3200", "save.every_images=32", "save.keep=3", "log_every_images=16", "grid.every_images=800",
@@ -238,9 +241,12 @@ def test_a_killed_run_leaves_no_worker_behind(tmp_path):
 def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     """kill -9 and -TERM in turn, at any moment from start-up to writing; then the rest of the run."""
     torch.set_num_threads(1)
-    whole = train(small(*LONG), tmp_path / "whole", quiet=True)
+    judged = ("evaluate.every_images=400", "evaluate.n=50", "evaluate.steps=2", "evaluate.batch=16")
+    overrides = (*LONG, *judged, f"evaluate.reference={reference(tmp_path / 'digits.npz')}")
+    recipe = small(*overrides)
+    whole = train(recipe, tmp_path / "whole", quiet=True, judge=judge(recipe))
     folder, choose = tmp_path / "run", random.Random(0)
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), overrides=LONG, folder=str(folder))
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), overrides=overrides, folder=str(folder))
     reached, codes = [], []
     for i in range(20):
         number = signal.SIGKILL if i % 2 else signal.SIGTERM
@@ -263,8 +269,11 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     assert codes.count(0) >= 5
     assert len(set(reached)) >= 10, reached
     assert reached[-1] < 3200
-    train(small(*LONG), folder, quiet=True)
-    assert_same_run(whole, folder)
+    train(recipe, folder, quiet=True, judge=judge(recipe))
+    assert_same_run(whole, folder)  # the log with its evaluations too
+    cards = [sorted((run / "evaluations").iterdir()) for run in (whole, folder)]
+    assert [[c.name for c in of_run] for of_run in cards] == [sorted(f"{n}.json" for n in range(400, 3201, 400))] * 2
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cards, strict=True))
     snapshots = sorted(p.name for p in (whole / "ema").iterdir())
     assert snapshots == sorted(p.name for p in (folder / "ema").iterdir())
     for name in snapshots:

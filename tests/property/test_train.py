@@ -16,7 +16,7 @@ from mezzotint.train import loop, state
 from mezzotint.train.loop import train
 from mezzotint.train.sentinel import NotFinite
 from mezzotint.train.setup import setup
-from runs import assert_same_run, records, small
+from runs import assert_same_run, last_state, records, small
 
 
 def test_a_run_leaves_what_the_design_promises(whole):
@@ -72,8 +72,9 @@ def test_a_killed_process_loses_nothing(whole, tmp_path, number):
         if line.startswith("64/160"):
             process.send_signal(number)
             break
-    process.communicate()
+    _, last_words = process.communicate()
     assert process.returncode == (0 if number == signal.SIGTERM else -number)
+    assert ("run the same command again to go on: python" in last_words) == (number == signal.SIGTERM)
     train(small(), folder, quiet=True)
     assert_same_run(whole, folder)
 
@@ -146,6 +147,17 @@ def test_microbatches_change_only_rounding(tmp_path):
         )
     for a, b in zip(one.state.backbone.parameters(), two.state.backbone.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
+
+
+def test_lower_precision_is_of_the_arithmetic_alone(whole, tmp_path):
+    """bf16 changes the losses a little; weights, moments and averages are float32 all the same."""
+    train(small("engine.precision=bf16"), tmp_path, quiet=True)
+    exact, low = ([r["loss"] for r in records(folder)] for folder in (whole, tmp_path))
+    assert low != exact
+    assert low == pytest.approx(exact, rel=2e-2)
+    held = last_state(tmp_path)
+    assert held.keys() == last_state(whole).keys()
+    assert {t.dtype for t in held.values()} <= {torch.float32, torch.float64}
 
 
 def test_checkpoints_are_kept_as_asked(tmp_path):

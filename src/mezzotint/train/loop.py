@@ -198,7 +198,8 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = (), 
 def leave(run: Run, console: Console) -> NoReturn:
     """End the process in good order, its state being saved."""
     run.writer.settle()
-    console.say(f"stopped at {run.state.images:,} images; run the same command again to go on")
+    again = f": {environment.command()}" if run.world.size == 1 else ", under the same launcher"
+    console.say(f"stopped at {run.state.images:,} images; run the same command again to go on{again}")
     raise SystemExit(0)
 
 
