@@ -328,6 +328,8 @@ def environment(run: Path) -> list[list[str]]:
         last = dict(starts[-1])
         last["started"] = f"{last.get('started')}, {len(starts)} times so far"
         for key, value in last.items():
+            if value is None:  # no commit is known, or there is no CUDA
+                continue
             words = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
             rows.append([{"images": "images seen at the start"}.get(key, key), words])
     found = [p for p in (run / "checkpoints").glob("*/manifest.json") if p.parent.name.isdigit()]

@@ -89,6 +89,27 @@ def test_the_network_that_trains_stays_in_train_mode_and_is_not_the_one_judged(r
     assert [r["evaluation"] for r in records(tmp_path) if "evaluation" in r] == [{"number": 1.0}] * 3
 
 
+def test_the_time_it_takes_is_not_training_time(real, tmp_path, monkeypatch):
+    """A clock that shows 10 ms later at each look, and an hour later after an evaluation."""
+    clock = [0.0]
+
+    def look():
+        clock[0] += 0.01
+        return clock[0]
+
+    def slow(model, folder, stopping):
+        clock[0] += 3600
+        return {"number": 0.0}
+
+    monkeypatch.setattr(loop.time, "monotonic", look)
+    train(judged(real, "log_every_images=48"), tmp_path, quiet=True, judge=slow)
+    monkeypatch.undo()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in lines if "evaluation" not in line]
+    assert len(speeds) == 4
+    assert min(speeds) > 1
+
+
 def interrupted(recipe, folder, made_by, monkeypatch, at):
     """Train until asked to stop after `at` images have been drawn for judging; returns how many were drawn."""
     drawn, asked = [], loop.Stop()
