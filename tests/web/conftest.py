@@ -49,6 +49,15 @@ def reading(folder: Path, t5: Path, name: str) -> None:
     mz.save_model(model, folder)
 
 
+def looked_into(folder: Path) -> None:
+    """A DiMR and a DiffiT, whose insides the page shows."""
+    for name in ("dimr", "diffit"):
+        torch.manual_seed(0)
+        model = mz.create_model(f"{name}-tiny", num_classes=3)
+        moved_off_its_start(model)
+        mz.save_model(model, folder / name)
+
+
 class Training:
     """A real run in the background, stopped and continued by signals so that it takes no time from other tests."""
 
@@ -140,7 +149,8 @@ def training(browser, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(training, tmp_path_factory):
-    """Two models, one whose weights are not numbers, two that read words, one of them without its encoder; a run."""
+    """Two models, one whose weights are not numbers, two that read words, one of them without its encoder; one of each
+    kind that is looked into; a run."""
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("good", "other", "broken")):
         tiny(folder / name, seed)
@@ -150,7 +160,8 @@ def server(training, tmp_path_factory):
     t5 = saved_t5(folder / "t5", 0)
     reading(folder / "words", t5, str(t5))
     reading(folder / "speechless", t5, "nobody/has-this-t5")
-    names = ("good", "other", "broken", "words", "speechless")
+    looked_into(folder)
+    names = ("good", "other", "broken", "words", "speechless", "dimr", "diffit")
     running = Server(folder, *(str(folder / name) for name in names), str(training.folder))
     yield running
     running.end()

@@ -117,6 +117,7 @@ def test_cancelling_stops_the_computation(visit):
     page.wait_for_selector("#status progress")
     page.click("#stop")
     page.wait_for_function("() => document.querySelector('#status').innerText === 'stopped'")
+    page.wait_for_timeout(1000)  # the page ignores a press while it is still closing the cancelled request
     before = time.monotonic()
     assert len(made(page, "1")) == 1
     assert time.monotonic() - before < 15
@@ -266,6 +267,21 @@ def test_comparing_two_models(visit, shot):
     assert [len(c) for c in columns] == [4, 4]
     assert not set(columns[0]) & set(columns[1])
     shot(page, "compare")
+
+
+@pytest.mark.parametrize(
+    ("tab", "part", "rows"), [("DiMR's branches", "branches", 3), ("DiffiT's attention", "attention", 2)]
+)
+def test_looking_into_a_network_while_it_samples(visit, shot, tab, part, rows):
+    page = visit()
+    page.get_by_role("tab", name="Understand").click()
+    page.get_by_role("tab", name=tab).click()
+    page.click(f"#{part}-start")
+    page.wait_for_selector(f"#{part} .mz-rows", timeout=90_000)
+    pictures = [i.get_attribute("src") for i in page.query_selector_all(f"#{part} img")]
+    assert len(pictures) == 10 * rows  # steps
+    assert len(set(pictures)) > len(pictures) / 2
+    shot(page, part)
 
 
 def test_a_request_over_the_limits_is_refused_on_the_page(visit):

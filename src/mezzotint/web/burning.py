@@ -113,6 +113,7 @@ def stream(work: Callable[[Show], T], seconds: float) -> Generator[Any, None, T]
 
 def burn(job: Job, z: Image, numbers: list[int], show: Callable[[Callable[[], Frame]], None]) -> Tensor:
     """Sample from the state z, one row per seed in `numbers`, showing x-hat; uint8 (b, c, h, w)."""
+    _ = job.decoder  # an autoencoder that does not fit or cannot be read is told now and not after the last step
     # Both passes of guidance are one call.
     calls = network_calls(job.model, replace(job.settings, guidance=None))
     done = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mezzotint.web import making, markup
-from mezzotint.web.generate_tab import gallery, how, kept_or, model_and_class, slow, take_up
+from mezzotint.web.generate_tab import gallery, how, kept_or, model_and_class, slow, stops, take_up
 from mezzotint.web.studio import Studio
 from mezzotint.web.wish import Wish
 
@@ -40,5 +40,4 @@ def compare_tab(studio: Studio) -> None:
 
     event = start.click(run, {seeds, *(c for f in sides for c in f.values())}, [pictures, status], **slow())
     take_up([pictures], seeds)
-    stopped = markup.note("stopped")
-    stop.click(lambda: stopped, None, status, cancels=[event], queue=False, api_visibility="private")
+    stops(stop, [event], status)

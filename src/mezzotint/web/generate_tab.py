@@ -156,8 +156,7 @@ def generate_tab(studio: Studio) -> None:
         start.click(run, {*fields.values(), kept}, [pictures, status, earlier, kept], **slow("generate"))
     ]
     events += extras(studio, fields, status)
-    stopped = markup.note("stopped")
-    stop.click(lambda: stopped, None, status, cancels=events, queue=False, api_visibility="private")
+    stops(stop, events, status)
     take_up([pictures, earlier], fields["seeds"])
 
     def draw(values: dict[Any, Any]) -> str:
@@ -182,6 +181,13 @@ def slow(api_name: str | None = None) -> dict[str, Any]:
     """Options of an event that runs a network: one at a time over the whole page."""
     shown: dict[str, Any] = {"api_name": api_name} if api_name else {"api_visibility": "private"}
     return {**shown, "concurrency_limit": 1, "concurrency_id": "network", "show_progress": "hidden"}
+
+
+def stops(button: Any, events: list[Any], status: Any) -> None:
+    """Pressing the button cancels these events, and says so once it is done."""
+    quiet: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
+    said = markup.note("stopped")
+    button.click(None, cancels=events, **quiet).then(lambda: said, None, status, **quiet)
 
 
 def take_up(places: list[Any], field: Any) -> None:

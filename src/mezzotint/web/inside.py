@@ -81,8 +81,8 @@ def spread(moments: list[Moment]) -> list[Moment]:
 
 
 def job_for(studio: Studio, name: Any, seed: Any, steps: Any) -> tuple[Job, int]:
-    """A plain ddim job of one seed."""
-    job = job_of(studio, Wish(model=name, steps=whole("steps", steps, 1, 50)))
+    """A plain ddim job of one seed; latents are looked at as they are."""
+    job = job_of(studio, Wish(model=name, steps=whole("steps", steps, 1, 50)), decode=False)
     return job, whole("seed", seed, 0, 2**53)
 
 

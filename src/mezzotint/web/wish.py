@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mezzotint import prompts
+from mezzotint.data.latents import find as find_codec
 from mezzotint.data.text import find_encoder
 from mezzotint.generate import Guidance, Settings, label_indices, labels_of
 from mezzotint.process.denoiser import Model
@@ -99,8 +102,7 @@ def pool_of(model: Model, label: Any) -> tuple[int, ...]:
 def prompts_of(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
     """One prompt a line, at most `limits.pictures` of them and `limits.words` characters; none where all is blank.
 
-    Errors: also for a model that reads none, and for a text encoder that is not on this machine. Nobody who visits a
-        page should set off a download of many gigabytes.
+    Errors: also for a model that reads none, and for a text encoder that is not on this machine.
     """
     words = str(text if text is not None else "")
     if len(words) > limits.words:
@@ -109,15 +111,19 @@ def prompts_of(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
     if len(lines) > limits.pictures:
         raise ValueError(f"{len(lines)} prompts, one a line; at most {limits.pictures}, one for each picture")
     if lines:
-        name = prompts.encoder_of(model)["encoder"]
-        try:
-            find_encoder(name, fetch=False)
-        except ValueError:
-            raise ValueError(
-                f"the text encoder of this model, {name}, is not on this machine: fetch it (mezzotint prefetch "
-                "OWNER/NAME) or put its folder back"
-            ) from None
+        at_hand("text encoder", prompts.encoder_of(model)["encoder"], find_encoder)
     return lines
+
+
+def at_hand(what: str, name: str, find: Callable[[str, bool], Path]) -> None:
+    """ValueError where files that a model needs are not here; no visitor sets off their download."""
+    try:
+        find(name, False)
+    except ValueError:
+        raise ValueError(
+            f"the {what} of this model, {name}, is not on this machine: fetch it (mezzotint prefetch {name}) or put "
+            "its folder back"
+        ) from None
 
 
 def guidance_of(wish: Wish) -> Guidance | None:
@@ -145,12 +151,15 @@ def size_of(model: Model, text: Any, limits: Limits) -> tuple[int, int] | None:
     return size
 
 
-def job_of(studio: Studio, wish: Wish) -> Job:
-    """The job that a wish describes.
+def job_of(studio: Studio, wish: Wish, decode: bool = True) -> Job:
+    """The job that a wish describes; without `decode`, latents stay latents and need no autoencoder.
 
-    Errors: ValueError for whatever is unknown, out of bounds or does not fit together.
+    Errors: ValueError for whatever is unknown, out of bounds, not on this machine or does not fit together.
     """
     model = studio.model(wish.model)
+    pixels = model.card.codec == "pixels"
+    if decode and not pixels:
+        at_hand("autoencoder", model.card.codec, find_codec)
     settings = Settings(
         sampler=Spec(str(wish.sampler)[:40]),
         steps=whole("steps", wish.steps, 1, studio.limits.steps),
@@ -163,7 +172,7 @@ def job_of(studio: Studio, wish: Wish) -> Job:
         settings=settings,
         pool=pool_of(model, wish.label),
         prompts=prompts_of(model, wish.prompts, studio.limits),
-        codec=model.card.codec,
+        codec=model.card.codec if decode or pixels else None,
     )
 
 
