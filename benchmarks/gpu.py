@@ -67,9 +67,10 @@ def checks(device: str, small: bool) -> list[Row]:
         own = gradient(pair, "ours", False)
         row(name, "gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3)
         row(name, "gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2)
-        pair.ours.backbone.checkpointing = True
-        row(name, "gradient, checkpointing", difference(gradient(pair, "ours", False), own), 1e-5)
-        pair.ours.backbone.checkpointing = False
+        for how in ("selective", "full"):
+            pair.ours.backbone.checkpointing = how
+            row(name, f"gradient, {how} checkpointing", difference(gradient(pair, "ours", False), own), 1e-5)
+        pair.ours.backbone.checkpointing = "none"
         if device == "cuda":
             graphs(pair, lambda what, value, name=name: row(name, what, value, 0.0))
             count = synchronisations(pair.train("ours", True))
@@ -200,7 +201,7 @@ def presets(device: str, small: bool, budget: float) -> list[Row]:
         plans: list[tuple[str, Row]] = [
             ("train", {"batch": train_batch}),
             ("train", {"batch": train_batch, "compile": True}),
-            ("train", {"batch": 2 * train_batch, "checkpointing": True}),
+            ("train", {"batch": 2 * train_batch, "checkpointing": "full"}),
             ("sample", {"batch": sample_batch}),
             ("sample", {"batch": sample_batch, "compile": True}),
         ]

@@ -66,7 +66,7 @@ def played(preset: str, overrides: dict[str, Any], batch: int) -> int:
         model = create_model(preset, **overrides)
     objective = build(objectives.registry, recipe_for(preset).objective)
     player = Player(
-        model, objective, weights=torch.float32, bf16=False, checkpointing=False, gradients_leave=True
+        model, objective, weights=torch.float32, bf16=False, checkpointing="none", gradients_leave=True
     )  # fmt: skip
     return player.peak(batch)
 

@@ -182,10 +182,14 @@ def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
                 precision: seconds["plain float32"] / arithmetic_seconds(works[f"ours {precision}"])
                 for precision in ("float32", "bf16")
             }
-    works = {label: with_checkpointing(pair, on) for label, on in (("kept", False), ("checkpointed", True))}
+    works = {
+        label: with_checkpointing(pair, on)
+        for label, on in (("kept", "none"), ("selective", "selective"), ("checkpointed", "full"))
+    }
     seconds = interleaved({**works, "plain": pair.train("plain", False)}, device, rounds)
-    pair.ours.backbone.checkpointing = False
+    pair.ours.backbone.checkpointing = "none"
     row["train, checkpointing"] = seconds["plain"] / seconds["checkpointed"]
+    row["train, selective checkpointing"] = seconds["plain"] / seconds["selective"]
     return row
 
 
@@ -208,9 +212,10 @@ def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
     for bf16 in (False, True):
         peaks = {}
         for name, model, checkpointing in (
-            ("plain", plain, False),
-            ("ours", ours, False),
-            ("ours, checkpointing", ours, True),
+            ("plain", plain, "none"),
+            ("ours", ours, "none"),
+            ("ours, selective checkpointing", ours, "selective"),
+            ("ours, checkpointing", ours, "full"),
         ):
             # What has no values has no branch to take: the twin's shortcut for equal noise levels.
             with patch.object(torch, "all", lambda _: False):
@@ -230,7 +235,7 @@ def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def with_checkpointing(pair: Pair, checkpointing: bool) -> Work:
+def with_checkpointing(pair: Pair, checkpointing: Any) -> Work:
     """A float32 training step of ours."""
     step = pair.train("ours", False)
 

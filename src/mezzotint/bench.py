@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mezzotint import info
+from mezzotint.backbones.layers import Checkpointing
 from mezzotint.graphs import Graphed
 from mezzotint.models import create_model, schedule_of
 from mezzotint.process import guidance, objectives
@@ -36,7 +37,7 @@ class Settings:
 
     preset, overrides: the network and fields of its config. batch: images per step or call.
     precision: float32, or bf16 autocast over float32 weights. device: cpu or cuda.
-    compile: torch.compile of each repeated block. checkpointing: recompute blocks in the backward pass.
+    compile: torch.compile of each repeated block. checkpointing: of each block, see `layers.run`.
     graphs: replay sampling from CUDA graphs. rounds: measured repetitions; the median counts.
     objective: what training minimises, by name.
     """
@@ -47,7 +48,7 @@ class Settings:
     precision: Literal["float32", "bf16"] = "float32"
     device: str = "cpu"
     compile: bool = False
-    checkpointing: bool = False
+    checkpointing: Checkpointing = "none"
     graphs: bool = False
     rounds: int = 5
     objective: Spec = field(default_factory=lambda: Spec("eps_mse"))

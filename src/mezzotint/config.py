@@ -146,7 +146,8 @@ class Engine:
     precision: of the forward and backward pass; weights are always float32. "auto" is bf16 where it is fast.
     strategy: over several processes, "ddp" copies the weights, "fsdp" shards them per block.
     microbatch: images per forward pass and process; None for the whole share of the batch.
-    checkpointing: recompute each block's activations in the backward pass.
+    checkpointing: what each block keeps for the backward pass: everything, "selective" the results of products,
+        convolutions and attention, or "full" its input alone.
     compile: torch.compile of each repeated block.
     ceiling_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
         log states the utilisation.
@@ -155,7 +156,7 @@ class Engine:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     strategy: Literal["ddp", "fsdp"] = "ddp"
     microbatch: int | None = None
-    checkpointing: bool = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     ceiling_tflops: float | None = None
 

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mezzotint.backbones.layers import Checkpointing
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.objectives import Objective
 
@@ -63,7 +64,7 @@ class Player:
     Args:
         model: on the meta device. objective: as trained.
         weights: dtype of the weights in the step: float32, or what FSDP gathers them in.
-        bf16: compute under autocast. checkpointing: recompute each block's activations.
+        bf16: compute under autocast. checkpointing: of each block, see `layers.run`.
         gradients_leave: a gradient goes as soon as it is whole, into DDP's bucket, FSDP's shard or an earlier
             microbatch's sum, which count elsewhere; otherwise it stays until the end, as in one process.
     """
@@ -75,7 +76,7 @@ class Player:
         *,
         weights: torch.dtype,
         bf16: bool,
-        checkpointing: bool,
+        checkpointing: Checkpointing,
         gradients_leave: bool,
     ):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # the schedules' tables are real

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Group, RenderableType
@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mezzotint.backbones.layers import Checkpointing
 from mezzotint.config import Engine, Recipe
 from mezzotint.info import GIGA, si
 from mezzotint.memory import Player
@@ -106,7 +107,7 @@ def plan(
         recipe: its batch is shared by the ranks; engine says strategy, precision, microbatch, checkpointing.
         gpus: ranks, one process each. device: of `ACCELERATORS`.
         efficiency: part of the device's ceiling that a step reaches, 0 to 1.
-        compare: count the other strategy, and with or without checkpointing, too.
+        compare: count the other strategy, and every way of checkpointing, too.
 
     Returns:
         JSON-ready: params, gmac (one forward pass of one image), per_rank_batch, microbatch; `memory`, one entry per
@@ -129,13 +130,15 @@ def plan(
         model = build_model(preset_card(recipe.preset, **recipe.model))
     macs, skipped = _forward_macs(model)
     asked = (recipe.engine.strategy if gpus > 1 else "one process", recipe.engine.checkpointing)
-    ways = [(way, again) for way in (("ddp", "fsdp") if gpus > 1 else ("one process",)) for again in (False, True)]
+    ways = [
+        (way, again) for way in (("ddp", "fsdp") if gpus > 1 else ("one process",)) for again in get_args(Checkpointing)
+    ]
     columns = [
         column(recipe, model, chip, strategy=way, checkpointing=again, precision=precision, gpus=gpus, device=device)
         for way, again in ways
         if compare or (way, again) == asked
     ]
-    passes = 4 if recipe.engine.checkpointing else 3  # a backward pass costs two forward passes
+    passes = 4 if recipe.engine.checkpointing == "full" else 3  # a backward pass costs two forward passes
     per_image = passes * 2 * macs  # one multiply-accumulate is two floating-point operations
     seconds = share * per_image / (efficiency * getattr(chip, precision))
     answer = {
@@ -183,7 +186,7 @@ def column(
     chip: Accelerator,
     *,
     strategy: str,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     precision: str,
     gpus: int,
     device: str,
@@ -265,11 +268,16 @@ def gathered_bytes(model: Model, width: int) -> int:
     return outside * width + largest * (4 * width + width + FLOAT)
 
 
-def _advice(answer: dict[str, Any], asked: tuple[str, bool]) -> list[str]:
+def _suffix(checkpointing: Checkpointing, joint: str) -> str:
+    """ " with full checkpointing", say; nothing where there is none."""
+    return "" if checkpointing == "none" else f"{joint}{checkpointing} checkpointing"
+
+
+def _advice(answer: dict[str, Any], asked: tuple[str, Checkpointing]) -> list[str]:
     """Whether the strategy and checkpointing asked for fit, and if not, what to set."""
     strategy, checkpointing = asked
     chosen = next(c for c in answer["memory"] if (c["strategy"], c["checkpointing"]) == asked)
-    named = strategy + (" with checkpointing" if checkpointing else "")
+    named = strategy + _suffix(checkpointing, " with ")
     share, micro, most = answer["per_rank_batch"], answer["microbatch"], chosen["largest_microbatch"]
     if chosen["fits"]:
         return [f"{named} fits: {micro} images per forward pass, about {most} would."]
@@ -280,7 +288,7 @@ def _advice(answer: dict[str, Any], asked: tuple[str, bool]) -> list[str]:
     better = [c for c in answer["memory"] if c["fits"]]
     for c in better:
         other = [f"engine.strategy={c['strategy']}"] * (c["strategy"] != strategy)
-        again = [f"engine.checkpointing={str(c['checkpointing']).lower()}"] * (c["checkpointing"] != checkpointing)
+        again = [f"engine.checkpointing={c['checkpointing']}"] * (c["checkpointing"] != checkpointing)
         said.append(f"It fits with {' '.join(other + again)}.")
     if not most and not better:
         said.append("Take more GPUs with engine.strategy=fsdp, or a smaller network.")
@@ -291,7 +299,7 @@ def render(answer: dict[str, Any]) -> RenderableType:
     """`plan` for a terminal: a column per strategy and checkpointing, then time."""
     a = answer
     title = f"{a['preset']}: {si(a['params'])} parameters, {a['gmac']:.2f} GMAC per image; {a['precision']}"
-    heads = [c["strategy"] + (", checkpointing" if c["checkpointing"] else "") for c in a["memory"]]
+    heads = [c["strategy"] + _suffix(c["checkpointing"], ", ") for c in a["memory"]]
     grid = Table(title=title, title_justify="left")
     grid.add_column("GiB per rank")
     for head in heads:

@@ -138,7 +138,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_plain_twin_outputs_and_gradients(name, checkpointing):
     config = CONFIGS[name]
     plain, ours = pair(config)

@@ -261,7 +261,7 @@ def randomised(module, seed=0):
     return module
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_plain_twin_unseen(name, checkpointing):
     config = VARIANTS[name]

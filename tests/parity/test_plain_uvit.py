@@ -38,7 +38,7 @@ def pair(config, seed=0):
     return net, plain
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("changes", [{}, {"num_classes": 0, "channels": 1}, {"blocks": (1, 3), "heads": 4}])
 def test_outputs_loss_and_gradients(changes, checkpointing):
     config = replace(BASE, **changes)

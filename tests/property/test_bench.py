@@ -67,7 +67,7 @@ def test_a_preset_is_measured(mode, precision, monkeypatch):
 
 def test_checkpointing_lowers_the_peak():
     peaks = []
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "full"):
         settings = bench.Settings(
             preset="dimr-tiny", batch=8, checkpointing=checkpointing, objective=Spec("pyramid"), rounds=1
         )

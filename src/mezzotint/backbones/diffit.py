@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.layers import check_input, check_sides, label_index, run
+from mezzotint.backbones.layers import Checkpointing, check_input, check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm
@@ -222,14 +222,14 @@ def plain_norm(x: Tensor) -> Tensor:
 class DiffiT(nn.Module):
     """Latent DiffiT; see `DiffiTConfig`.
 
-    `checkpointing`: recompute every block's activations in the backward pass instead of keeping them.
+    `checkpointing` says what every block keeps for the backward pass, see `run`.
     `skipped_macs`: multiply-accumulates per image of the published network that have no effect and are left out.
     """
 
     def __init__(self, config: DiffiTConfig):
         super().__init__()
         c = self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.skipped_macs = c.depth * c.width**2
         grid = c.size // c.patch
         self.out_channels = c.channels * (2 if c.learned_variance else 1)

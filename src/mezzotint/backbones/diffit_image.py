@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.layers import check_input, check_sides, label_index, run
+from mezzotint.backbones.layers import Checkpointing, check_input, check_sides, label_index, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.prediction import named
@@ -127,7 +127,7 @@ class Stage(nn.Module):
         super().__init__()
         self.cells = nn.ModuleList(Cell(outputs if i else inputs, outputs, config) for i in range(config.blocks))
 
-    def forward(self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: bool) -> Tensor:
+    def forward(self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: Checkpointing) -> Tensor:
         """terms: each cell's [q_t, v_t], (b, 2 outputs), taken in turn; checkpointing: see `DiffiTImage`."""
         for cell in self.cells:
             q_t, v_t = next(terms).chunk(2, dim=1)
@@ -138,13 +138,13 @@ class Stage(nn.Module):
 class DiffiTImage(nn.Module):
     """Image-space DiffiT; see `DiffiTImageConfig`.
 
-    `checkpointing`: recompute every cell's activations in the backward pass instead of keeping them.
+    `checkpointing` says what every cell keeps for the backward pass, see `run`.
     """
 
     def __init__(self, config: DiffiTImageConfig):
         super().__init__()
         c = self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         widths = [c.width * m for m in c.multipliers]
         first = [c.width, *widths[:-1]]  # channels that enter each stage of the encoder
         self.time = TimeMLP(c.time_width)

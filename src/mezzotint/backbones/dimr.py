@@ -27,8 +27,8 @@ from mezzotint.backbones.dimr_blocks import (
     TimeVectors,
     TransformerBlock,
     layer_norm,
-    recomputed,
 )
+from mezzotint.backbones.layers import Checkpointing, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table
@@ -158,13 +158,18 @@ class Branch(nn.Module):
         return table[:h, :w]
 
     def forward(
-        self, z: Tensor, features: Sequence[Tensor], label: Tensor | None, time: Sequence[Tensor], checkpointing: bool
+        self,
+        z: Tensor,
+        features: Sequence[Tensor],
+        label: Tensor | None,
+        time: Sequence[Tensor],
+        checkpointing: Checkpointing,
     ) -> tuple[list[Tensor], Tensor]:
         """This branch's features, (b, h, w, d) each, and its prediction (b, c, h, w).
 
         Args:
             z: the noisy image at full resolution. features: of the coarser branch. label: (b,) rows of the embedding.
-            time: this branch's time-dependent vectors, (b, d) each. checkpointing: recompute blocks in the backward.
+            time: this branch's time-dependent vectors, (b, d) each. checkpointing: of the blocks, see `run`.
         """
         maps = iter([v.to(z.dtype)[:, None, None] for v in time])
         x = self.embed(z)
@@ -182,7 +187,7 @@ class Branch(nn.Module):
             if j > self.pairs:
                 x = self.skips[j - self.pairs - 1](x, stack.pop())
             vectors = [v[:, 0] if self.transformer else v for v in islice(maps, self.per_block)]
-            x = recomputed(block, x, *vectors) if checkpointing else block(x, *vectors)
+            x = run(block, checkpointing, x, *vectors, dropout=False)
             if j < self.pairs:
                 stack.append(x)
             features.append(as_map(x))
@@ -194,13 +199,13 @@ class DiMR(nn.Module):
     """The network: backbone(z, noise, cond) -> predictions of all branches, coarse to fine.
 
     Attributes:
-        checkpointing: recompute every block in the backward pass, off unless set; the cascade always is.
+        checkpointing: of every block, see `run`; the cascade is always computed again.
     """
 
     def __init__(self, config: DiMRConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         vectors: list[tuple[int, float]] = []
         self.branches = nn.ModuleList()
         self.counts: list[int] = []

@@ -7,23 +7,14 @@ Section numbers are those of arXiv 2406.09416 unless said otherwise; where text 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mezzotint.backbones.layers import attend
-
-
-def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """function(*args), keeping nothing of it for the backward pass, which computes it again."""
-    if not torch.is_grad_enabled():
-        return function(*args)
-    # There is no dropout to repeat, and saving the random state would wait for the device.
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)  # pyright: ignore[reportReturnType]
 
 
 class TimeVectors(nn.Module):

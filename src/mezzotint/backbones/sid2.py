@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.layers import (
+    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -65,7 +66,7 @@ class SiD2(nn.Module):
     added right after the down-sampling (before q is taken: our choice) and resized for other inputs.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
-    Set `checkpointing` to recompute every block's activations in the backward pass.
+    `checkpointing` says what every block keeps for the backward pass, see `run`.
     """
 
     def __init__(self, config: SiD2Config):
@@ -77,7 +78,7 @@ class SiD2(nn.Module):
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
         self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.layers import (
     Attention,
+    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -73,7 +74,7 @@ class UNet(nn.Module):
     """simple diffusion's U-Net: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
-    Set `checkpointing` to recompute every block's activations in the backward pass.
+    `checkpointing` says what every block keeps for the backward pass, see `run`.
     """
 
     def __init__(self, config: UNetConfig):
@@ -83,7 +84,7 @@ class UNet(nn.Module):
         if not len(c.blocks) == len(c.attention) == levels:
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
         self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels - 1)
         widths = [c.width * m for m in c.multipliers]
 

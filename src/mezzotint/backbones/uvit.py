@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
 from mezzotint.backbones.layers import (
+    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -63,7 +64,7 @@ class UViT(nn.Module):
     """simple diffusion's U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not; positions are
-    resized to it. Set `checkpointing` to recompute every block's activations in the backward pass.
+    resized to it. `checkpointing` says what every block keeps for the backward pass, see `run`.
 
     With 2 blocks down and 3 up per level the published size has 2.46 B parameters and 546 GMAC in its blocks; the
     third block on the way up takes the level's entry as its skip, as in the U-Net (2 or 3 per level: [?], section 6).
@@ -76,7 +77,7 @@ class UViT(nn.Module):
         if len(c.multipliers) != levels + 1:
             raise ValueError(f"multipliers need one entry per level of blocks and one for the transformer: {c}")
         self.config = config
-        self.checkpointing = False
+        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]

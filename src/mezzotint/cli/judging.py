@@ -165,7 +165,7 @@ def plan(
     device: str = "h200",
     strategy: Literal["ddp", "fsdp"] | None = None,
     precision: Literal["float32", "bf16"] | None = None,
-    checkpointing: Switch = False,
+    checkpointing: Literal["none", "selective", "full"] | None = None,
     efficiency: float | None = None,
     json: Switch = False,
 ) -> None:
@@ -179,7 +179,7 @@ def plan(
         device: h200, b200, h100, a100, a100-40gb, l40s, rtx4090 or cpu.
         strategy: Which of the two to judge; both are shown.
         precision: Of the forward and backward pass.
-        checkpointing: Judge the run with activation checkpointing; both ways are shown.
+        checkpointing: Of activations; every way is shown.
         efficiency: Part of the device's ceiling that a step reaches, 0 to 1; 0.35 by default.
         json: One JSON object, for programs.
     """
@@ -192,7 +192,8 @@ def plan(
     from mezzotint.recipes import recipe_for
 
     asked = {"batch": batch, "engine.strategy": strategy, "engine.precision": precision}
-    named = [f"{k}={v}" for k, v in asked.items() if v is not None] + ["engine.checkpointing=true"] * checkpointing
+    asked["engine.checkpointing"] = checkpointing
+    named = [f"{k}={v}" for k, v in asked.items() if v is not None]
     recipe = config.override(recipe_for(preset), [*overrides, *named])
     answer = planning.plan(recipe, gpus=gpus, device=device, efficiency=efficiency or planning.EFFICIENCY)
     if json:
@@ -212,7 +213,7 @@ def bench(
     precision: Literal["float32", "bf16"] = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     compile: bool = False,
-    checkpointing: bool = False,
+    checkpointing: Literal["none", "selective", "full"] = "none",
     graphs: bool = False,
     rounds: int = 5,
     json: bool = False,
@@ -228,7 +229,7 @@ def bench(
         precision: float32, or bf16 autocast over float32 weights.
         device: auto is the GPU where there is one.
         compile: torch.compile of each repeated block.
-        checkpointing: Recompute each block in the backward pass.
+        checkpointing: What is computed again in the backward pass: nothing, what is cheap, or each block.
         graphs: Replay sampling from CUDA graphs.
         rounds: Measured repetitions; the median counts.
         json: One JSON object per measurement, for programs.
