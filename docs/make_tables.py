@@ -1,16 +1,19 @@
-"""Write the tables of docs/backbones.md and README.md from the library's own counts and from benchmarks/results."""
+"""Write the tables of docs/ and README.md from the library's own counts and from benchmarks/results."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mezzotint import info
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "backbones.md", ROOT / "README.md"
-QUALITY = ROOT / "benchmarks" / "results" / "quality-cpu.json"
-SPEED = ROOT / "benchmarks" / "results" / "speed-cpu.json"
+PERFORMANCE, EVALUATION = ROOT / "docs" / "performance.md", ROOT / "docs" / "evaluation.md"
+RESULTS = ROOT / "benchmarks" / "results"
+QUALITY = RESULTS / "quality-cpu.json"
+SPEED = RESULTS / "speed-cpu.json"
 
 
 def cost() -> str:
@@ -70,6 +73,130 @@ def speed() -> str:
     return "\n".join([said, "", *lines])
 
 
+def read(name: str) -> dict[str, Any]:
+    """A file of benchmarks/results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown with the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def made(found: dict[str, Any]) -> str:
+    """The command and the circumstances of a result."""
+    return (
+        f"`{found['command']}`: {found['processor']}, {found['threads']} thread, torch {found['torch']}, commit "
+        f"{found['commit']}, load {found['load'][0]:.1f} on {found['cores']} cores, {found['clock']}."
+    )
+
+
+def speed_targets() -> str:
+    """Every target of a ratio on the CPU beside what was measured and what shared arithmetic leaves room for."""
+    found = read("speed-cpu.json")
+    targets = {"dimr-2r": 1.5, "dimr-3r": 1.5, "diffit": 1.3}
+    rows: list[list[str]] = []
+    for row in found["rows"]:
+        name = row["network"]
+        for mode, words in (("train", "training step"), ("sample", "sampling call")):
+            least = targets.get(name) if mode == "train" else 1.5
+            for key, precision, target in (
+                ("float32", "float32", least),
+                ("bf16 against float32 twin", "bf16", 4.0),
+            ):
+                value, most = row[mode][key], row[mode]["limits"][precision]
+                reached = "–" if target is None else "yes" if value >= target else "no"
+                aim = "–" if target is None else f"{target:.1f}×"
+                rows.append([name, f"{words}, {precision}", f"{value:.2f}×", f"{most:.2f}×", aim, reached])
+    head = ["network", "against the float32 twin", "measured", "if all else were free", "target", "reached"]
+    flops = found["ceiling_flops"]
+    said = (
+        f"{made(found)} The machine's own matrix products ran at {flops['float32'] / 1e9:.0f} (float32) and "
+        f"{flops['bf16'] / 1e9:.0f} GFLOP/s (bf16), a ratio of {flops['bf16'] / flops['float32']:.1f}."
+    )
+    return f"{said}\n\n{table(head, rows)}"
+
+
+def memory() -> str:
+    """Peaks of training steps at published sizes beside the twins'."""
+    found = read("memory.json")
+    names = ["ours", "ours, selective checkpointing", "ours, checkpointing"]
+    rows = [
+        [
+            row["preset"],
+            str(row["batch"]),
+            row["precision"],
+            f"{row['peak_bytes']['plain'] / 2**30:.1f} GiB",
+            *(f"{row['ratio'][name]:.2f}×" for name in names),
+        ]
+        for row in found["rows"]
+    ]
+    head = ["preset", "batch", "precision", "twin", "none", "selective", "full"]
+    return f"`{found['command']}`, torch {found['torch']}, commit {found['commit']}.\n\n{table(head, rows)}"
+
+
+def peers() -> str:
+    """Milliseconds per GMAC beside diffusers' DiT."""
+    found = read("peers-cpu.json")
+    names = list(dict.fromkeys(row["network"] for row in found["rows"]))
+    kinds = list(dict.fromkeys((row["mode"], row["precision"]) for row in found["rows"]))
+    cost = {(r["network"], r["mode"], r["precision"]): 1000 * r["seconds_per_gmac"] for r in found["rows"]}
+    peaks = found["peak_bytes_float32"]
+    rows = [[n, *(f"{cost[n, *k]:.1f}" for k in kinds), f"{peaks[n] / 2**20:.0f} MiB"] for n in names]
+    head = ["ms per GMAC", *(f"{mode}, {precision}" for mode, precision in kinds), "peak of a training step"]
+    return f"{made(found)}\n\n{table(head, rows)}"
+
+
+def scaling() -> str:
+    """Fitted exponents beside theory's."""
+    found = read("scaling-cpu.json")
+    rows = [
+        [r["preset"], r["axis"], *(f"{r[k]:.2f}" for k in ("exponent_gmac", "exponent_seconds", "exponent_memory"))]
+        for r in found["rows"]
+    ]
+    return f"{made(found)}\n\n{table(['preset', 'axis', 'GMAC', 'seconds', 'memory'], rows)}"
+
+
+def switches() -> str:
+    """What each choice buys."""
+    found = read("switches-cpu.json")
+    keys = ["train float32", "train bf16", "sample float32", "sample bf16", "peak float32"]
+    rows = [[r["family"], r["switch"], *(f"{r[k]:.2f}×" if k in r else "–" for k in keys)] for r in found["rows"]]
+    return f"{made(found)}\n\n{table(['family', 'the other form', *keys], rows)}"
+
+
+def loader() -> str:
+    """Rates per core, and which presets eight cores feed."""
+    found = read("loader-cpu.json")
+    rows = [[name, f"{rate:,.0f}"] for name, rate in found["rates_per_core"].items()]
+    short = [r["preset"] for r in found["rows"] if not r["outruns"]]
+    said = (
+        f"{made(found)} At {found['gpu_flops'] / 1e12:.0f} TFLOP/s, which no step reaches, eight such cores outrun "
+        f"{len(found['rows']) - len(short)} of {len(found['rows'])} presets; not {', '.join(short)}, whose steps are "
+        "bound by launches long before."
+    )
+    return f"{said}\n\n{table(['source', 'images per second and core'], rows)}"
+
+
+def distances() -> str:
+    """Real images against real images."""
+    found = read("distances-cifar10.json")
+    near = found["FD-inception-64 of train classes (rows) to test classes"]
+    sets = ("inception-64", "inception-768")
+    rows = [
+        [f"FD-{name.capitalize()}", f"{found[f'FD-{name} train/test']:.4g}", f"{found[f'FD-{name} train halves']:.4g}"]
+        for name in sets
+    ]
+    n = found["images of each"]
+    first = table(["distance", f"{n:,} of train to {n:,} of test", f"two halves of {n // 2:,} of train"], rows)
+    between_classes = table(
+        ["FD-Inception-64", *near], [[a, *(f"{v:.2f}" for v in row.values())] for a, row in near.items()]
+    )
+    said = f"Between classes, {n // 10} training images (rows) to as many test images:"
+    return f"{first}\n\n{said}\n\n{between_classes}"
+
+
 def between(text: str, name: str, table: str) -> str:
     """`text` with what stands between the two comments of `name` replaced."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -83,3 +210,8 @@ if __name__ == "__main__":
         page = between(page, name, table)
     PAGE.write_text(page)
     README.write_text(between(README.read_text(), "speed", speed()))
+    page = PERFORMANCE.read_text()
+    for make in (speed_targets, memory, switches, peers, scaling, loader):
+        page = between(page, make.__name__.replace("_", " "), make())
+    PERFORMANCE.write_text(page)
+    EVALUATION.write_text(between(EVALUATION.read_text(), "distances", distances()))

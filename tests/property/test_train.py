@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from mezzotint import config
+from mezzotint import config, ranks
 from mezzotint.train import loop, state
 from mezzotint.train.loop import train
 from mezzotint.train.sentinel import NotFinite
@@ -24,7 +25,16 @@ def test_a_run_leaves_what_the_design_promises(whole):
     assert [r["images"] for r in records(whole)] == [32, 64, 96, 128, 160]
     assert [p.name for p in state.checkpoints(whole)] == ["48", "96", "144", "160"]
     assert sorted(p.name for p in (whole / "samples").iterdir()) == ["000000000080.png", "000000000160.png"]
-    assert {p.name for p in (whole / "model").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    for name in ("model", "model-raw"):
+        assert {p.name for p in (whole / name).iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_the_weights_without_average_are_saved_beside(whole):
+    raw, averaged = (load_file(whole / name / "model.safetensors") for name in ("model-raw", "model"))
+    run = setup(small(), whole, ranks.start())
+    trained = run.state.backbone.state_dict()
+    assert all(torch.equal(raw[name], t) for name, t in trained.items())
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
 
 
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):

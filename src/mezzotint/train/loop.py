@@ -83,7 +83,8 @@ def train(
 ) -> Path:
     """Train `recipe` in `folder` until `recipe.images` have been seen; continue if it was begun. Returns the folder.
 
-    Leaves recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/ and model/ (the averaged weights) there.
+    Leaves recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/, model/ (the averaged weights) and
+    model-raw/ (those without average) there.
 
     Args:
         judge: makes the evaluations of `recipe.evaluate`; see `recipes.judge`.
@@ -231,8 +232,8 @@ def tell(record: dict[str, Any] | None, readers: Readers) -> None:
 def save(run: Run, checkpoint: bool, snapshot_stds: Sequence[float]) -> None:
     """Copy what is to be kept to the CPU now, and have it written behind training.
 
-    A checkpoint brings model/ along, the averaged weights, and unreadable.txt. Training waits only where the writing
-    before is not yet done. All ranks call this together.
+    A checkpoint brings along model/, the averaged weights, model-raw/, those without average, and unreadable.txt.
+    Training waits only where the writing before is not yet done. All ranks call this together.
     """
     run.writer.settle()
     tasks: list[Callable[[], object]] = []
@@ -245,9 +246,10 @@ def save(run: Run, checkpoint: bool, snapshot_stds: Sequence[float]) -> None:
     if checkpoint:
         sentinel.quarantine(run)
         tasks.append(state.begin(run.state, run.folder, run.writer))
-        model = on_cpu(averaged_model(run))
+        model, raw = on_cpu(averaged_model(run)), on_cpu(averaged_model(run, None))
         if run.world.main:
             tasks.append(partial(state.prune, run.folder, keep.keep, keep.keep_every_images))
             tasks.append(partial(save_model, model, run.folder / "model"))
+            tasks.append(partial(save_model, raw, run.folder / "model-raw"))
     if tasks:
         run.writer.start(lambda: [task() for task in tasks])

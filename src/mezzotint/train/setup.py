@@ -245,11 +245,14 @@ def flop_per_image(shell: Model) -> float:
     return 3.0 * counter.get_total_flops()
 
 
-def averaged_model(run: Run, name: str = "ema") -> Model:
-    """A model in eval mode that shares an average's weights, gathered when sharded; all ranks call this together."""
+def averaged_model(run: Run, name: str | None = "ema") -> Model:
+    """A model in eval mode that shares an average's weights (None: those trained), gathered when sharded; all ranks
+    call this together.
+    """
     model = copy.deepcopy(run.shell)
     model.card = dataclasses.replace(run.card, images=run.state.images)
-    weights = {k: distributed.whole(w) for k, w in run.state.averages[name].items()}
+    chosen = ema.weights_of(run.state.backbone) if name is None else run.state.averages[name]
+    weights = {k: distributed.whole(w) for k, w in chosen.items()}
     # Buffers are constants of the config; they come from the trained module.
     buffers = {k: distributed.whole(b) for k, b in run.state.backbone.named_buffers()}
     model.backbone.load_state_dict({**buffers, **weights}, assign=True, strict=False)
