@@ -21,6 +21,14 @@ from mezzotint.registry import Spec, nearest
 T = TypeVar("T")
 
 
+def _at_least(prefix: str, values: object, **least: int) -> None:
+    """ValueError for a field below its least value; None is no value."""
+    for name, bound in least.items():
+        value = getattr(values, name)
+        if value is not None and not value >= bound:  # so that nan is refused too
+            raise ValueError(f"{prefix}{name} {value} must be at least {bound}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What to train on.
@@ -44,6 +52,9 @@ class Data:
     shapes: tuple[tuple[int, int], ...] = ()
     portrait: bool = False
     workers: int = 0
+
+    def __post_init__(self):
+        _at_least("data.", self, workers=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +87,9 @@ class Optim:
     decay: Literal["constant", "cosine"] = "constant"
     clip: float | None = 1.0
 
+    def __post_init__(self):
+        _at_least("optim.", self, lr=0, weight_decay=0, warmup_images=0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ema:
@@ -93,12 +107,17 @@ class Ema:
     power_stds: tuple[float, ...] = ()
     snapshot_every_images: int | None = None
 
+    def __post_init__(self):
+        _at_least("ema.", self, half_life_images=1, snapshot_every_images=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """The sample grids of a run: fixed seeds, fixed labels.
 
+    sampler: with options as on the command line, "ancestral:variance=learned"; on the family's grid, without clipping.
     guidance: classifier-free scale as DiT counts it, 1 = none.
+    every_images, count: none are drawn while either is 0.
     """
 
     every_images: int = 500_000
@@ -106,6 +125,9 @@ class Grid:
     sampler: str = "ddim"
     steps: int = 50
     guidance: float | None = None
+
+    def __post_init__(self):
+        _at_least("grid.", self, every_images=0, count=0, steps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +151,22 @@ class Evaluate:
     guidance: float | None = None
     batch: int = 64
 
+    def __post_init__(self):
+        _at_least("evaluate.", self, every_images=0, steps=1, batch=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """Checkpoints: one every so many images, the newest `keep` of them, plus those at multiples of `keep_every`."""
+    """Checkpoints: one every so many images and at the end, there alone while `every_images` is 0; the newest `keep` of
+    them stay, and those at multiples of `keep_every_images`.
+    """
 
     every_images: int = 1_000_000
     keep: int = 2
     keep_every_images: int | None = None
+
+    def __post_init__(self):
+        _at_least("save.", self, every_images=0, keep=1, keep_every_images=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +190,9 @@ class Engine:
     compile: bool = False
     ceiling_tflops: float | None = None
 
+    def __post_init__(self):
+        _at_least("engine.", self, microbatch=1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sentinel:
@@ -176,6 +209,9 @@ class Sentinel:
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     limit: int = 10
     spike: float | None = 10.0
+
+    def __post_init__(self):
+        _at_least("sentinel.", self, limit=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +247,7 @@ class Recipe:
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self):
-        for name in ("images", "batch", "log_every_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        _at_least("", self, images=1, batch=1, log_every_images=1)
         if not 0 <= self.label_drop <= 1:
             raise ValueError(f"label_drop {self.label_drop} is a probability, 0 to 1")
 
@@ -231,7 +265,7 @@ def _plain(value: Any) -> Any:
 
 def from_dict(values: dict[str, Any]) -> Recipe:
     """The recipe of `to_dict`; ValueError for an unknown key or a value of the wrong type, naming its path."""
-    return _parse(Recipe, values, "")
+    return parse(Recipe, values, "")
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -240,7 +274,7 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 def from_yaml(path: str | Path) -> Recipe:
-    """Read a recipe; errors name the file and the key."""
+    """Read a recipe; ValueError names the file and the key."""
     try:
         values = yaml.safe_load(Path(path).read_text())
         if not isinstance(values, dict):
@@ -248,6 +282,10 @@ def from_yaml(path: str | Path) -> Recipe:
         return from_dict(values)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a recipe: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"no recipe can be read at {path}: {error.strerror}; a run keeps its own as recipe.yaml"
+        ) from None
 
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -275,7 +313,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     return from_dict(values)
 
 
-def _parse(kind: Any, value: Any, path: str) -> Any:
+def parse(kind: Any, value: Any, path: str) -> Any:
     """`value` as `kind`, a dataclass, union, literal, tuple or scalar."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -283,7 +321,7 @@ def _parse(kind: Any, value: Any, path: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        return _parse(next(a for a in args if a is not type(None)), value, path)
+        return parse(next(a for a in args if a is not type(None)), value, path)
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{path} is {value!r}; allowed: {', '.join(map(str, args))}")
@@ -294,7 +332,7 @@ def _parse(kind: Any, value: Any, path: str) -> Any:
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(inner) != len(value):
             raise ValueError(f"{path} has {len(value)} values; {len(inner)} are needed")
-        return tuple(_parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
     if origin is dict or kind is Any:
         return value
     return _parse_scalar(kind, value, path)
@@ -332,4 +370,4 @@ def _parse_dataclass(kind: type[T], value: Any, path: str) -> T:
     for key in required:
         if key not in value:
             raise ValueError(f"key {f'{path}.{key}'.lstrip('.')!r} is missing")
-    return kind(**{k: _parse(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})
+    return kind(**{k: parse(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})

@@ -42,6 +42,16 @@ def test_overrides_reach_every_depth():
         ("imagse=3", "images"),
         ("data.flip=3", "bool is needed"),
         ("images=0", "at least 1"),
+        ("log_every_images=0", "log_every_images 0 must be at least 1"),
+        ("optim.lr=-1", r"optim\.lr -1\.0 must be at least 0"),
+        ("engine.microbatch=0", r"engine\.microbatch 0 must be at least 1"),
+        ("data.workers=-1", r"data\.workers -1 must be at least 0"),
+        ("save.keep=0", r"save\.keep 0 must be at least 1"),
+        ("save.every_images=-5", r"save\.every_images -5 must be at least 0"),
+        ("grid.steps=0", r"grid\.steps 0 must be at least 1"),
+        ("grid.count=-1", r"grid\.count -1 must be at least 0"),
+        ("ema.half_life_images=0", r"ema\.half_life_images 0.* must be at least 1"),
+        ("ema.half_life_images=.nan", r"half_life_images nan must be"),
         ("images=1.5", "int is needed"),
         ("label_drop=1.5", "probability"),
         ("optim.betas=[0.9]", "2 are needed"),
@@ -62,3 +72,5 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path):
     path.write_text("- 1\n")
     with pytest.raises(ValueError, match="no mapping"):
         config.from_yaml(path)
+    with pytest.raises(ValueError, match=r"no recipe can be read at .*nothere\.yaml: No such file"):
+        config.from_yaml(tmp_path / "nothere.yaml")

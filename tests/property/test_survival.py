@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from judges import judge, reference
+from mezzotint import config
 from mezzotint.train import log, loop, state
 from mezzotint.train.loop import train
 from runs import assert_same_run, small
@@ -119,6 +120,7 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
 
 def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path):
     """A file stands where the folder should: to root, who may write anywhere, the nearest thing to read-only."""
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(small()))
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(OSError, match=r"checkpoint at 48 images could not be written"):
         train(small(), tmp_path, quiet=True)

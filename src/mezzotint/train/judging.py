@@ -13,6 +13,7 @@ import torch
 
 from mezzotint.config import Recipe
 from mezzotint.process.denoiser import Model
+from mezzotint.protocols import parse_sampler
 from mezzotint.ranks import any_rank, fail_together, from_main
 from mezzotint.train import log
 from mezzotint.train.setup import Run, averaged_model
@@ -23,12 +24,16 @@ Judge = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
 
 
 def check(recipe: Recipe, judge: Judge | None) -> None:
-    """ValueError where the recipe asks for evaluations and nobody judges, or the other way round."""
+    """ValueError where the recipe asks for evaluations and nobody judges, or the other way round; for its sampler."""
     if (recipe.evaluate.every_images > 0) != (judge is not None):
         raise ValueError(
             f"evaluate.every_images={recipe.evaluate.every_images} and {'no' if judge is None else 'a'} judge do not "
             "fit together; mezzotint.recipes.judge.judge_for(recipe) makes the recipe's own"
         )
+    try:
+        parse_sampler(recipe.evaluate.sampler)
+    except ValueError as error:
+        raise ValueError(f"evaluate.sampler={recipe.evaluate.sampler}: {error}") from None
 
 
 def recorded(run: Run) -> bool:

@@ -25,8 +25,8 @@ from mezzotint.train import ema, environment, judging, log, posthoc, sentinel, s
 from mezzotint.train.console import Console
 from mezzotint.train.distributed import whole
 from mezzotint.train.judging import Judge
-from mezzotint.train.preview import save_grid
-from mezzotint.train.setup import Run, averaged_model, flop_per_image, on_cpu, setup
+from mezzotint.train.preview import grid_path, save_grid
+from mezzotint.train.setup import Run, averaged_model, check_place, flop_per_image, on_cpu, setup
 from mezzotint.train.step import Batch, agree, ahead, gradient, gradient_norms, make_batch, update
 
 Readers = Sequence[Callable[[dict[str, Any]], None]]
@@ -42,9 +42,14 @@ def update_averages(run: Run) -> None:
 
 
 def due(run: Run, every: int) -> bool:
-    """Whether the step just done crossed a multiple of `every` images, or ended the run."""
+    """Whether the step just done crossed a multiple of `every` images, or ended the run; never where `every` is 0."""
     images, batch = run.state.images, run.recipe.batch
-    return images // every > (images - batch) // every or images >= run.recipe.images
+    return every > 0 and (images // every > (images - batch) // every or images >= run.recipe.images)
+
+
+def grid_due(run: Run) -> bool:
+    """Whether a grid shows the images seen."""
+    return run.recipe.grid.count > 0 and due(run, run.recipe.grid.every_images)
 
 
 class Stop:
@@ -101,7 +106,7 @@ def train(
         stack.callback(ranks.stop)
         stack.callback(console.close)
         stack.enter_context(stop.listening())
-        hold(Path(folder), world, stack)
+        hold(Path(folder), recipe.data.source, world, stack)
         run = setup(recipe, Path(folder), world, console.say, initialise)
         stack.callback(run.writer.close)
         environment.record(run)
@@ -110,11 +115,15 @@ def train(
     return Path(folder)
 
 
-def hold(folder: Path, world: World, stack: ExitStack) -> None:
-    """Make the run's folder and keep other processes out of it until `stack` ends; all ranks fail if it cannot be."""
+def hold(folder: Path, source: str, world: World, stack: ExitStack) -> None:
+    """Make the run's folder and keep other processes out of it until `stack` ends; all ranks fail if it cannot be.
+
+    source: of the data, among which a run has no place.
+    """
     error = None
     if world.main:
         try:
+            check_place(folder, source)
             stack.enter_context(state.held(folder))
         except ValueError as reason:
             error = reason
@@ -147,6 +156,8 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = (), 
     flop = flop_per_image(run.shell)
     run.model.train()
     console.start(recipe.images, now.images)
+    if grid_owed(run):
+        draw_grid(run)
     if judge is not None and owed(run) and not judged(run, judge, stop, console, lines, events):
         leave(run, console)
     feed = feed_of(run)
@@ -177,16 +188,18 @@ def loop(run: Run, console: Console, stop: Stop, track: trackers.Trackers = (), 
         tell(record, lines)
         tell(event, events)
         console.progress(now.images, record)
-        if due(run, recipe.grid.every_images):
+        if grid_due(run):
             tell(ema.horizon_event(recipe.ema, now.images), events)
-            save_grid(averaged_model(run), run.folder, recipe.grid, recipe.seed, world, run.images)
         judging_due = judge is not None and due(run, recipe.evaluate.every_images)
-        # An evaluation may take long, so what was reached is saved before; the next start takes it up.
-        checkpoint = due(run, recipe.save.every_images) or judging_due or verdict.stopping
-        snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images)
+        # A grid may fail, an evaluation take long: what was reached is saved before, and the next start takes them up.
+        ended = now.images >= recipe.images
+        checkpoint = due(run, recipe.save.every_images) or ended or judging_due or verdict.stopping
+        snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images) or ended
         if checkpoint or snapshots:
             save(run, checkpoint, recipe.ema.power_stds if snapshots else ())
         stopping = verdict.stopping
+        if grid_due(run) and not stopping:
+            draw_grid(run)
         if judge is not None and judging_due and not stopping:
             paused = time.monotonic()
             stopping = not judged(run, judge, stop, console, lines, events)
@@ -202,6 +215,17 @@ def leave(run: Run, console: Console) -> NoReturn:
     again = f": {environment.command()}" if run.world.size == 1 else ", under the same launcher"
     console.say(f"stopped at {run.state.images:,} images; run the same command again to go on{again}")
     raise SystemExit(0)
+
+
+def draw_grid(run: Run) -> None:
+    """Sample the averaged weights as they are now; all ranks call this together."""
+    save_grid(averaged_model(run), run.folder, run.recipe.grid, run.recipe.seed, run.world, run.images)
+
+
+def grid_owed(run: Run) -> bool:
+    """Whether the process before ended between a checkpoint and its grid; all ranks call this together."""
+    there = run.world.main and grid_path(run.folder, run.state.images).exists()
+    return not ranks.from_main(there, run.world) and run.state.images > 0 and grid_due(run)
 
 
 def owed(run: Run) -> bool:

@@ -13,11 +13,11 @@ from mezzotint.config import Grid
 from mezzotint.data import latents
 from mezzotint.data.latent_sets import TrainingSet
 from mezzotint.data.pixels import to_uint8
-from mezzotint.generate import Guidance, Settings, generate
+from mezzotint.generate import Guidance, Settings, generate, network_calls
 from mezzotint.pictures import grid, save_png
 from mezzotint.process.denoiser import Cond, Model
+from mezzotint.protocols import parse_sampler
 from mezzotint.ranks import World
-from mezzotint.registry import Spec
 
 
 def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
@@ -38,6 +38,30 @@ def visible(images: torch.Tensor, codec: str) -> torch.Tensor:
     """Images in [-1, 1] of a network's output; where no decoder is on this machine, three channels of the latents."""
     space = preview_codec(codec, images.device)
     return images[:, :3] / 3 if space is None else space.decode(images)
+
+
+def settings_of(asked: Grid) -> Settings:
+    """How a grid is sampled; ValueError for an unknown sampler or option."""
+    guided = None if asked.guidance is None else Guidance(dit_s=asked.guidance)
+    try:
+        return Settings(sampler=parse_sampler(asked.sampler), steps=asked.steps, guidance=guided)
+    except ValueError as error:
+        raise ValueError(f"grid.sampler={asked.sampler}: {error}") from None
+
+
+def check(asked: Grid, model: Model) -> None:
+    """ValueError for what the first grid would fail with, by running the sampler around an empty network."""
+    settings = settings_of(asked)
+    if asked.every_images and asked.count:
+        try:
+            network_calls(model, settings)
+        except ValueError as error:
+            raise ValueError(f"the grids cannot be sampled as grid.* asks: {error}") from None
+
+
+def grid_path(folder: Path, images: int) -> Path:
+    """The grid of a run's folder after so many images."""
+    return folder / "samples" / f"{images:012d}.png"
 
 
 def grid_pictures(count: int, total: int) -> list[int]:
@@ -64,16 +88,14 @@ def save_grid(
             (folder / "samples").mkdir(parents=True, exist_ok=True)
             lines = [" ".join((images.text(i) or "").split()) for i in shown]
             (folder / "samples" / "captions.txt").write_text("".join(f"{line}\n" for line in lines), "utf-8")
-    guided = None if settings.guidance is None else Guidance(dit_s=settings.guidance)
-    asked = Settings(sampler=Spec(settings.sampler), steps=settings.steps, guidance=guided)
-    made = generate(model, [seed + i for i in mine], cond, asked)
+    made = generate(model, [seed + i for i in mine], cond, settings_of(settings))
     pixels = to_uint8(visible(made, model.card.codec).cpu())
     shares = [(mine, pixels)]
     if world.size > 1:
         gathered: list = [None] * world.size
         dist.all_gather_object(gathered, (mine, pixels))
         shares = gathered
-    path = folder / "samples" / f"{model.card.images:012d}.png"
+    path = grid_path(folder, model.card.images)
     if world.main:
         sheet = torch.empty(settings.count, *pixels.shape[1:], dtype=torch.uint8)
         for numbers, part in shares:

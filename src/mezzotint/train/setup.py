@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mezzotint import config, draws
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
+from mezzotint.data.images import split_suffix
 from mezzotint.data.latent_sets import TrainingSet, space_of
 from mezzotint.models import Card, build_model, preset_card
 from mezzotint.process import objectives, schedules
@@ -24,7 +26,7 @@ from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
 from mezzotint.ranks import World, fail_together
 from mezzotint.registry import Spec, build
-from mezzotint.train import distributed, ema, log, state
+from mezzotint.train import distributed, ema, log, preview, state
 from mezzotint.train.data import open_data, text_card
 from mezzotint.train.optim import make_optimisers
 from mezzotint.weights import replace_file
@@ -102,15 +104,45 @@ def fixed(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def claim_folder(folder: Path, recipe: Recipe) -> None:
-    """Write recipe.yaml, or check that the one there is of the same run; ValueError lists the differences."""
+def check_place(folder: Path, source: str) -> None:
+    """ValueError for a folder that cannot become a run's: it lies in the data's, or holds what is not a run's."""
+    base = source if os.path.isdir(source) else split_suffix(source)[0]
+    data = Path(base).expanduser()
+    if base and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"{folder} lies in the data folder {base}, whose pictures the run's grids would join; "
+            "use an --out elsewhere, e.g. --out runs/NAME"
+        )
+    if folder.is_dir() and not (folder / "recipe.yaml").exists():
+        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if others:
+            raise ValueError(
+                f"{folder} is no run's folder and holds {', '.join(others[:3])}{' ...' if others[3:] else ''}; "
+                "use an --out that is new or empty"
+            )
+
+
+def begun(folder: Path) -> bool:
+    """Whether a run's training left anything in its folder, beyond the recipe of a start that failed."""
+    lines = folder / "log.jsonl"
+    places = ("checkpoints", "model", "samples", "ema", "evaluations", "bundles")
+    return (lines.exists() and lines.stat().st_size > 0) or any(any((folder / p).glob("[!.]*")) for p in places)
+
+
+def check_claim(folder: Path, recipe: Recipe) -> None:
+    """ValueError where training was begun in the folder with another recipe; it lists the differences."""
     path = folder / "recipe.yaml"
-    if path.exists():
+    if path.exists() and begun(folder):
         old, new = fixed(config.from_yaml(path)), fixed(recipe)
         differing = [f"  {k}: {old.get(k)} there, {new[k]} asked" for k in new if old.get(k) != new[k]]
         if differing:
             listing = "\n".join(differing)
             raise ValueError(f"{folder} belongs to another recipe:\n{listing}\nUse another --out, or ask for the same.")
+
+
+def claim_folder(folder: Path, recipe: Recipe) -> None:
+    """Write recipe.yaml, and clear away what a killed process left half-written; OSError where that cannot be."""
+    path = folder / "recipe.yaml"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.remove_partial(folder)
@@ -129,28 +161,21 @@ def setup(
     """Open the data, build and wrap the network, make the optimisers, and restore the newest intact checkpoint.
 
     initialise: called on the network before its first step (not on resume), e.g. to load weights to fine-tune.
+
+    The folder is claimed last, so that a start that fails leaves it to the corrected command.
     """
     images = open_data(recipe, world)
     recipe = resolve(recipe, images)
-    refused = None
-    if world.main:
-        try:
-            claim_folder(folder, recipe)
-        except (ValueError, OSError) as error:
-            refused = error
-    fail_together(refused, world)
-    card = preset_card(recipe.preset, **recipe.model)
-    card = dataclasses.replace(
-        card,
-        schedule=recipe.schedule or card.schedule,
-        labels=images.label_names,
-        codec=space_of(images),
-        extra=text_card(images.words),
-    )
+    _on_main(lambda: check_claim(folder, recipe), world)
+    card = card_of(recipe, images)
     torch.manual_seed(recipe.seed)
     model = build_model(card).to(world.device)
+    shell = shell_of(card)
     schedule, objective = build(schedules.registry, card.schedule), build(objectives.registry, recipe.objective)
     check_objective(recipe, model, objective, schedule)
+    preview.check(recipe.grid, shell)
+    for std in recipe.ema.power_stds:
+        ema.power_gamma(std)  # refuses a width that no average has
     backbone = model.backbone
     checkpoint, passed = state.newest_intact(folder)
     if checkpoint is None and initialise is not None:
@@ -166,6 +191,7 @@ def setup(
         averages={name: ema.snapshot(weights) for name in names},
         window=log.new_window(world.device, len(parts)),
     )
+    _on_main(lambda: claim_folder(folder, recipe), world)
     for sentence in passed:
         say(sentence)
     if checkpoint is not None:
@@ -178,13 +204,36 @@ def setup(
         images=images,
         card=card,
         model=model,
-        shell=shell_of(card),
+        shell=shell,
         parts=parts,
         objective=objective,
         schedule=schedule,
         state=current,
         writer=state.Writer(world),
     )
+
+
+def card_of(recipe: Recipe, images: TrainingSet) -> Card:
+    """What the run's models say of themselves."""
+    card = preset_card(recipe.preset, **recipe.model)
+    return dataclasses.replace(
+        card,
+        schedule=recipe.schedule or card.schedule,
+        labels=images.label_names,
+        codec=space_of(images),
+        extra=text_card(images.words),
+    )
+
+
+def _on_main(task: Callable[[], object], world: World) -> None:
+    """Do something on the first rank; where it fails there, all ranks fail."""
+    error = None
+    if world.main:
+        try:
+            task()
+        except (ValueError, OSError) as reason:
+            error = reason
+    fail_together(error, world)
 
 
 @torch.no_grad()
