@@ -20,7 +20,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import Tensor
 
-from mezzotint import info
+from mezzotint import backbones, info
 from mezzotint.backbones.layers import Checkpointing
 from mezzotint.graphs import Graphed
 from mezzotint.models import create_model, schedule_of
@@ -189,7 +189,7 @@ def sampling_call(model: Model, settings: Settings, batch: int) -> Work:
     """One network evaluation of `batch` images as a sampler asks for it: guided, in one doubled batch."""
     denoise: Denoiser = Graphed(model) if settings.graphs else model
     z, _, cond = drawn(model, batch, settings.device)
-    if cond.label is not None:
+    if cond.label is not None and not backbones.needs_label(model.card.config):
         null = guidance.null_label(model.card.config.num_classes)
         denoise = guidance.classifier_free(denoise, null, guidance.dit_s(1.5))
     # On the CPU, as samplers give them, so that guidance can read them.
@@ -268,7 +268,8 @@ def _gmac(model: Model) -> float:
     config = model.card.config
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         net = type(model.backbone)(config)
-        net(torch.empty(1, config.channels, config.size, config.size), torch.empty(1), Cond())
+        z = torch.empty(1, config.channels, config.size, config.size)
+        net(z, torch.empty(1), backbones.some_cond(config, z))
     return counter.get_total_flops() / 2 / info.GIGA
 
 

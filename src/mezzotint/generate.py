@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import draws, prompts
+from mezzotint.backbones import needs_label
 from mezzotint.models import load_model, schedule_of
 from mezzotint.process import guidance as guide
 from mezzotint.process import samplers
@@ -111,7 +112,7 @@ class Settings:
 def sample(
     model: Model,
     seeds: Sequence[int],
-    label: int | Sequence[int] | Tensor | None = None,
+    label: int | str | Sequence[int | str] | Tensor | None = None,
     text: str | Sequence[str] | Tensor | None = None,
     sampler: str = "ddim",
     steps: int = 50,
@@ -123,7 +124,7 @@ def sample(
     Args:
         model: in eval mode, on any device.
         seeds: one non-negative integer per image; an image depends on its own seed alone.
-        label: class index of each image, or one for all; None is the null label (no class).
+        label: class index or name of each image, or one for all; None is the null label (no class).
         text: one prompt for all or one per image, or token embeddings (b, t, d), for models that read text.
         sampler, steps: see `mezzotint.process.samplers`.
         guidance: classifier-free scale as DiT counts it; None or 1 is none.
@@ -135,11 +136,14 @@ def sample(
     Errors: ValueError for an unknown sampler, a label out of range, guidance of an unconditional model, a size that
         the network cannot take.
     """
+    if not isinstance(model, Model):
+        raise ValueError(f"{model!r} is no model; open one first: sample(load_model(folder_or_hub_name), ...)")
     square = (size, size) if isinstance(size, int) else size
     guided = None if guidance is None else Guidance(dit_s=guidance)
     settings = Settings(sampler=Spec(sampler), steps=steps, guidance=guided, size=square)
     cond = replace(text_of(model, text, len(seeds)), label=labels_of(model, label, len(seeds)))
-    return generate(model, list(seeds), cond, settings)
+    images = generate(model, list(seeds), cond, settings)
+    return images.clamp(-1, 1) if model.card.codec == "pixels" else images
 
 
 def text_of(model: Model, text: str | Sequence[str] | Tensor | None, count: int) -> Cond:
@@ -154,21 +158,28 @@ def text_of(model: Model, text: str | Sequence[str] | Tensor | None, count: int)
     return prompts.read(model, said)
 
 
-def labels_of(model: Model, label: int | Sequence[int] | Tensor | None, count: int) -> Tensor | None:
-    """Labels as a (count,) tensor, checked against the model's classes."""
-    if label is None:
-        return None
+def labels_of(model: Model, label: int | str | Sequence[int | str] | Tensor | None, count: int) -> Tensor | None:
+    """Labels, by index or name, as a (count,) tensor, checked against the model's classes."""
     classes = model.card.config.num_classes
+    if label is None:
+        if needs_label(model.card.config):
+            raise ValueError(f"this network has no null label: give labels, 0 to {classes - 1}")
+        return None
     if not classes:
         raise ValueError("labels were given but this model is unconditional; leave label out")
+    if not isinstance(label, int | Tensor):
+        names = [label] if isinstance(label, str) else label
+        label = [label_indices(model, [n])[0] if isinstance(n, str) else n for n in names]
     row = torch.as_tensor(label, dtype=torch.long, device="cpu").reshape(-1)
     row = row.expand(count) if len(row) == 1 else row
     if len(row) != count:
         raise ValueError(f"{len(row)} labels for {count} seeds; give one label, or one per seed")
-    if len(row) and (row.min() < 0 or row.max() > classes):
+    null = not needs_label(model.card.config)
+    last = classes if null else classes - 1
+    if len(row) and (row.min() < 0 or row.max() > last):
         raise ValueError(
-            f"label {int(row.max() if row.max() > classes else row.min())} is out of range: "
-            f"0 to {classes - 1}, or {classes} for no class"
+            f"label {int(row.max() if row.max() > last else row.min())} is out of range: "
+            f"0 to {classes - 1}" + (f", or {classes} for no class" if null else "")
         )
     return row
 
@@ -364,8 +375,8 @@ def generate(model: Model, seeds: Sequence[int], cond: Cond, settings: Settings,
 def open_model(source: str | Path) -> Model:
     """The averaged model of a run folder, a model folder, or a hub repository, in eval mode on the best device."""
     folder = Path(source)
-    if (folder / "recipe.yaml").exists() and not (folder / "model").exists():
-        raise ValueError(f"{folder} is a run that has saved no model yet; wait for its first checkpoint")
+    if not (folder / "model").exists() and any((folder / name).exists() for name in ("recipe.yaml", ".lock")):
+        raise ValueError(f"{folder} is a run that has saved no model yet; the same train command goes on until it has")
     model = load_model(folder / "model" if (folder / "model").exists() else str(source))
     return model.eval().requires_grad_(False).to(own_device())
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mezzotint.backbones import needs_label
 from mezzotint.backbones.layers import Checkpointing
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.objectives import Objective
@@ -82,6 +84,8 @@ class Player:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # the schedules' tables are real
         self.objective, self.bf16 = objective, bf16
         self.model = copy.deepcopy(model).train()
+        if needs_label(model.card.config):  # tensors have no values here, so a row that is not there can be looked up
+            setattr(self.model.backbone, "config", replace(model.card.config, null_label=True))  # noqa: B010
         with self.mode:
             self.model._apply(lambda t: torch.empty(t.shape, dtype=weights if t.is_floating_point() else t.dtype))
         setattr(self.model.backbone, "checkpointing", checkpointing)  # noqa: B010

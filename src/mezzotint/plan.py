@@ -6,6 +6,8 @@ Memory is counted, see `mezzotint.memory`; time is arithmetic over a ceiling tim
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -15,13 +17,14 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mezzotint.backbones import some_cond
 from mezzotint.backbones.layers import Checkpointing
 from mezzotint.config import Engine, Recipe
 from mezzotint.info import GIGA, si
 from mezzotint.memory import Player
 from mezzotint.models import build_model, preset_card
 from mezzotint.process import objectives
-from mezzotint.process.denoiser import Cond, Model
+from mezzotint.process.denoiser import Model
 from mezzotint.registry import build, nearest
 from mezzotint.train.distributed import blocks
 from mezzotint.train.optim import make_optimisers
@@ -120,24 +123,31 @@ def plan(
     chip = accelerator(device)
     if not 0 < efficiency <= 1:
         raise ValueError(f"efficiency {efficiency} is a part of the ceiling; it lies above 0 and up to 1")
-    if gpus < 1 or recipe.batch % gpus:
-        least = max(1, round(recipe.batch / max(gpus, 1))) * max(gpus, 1)
+    if gpus < 1:
+        raise ValueError(f"gpus {gpus} must be at least 1")
+    if recipe.batch % gpus:
+        least = max(1, round(recipe.batch / gpus)) * gpus
         raise ValueError(f"batch {recipe.batch} cannot be shared by {gpus} ranks evenly; try batch={least}")
     precision = _precision(recipe.engine, device)
     share = recipe.batch // gpus
     micro = min(recipe.engine.microbatch or share, share)
-    with torch.device("meta"):
-        model = build_model(preset_card(recipe.preset, **recipe.model))
-    macs, skipped = _forward_macs(model)
+    card = preset_card(recipe.preset, **recipe.model)
+    with _countable(card.config.size):
+        with torch.device("meta"):
+            model = build_model(card)
+        macs, skipped = _forward_macs(model)
     asked = (recipe.engine.strategy if gpus > 1 else "one process", recipe.engine.checkpointing)
     ways = [
         (way, again) for way in (("ddp", "fsdp") if gpus > 1 else ("one process",)) for again in get_args(Checkpointing)
     ]
-    columns = [
-        column(recipe, model, chip, strategy=way, checkpointing=again, precision=precision, gpus=gpus, device=device)
-        for way, again in ways
-        if compare or (way, again) == asked
-    ]
+    with _countable(card.config.size):
+        columns = [
+            column(
+                recipe, model, chip, strategy=way, checkpointing=again, precision=precision, gpus=gpus, device=device
+            )
+            for way, again in ways
+            if compare or (way, again) == asked
+        ]
     passes = 4 if recipe.engine.checkpointing == "full" else 3  # a backward pass costs two forward passes
     per_image = passes * 2 * macs  # one multiply-accumulate is two floating-point operations
     seconds = share * per_image / (efficiency * getattr(chip, precision))
@@ -172,11 +182,23 @@ def _precision(engine: Engine, device: str) -> str:
     return "bf16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
+@contextmanager
+def _countable(size: int) -> Iterator[None]:
+    """ValueError where a tensor has more elements than PyTorch can number."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "overflow" not in str(error):
+            raise
+        raise ValueError(f"size {size} is beyond what can be counted; give a smaller model.size") from error
+
+
 def _forward_macs(model: Model) -> tuple[int, int]:
     """Multiply-accumulates of a forward pass of one image: those done, and those without effect that are not."""
     config = model.card.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.backbone(torch.empty(1, config.channels, config.size, config.size), torch.empty(1), Cond())
+        z = torch.empty(1, config.channels, config.size, config.size)
+        model.backbone(z, torch.empty(1), some_cond(config, z))
     return counter.get_total_flops() // 2, getattr(model.backbone, "skipped_macs", 0)
 
 

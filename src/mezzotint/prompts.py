@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mezzotint.backbones import text_width
+from mezzotint.backbones import needs_label, text_width
 from mezzotint.data.text import TextEncoder, encoder
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Cond, Model
@@ -57,6 +57,8 @@ def read(model: Model, prompts: Sequence[str], name: str | None = None) -> Cond:
 def null_of(model: Model) -> guide.Null:
     """The function that empties a condition of this model: the null label, or no words."""
     config = model.card.config
+    if needs_label(config):
+        raise ValueError("this network has no null label, so nothing guides it; sample it without guidance")
     return guide.null_text if text_width(config) else guide.null_label(config.num_classes)
 
 

@@ -72,7 +72,8 @@ PROTOCOLS: dict[str, Protocol] = {
         uint8_rule="round",
         codec="pixels",
         source="simple diffusion, arXiv 2301.11093, section 2 and appendix; 512 steps as in its ablations",
-        chosen="the smaller (posterior) variance, no guidance (guided rows: simple_diffusion_w=0.1), labels, dtype",
+        chosen="the smaller (posterior) variance, no guidance (guided rows: simple_diffusion_w=0.1), labels, dtype, "
+        "the rule to eight bits",
     ),
     # specs/diffit.md 2.1 and section 5.
     "diffit-256": Protocol(
@@ -81,7 +82,7 @@ PROTOCOLS: dict[str, Protocol] = {
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 says 4.6)",
-        chosen="labels, float32 (the released half-precision switch does not run)",
+        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
     ),
     "diffit-512": Protocol(
         settings=Settings(**_RESPACED, guidance=Guidance(dit_s=1.49, channels=3)),
@@ -89,7 +90,7 @@ PROTOCOLS: dict[str, Protocol] = {
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, section 5.8",
-        chosen="labels, float32 (the released half-precision switch does not run)",
+        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
     ),
     # specs/dimr.md 6.1 to 6.3.
     "dimr-256": Protocol(
@@ -123,7 +124,7 @@ PROTOCOLS: dict[str, Protocol] = {
             dtype="float16",
         ),
         label_law="random",
-        uint8_rule="round",
+        uint8_rule="truncate",  # as its autoencoder's decoding ends; its pixel models round
         codec="sd-vae-ft-mse",
         source="EDM2, arXiv 2312.02696, and its released sampling script",
         chosen="no guidance; the guided presets differ by size: --guidance dit_s=... with --guide",
@@ -164,8 +165,9 @@ def parse_clip(text: str) -> Spec | None:
 
 
 def parse_guidance(text: str) -> Guidance:
-    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "dimr_s=0.4" or "dit_s=4.4,power=4,channels=3"."""
-    return Guidance(**_parse_options("guidance", Guidance, text if "=" in text else f"dit_s={text}"))
+    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "dimr_s=0.4"; both may go on, "4.4,power=4"."""
+    named = "=" in text.partition(",")[0]
+    return Guidance(**_parse_options("guidance", Guidance, text if named else f"dit_s={text}"))
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint import config
+from mezzotint.backbones import some_cond
 from mezzotint.bench import machine
 from mezzotint.config import Recipe
 from mezzotint.models import build_model, preset_card
@@ -222,11 +223,13 @@ def _binned(losses: Tensor, logsnr: Tensor) -> dict[str, float]:
 class Silent(nn.Module):
     """A backbone that answers zeros, in the shapes of a real one's outputs."""
 
-    def __init__(self, real: nn.Module, shape: tuple[int, ...]):
+    def __init__(self, real: nn.Module, config: Any):
         super().__init__()
+        shape = (config.channels, config.size, config.size)
         self.dtype_of_inputs = nn.Parameter(torch.zeros(()))
         with torch.device("meta"), torch.no_grad():
-            self.shapes = [o.shape[1:] for o in real(torch.empty(1, *shape), torch.empty(1), Cond())]
+            z = torch.empty(1, *shape)
+            self.shapes = [o.shape[1:] for o in real(z, torch.empty(1), some_cond(config, z))]
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
         """Zeros, coarse to fine."""
@@ -244,7 +247,7 @@ def predict_nothing(recipe: Recipe, levels: int = 256, batch: int = 16) -> dict[
     with torch.device("meta"):
         real = build_model(card)
     shape = (card.config.channels, card.config.size, card.config.size)
-    model = Model(Silent(real.backbone, shape), real.parameterisation, card)
+    model = Model(Silent(real.backbone, card.config), real.parameterisation, card)
     objective = build(objectives.registry, recipe.objective)
     schedule = build(schedules.registry, recipe.schedule or card.schedule)
     generator = torch.Generator().manual_seed(0)
@@ -253,7 +256,7 @@ def predict_nothing(recipe: Recipe, levels: int = 256, batch: int = 16) -> dict[
         x = DATA_STD * torch.randn(len(u), *shape, generator=generator)
         eps = torch.randn(x.shape, generator=generator)
         logsnr = schedule(u)
-        loss = objective(model, x, eps, logsnr.float(), Cond())
+        loss = objective(model, x, eps, logsnr.float(), some_cond(card.config, x))
         if recipe.time.measure == "logsnr":
             with torch.enable_grad():
                 loss = loss * (-slope(schedule, u) / 2).to(loss)

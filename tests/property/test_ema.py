@@ -52,7 +52,8 @@ def test_exponential_average_of_constant_weights_nears_them_by_half_each_half_li
 
 def test_exponential_half_life_ramps_up_with_the_run():
     settings = Ema(half_life_images=1000, rampup=0.05)
-    assert ema.exponential_beta(settings, 2000, 100) == pytest.approx(0.5)  # half-life 100 images
+    assert ema.exponential_beta(settings, 2100, 100) == pytest.approx(0.5)  # half-life 100 images, of 2000 before
+    assert ema.exponential_beta(settings, 100, 100) == 0  # nothing was seen before, so nothing is kept
     assert ema.exponential_beta(settings, 10**6, 100) == pytest.approx(0.5**0.1)
 
 
@@ -181,6 +182,25 @@ def test_rebuilding_a_run_equals_tracking_it(averaged):
     finally:
         for path in hidden.iterdir():
             path.rename(averaged / "ema" / path.name)
+
+
+def test_what_is_not_trained_is_not_rebuilt(averaged, monkeypatch):
+    """Coefficients do not sum to 1: fixed positions would be scaled by their sum."""
+    real = posthoc.load_model
+
+    def frozen(folder):
+        model = real(folder)
+        next(model.backbone.parameters()).requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(posthoc, "load_model", frozen)
+    model, rebuilt = posthoc.rebuilt_model(averaged, 0.2)
+    kept = load_file(averaged / "model" / "model.safetensors")
+    (fixed, trained), state = list(rebuilt.weights)[:2], model.backbone.state_dict()
+    first = next(name for name, _ in model.backbone.named_parameters())
+    assert torch.equal(state[first], kept[first])
+    other = trained if fixed == first else fixed
+    assert torch.equal(state[other], rebuilt.weights[other])
 
 
 def test_a_tracked_width_is_rebuilt_exactly(averaged):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from mezzotint.generate import (
     grid_of,
     integrate,
     label_indices,
+    labels_of,
     network_calls,
     scale_of,
     start_noise,
@@ -82,9 +85,9 @@ def test_tiles_are_what_makes_the_bytes_the_same():
 
 def test_sample_is_generate_with_defaults():
     model = tiny()
-    made = mz.sample(model, [5, 6], label=[1, 2], sampler="heun", steps=3, guidance=2.0)
+    made = mz.sample(model, [5, 6], label=[1, 2], sampler="heun", steps=3, guidance=2.0)  # clamped to pixels' range
     settings = Settings(sampler=Spec("heun"), steps=3, guidance=Guidance(dit_s=2.0))
-    assert torch.equal(made, generate(model, [5, 6], Cond(label=torch.tensor([1, 2])), settings))
+    assert torch.equal(made, generate(model, [5, 6], Cond(label=torch.tensor([1, 2])), settings).clamp(-1, 1))
     assert mz.sample(model, []).shape == (0, 3, 8, 8)
     assert mz.sample(model, [0], size=(16, 8), steps=1).shape == (1, 3, 16, 8)
     assert torch.equal(mz.sample(model, [0], label=4, steps=2), mz.sample(model, [0], label=[4], steps=2, guidance=1.0))
@@ -242,6 +245,23 @@ def test_more_bad_input():
     assert label_indices(named, ["tulip", "0"]) == [1, 0]
     with pytest.raises(ValueError, match="unknown label 'rosa'; did you mean rose"):
         label_indices(named, ["rosa"])
+    with pytest.raises(ValueError, match="unknown label 'cat'; this model has no label names"):
+        mz.sample(tiny(), [0], label="cat")
+
+
+def test_labels_by_name_are_labels_by_number():
+    model = tiny()
+    model.card = dataclasses.replace(model.card, labels=("rose", "tulip"))
+    assert labels_of(model, "tulip", 2).tolist() == [1, 1]
+    assert labels_of(model, ["tulip", 3, "rose"], 3).tolist() == [1, 3, 0]
+    assert labels_of(model, (), 0).tolist() == []
+
+
+def test_a_name_in_place_of_a_model_says_how_to_open_it(tmp_path):
+    """In a process of its own, since here annotations are checked first."""
+    code = "import mezzotint as mz\nmz.sample('my-model', [0])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "ValueError: 'my-model' is no model; open one first: sample(load_model(" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -263,3 +283,23 @@ def test_guidance_is_one_thing(fields, message):
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=r"must be at least 1|did you mean"):
         Settings(**{field: value})
+
+
+def test_images_lie_in_their_range_and_latents_do_not_have_one():
+    torch.manual_seed(0)
+    for preset, inside in (("unet-tiny", True), ("dimr-latent-tiny", False)):
+        model = mz.create_model(preset).eval()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        assert (mz.sample(model, [0, 1], steps=2).abs().max() <= 1) == inside
+
+
+def test_a_network_without_null_label_is_given_labels_and_is_not_guided():
+    model = mz.create_model("dimr-tiny", size=16, num_classes=3, null_label=False).eval()
+    assert mz.sample(model, [0], label=2, steps=2).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="no null label: give labels, 0 to 2"):
+        mz.sample(model, [0], steps=2)
+    with pytest.raises(ValueError, match="label 3 is out of range: 0 to 2"):
+        mz.sample(model, [0], label=3, steps=2)
+    with pytest.raises(ValueError, match="no null label, so nothing guides it"):
+        mz.sample(model, [0], label=1, steps=2, guidance=2.0)

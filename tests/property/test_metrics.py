@@ -212,6 +212,17 @@ def test_precision_and_recall_worked_by_hand():
     assert density_coverage(real, fake, k=1) == pytest.approx((2 / 3, 2 / 3))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_duplicates_lie_in_the_closed_ball_of_radius_nothing(seed):
+    """More equal rows than neighbours have a ball of radius 0, which an equal row touches whatever rounding says."""
+    point, others = 5 * rng(seed).normal(size=(1, 2048)), 5 * rng(seed + 50).normal(size=(40, 2048))
+    real, fake = np.concatenate([np.repeat(point, 5, 0), others]), np.repeat(point, 7, 0)
+    assert precision_recall(real, fake, k=3) == pytest.approx((1, 5 / 45))
+    squared = np.square(real[:, None] - real[None]).sum(2)  # by differences, so that equal rows are at exactly 0
+    inside = squared[0] <= np.sort(squared, 1)[:, 3]
+    assert density_coverage(real, fake, k=3) == pytest.approx((inside.sum() / 3, inside.mean()))
+
+
 @pytest.mark.parametrize("block", [1, 7, 64, 1000])
 def test_neighbours_like_numpy_in_any_block(block):
     real, fake = rng(1).normal(size=(60, 5)), 0.8 * rng(2).normal(size=(45, 5)) + 0.3

@@ -279,3 +279,9 @@ def test_errors_name_what_to_do(data):
         loss_of("min_snr", stub(), data, gamma=0.0)
     with pytest.raises(ValueError, match="one step"):
         loss_of("hybrid", stub("eps", doubled=True), data, steps=1)
+
+
+def test_data_std_belongs_to_the_edm_row():
+    with pytest.raises(ValueError, match="row=edm alone; row is eps"):
+        objectives.registry["regression"](row="eps", data_std=0.5)
+    objectives.registry["regression"](row="edm", data_std=0.3)

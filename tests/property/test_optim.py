@@ -39,6 +39,16 @@ def test_muon_takes_hidden_matrices_alone():
             assert not spared & {name[id(p)] for p in group["params"]}
 
 
+@pytest.mark.parametrize("preset", ["dimr-tiny", "diffit-latent-tiny", "diffit-tiny"])
+def test_muon_leaves_positions_classes_and_bias_tables(preset):
+    net = create_model(preset, size=16).backbone
+    muon, _ = make_optimisers(Optim(name="muon"), net, fused=True)
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    tables = [n for n, p in net.named_parameters() if id(p) in taken and not n.endswith(".weight")]
+    assert not tables
+    assert taken <= {id(m.weight) for m in net.modules() if isinstance(m, torch.nn.Linear)}
+
+
 def test_groups_hold_every_trained_parameter_once():
     net = create_model("dimr-tiny", size=16).backbone
     held = [id(p) for group in groups(net, 0.1) for p in group["params"]]

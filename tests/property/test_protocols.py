@@ -82,8 +82,8 @@ def test_simple_diffusion_steps_are_even_and_end_clipped():
     assert made.abs().max() <= 1
 
 
-def test_adm_truncates_and_others_round():
-    assert {name for name, p in protocols.PROTOCOLS.items() if p.uint8_rule == "truncate"} == {"adm"}
+def test_adm_and_edm2_truncate_and_others_round():
+    assert {name for name, p in protocols.PROTOCOLS.items() if p.uint8_rule == "truncate"} == {"adm", "edm2"}
     job = Job(model=tiny(), settings=Settings(steps=1), pool=(1,), uint8_rule="truncate")
     rounds = dataclasses.replace(job, uint8_rule="round")
     difference = rounds.draw([0, 1]).int() - job.draw([0, 1]).int()
@@ -158,6 +158,7 @@ def test_a_card_says_everything_and_changes_with_it():
         (protocols.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
         (protocols.parse_guidance, "1.5", Guidance(dit_s=1.5)),
         (protocols.parse_guidance, "dimr_s=0.4,low=-3,high=5", Guidance(dimr_s=0.4, low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(dit_s=1.5, low=-3.0, high=5.0)),
         (protocols.parse_guidance, "dit_s=4.4,power=4,time=index,channels=3",
          Guidance(dit_s=4.4, power=4.0, time="index", channels=3)),
         (protocols.parse_size, "64", (64, 64)),

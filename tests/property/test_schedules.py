@@ -222,6 +222,13 @@ def test_published_ends():
     assert 1 - cosine[-1] / cosine[-2] == pytest.approx(0.999, rel=1e-9)
     curve = torch.sigmoid(registry["cosine_vp"]()(torch.arange(1, 900, dtype=torch.float64) / 1000))
     assert_close(cosine[:899], curve, rtol=1e-9, atol=0)
+    assert registry["cosine_vp"]()(torch.ones(())) == -torch.inf  # pure noise, and nothing else
+    assert registry["cosine_vp"]()(torch.zeros(())) == torch.inf
+
+
+def test_bounds_that_no_number_holds_are_refused():
+    with pytest.raises(ValueError, match=r"-1000\.\.\.1000"):
+        schedules.cosine(logsnr_min=-2000.0)
 
 
 # ---- errors --------------------------------------------------------------------------------------------------------

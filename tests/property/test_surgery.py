@@ -188,3 +188,20 @@ def test_start_from_another_backbone_is_refused(tmp_path):
     mz.save_model(mz.create_model("unet-tiny"), tmp_path / "model")
     with pytest.raises(ValueError, match="is a unet; a uvit cannot start from it"):
         start_from(str(tmp_path))(mz.create_model("uvit-tiny"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("side", "larger"), [(8, 16), (9, 15)])
+def test_diffit_at_another_size_has_the_positions_that_it_had_there(side, larger):
+    model = mz.create_model("diffit-latent-tiny", size=2 * side).eval()
+    adapted, _ = adapt(model, size=2 * larger)
+    torch.testing.assert_close(adapted.backbone.positions, model.backbone.positions_of((larger, larger)))
+
+
+@torch.no_grad()
+def test_positions_of_odd_grids_are_cells_too():
+    dimr = mz.create_model("dimr-tiny", size=36)  # 9 x 9 tokens
+    dimr.backbone.branches[0].positions.data = torch.arange(9.0).repeat_interleave(9)[:, None].expand(81, 128).clone()
+    adapted, _ = adapt(dimr, size=60)
+    new = adapted.backbone.branches[0].positions.view(15, 15, 128)[:, 5, 7]
+    torch.testing.assert_close(new, ((torch.arange(15) + 0.5) * 9 / 15 - 0.5).clamp(0, 8))

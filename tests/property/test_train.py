@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mezzotint import config, ranks
+from mezzotint.recipes import recipe_for
 from mezzotint.train import loop, state
 from mezzotint.train.loop import train
 from mezzotint.train.sentinel import NotFinite
@@ -173,3 +174,18 @@ def test_lower_precision_is_of_the_arithmetic_alone(whole, tmp_path):
 def test_checkpoints_are_kept_as_asked(tmp_path):
     train(small("save.every_images=16", "save.keep=2", "save.keep_every_images=64"), tmp_path, quiet=True)
     assert [p.name for p in state.checkpoints(tmp_path)] == ["64", "128", "144", "160"]
+
+
+def test_a_network_without_null_label_trains(tmp_path):
+    own = [
+        "model.null_label=false",
+        "model.size=16",
+        "model.num_classes=10",
+        "model.channels=1",
+        "data.source='digits'",
+    ]
+    recipe = config.override(recipe_for("dimr-tiny"), [*own, "images=32", "batch=16", "grid.count=4", "grid.steps=2"])
+    with pytest.raises(ValueError, match=r"no null label to drop to; set label_drop=0"):
+        train(recipe, tmp_path / "a", quiet=True)
+    folder = train(dataclasses.replace(recipe, label_drop=0.0), tmp_path / "b", quiet=True)
+    assert (folder / "model" / "model.safetensors").exists()

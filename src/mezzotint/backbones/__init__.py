@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from mezzotint.process.denoiser import Parameterisation
+from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.registry import Registry, Spec
 
 
@@ -34,6 +35,16 @@ class Config(Protocol):
 def text_width(config: Any) -> int:
     """Width of the text embeddings a network reads, its config's `text_dim`; 0 for a network without text."""
     return getattr(config, "text_dim", 0)
+
+
+def needs_label(config: Any) -> bool:
+    """Whether the network has labels but none that means "no class" (a DiMR without null label)."""
+    return getattr(config, "needs_label", False)
+
+
+def some_cond(config: Any, z: Tensor) -> Cond:
+    """The cheapest condition that the network takes for a batch z: none, or label 0 where there must be one."""
+    return Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device)) if needs_label(config) else Cond()
 
 
 @dataclass(frozen=True, kw_only=True)

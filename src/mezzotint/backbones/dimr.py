@@ -100,6 +100,11 @@ class DiMRConfig:
             raise ValueError(f"time {self.time!r} must be scaled_linear or linear_vp")
 
     @property
+    def needs_label(self) -> bool:
+        """Whether "no class" is nothing that the network could be told."""
+        return bool(self.num_classes) and not self.null_label and "transformer" in self.stages
+
+    @property
     def rows(self) -> int:
         """Rows of the class embedding."""
         return self.num_classes + self.null_label
@@ -287,7 +292,9 @@ def initialise(module: nn.Module) -> None:
 def parameterisation(config: DiMRConfig) -> Parameterisation:
     """The output is `prediction` (eps as published); the network is told 8 n / 1000 - 4 of the step n (spec 2.10).
 
-    n is the inverse of the config's process, fractional between the table's entries and held at its ends.
+    n is the inverse of the config's process, fractional between the table's entries and held at its ends. For pixel
+    models this rising time is our choice: the released sde.py has a path that feeds log-SNR / 4, clipped to -6.9 ...
+    3.45 and falling with noise, and which one the published pixel models used is not stated.
     """
     kind = named(config.prediction)
     if config.time == "linear_vp":

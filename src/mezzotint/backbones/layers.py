@@ -99,7 +99,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with bias: 32 groups as usual, fewer where a group would have less than 4 channels (section 6, [?])."""
+    """GroupNorm with bias: gcd(32, channels / 4) groups, 32 for the published widths (section 6, [?]: our choice)."""
     if channels % 4:
         raise ValueError(f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}")
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
@@ -112,7 +112,7 @@ def inv_cos(logsnr: Tensor) -> Tensor:
 
 
 def sinusoid(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """(b,) -> (b, dim): sines, then cosines, of position / max_period^(k / (dim/2)); DDPM's timestep embedding."""
+    """(b,) -> (b, dim): sines, then cosines, of position / max_period^(k / (dim/2)), ADM's timestep embedding."""
     k = torch.arange(dim // 2, device=position.device, dtype=position.dtype)
     angle = position[:, None] * torch.exp(-math.log(max_period) * k / (dim // 2))
     return torch.cat([angle.sin(), angle.cos()], -1)

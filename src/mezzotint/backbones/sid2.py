@@ -63,7 +63,8 @@ class SiD2(nn.Module):
 
     Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, without bias, so that
     with a middle that does nothing the decoder starts from p. Each transformer level has its own learned positions,
-    added right after the down-sampling (before q is taken: our choice) and resized for other inputs.
+    added right after the down-sampling (before q is taken: our choice) and resized for other inputs. The
+    convolutions of the resampling are 1x1 (section 9 leaves 1x1 or 3x3 open: our choice).
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
     `checkpointing` says what every block keeps for the backward pass, see `run`.

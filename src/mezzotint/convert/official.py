@@ -237,7 +237,8 @@ def to_official(model: Model, family: str | None = None) -> dict[str, Tensor]:
     families = [f for f in registry if registry[f].backbone == model.card.backbone]
     if not families or (family is not None and family not in families):
         raise ValueError(
-            f"no official family {family or ''} of backbone {model.card.backbone}; known: {', '.join(registry)}"
+            f"no official family {f'{family} ' if family else ''}of backbone {model.card.backbone}; "
+            f"known: {', '.join(registry)}"
         )
     official = registry[family or families[0]]
     config, state = model.card.config, model.backbone.state_dict()

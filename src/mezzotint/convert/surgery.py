@@ -19,6 +19,7 @@ from torch import Tensor
 
 import mezzotint.backbones as backbones
 import mezzotint.models as models
+from mezzotint.backbones.diffit import sincos_positions
 from mezzotint.process.denoiser import Model
 
 Shape = tuple[int, ...]
@@ -130,8 +131,12 @@ def _carry(
     for name in differing:
         new = fresh[name].clone()
         how, note = "new", ""
-        if name in state:
-            how, note = _CARRY[field](state[name], new, *values)
+        if name in state and backbone == "diffit" and name == "positions":
+            how, note = "interpolated", "sines and cosines at the coordinates between, as the source has them there"
+            side, width = isqrt(new.shape[1]), new.shape[2]
+            new.copy_(sincos_positions(side, side, isqrt(state[name].shape[1]), width))
+        elif name in state:
+            how, note = _CARRY[field](name, state[name], new, *values)
         elif field == "num_classes" and values[0] == 0:
             new.zero_()
             note = "starts without weight: every label gives what the source gives"
@@ -146,7 +151,7 @@ def _changed_axes(old: Tensor, new: Tensor) -> list[int]:
     return [i for i in range(old.ndim) if old.shape[i] != new.shape[i]] if old.ndim == new.ndim else []
 
 
-def _classes(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
+def _classes(name: str, old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
     """Write the rows of `old` that are still labels into `new`; the null label, if any, stays the last row."""
     axes, kept = _changed_axes(old, new), min(before, after)
     if len(axes) != 1 or old.shape[axes[0]] - before != new.shape[axes[0]] - after:
@@ -159,7 +164,7 @@ def _classes(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, st
     return ("extended" if after > before else "cut"), note
 
 
-def _channels(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
+def _channels(name: str, old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
     """Write the channels of `old` into `new`; new ones start at zero in an input (axis 1), at random in an output."""
     axes, kept = _changed_axes(old, new), min(before, after)
     if len(axes) != 1 or old.shape[axes[0]] % before or old.shape[axes[0]] // before * after != new.shape[axes[0]]:
@@ -174,7 +179,7 @@ def _channels(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, s
     return ("extended" if after > before else "cut"), note
 
 
-def _size(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
+def _size(name: str, old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
     """Write `old` into `new`, interpolated over the two axes, or the one flattened square, that changed."""
     axes = _changed_axes(old, new)
     if not old.is_floating_point() or len(axes) not in (1, 2):
@@ -189,8 +194,8 @@ def _size(old: Tensor, new: Tensor, before: int, after: int) -> tuple[str, str]:
     else:
         square, target = (lengths[0][0], lengths[1][0]), (lengths[0][1], lengths[1][1])
         image = old.movedim(axes, (-2, -1))
-    # Sides 2w - 1 are relative displacements, whose ends and zero are kept; positions are cells, whose edges are.
-    displacements = all(side % 2 for side in (*square, *target))
+    # A bias table holds relative displacements, whose ends and zero are kept; positions are cells, whose edges are.
+    displacements = name.endswith("bias_table")
     flat = image.reshape(1, -1, *square).to(torch.promote_types(old.dtype, torch.float32))
     resized = F.interpolate(flat, size=target, mode="bilinear", align_corners=displacements)[0].to(old.dtype)
     resized = resized.view(*image.shape[:-2], *target)

@@ -50,6 +50,11 @@ def _pair(real: Array, fake: Array, k: int) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def _slack(a: Tensor, b: Tensor) -> float:
+    """What |x|^2 + |y|^2 - 2 xy may be off by rounding; balls are closed, so as much is granted to those they touch."""
+    return 64 * torch.finfo(a.dtype).eps * float(a.square().sum(1).max() + b.square().sum(1).max())
+
+
 def _blocks(a: Tensor, b: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
     """Squared distances from a block of rows of `a` to all of `b`: (rows, (block, len(b)))."""
     b_squared = b.square().sum(1)
@@ -79,11 +84,12 @@ def precision_recall(real: Array, fake: Array, k: int = 3, block: int = BLOCK) -
     """
     a, b = _pair(real, fake, k)
     real_radii, fake_radii = squared_radii(a, k, block), squared_radii(b, k, block)
+    slack = _slack(a, b)
     precise = 0
     recalled = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     for rows, squared in _blocks(b, a, block):
-        precise += int((squared <= real_radii).any(1).sum())
-        recalled |= (squared <= fake_radii[rows, None]).any(0)
+        precise += int((squared <= real_radii + slack).any(1).sum())
+        recalled |= (squared <= fake_radii[rows, None] + slack).any(0)
     return PrecisionRecall(precise / len(b), recalled.double().mean().item())
 
 
@@ -97,7 +103,7 @@ def density_coverage(real: Array, fake: Array, k: int = 5, block: int = BLOCK) -
         real, fake: features, (n, d) and (m, d), each with more than k rows.
     """
     a, b = _pair(real, fake, k)
-    radii = squared_radii(a, k, block)
+    radii = squared_radii(a, k, block) + _slack(a, b)
     inside = 0
     covered = torch.zeros(len(a), dtype=torch.bool, device=a.device)
     for _, squared in _blocks(b, a, block):

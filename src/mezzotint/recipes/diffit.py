@@ -59,7 +59,7 @@ def _latent(preset: str, lr: float, batch: int) -> Recipe:
         batch=batch,
         label_drop=0.1,
         log_every_images=100 * batch,
-        grid=Grid(every_images=10_000 * batch, sampler="ancestral", steps=250),
+        grid=Grid(every_images=10_000 * batch, sampler="ancestral:variance=learned", steps=250),
         save=Save(every_images=5_000 * batch, keep_every_images=100_000 * batch),
     )
 

@@ -16,11 +16,11 @@ Weights = dict[str, Tensor]
 def exponential_beta(ema: Ema, images: int, batch: int) -> float:
     """What the average keeps of itself in the step that ends at `images` and saw `batch` of them.
 
-    EDM training_loop: beta = 0.5^(batch / half_life), half_life = min(half_life, rampup * images).
+    EDM training_loop: beta = 0.5^(batch / half_life), half_life = min(half_life, rampup * images before the step).
     """
     half_life = ema.half_life_images
     if ema.rampup is not None:
-        half_life = min(half_life, ema.rampup * images)
+        half_life = min(half_life, ema.rampup * (images - batch))
     return 0.5 ** (batch / max(half_life, 1e-8))
 
 

@@ -31,18 +31,19 @@ def groups(backbone: nn.Module, weight_decay: float) -> list[dict]:
 def make_optimisers(optim: Optim, backbone: nn.Module, fused: bool) -> list[torch.optim.Optimizer]:
     """AdamW over everything, or Muon over the hidden matrices and AdamW over the rest.
 
-    Muon takes the 2-D weights that sit inside repeated blocks (members of a ModuleList); embeddings, the first and
-    last layers, convolutions, gains and biases stay with AdamW, as its authors advise.
+    Muon takes the weights of linear layers that sit inside repeated blocks (members of a ModuleList); embeddings,
+    positions and bias tables, the first and last layers, convolutions, gains and biases stay with AdamW, as its authors
+    advise.
     """
     adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": fused}
     if optim.name == "adamw":
         return [torch.optim.AdamW(groups(backbone, optim.weight_decay), **adam)]
     inside = {
-        id(p)
+        id(linear.weight)
         for module in backbone.modules()
         if isinstance(module, nn.ModuleList)
-        for p in module.parameters()
-        if p.ndim == 2
+        for linear in module.modules()
+        if isinstance(linear, nn.Linear)
     }
     decayed, *spared = groups(backbone, optim.weight_decay)  # what the backbone spares from decay is no hidden matrix
     hidden = [p for p in decayed["params"] if id(p) in inside]

@@ -120,7 +120,10 @@ def rebuilt_model(run: Path, std: float, images: int | None = None) -> tuple[Mod
     """The run's model with a reconstructed average as its weights."""
     rebuilt = reconstruct(run, std, images)
     model = load_model(run / "model")
-    model.backbone.load_state_dict({**model.backbone.state_dict(), **rebuilt.weights})
+    # Coefficients do not sum to exactly 1, which would scale what is not trained (fixed positions).
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    averaged = {name: weight for name, weight in rebuilt.weights.items() if name in trained}
+    model.backbone.load_state_dict({**model.backbone.state_dict(), **averaged})
     extra = {**model.card.extra, "ema_width": std}
     model.card = dataclasses.replace(model.card, images=rebuilt.images, extra=extra)
     return model, rebuilt

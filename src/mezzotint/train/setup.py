@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint import config, draws
-from mezzotint.backbones import text_width
+from mezzotint.backbones import needs_label, some_cond, text_width
 from mezzotint.config import Recipe
-from mezzotint.data.images import split_suffix
-from mezzotint.data.latent_sets import TrainingSet, space_of
+from mezzotint.data.buckets import BucketedImages
+from mezzotint.data.images import open_images, open_source, split_suffix
+from mezzotint.data.latent_sets import LATENTS, TrainingSet, open_training_set, space_of
 from mezzotint.models import Card, build_model, preset_card
 from mezzotint.process import objectives, schedules
-from mezzotint.process.denoiser import Cond, Model, Schedule
+from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
 from mezzotint.ranks import World, fail_together
@@ -85,6 +87,42 @@ def resolve(recipe: Recipe, images: TrainingSet) -> Recipe:
         model=model,
         schedule=recipe.schedule or card.schedule,
         engine=dataclasses.replace(recipe.engine, precision=precision),
+    )
+
+
+def found_data(recipe: Recipe) -> str:
+    """What the recipe's data is, in a line, or why it cannot be trained on; fetches nothing and loads no encoder."""
+    source, card = recipe.data.source, preset_card(recipe.preset, **recipe.model)
+    base = source if os.path.isdir(source) else split_suffix(source)[0]
+    folder, config, space = Path(base).expanduser(), card.config, recipe.data.codec or card.codec
+    if not source:
+        return "none given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not folder.exists():
+        return f"nothing lies at {base}; training would look for a data set of that name on the hub"
+    pictures = space != "pixels" and not (folder / LATENTS).is_file()  # of which latents are to be made
+    try:
+        if recipe.data.shapes:
+            opened, _ = open_source(source, config.size)
+            images: TrainingSet = BucketedImages(
+                opened, recipe.data.shapes, channels=config.channels, portrait=recipe.data.portrait
+            )
+        elif pictures:
+            images = open_images(source, size=config.size, crop=recipe.data.crop)
+        else:
+            images = open_training_set(
+                source, size=config.size, channels=config.channels, crop=recipe.data.crop, space=space
+            )
+        resolve(recipe, images)
+    except (ValueError, OSError) as error:
+        return f"cannot be trained on: {error}"
+    names = images.label_names or ()
+    classes = f"{len(names):,} classes ({', '.join(names[:3])}{' ...' if names[3:] else ''})" if names else "no labels"
+    line = f"{source} holds {len(images):,} {'pictures' if space_of(images) == 'pixels' else 'latents'}, {classes}"
+    if not pictures:
+        return line
+    return (
+        f"{line}; {recipe.preset} needs latents: {space} makes them at every read (data.codec names another), or once "
+        f"and for all: mezzotint prepare {source} FOLDER --size PIXELS --codec {space}"
     )
 
 
@@ -258,9 +296,10 @@ def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule
         draws.normal(purpose, 0, [0, 1, 2], (config.channels, config.size, config.size)).to(device)
         for purpose in ("sample", "noise")
     )
-    label = torch.full((3,), config.num_classes, device=device) if config.num_classes else None
+    if needs_label(config) and recipe.label_drop:
+        raise ValueError(f"label_drop {recipe.label_drop}: this network has no null label to drop to; set label_drop=0")
     logsnr = schedule(u)
-    loss = objective(model, x.clamp(-1, 1), eps, logsnr.float(), Cond(label=label))
+    loss = objective(model, x.clamp(-1, 1), eps, logsnr.float(), some_cond(config, x))
     if recipe.time.measure == "logsnr":
         loss = loss * (-schedules.slope(schedule, u) / 2).to(loss)
     if not torch.isfinite(loss).all():
@@ -290,7 +329,7 @@ def flop_per_image(shell: Model) -> float:
     config = shell.card.config
     z = torch.empty(1, config.channels, config.size, config.size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shell.backbone(z, torch.empty(1, device="meta"), Cond())
+        shell.backbone(z, torch.empty(1, device="meta"), some_cond(config, z))
     return 3.0 * counter.get_total_flops()
 
 

@@ -70,14 +70,18 @@ def min_snr_weight(logsnr: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 @objective("regression")
-def regression(row: str | None = None, data_std: float = 0.5) -> Objective:
+def regression(row: str | None = None, data_std: float | None = None) -> Objective:
     """Unweighted mean squared error.
 
     Args:
         row: eps, x, v, flow or edm; by default what the network predicts.
-        data_std: of the edm row alone. EDM's weight (s^2 + d^2) / (s d)^2 on the image is 1 in its own row.
+        data_std: of the edm row alone, 0.5 by default. EDM's weight (s^2 + d^2) / (s d)^2 on the image is 1 in its row.
+
+    Errors: ValueError for data_std with another row.
     """
-    return weighted(None if row is None else prediction.named(row, data_std))
+    if data_std is not None and row != "edm":
+        raise ValueError(f"data_std {data_std} is of row=edm alone; row is {row or 'that of the network'}")
+    return weighted(None if row is None else prediction.named(row, 0.5 if data_std is None else data_std))
 
 
 @objective("eps_mse")

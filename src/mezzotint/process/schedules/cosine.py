@@ -26,6 +26,10 @@ def cosine(image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logs
         raise ValueError(f"image_d {image_d} and noise_d {noise_d} must be at least 1 pixel")
     if not logsnr_min < logsnr_max:
         raise ValueError(f"logsnr_min {logsnr_min} must be below logsnr_max {logsnr_max}, e.g. -15 and 15")
+    if max(abs(logsnr_min), abs(logsnr_max)) > 1000:
+        raise ValueError(
+            f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -1000...1000, e.g. -15, 15"
+        )
     # The bounds rescale the tangent's argument (simple diffusion's code; specs/simple-diffusion.md section 1).
     t0 = math.atan(math.exp(-logsnr_max / 2))
     t1 = math.atan(math.exp(-logsnr_min / 2))

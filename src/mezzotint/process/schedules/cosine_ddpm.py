@@ -27,8 +27,11 @@ def cosine_vp(s: float = 0.008) -> Schedule:
         # Improved DDPM eq. 17: alpha^2 = f(t) / f(0), f(t) = cos^2(pi/2 (t + s) / (1 + s)).
         angle = math.pi / 2 * (u + s) / (1 + s)
         start = math.pi / 2 * s / (1 + s)
+        # cos(pi/2 (t + s) / (1 + s)) = sin(pi/2 (1 - t) / (1 + s)), which is exactly 0 at t = 1;
         # f(0) - f(t) = sin(a + b) sin(a - b), which does not cancel near t = 0.
-        return 2 * torch.log(torch.cos(angle)) - torch.log(torch.sin(angle + start) * torch.sin(angle - start))
+        return 2 * torch.log(torch.sin(math.pi / 2 * (1 - u) / (1 + s))) - torch.log(
+            torch.sin(angle + start) * torch.sin(angle - start)
+        )
 
     return logsnr
 
