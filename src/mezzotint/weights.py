@@ -155,6 +155,8 @@ def _torch_load(path: Path, device: str) -> Any:
                 "alone, best as .safetensors"
             ) from None
         first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's words advise to run whatever is in the file
+            first = "it does not begin as torch.save's do"
         raise ValueError(f"{path} is damaged, cut or not a file of weights: {first}") from error
 
 

@@ -185,10 +185,14 @@ def test_damaged_files_are_said_to_be(tmp_path):
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:700])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     torch.save([1, 2], tmp_path / "list.pth")
-    for name, words in (("cut.pth", "whole"), ("cut.safetensors", "whole"), ("list.pth", "no state dict")):
-        with pytest.raises(ValueError, match=words):
+    (tmp_path / "s.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
+    damaged = (("cut.pth", "damaged, cut"), ("s.png", "not a file of weights"), ("cut.safetensors", "no intact"))
+    for name, words in (*damaged, ("list.pth", "no state dict")):
+        with pytest.raises(ValueError, match=words) as told:
             load_inception(tmp_path / name)
-    with pytest.raises(ValueError, match="cannot be read"):
+        assert "weights_only" not in str(told.value)
+        assert "\n" not in str(told.value)
+    with pytest.raises(ValueError, match="there is no file"):
         load_inception(tmp_path / "absent.pth")
     with pytest.raises(ValueError, match=r"no tap '2048'.*end at Mixed_7a"):
         Inception(partial=True)(torch.zeros(1, 3, 299, 299), ["2048"])

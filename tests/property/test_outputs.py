@@ -23,6 +23,10 @@ from PIL import Image
 import mezzotint as mz
 from mezzotint import cli, outputs, produce
 from mezzotint.data.images import open_images
+from mezzotint.evaluate import features
+from mezzotint.evaluate.card import load_evaluation, require_alike
+from mezzotint.evaluate.of_model import samples_of
+from mezzotint.evaluate.run import protocol_of
 from mezzotint.evaluate.sources import open_source_of
 from mezzotint.generate import Guidance, Settings
 from mezzotint.outputs import output_for
@@ -86,6 +90,72 @@ def test_every_kind_holds_the_same_images_and_labels(finished, tmp_path):
     assert read.tolist() == labels if names is None else [int(names[i]) for i in read] == labels
     sheet = Image.open(io.BytesIO(finished["images.png"]["images.png"]))
     assert sheet.size[0] > 4 * 64
+
+
+@pytest.mark.parametrize("kind", ["images", "images.npz"])
+def test_samples_on_disk_say_what_the_model_says_of_them(kind, finished, tmp_path):
+    out = tmp_path / kind
+    files = {f"{kind}/{name}": data for name, data in finished[kind].items()} if kind == "images" else finished[kind]
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    there, drawn = protocol_of(open_source_of(out), (8, 8)), protocol_of(samples_of(job(), N), (8, 8))
+    assert dataclasses.replace(there, source=drawn.source) == drawn
+    assert (there.steps, there.seeds) == (2, "0...10")
+    assert there.sampler == "ancestral() on the grid of the family"
+    card = out / "card.json" if kind == "images" else out.with_name(f"{kind}.json")
+    for other in ("{", "[1]", '{"mezzotint_samples": 99}'):
+        card.write_text(other)
+        assert open_source_of(out).card == {"preprocessing": "none"}
+
+
+def test_part_of_a_run_says_so(finished, tmp_path):
+    for name, data in finished["images"].items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "000003.png").unlink()
+    assert open_source_of(tmp_path).card["seeds"] == "10 of 0...10"
+
+
+class Means(torch.nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_evaluations_of_a_model_and_of_its_samples_are_alike(tmp_path, monkeypatch):
+    """By the command line, with a reference of a prepared set; features are opened after everything else is seen."""
+    opened = []
+
+    def own(names, path):
+        opened.append(names)
+        return [features.from_module(Means().eval(), name="means", dims=3, size=8)]
+
+    monkeypatch.setattr(features, "open_features", own)
+    mz.save_model(tiny(), tmp_path / "m")
+    samples, real = str(tmp_path / "samples"), str(tmp_path / "real.npz")
+    produce.produce(job_for(tmp_path / "m", {"steps": 2}), samples, 60, quiet=True)
+    cli.data.prepare("shapes:count=60", tmp_path / "set", size=8)
+    for given, words in [
+        ({"source": samples}, "give what to judge and --reference"),
+        ({"source": samples, "reference": str(tmp_path / "none.npz")}, "none.npz cannot be read"),
+        ({"source": samples, "reference": str(tmp_path / "set")}, "is a folder; .*--make-reference"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            cli.judging.evaluate(given.pop("source"), **given)
+    with pytest.raises(ValueError, match="no images at"):
+        cli.judging.evaluate(make_reference=(str(tmp_path / "absent"), Path(real)))
+    assert not opened
+    cli.judging.evaluate(make_reference=(str(tmp_path / "set"), Path(real)))
+    with pytest.raises(ValueError, match="there is no folder"):
+        cli.judging.evaluate(str(tmp_path / "absent"), reference=real)
+    with pytest.raises(ValueError, match="give both or neither"):
+        cli.judging.evaluate(samples, reference=real, train_images=samples)
+    assert len(opened) == 1
+    cli.judging.evaluate(samples, reference=real, out=tmp_path / "a.json")
+    cli.judging.evaluate(str(tmp_path / "m"), reference=real, steps=2, n=60, out=tmp_path / "b.json")
+    cli.judging.evaluate(str(tmp_path / "set"), reference=real, out=tmp_path / "c.json")
+    a, b, c = (load_evaluation(tmp_path / f"{name}.json") for name in "abc")
+    assert require_alike(a, b).unstated == ()
+    assert a["FD-means"].value == b["FD-means"].value > c["FD-means"].value
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,6 +260,19 @@ def test_what_exists_is_kept_unless_asked(finished, tmp_path):
     assert content(out) == finished["images.npz"]
     produce.produce(job(steps=3), out, N, overwrite=True, quiet=True)
     assert content(out)["images.npz"] != finished["images.npz"]["images.npz"]
+
+
+@pytest.mark.parametrize("card", [None, '{"title": "holiday"}'])
+def test_a_picture_of_somebody_else_is_kept_unless_asked(finished, tmp_path, card):
+    out = tmp_path / "images.png"
+    out.write_bytes(b"mine")
+    if card is not None:
+        (tmp_path / "images.png.json").write_text(card)
+    with pytest.raises(ValueError, match=r"exists already; choose another --out, or add --overwrite"):
+        make(out)
+    assert out.read_bytes() == b"mine"
+    produce.produce(job(), out, N, overwrite=True, quiet=True)
+    assert content(make(out)) == finished["images.png"]  # our own is made again without being asked
 
 
 @pytest.mark.parametrize("kind", ["images", "images.npz"])

@@ -11,8 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mezzotint.data.images import open_images
+from mezzotint.data.prepare import prepare
 from mezzotint.evaluate.features import NETWORK_BATCH, from_module
 from mezzotint.evaluate.metrics import frechet_distance
+from mezzotint.evaluate.of_model import real_images
 from mezzotint.evaluate.pickles import load_arrays
 from mezzotint.evaluate.references import (
     Reference,
@@ -91,6 +94,31 @@ def test_a_reference_is_the_statistics_of_its_images(tmp_path):
     assert again.sha256 == made.sha256
     assert not make_reference(source(), tmp_path / "none.npz", [s], keep=0).features
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_folder_is_no_reference_but_makes_one(tmp_path):
+    with pytest.raises(ValueError, match=rf"is a folder.*--make-reference {tmp_path} ref\.npz"):
+        read_reference(tmp_path)
+
+
+def test_prepared_sets_are_read_at_their_own_size(tmp_path):
+    prepare("shapes:count=12", tmp_path / "set", 16, progress=False)
+    found = open_source_of(tmp_path / "set")
+    assert (found.n, found.resolution, found.card["preprocessing"]) == (12, (16, 16), "crop adm to 16 px")
+    stored = open_images(tmp_path / "set").batch(range(12))[0]
+    assert torch.cat(list(found.batches(0, 12))).equal(stored)
+    assert open_source_of(f"{tmp_path / 'set'}:test").n < 12
+    made = make_reference(real_images(str(tmp_path / "set"), None), tmp_path / "ref.npz", [own()])
+    assert (made.card["n"], made.card["resolution"]) == (12, [16, 16])
+    made.check(own(), (16, 16))
+    assert real_images(str(tmp_path / "set"), 8).resolution == (8, 8)
+
+
+def test_latents_are_no_pictures(tmp_path):
+    (tmp_path / "latents.json").write_text("{}")
+    for size in (None, 16):
+        with pytest.raises(ValueError, match="holds latents, not pictures; give the pictures it was prepared from"):
+            real_images(str(tmp_path), size)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -34,7 +34,7 @@ def evaluate(
     """Judge a model, a folder of images or an .npz against a reference; every number comes with its card.
 
     Args:
-        source: Run or model folder, hub name, folder of PNGs, or .npz with arr_0.
+        source: Run or model folder, hub name, folder or .zip of PNGs, prepared set, or .npz with arr_0.
         reference: Statistics of real images: ours, or an .npz/.pkl of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         maker: Of a reference of bare mu and sigma: adm, edm, pytorch-fid or clean-fid.
         make_reference: DATA OUT: take the statistics of real images instead, with --size to resize them.
@@ -56,15 +56,21 @@ def evaluate(
     from mezzotint.evaluate.features import open_features
     from mezzotint.evaluate.of_model import real_images, samples_of
 
-    sets = open_features(features, weights)
+    # What is asked for is looked at before a network is opened, which may take a download.
     if make_reference is not None:
-        made = references.make_reference(real_images(make_reference[0], size, channels), make_reference[1], sets)
+        pictures = real_images(make_reference[0], size, channels)
+        made = references.make_reference(pictures, make_reference[1], open_features(features, weights))
         print(f"{make_reference[1]}: {', '.join(made.statistics)}, hash {made.hash}")
         return
     if not source or not reference:
         raise ValueError("give what to judge and --reference FILE; --make-reference DATA FILE makes one")
+    if (train_images is None) != (heldout_images is None):
+        raise ValueError("copies are looked for with both --train-images and --heldout-images; give both or neither")
+    real = references.read_reference(reference, maker)
+    against = None if heldout is None else references.read_reference(heldout, maker)
     path = Path(source)
-    if path.suffix == ".npz" or (path.is_dir() and not ((path / "config.json").exists() or (path / "model").exists())):
+    of_a_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
+    if path.suffix in (".npz", ".zip") or (path.is_dir() and not of_a_model):
         judged = real_images(source, None, channels)
     else:
         from mezzotint import protocols as words
@@ -73,8 +79,8 @@ def evaluate(
         given = {"steps": steps, "sampler": sampler and words.parse_sampler(sampler)}
         given["guidance"] = guidance and words.parse_guidance(guidance)
         judged = samples_of(job_for(source, {k: v for k, v in given.items() if v}, protocol=protocol), n)
-    real = references.completed(references.read_reference(reference, maker), sets)
-    against = None if heldout is None else references.read_reference(heldout, maker)
+    sets = open_features(features, weights)
+    real = references.completed(real, sets)
     found = run.evaluate(judged, real, sets, heldout=against, folder=out.with_suffix(".pieces"), show=True)
     found.save(out)
     run.print_evaluation(found)
@@ -195,7 +201,9 @@ def plan(
     asked["engine.checkpointing"] = checkpointing
     named = [f"{k}={v}" for k, v in asked.items() if v is not None]
     recipe = config.override(recipe_for(preset), [*overrides, *named])
-    answer = planning.plan(recipe, gpus=gpus, device=device, efficiency=efficiency or planning.EFFICIENCY)
+    answer = planning.plan(
+        recipe, gpus=gpus, device=device, efficiency=planning.EFFICIENCY if efficiency is None else efficiency
+    )
     if json:
         print(dumps(answer))
     else:

@@ -7,15 +7,16 @@ convolutions when the weights are read. Layer names are those of the well-known 
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from mezzotint.weights import safetensors_source, torch_source
 
 BN_EPS = 1e-3  # of the graph's batch norms
 # Channels of each tap, from the image on; see `Inception.forward`.
@@ -258,19 +259,15 @@ def inception_from(state: Mapping[str, Tensor]) -> Inception:
 
 
 def load_inception(path: str | Path) -> Inception:
-    """`inception_from` a .pth (read with weights_only=True) or .safetensors file; ValueError when it is damaged."""
+    """`inception_from` a .pth (no code in it is run) or .safetensors file; ValueError when it is damaged."""
     path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as weights ({error}); is it whole?") from error
-    except Exception as error:  # safetensors raises a class of its own, straight from Exception
-        raise ValueError(f"{path} is no whole safetensors file ({error})") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} holds no state dict of tensors")
-    return inception_from(state)
+    def state_dict(contents: Any) -> Mapping[str, Tensor]:
+        if not isinstance(contents, dict) or not all(isinstance(v, Tensor) for v in contents.values()):
+            raise ValueError(f"{path} holds no state dict of tensors")
+        return contents
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give one of Inception's weights, .pth or .safetensors")
+    source = safetensors_source(path) if path.suffix == ".safetensors" else torch_source(path, state_dict)
+    return inception_from({name: source.read(name) for name in source.claims})

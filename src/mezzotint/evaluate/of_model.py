@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 
-from mezzotint.evaluate.sources import ImageSource, of_images, of_samples, open_source_of
+from mezzotint.data.images import open_images
+from mezzotint.evaluate.sources import ImageSource, of_images, of_samples, open_source_of, stated
 from mezzotint.produce import Job
 
 
@@ -25,29 +25,17 @@ def samples_of(job: Job, n: int, first: int = 0) -> ImageSource:
         lambda numbers: job.draw([first + i for i in numbers]),
         n,
         name=f"{model['preset'] or model['backbone']} {model['sha256'][:16]}",
-        card={
-            "seeds": f"{first}...{first + n - 1}",
-            "label_law": card["label_law"],
-            "sampler": f"{job.settings.sampler} on the grid {job.settings.grid or 'of the family'}",
-            "steps": card["steps"],
-            "network_calls": card["network_calls_per_image"],
-            "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
-            "ema": f"the saved average at {model['training_images']:,} images",
-            "uint8_rule": card["uint8_rule"],
-            "preprocessing": "none",
-        },
+        card=stated(card, n),
         identity=hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest(),
         batch=job.settings.batch,
     )
 
 
-def real_images(source: str, size: int | None, channels: int = 3, crop: str = "adm") -> ImageSource:
-    """Real images to compare with: a set cropped and resized to `size`, or finished images as they are.
+def real_images(source: str, size: int | None, channels: int = 3, crop: str | None = None) -> ImageSource:
+    """Real images to compare with: a set cropped and resized to `size`, finished images or a prepared set as they are.
 
     Errors: ValueError for data that cannot be opened, or neither finished images nor a size.
     """
     if size is None:
-        return open_source_of(Path(source), channels)
-    from mezzotint.data.images import open_images
-
+        return open_source_of(source, channels)
     return of_images(open_images(source, size=size, channels=channels, crop=crop), source)

@@ -215,6 +215,11 @@ def read_reference(path: str | Path, maker: str | None = None) -> Reference:
     path = Path(path)
     if maker is not None and maker not in MAKERS:
         raise ValueError(f"maker {maker!r}; allowed: {', '.join(MAKERS)}")
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; a reference is a file of statistics: mezzotint evaluate --make-reference {path} "
+            "ref.npz makes it (--size resizes the pictures)"
+        )
     sha256 = sha256_of(path)
     if path.suffix == ".pkl":
         return Reference(name=str(path), sha256=sha256, maker="edm2", statistics=_edm2(path))

@@ -5,6 +5,7 @@ Each is an `ImageSource`: n images by index, so that work can be shared over ran
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,9 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.data.images import Images
+from mezzotint.data.images import LATENTS, Images, open_images, split_suffix
 from mezzotint.data.sources import Folder, Zip, open_files
+from mezzotint.data.tables import CARD
 from mezzotint.evaluate.weights import sha256_of
+from mezzotint.produce import CARD_FORMAT
+from mezzotint.registry import Spec
 
 READ_BATCH = 64  # images decoded at a time
 
@@ -65,8 +69,38 @@ def of_images(images: Images, name: str, n: int | None = None) -> ImageSource:
     )
 
 
+def stated(card: dict[str, Any], n: int) -> dict[str, Any]:
+    """What a sampling card (`produce.Job.card`) says of n of its images, by field of `card.Protocol`."""
+    seeds = f"{card['first']}...{card['first'] + card['n'] - 1}"
+    grid = Spec(**card["grid"]) if isinstance(card["grid"], dict) else "of the family"
+    return {
+        "seeds": seeds if n == card["n"] else f"{n} of {seeds}",
+        "label_law": card["label_law"],
+        "sampler": f"{Spec(**card['sampler'])} on the grid {grid}",
+        "steps": card["steps"],
+        "network_calls": card["network_calls_per_image"],
+        "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
+        "ema": f"the saved average at {card['model']['training_images']:,} images",
+        "uint8_rule": card["uint8_rule"],
+        "preprocessing": "none",
+    }
+
+
+def _beside(path: Path, n: int) -> dict[str, Any]:
+    """`stated` of the card that `mezzotint sample` left at `path`; of images without such a card, what we know."""
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if card["mezzotint_samples"] == CARD_FORMAT:
+            return stated(card, n)
+    except (OSError, ValueError, LookupError, TypeError):  # none, or of something else
+        pass
+    return {"preprocessing": "none"}
+
+
 def of_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     """Every picture below a folder or in a .zip, in the order of names, untouched: no resize, no crop.
+
+    The card.json of `mezzotint sample` in that folder is read.
 
     Errors: ValueError when there are fewer than two, when sizes differ, when a picture has not `channels` channels or
     cannot be read.
@@ -101,7 +135,7 @@ def of_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         n=len(found),
         resolution=size,
         batches=batches,
-        card={"preprocessing": "none"},
+        card=_beside(path / "card.json", len(found)),
         identity=found.identity(),
     )
 
@@ -162,7 +196,10 @@ def read_npz(file: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def of_npz(file: str | Path) -> ImageSource:
-    """`arr_0` of an ADM sample file: uint8 (n, h, w, channels), read in pieces, since 50,000 images are 10 GB."""
+    """`arr_0` of an ADM sample file: uint8 (n, h, w, channels), read in pieces, since 50,000 images are 10 GB.
+
+    The card of `mezzotint sample` beside it, FILE.json, is read.
+    """
     with npy_member(file, "arr_0") as (_, shape, dtype, fortran):
         pass
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
@@ -186,7 +223,7 @@ def of_npz(file: str | Path) -> ImageSource:
         n=n,
         resolution=(height, width),
         batches=batches,
-        card={"preprocessing": "none"},
+        card=_beside(Path(f"{file}.json"), n),
         identity=sha256_of(file),
     )
 
@@ -215,7 +252,13 @@ def of_samples(
 
 
 def open_source_of(path: str | Path, channels: int = 3) -> ImageSource:
-    """A folder, .zip or .npz of finished images."""
+    """A folder, .zip or .npz of finished images, or a set of `mezzotint prepare` at its own size."""
+    base = Path(path).expanduser()
+    base = base if base.exists() else Path(split_suffix(str(base))[0])
+    if (base / CARD).is_file():
+        return of_images(open_images(path, channels=channels), str(path))
+    if (base / LATENTS).is_file():
+        raise ValueError(f"{path} holds latents, not pictures; give the pictures it was prepared from, and a size")
     path = Path(path)
     if path.suffix == ".npz":
         return of_npz(path)
