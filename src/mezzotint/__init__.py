@@ -15,6 +15,7 @@ _PUBLIC = {
     "Cond": "mezzotint.process.denoiser",
     "Denoised": "mezzotint.process.denoiser",
     "Model": "mezzotint.process.denoiser",
+    "Card": "mezzotint.models",
     "presets": "mezzotint.models",
     "create_model": "mezzotint.models",
     "save_model": "mezzotint.models",
@@ -27,7 +28,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from mezzotint.convert import load_official
     from mezzotint.generate import sample
-    from mezzotint.models import create_model, load_model, presets, save_model
+    from mezzotint.models import Card, create_model, load_model, presets, save_model
     from mezzotint.process.denoiser import Cond, Denoised, Model
 
 

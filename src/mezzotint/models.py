@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mezzotint.backbones as backbones
+from mezzotint.config import parse
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.registry import Spec, build, checked_options, nearest
@@ -70,15 +72,19 @@ class Card:
         return Card(**values)
 
 
-def _tuples(value: Any) -> Any:
-    """JSON lists as tuples, since configs are frozen and compared."""
-    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
-
-
 def make_config(kind: type, values: dict[str, Any]) -> Any:
     """The config dataclass `kind` from JSON values; a misspelt field is an error that lists near names."""
-    checked_options(f"config {kind.__name__}", kind, values)
-    return kind(**{k: _tuples(v) for k, v in values.items()})
+    return kind(**_fields(f"config {kind.__name__}", kind, values))
+
+
+def _fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` as the config dataclass `kind` has them; ValueError for a wrong name, type, size or count."""
+    hints = typing.get_type_hints(kind)
+    found = {k: parse(hints[k], v, f"model.{k}") for k, v in checked_options(what, kind, values).items()}
+    for name, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
+        if found.get(name, least) < least:
+            raise ValueError(f"model.{name} is {found[name]}; it must be at least {least}")
+    return found
 
 
 def presets() -> list[str]:
@@ -93,8 +99,7 @@ def preset_card(name: str, **overrides: Any) -> Card:
         raise ValueError(f"unknown preset {name!r}; {nearest(name, known)}")
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
-    checked_options(f"preset {name}", entry.config, overrides)
-    config = dataclasses.replace(preset.config, **{k: _tuples(v) for k, v in overrides.items()})
+    config = dataclasses.replace(preset.config, **_fields(f"preset {name}", entry.config, overrides))
     return Card(backbone=backbone, config=config, schedule=entry.schedule(config), codec=preset.codec, preset=name)
 
 
@@ -111,7 +116,8 @@ def create_model(preset: str, **overrides: Any) -> Model:
         preset: a name of `presets()`.
         overrides: fields of the backbone's config, e.g. num_classes=10, size=64.
 
-    Errors: ValueError for an unknown preset or field, listing near names, and for values that do not fit together.
+    Errors: ValueError for an unknown preset or field, listing near names, for values of a wrong type, and for values
+    that do not fit together.
     """
     return build_model(preset_card(preset, **overrides))
 
@@ -168,7 +174,10 @@ def save_model(model: Model, folder: str | Path) -> None:
     beside = folder.absolute().with_name(f".{folder.absolute().name}.partial")
     shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
     try:
-        beside.mkdir(parents=True)
+        try:
+            beside.mkdir(parents=True)
+        except OSError as error:  # of a name that nobody asked for
+            raise OSError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
         state = {name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()}
         save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
         (beside / CONFIG).write_text(json.dumps(model.card.to_json(), indent=2) + "\n")

@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mezzotint import cli
+import mezzotint as mz
+from mezzotint import __version__, cli
 from mezzotint.web.studio import Limits
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,24 @@ def test_a_wrong_command_does_not_parse(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         invoke(["mezzotint", "train", "unet-tiny", "--dat", "digits"], monkeypatch, cli.COMMANDS)
     assert "--dat" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    invoke(["mezzotint", "--version"], monkeypatch, cli.COMMANDS)
+    assert capsys.readouterr().out == f"mezzotint {__version__}\n"
+
+
+def test_the_page_of_troubles_lists_the_samplers():
+    from mezzotint.process import samplers
+
+    said = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
+    assert f"The samplers of `--sampler` are {', '.join(f'`{name}`' for name in samplers.registry)}." in said
+
+
+def test_the_names_that_the_reference_promises_are_there():
+    said = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert {"__version__", *re.findall(r"`mz\.(\w+)`", said)} == set(mz.__all__)
+    assert all(getattr(mz, name) is not None for name in mz.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -111,6 +111,8 @@ def test_saving_where_something_else_is(model, tmp_path):
         mz.save_model(model, tmp_path / "file")
     with pytest.raises(ValueError, match="another library"):
         mz.save_model(model, tmp_path / "other")
+    with pytest.raises(OSError, match=r"file/new cannot be written: Not a directory"):
+        mz.save_model(model, tmp_path / "file" / "new")
 
 
 def test_half_precision_is_widened(folder):
@@ -180,6 +182,7 @@ def test_bad_cards(folder):
         ({"shedule": {}}, "schedule"),
         ({"config": {**good["config"], "head": 2}}, "heads"),
         ({"config": {**good["config"], "heads": 3}}, "heads 3"),
+        ({"config": {**good["config"], "heads": "two"}}, r"model\.heads is 'two'; int is needed"),
     ]:
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ValueError, match=words):
@@ -190,6 +193,28 @@ def test_bad_cards(folder):
     path.unlink()
     with pytest.raises(ValueError, match=r"no config\.json"):
         mz.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"size": "a"}, r"model\.size is 'a'; int is needed"),
+        ({"size": None}, r"model\.size is None; int is needed"),
+        ({"num_classes": 3.5}, r"model\.num_classes is 3\.5; int is needed"),
+        ({"multipliers": 2}, r"model\.multipliers is 2; a list is needed"),
+        ({"size": -4}, r"model\.size is -4; it must be at least 1"),
+        ({"num_classes": -1}, r"model\.num_classes is -1; it must be at least 0"),
+        ({"sise": 16}, "did you mean size"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(fields, words):
+    with pytest.raises(ValueError, match=words):
+        mz.create_model("unet-tiny", **fields)
+
+
+def test_fields_are_read_as_those_of_a_recipe():
+    assert models.preset_card("unet-tiny", dropout="1e-1", multipliers=[1, 2]).config.dropout == 0.1
+    assert isinstance(models.preset_card("unet-tiny"), mz.Card)
 
 
 def test_names_that_are_nothing(tmp_path):

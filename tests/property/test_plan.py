@@ -190,8 +190,14 @@ def test_errors_say_what_to_try():
         plan(chosen, device="h20")
     with pytest.raises(ValueError, match="try batch=63"):
         plan(chosen, gpus=3)
-    with pytest.raises(ValueError, match="efficiency 35"):
-        plan(chosen, efficiency=35)
+    for gpus in (0, -8):
+        with pytest.raises(ValueError, match=f"gpus {gpus} must be at least 1"):
+            plan(chosen, gpus=gpus)
+    for efficiency in (0, 35):
+        with pytest.raises(ValueError, match=f"efficiency {efficiency} "):
+            plan(chosen, efficiency=efficiency)
+    with pytest.raises(ValueError, match="size 1000000 is beyond what can be counted"):
+        plan(recipe("unet-tiny", "model.size=1000000"))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +226,8 @@ def test_commands_print_the_plan(capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["batch"] == 8
     assert "with full checkpointing fits" in answer["advice"][0]
+    with pytest.raises(ValueError, match="efficiency 0"):
+        judging.plan("unet-tiny", efficiency=0.0)
     training.train("unet-tiny", ("batch=8", *SMALL), dry_run=True)
     printed = capsys.readouterr().out
     assert "difference from the recipe" in printed

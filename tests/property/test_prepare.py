@@ -171,6 +171,9 @@ def test_an_existing_folder_is_never_overwritten(mixed, tmp_path, existing):
     with pytest.raises(ValueError, match="exists and is not empty"):
         prepare(mixed, out, 16, progress=False)
     assert (out if existing == "file" else out / "mine.txt").read_text() == "mine"
+    if existing == "file":
+        with pytest.raises(OSError, match="out/below cannot be written: Not a directory"):
+            prepare(mixed, out / "below", 16, progress=False)
 
 
 def test_a_failure_leaves_nothing(mixed, tmp_path, monkeypatch):

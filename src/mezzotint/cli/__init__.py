@@ -6,6 +6,7 @@ import sys
 
 import tyro
 
+from mezzotint import __version__
 from mezzotint.cli import data, judging, sampling, training
 
 COMMANDS = {
@@ -33,15 +34,19 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point: a user's error is one sentence on stderr and exit code 1 (2 for a wrong command line)."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"mezzotint {__version__}")
+        return
     try:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="mezzotint",
-            description="High-resolution image diffusion backbones: train, sample, evaluate.",
+            description="High-resolution image diffusion backbones: train, sample, evaluate. "
+            "--version prints the version.",
         )
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"mezzotint: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("mezzotint: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("mezzotint: interrupted; run the same command again", file=sys.stderr)
         sys.exit(130)

@@ -127,14 +127,16 @@ def prepare_images(images: Images, out: Path, *, progress: bool = True) -> dict[
 @contextlib.contextmanager
 def _beside(out: Path) -> Iterator[Path]:
     """A folder next to `out` to write in, gone afterwards unless renamed; what killed runs left there goes too."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for old in out.parent.glob(f".{out.name}.*.partial"):
         *_, writer, number, _ = old.name.split(".")
         if writer == host.replace(".", "-") and number.isdigit() and not _alive(int(number)):
             shutil.rmtree(old, ignore_errors=True)
     folder = out.parent / f".{out.name}.{host.replace('.', '-')}.{os.getpid()}.partial"
-    folder.mkdir()
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:  # of a name that nobody asked for
+        raise OSError(f"{out} cannot be written: {error.strerror}; give another folder") from error
     try:
         yield folder
     finally:

@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mezzotint.data.pixels import Unreadable
 
@@ -83,8 +83,10 @@ def decode(data: bytes) -> Image.Image:
         raise Unreadable("no bytes")
     try:
         return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # its own words hold an address in memory
+        raise Unreadable("no picture that Pillow knows") from error
     except Exception as error:
-        raise Unreadable(f"{type(error).__name__}: {error}".replace(f" {io.BytesIO!r}", "")) from error
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
 
 
 def held_out(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
