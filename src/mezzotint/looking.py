@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mezzotint.data.pixels import pixels_of, to_mode, to_model_range
 from mezzotint.generate import grid_of, integrate, start_noise
-from mezzotint.outputs import whole, write_json
+from mezzotint.outputs import card_beside, whole, write_json
 from mezzotint.pictures import grid, save_png
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level
 from mezzotint.process.guidance import with_image
@@ -197,6 +197,16 @@ def save_gif(frames: Sequence[Tensor], path: Path) -> None:
         sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=pauses, loop=0)
 
 
+def check_free(out: Path, gif: Path | None) -> None:
+    """ValueError where a file that no look has written would be replaced."""
+    card = card_beside(out) or {}
+    kept = [out] if out.exists() and not card else []
+    if gif is not None and gif.exists() and card.get("look") not in ("trajectory", "interpolate"):
+        kept.append(gif)
+    if kept:
+        raise ValueError(f"{kept[0]} exists already; choose another --out, or add --overwrite")
+
+
 def look(
     job: Job,
     out: Path,
@@ -208,6 +218,7 @@ def look(
     picture: Path | None = None,
     logsnr: float | None = None,
     mask: Path | None = None,
+    overwrite: bool = False,
 ) -> list[Path]:
     """Write one of the looks at images first ... first + n - 1, with its card beside it; returns the pictures written.
 
@@ -215,6 +226,7 @@ def look(
         out: ends in .png; a film and an interpolation are written as .gif too.
         film: the way to each image, as a filmstrip and a GIF. frames: between consecutive seeds.
         picture, logsnr, mask: see `from_picture`; white in the mask is painted.
+        overwrite: whether files may be replaced that no look has written.
 
     Errors: ValueError for two looks at once, an `out` that is no .png, and what the looks raise.
     """
@@ -225,6 +237,8 @@ def look(
     if out.suffix != ".png" or job.decoder is None or n < 1:
         raise ValueError(f"a look at one image or more is written as .png; given {out}, n {n}")
     numbers, gif = list(range(first, first + n)), out.with_suffix(".gif")
+    if not overwrite:
+        check_free(out, None if picture is not None else gif)
     how: dict[str, Any] = {"look": asked[0], "frames": frames, "logsnr": logsnr}
     if film:
         steps, levels = trajectory(job, numbers)

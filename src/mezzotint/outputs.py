@@ -88,6 +88,15 @@ def read_json(path: Path) -> Card:
     return values
 
 
+def card_beside(path: Path) -> Card | None:
+    """The card of images written to a file; None where none lies beside it, so that the file is somebody else's."""
+    try:
+        card = read_json(path.with_name(f"{path.name}.json"))
+    except (OSError, ValueError):
+        return None
+    return card if "mezzotint_samples" in card else None
+
+
 def differences(old: Card, new: Card) -> list[str]:
     """In what two cards differ, but for a number of images that grows."""
     lines = [f"{k}: {old.get(k)} there, {new.get(k)} asked" for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -163,7 +172,7 @@ class Parts:
     """One file at the end, made of parts kept beside it in .NAME.parts until then.
 
     write: images with numbers and labels into an open part. merge: parts in order, with all labels, into the open file.
-    keep: whether a finished file is refused rather than replaced.
+    keep: whether a finished file is refused rather than replaced; one without a card beside it always is.
     """
 
     path: Path
@@ -188,7 +197,7 @@ class Parts:
         """See `Output`; refuses a finished file, and parts of another run."""
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder")
-        if self.keep and self.path.exists() and not overwrite:
+        if self.path.exists() and not overwrite and (self.keep or card_beside(self.path) is None):
             raise ValueError(f"{self.path} exists already; choose another --out, or add --overwrite")
         kept = self.folder / "card.json"
         if self.folder.exists():

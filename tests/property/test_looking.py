@@ -207,6 +207,18 @@ def test_looks_are_written_with_their_card(tmp_path, shared):
     assert json.loads((tmp_path / "between.png.json").read_text())["frames"] == 4
 
 
+@pytest.mark.parametrize("theirs", ["a.png", "a.gif"])
+def test_a_look_replaces_looks_alone(tmp_path, theirs):
+    job, out = Job(model=tiny(), settings=Settings(steps=2), pool=(4,)), tmp_path / "a.png"
+    (tmp_path / theirs).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=rf"{theirs} exists already.*--overwrite"):
+        look(job, out, 1, film=True)
+    assert [p.name for p in tmp_path.iterdir()] == [theirs]
+    look(job, out, 1, film=True, overwrite=True)
+    assert (tmp_path / theirs).read_bytes() != b"mine"
+    look(job, out, 1, film=True)
+
+
 def test_other_sizes_need_a_picture_that_fits(photograph, tmp_path):
     wide = photographer(32, 48)
     with pytest.raises(ValueError, match="for this size it must be 48 x 32"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import pytest
 
 from mezzotint import config
+from mezzotint.cli import training
+from mezzotint.generate import open_model
 from mezzotint.train import loop, state
 from mezzotint.train.loop import train
+from mezzotint.train.setup import found_data
 from runs import assert_same_run, small
 
 EMPTY = "grid.count=0"
@@ -81,7 +85,9 @@ def test_no_grids_and_one_checkpoint_where_none_are_asked_for(tmp_path):
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match=r"is no run's folder and holds thesis\.tex; use an --out that is new or empty"):
+    with pytest.raises(
+        ValueError, match=r"is no run's folder and holds thesis\.tex; use an --out that is new or empty"
+    ):
         train(small(), tmp_path, quiet=True)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -89,6 +95,40 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 @pytest.mark.parametrize("split", ["", ":train"])
 @pytest.mark.parametrize("inside", [".", "runs/first"])
 def test_a_run_has_no_place_in_its_data(tmp_path, split, inside):
-    with pytest.raises(ValueError, match="lies in the data folder .* use an --out elsewhere"):
+    with pytest.raises(ValueError, match=r"lies in the data folder .* use an --out elsewhere"):
         train(small(f"data.source={str(tmp_path) + split!r}"), tmp_path / inside, quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("left", ["recipe.yaml", ".lock"])
+def test_a_run_without_a_model_says_how_it_gets_one(tmp_path, left):
+    (tmp_path / left).touch()
+    with pytest.raises(ValueError, match="is a run that has saved no model yet; the same train command goes on"):
+        open_model(tmp_path)
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"no recipe can be read at .*nothere\.yaml"):
+        training.train("unet-tiny", recipe=tmp_path / "nothere.yaml")
+    with pytest.raises(ValueError, match=r"nothere has no recipe\.yaml; give a run folder"):
+        training.report(tmp_path / "nothere")
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "words"),
+    [
+        ("unet-tiny", ["data.source=digits"], r"digits holds \d,\d+ pictures, 10 classes \(0, 1, 2 \.\.\.\)"),
+        ("unet-tiny", ["data.source=shapes:count=50"], "shapes:count=50 holds 50 pictures"),
+        ("unet-tiny", [], "none given; add --data"),
+        ("unet-tiny", ["data.source=nowhere"], "cannot be trained on: no data at 'nowhere'"),
+        ("unet-tiny", ["data.source=my/photos"], "nothing lies at my/photos; .* data set of that name on the hub"),
+        ("unet-tiny", ["data.source=digits", "model.num_classes=4"], "cannot be trained on: digits has 10 classes"),
+        ("diffit-256", ["data.source=digits"], r"10 classes .*needs latents: sd-vae-ft-ema .*mezzotint prepare"),
+        ("unet-tiny", ["data.source=shapes:count=50", "data.shapes=[[32,48]]"], "holds 50 pictures"),
+    ],
+)
+def test_a_dry_run_looks_at_the_data(preset, overrides, words):
+    from mezzotint.recipes import recipe_for
+
+    found = found_data(config.override(recipe_for(preset), overrides))
+    assert re.search(words, found), found

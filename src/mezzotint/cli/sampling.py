@@ -98,8 +98,9 @@ def sample(
         from mezzotint.looking import look
 
         written = look(
-            job, out, n, seed, film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask
-        )
+            job, out, n, seed,
+            film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask, overwrite=overwrite,
+        )  # fmt: skip
     else:
         written = [produce(job, out, n, seed, overwrite)]
     print(f"{n} images, {job.calls} network calls each:", *written)

@@ -45,12 +45,14 @@ def train(
         out: Run folder; runs/PRESET by default.
         recipe: Start from this recipe.yaml instead of the preset's own recipe.
         init_from: Start from the weights of this model folder, other sizes or classes allowed.
-        dry_run: Print the resolved recipe, its differences from the paper and the plan for this device; train nothing.
+        dry_run: Print the resolved recipe, its differences from the paper, what the data is and the plan for this
+            device; train nothing.
     """
     from mezzotint import config
     from mezzotint.recipes import difference, recipe_for
     from mezzotint.recipes.judge import judge_for
     from mezzotint.train.loop import train as run
+    from mezzotint.train.setup import found_data
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
     if chosen.preset != preset:
@@ -61,6 +63,7 @@ def train(
     if dry_run:
         print(config.to_yaml(chosen))
         print(difference(chosen))
+        print(f"data: {found_data(chosen)}")
         print_plan(chosen)
         return
     if not chosen.data.source:
@@ -132,4 +135,6 @@ def report(run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=
     from mezzotint.recipes import difference
     from mezzotint.report import write_report
 
-    print(write_report(run, out or run / "report.html", difference(config.from_yaml(run / "recipe.yaml"))))
+    kept = run / "recipe.yaml"
+    changes = difference(config.from_yaml(kept)) if kept.is_file() else ""  # without one there is no run to report
+    print(write_report(run, out or run / "report.html", changes))
