@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mezzotint as mz
-from mezzotint import cli
-from mezzotint.evaluate.card import load_evaluation
+from mezzotint.cli import judging, sampling
+from mezzotint.evaluate.card import load_evaluation, require_alike
 from mezzotint.recipes import reproduce as room
 
 
@@ -25,7 +25,7 @@ def model(tmp_path):
 @pytest.fixture
 def reference(tmp_path):
     path = tmp_path / "digits.npz"
-    cli.evaluate(make_reference=("digits:test", path), features=("digits",), size=8, channels=1)
+    judging.evaluate(make_reference=("digits:test", path), features=("digits",), size=8, channels=1)
     return str(path)
 
 
@@ -62,9 +62,9 @@ def test_every_claim_is_of_a_preset():
 
 def test_model_and_its_samples_as_a_file_get_the_same_number(model, reference, tmp_path):
     out = tmp_path / "of_model.json"
-    cli.evaluate(str(model), reference=reference, features=("digits",), channels=1, n=80, steps=2, out=out)
-    cli.sample(str(model), out=tmp_path / "samples.npz", n=80, steps=2)
-    cli.evaluate(
+    judging.evaluate(str(model), reference=reference, features=("digits",), channels=1, n=80, steps=2, out=out)
+    sampling.sample(str(model), out=tmp_path / "samples.npz", n=80, steps=2)
+    judging.evaluate(
         str(tmp_path / "samples.npz"),
         reference=reference,
         features=("digits",),
@@ -73,6 +73,12 @@ def test_model_and_its_samples_as_a_file_get_the_same_number(model, reference, t
     )
     of_model, of_file = load_evaluation(out), load_evaluation(tmp_path / "of_file.json")
     assert of_model["FD-digits"].value == pytest.approx(of_file["FD-digits"].value, rel=1e-9)
-    with pytest.raises(ValueError):  # nobody said how the file's images were made
-        cli.compare(out, tmp_path / "of_file.json")
-    cli.compare(out, tmp_path / "of_file.json", anyway=True)
+    assert require_alike(of_model, of_file).unstated == ()  # the file has the card of its sampling beside it
+    judging.compare(out, tmp_path / "of_file.json")
+    (tmp_path / "samples.npz.json").unlink()
+    judging.evaluate(
+        str(tmp_path / "samples.npz"), reference=reference, features=("digits",), channels=1, out=tmp_path / "bare.json"
+    )
+    with pytest.raises(ValueError, match="not comparable"):  # nobody said how the file's images were made
+        judging.compare(out, tmp_path / "bare.json")
+    judging.compare(out, tmp_path / "bare.json", anyway=True)
