@@ -184,9 +184,9 @@ registry.add(
                 config=UViTConfig(
                     size=64,
                     num_classes=0,
-                    width=32,
+                    width=96,  # more than the 48 channels of the transform, all of which v needs
                     emb=128,
-                    multipliers=(1, 3),
+                    multipliers=(1, 2),
                     blocks=(1,),
                     depth=3,
                     dropout=0.0,
