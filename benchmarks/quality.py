@@ -114,7 +114,7 @@ def references(args: argparse.Namespace) -> list[Reference]:
 def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Distances of the final model's samples, and where its card lies."""
     train_set, held_out = references(args)
-    how = {"sampler": Spec("dpmpp_2m"), "grid": GRID, "steps": args.steps, "dtype": args.dtype}
+    how = {"sampler": Spec("dpmpp_2m"), "grid": GRID, "steps": args.steps, "dtype": args.dtype, "clip": Spec("static")}
     found = evaluate(
         samples_of(job_for(folder, how), args.samples),
         train_set,
@@ -158,7 +158,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
-        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR from -9 to 9, {args.steps} steps, {args.dtype}",
+        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR from -9 to 9, {args.steps} steps, x clipped, {args.dtype}",
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
