@@ -158,7 +158,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
-        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR from -9 to 9, {args.steps} steps, x clipped, {args.dtype}",
+        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, x clipped, {args.dtype}",
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
