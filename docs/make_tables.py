@@ -206,8 +206,8 @@ def between(text: str, name: str, table: str) -> str:
 
 if __name__ == "__main__":
     page = PAGE.read_text()
-    for name, table in (("cost", cost()), ("quality", quality())):
-        page = between(page, name, table)
+    for name, shown in (("cost", cost()), ("quality", quality())):
+        page = between(page, name, shown)
     PAGE.write_text(page)
     README.write_text(between(README.read_text(), "speed", speed()))
     page = PERFORMANCE.read_text()
@@ -215,7 +215,8 @@ if __name__ == "__main__":
         try:
             shown = make()
         except FileNotFoundError as error:
-            shown = f"Not measured yet: benchmarks/results/{Path(error.filename).name} is not there."
+            name = Path(error.filename).name
+            shown = f"Not measured yet: benchmarks/results/{name} is not there."
         page = between(page, make.__name__.replace("_", " "), shown)
     PERFORMANCE.write_text(page)
     EVALUATION.write_text(between(EVALUATION.read_text(), "distances", distances()))
