@@ -174,6 +174,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for preset in FAMILIES:
@@ -184,6 +185,11 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     for axis, label in zip(axes, ("images seen", "GMAC of forward passes"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel=label)
         axis.grid(alpha=0.3)
+        for line in (axis.xaxis, axis.yaxis):
+            line.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            line.set_minor_formatter(NullFormatter())
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel(f"held-out eps-MSE, mean over log-SNR {', '.join(f'{x:g}' for x in LEVELS)}", fontsize=7)
     axes[1].legend(frameon=False)
     figure.tight_layout()

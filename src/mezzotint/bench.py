@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mezzotint import backbones, info
-from mezzotint.backbones.layers import Checkpointing
+from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.graphs import Graphed
 from mezzotint.models import create_model, schedule_of
 from mezzotint.process import guidance, objectives
@@ -37,7 +37,7 @@ class Settings:
 
     preset, overrides: the network and fields of its config. batch: images per step or call.
     precision: float32, or bf16 autocast over float32 weights. device: cpu or cuda.
-    compile: torch.compile of each repeated block. checkpointing: of each block, see `layers.run`.
+    compile: torch.compile of each repeated block. checkpointing: of each block, see `checkpointing.run`.
     graphs: replay sampling from CUDA graphs. rounds: measured repetitions; the median counts.
     objective: what training minimises, by name.
     """

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mezzotint.backbones import needs_label
-from mezzotint.backbones.layers import Checkpointing
+from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.objectives import Objective
 
@@ -66,7 +66,7 @@ class Player:
     Args:
         model: on the meta device. objective: as trained.
         weights: dtype of the weights in the step: float32, or what FSDP gathers them in.
-        bf16: compute under autocast. checkpointing: of each block, see `layers.run`.
+        bf16: compute under autocast. checkpointing: of each block, see `checkpointing.run`.
         gradients_leave: a gradient goes as soon as it is whole, into DDP's bucket, FSDP's shard or an earlier
             microbatch's sum, which count elsewhere; otherwise it stays until the end, as in one process.
     """

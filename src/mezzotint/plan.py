@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint.backbones import some_cond
-from mezzotint.backbones.layers import Checkpointing
+from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.config import Engine, Recipe
 from mezzotint.info import GIGA, si
 from mezzotint.memory import Player

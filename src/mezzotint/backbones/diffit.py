@@ -27,7 +27,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.layers import Checkpointing, check_input, check_sides, label_index, run
+from mezzotint.backbones.checkpointing import Checkpointing, run
+from mezzotint.backbones.layers import check_input, check_sides, label_index
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm

@@ -35,8 +35,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.layers import Checkpointing, check_input, check_sides, label_index, run
+from mezzotint.backbones.layers import check_input, check_sides, label_index
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.prediction import named

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run
 from mezzotint.backbones.dimr_blocks import (
     NORMS,
     Cascade,
@@ -28,7 +29,6 @@ from mezzotint.backbones.dimr_blocks import (
     TransformerBlock,
     layer_norm,
 )
-from mezzotint.backbones.layers import Checkpointing, run
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run
 from mezzotint.backbones.layers import (
-    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -21,7 +21,6 @@ from mezzotint.backbones.layers import (
     Up,
     check_input,
     checked_factor,
-    run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run
 from mezzotint.backbones.layers import (
     Attention,
-    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -22,7 +22,6 @@ from mezzotint.backbones.layers import (
     Up,
     check_input,
     checked_factor,
-    run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named

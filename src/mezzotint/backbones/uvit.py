@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run
 from mezzotint.backbones.layers import (
-    Checkpointing,
     Conditioning,
     Down,
     Head,
@@ -23,7 +23,6 @@ from mezzotint.backbones.layers import (
     check_input,
     checked_factor,
     keys_mask,
-    run,
 )
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
