@@ -23,7 +23,20 @@ _PUBLIC = {
     "load_official": "mezzotint.convert",
     "sample": "mezzotint.generate",
 }
-__all__ = ["__version__", *_PUBLIC]
+# Once more in full, since type checkers read a plain list only.
+__all__ = [
+    "Card",
+    "Cond",
+    "Denoised",
+    "Model",
+    "__version__",
+    "create_model",
+    "load_model",
+    "load_official",
+    "presets",
+    "sample",
+    "save_model",
+]
 
 if TYPE_CHECKING:
     from mezzotint.convert import load_official

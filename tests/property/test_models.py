@@ -240,3 +240,8 @@ def test_claims_allocate_nothing():
     entry = backbones["dimr"]
     config = replace(entry.presets["dimr-g-2r-256"].config, num_classes=10**9)
     assert sum(c.bytes for c in models.claims("dimr", config).values()) > 4 * 10**12
+
+
+def test_the_promised_names_are_listed_for_type_checkers_too():
+    assert set(mz.__all__) == {"__version__", *mz._PUBLIC}
+    assert all(getattr(mz, name) is not None for name in mz.__all__)
