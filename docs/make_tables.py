@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "backbones.md", ROOT / "README.md"
 PERFORMANCE, EVALUATION = ROOT / "docs" / "performance.md", ROOT / "docs" / "evaluation.md"
 RESULTS = ROOT / "benchmarks" / "results"
-QUALITY = RESULTS / "quality-cpu.json"
+QUALITY = ("quality-cpu.json", "quality-cifar10.json")
+DISTANCES = ("FD-Inception-64", "coverage (inception-64)")
 SPEED = RESULTS / "speed-cpu.json"
 
 
@@ -35,23 +36,33 @@ def cost() -> str:
 
 
 def quality() -> str:
-    """The error of each tiny preset at the largest budget it reached; a sentence where nothing was measured."""
-    if not QUALITY.exists():
-        return "Not measured yet: `python benchmarks/quality.py` writes the numbers that belong here."
-    found = json.loads(QUALITY.read_text())
-    levels = list(found["rows"][0]["eps_mse"])
-    head = ["preset", "images", "GMAC in all", *(f"log-SNR {level}" for level in levels)]
-    lines = [f"| {' | '.join(head)} |", "|---|---:|---:|" + "---:|" * len(levels)]
-    last = {row["preset"]: row for row in found["rows"]}  # rows of a preset come in order of its images
-    for name, row in last.items():
-        cells = [f"`{name}`", f"{row['images']:,}", f"{row['gmac']:.0f}", *(f"{row['eps_mse'][k]:.4f}" for k in levels)]
-        lines.append(f"| {' | '.join(cells)} |")
-    said = (
-        f"Mean squared error of the noise on {found['held_out']}, after training on {found['data']} at {found['size']} "
-        f"pixels in batches of {found['batch']} for {found['budget_gmac']:g} GMAC of forward passes; "
-        f"{found['machine']}."
-    )
-    return "\n".join([said, "", *lines])
+    """Per data set: the error of each tiny preset at the largest budget it reached, and distances of its samples."""
+    parts: list[str] = []
+    for name in QUALITY:
+        if not (RESULTS / name).exists():
+            parts += [f"Not measured yet: `python benchmarks/quality.py` writes {name}, whose numbers belong here.", ""]
+            continue
+        found = json.loads((RESULTS / name).read_text())
+        last = {row["preset"]: row for row in found["rows"]}  # rows of a preset come in order of its images
+        levels = list(found["rows"][0]["eps_mse"])
+        head = ["preset", "images", "GMAC in all", *(f"log-SNR {level}" for level in levels), *DISTANCES]
+        lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
+        for preset, row in last.items():
+            errors = [f"{row['eps_mse'][k]:.4f}" for k in levels]
+            far = [f"{row['distances'][k]:.3g}" if k in row.get("distances", {}) else "" for k in DISTANCES]
+            cells = [f"`{preset}`", f"{row['images']:,}", f"{row['gmac']:.0f}", *errors, *far]
+            lines.append(f"| {' | '.join(cells)} |")
+        real = {v for row in last.values() for k, v in row.get("distances", {}).items() if k.endswith("held-out images")
+                and k.startswith(DISTANCES[0])}  # fmt: skip
+        floor = f" Held-out real images are at {min(real):.3g} ({DISTANCES[0]})." if real else ""
+        said = (
+            f"Mean squared error of the noise on {found['held_out']}, after training on {found['data']} at "
+            f"{found['size']} pixels in batches of {found['batch']} for {found['budget_gmac']:g} GMAC of forward "
+            f"passes; distances of samples ({found['samples']}) to {found['reference']}.{floor} "
+            f"{found['machine']}; `{name}`."
+        )
+        parts += [said, "", *lines, ""]
+    return "\n".join(parts).rstrip()
 
 
 def speed() -> str:
