@@ -35,6 +35,7 @@ from mezzotint.info import GIGA
 from mezzotint.models import create_model, load_model
 from mezzotint.process.denoiser import Cond
 from mezzotint.produce import job_for
+from mezzotint.ranks import own_device
 from mezzotint.recipes import recipe_for
 from mezzotint.registry import Spec
 from mezzotint.train.loop import train
@@ -77,7 +78,7 @@ def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]
         if any(r["preset"] == preset and r["images"] == images for r in rows):
             continue
         train(replace(recipe, images=images), folder)
-        trained = load_model(folder / "model").eval()
+        trained = load_model(folder / "model").eval().to(own_device())
         errors = eps_mse_by_level(trained, held_out, count=args.count)
         rows.append(
             {
@@ -90,11 +91,16 @@ def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]
             }
         )
         write(args, rows)
-    if args.weights or args.features == ["digits"]:
+    if judged(args):
         last = max((r for r in rows if r["preset"] == preset), key=lambda r: r["images"])
         if "distances" not in last:
             last["distances"] = judge(folder, args)
             write(args, rows)
+
+
+def judged(args: argparse.Namespace) -> bool:
+    """Whether there are features to judge the final models with."""
+    return bool(args.weights) or args.features == ["digits"]
 
 
 def references(args: argparse.Namespace) -> list[Reference]:
@@ -158,12 +164,16 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
-        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, x clipped, {args.dtype}",
+        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, x clipped, {args.dtype}"
+        if judged(args)
+        else "none",
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
         "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "machine": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
     }
     args.out.with_suffix(".json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
 
@@ -191,8 +201,8 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:g}")
     axes[0].set_ylabel(f"held-out eps-MSE, mean over log-SNR {', '.join(f'{x:g}' for x in LEVELS)}", fontsize=7)
-    axes[1].legend(frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(FAMILIES), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(args.out.with_suffix(".png"), dpi=120)
 
 
