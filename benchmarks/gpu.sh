@@ -3,10 +3,13 @@
 # large presets, ratios to the plain twins, and a real training run with samples. JSON and logs go to $OUT.
 #
 #   OUT=results bash benchmarks/gpu.sh
+#   DATA=eurosat64.zip WEIGHTS=inception_2015_to_mixed7a.safetensors OUT=results bash benchmarks/gpu.sh
 #   DEVICE=cpu SMALL=1 OUT=results bash benchmarks/gpu.sh     # the same without a GPU, tiny, to see that it runs
 #
-# Packages that are missing there may lie in wheels/ beside this checkout's src/; they are put before the installed ones.
-# A part that fails or runs out of its time is reported and does not stop the others; the exit code says whether any did.
+# DATA (a set with parts train and test, 64 pixels; the built-in shapes without it) and WEIGHTS are for the table of
+# quality. Packages that are missing there may lie in wheels/ beside this checkout's src/; they are put before the
+# installed ones. A part that fails or runs out of its time is reported and does not stop the others; the exit code says
+# whether any did.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -37,17 +40,20 @@ part() { # name, seconds, command...
 run=$(mktemp -d)
 data=digits
 "$PYTHON" -c "import sklearn" 2>/dev/null || data=shapes:16
-if [ -n "$SMALL" ]; then images=512; budget=60; else images=200000; budget=200; fi
+if [ -n "$SMALL" ]; then images=512; budget=60; work=4; size=16; else images=200000; budget=150; work=8000; size=64; fi
 
-part checks 100 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --out "$OUT"
+part checks 90 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --out "$OUT"
 part kernels 40 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --out "$OUT"
-part presets 260 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
+part presets 200 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
 part twins 80 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "${BATCH:-32}" --rounds 3 --out "$OUT/twins.json"
 part train 80 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
   model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \
   grid.every_images="$images" grid.count=10 grid.steps=10 save.every_images="$images"
 part sample 30 "$PYTHON" -m mezzotint.cli sample "$run/digits" --n 20 --steps 20 --out "$OUT/samples.png"
 cp "$run/digits/log.jsonl" "$OUT/train.jsonl" 2>/dev/null || failed=1
+if [ -n "${DATA:-}" ]; then real=$DATA; else real=shapes; fi
+part quality 90 "$PYTHON" benchmarks/quality.py --data "$real:train" --held-out "$real:test" --size "$size" --budget "$work" \
+  --batch 128 --samples 1000 ${WEIGHTS:+--weights "$WEIGHTS"} --runs "$run/quality" --out "$OUT/quality-gpu"
 
 ls -l "$OUT"
 exit $failed
