@@ -220,6 +220,14 @@ def test_single_row_of_tokens_uses_the_middle_of_the_table():
     assert_close(resize_table(table, 4, 1, 4), table.view(7, 7, 2)[3])
 
 
+def test_positions_follow_the_device_where_linspace_does_not(monkeypatch):
+    """As transformers leaves it after loading a model: torch no longer knows linspace as one that takes a device."""
+    own = torch.linspace
+    monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: own(*args, **kwargs))
+    with torch.device("meta"):
+        assert sincos_positions(4, 4, 4, 16).device.type == "meta"
+
+
 def test_positions_keep_their_extent():
     native, fine = sincos_positions(4, 4, 4, 16), sincos_positions(7, 4, 4, 16)
     assert_close(fine.view(7, 4, 16)[::2], native.view(4, 4, 16))

@@ -104,8 +104,9 @@ def sincos_positions(
         angle = coordinate.reshape(-1, 1) * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    rows = torch.linspace(0, side - 1, height, dtype=torch.float64, device=device)
-    columns = torch.linspace(0, side - 1, width, dtype=torch.float64, device=device)
+    # The device is named: once transformers has loaded a model, linspace may no longer follow `with torch.device(...)`.
+    rows = torch.linspace(0, side - 1, height, dtype=torch.float64, device=k.device)
+    columns = torch.linspace(0, side - 1, width, dtype=torch.float64, device=k.device)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.cat([code(column), code(row)], dim=1)[None]
 
