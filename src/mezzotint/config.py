@@ -138,6 +138,7 @@ class Evaluate:
         maker: whose it is where it cannot say. features: feature sets, all of which the reference has. weights: file of
         their network; the cache by default.
     sampler, steps, guidance: as for the grids. batch: samples at a time on each rank.
+    prompts: file of what the samples of a network that reads captions show, one a line, in turn.
     """
 
     every_images: int = 0
@@ -150,6 +151,7 @@ class Evaluate:
     steps: int = 50
     guidance: float | None = None
     batch: int = 64
+    prompts: str | None = None
 
     def __post_init__(self):
         _at_least("evaluate.", self, every_images=0, steps=1, batch=1)

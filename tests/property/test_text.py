@@ -20,6 +20,9 @@ from mezzotint.data.loader import batches
 from mezzotint.data.pixels import to_uint8
 from mezzotint.data.prepare import prepare, prepare_words
 from mezzotint.data.text import captions_of, describe_words, embed, encoder
+from mezzotint.evaluate.features import from_module
+from mezzotint.evaluate.references import make_reference
+from mezzotint.evaluate.sources import of_images
 from mezzotint.generate import Guidance, Settings, generate, sample
 from mezzotint.models import create_model, load_model, save_model
 from mezzotint.process import guidance
@@ -28,6 +31,7 @@ from mezzotint.produce import job_for
 from mezzotint.prompts import prompts_from
 from mezzotint.ranks import World
 from mezzotint.recipes import recipe_for
+from mezzotint.recipes.judge import judge_for
 from mezzotint.train.data import open_data
 from mezzotint.train.loop import train
 from mezzotint.train.step import make_batch
@@ -165,7 +169,8 @@ def reading_model(**overrides):
     """uvit-text-tiny, smaller, every parameter moved off its start."""
     torch.manual_seed(0)
     small = {"size": 16, "width": 8, "emb": 16, "multipliers": (1, 2), "blocks": (1,), "depth": 2, "heads": 2}
-    model = create_model("uvit-text-tiny", **{**small, "text_dim": 16, **overrides}).eval()
+    small |= {"transform": "dwt", "patch": 4, "text_dim": 16}
+    model = create_model("uvit-text-tiny", **{**small, **overrides}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -256,9 +261,10 @@ def test_guidance_goes_away_from_the_empty_condition():
 def tiny(source: str, t5: Path, *changes: str) -> config.Recipe:
     own = [
         f"data.source={source!r}", f"data.text={str(t5)!r}", "model.size=16", "model.text_dim=16", "model.width=8",
-        "model.emb=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2", "images=32",
-        "batch=8", "log_every_images=8", "grid.every_images=32", "grid.count=2", "grid.steps=2",
-        "save.every_images=16", "engine.precision=float32", "optim.decay=constant",
+        "model.emb=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2",
+        "model.transform=dwt", "model.patch=4", "images=32", "batch=8", "log_every_images=8",
+        "grid.every_images=32", "grid.count=2", "grid.steps=2", "save.every_images=16",
+        "engine.precision=float32", "optim.decay=constant",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-text-tiny"), [*own, *changes])
 
@@ -312,6 +318,40 @@ def test_a_run_on_captions_resumes_and_remembers_its_encoder(t5, tmp_path):
     text, mask = encoder(kept["encoder"], max_tokens=kept["max_tokens"]).conditions(["a red ring", "a blue square"])
     images = generate(model, [0, 0], Cond(text=text, text_mask=mask), Settings(steps=2))
     assert images.shape == (2, 3, 16, 16)
+
+
+def test_evaluation_along_the_way_shows_the_prompts_in_turn(t5, tmp_path):
+    seen = colours()
+    source = of_images(open_images("shapes:16,count=50"), "shapes", 50)
+    make_reference(source, tmp_path / "real.npz", [seen], keep=50)
+    (tmp_path / "prompts.txt").write_text("a red ring\n\na blue square\n")
+    asked = [
+        "evaluate.every_images=32", "evaluate.n=6", "evaluate.steps=2", f"evaluate.reference={tmp_path / 'real.npz'}",
+    ]  # fmt: skip
+    prompts = f"evaluate.prompts={tmp_path / 'prompts.txt'}"
+    recipe = tiny("shapes:16,count=50", t5, *asked, prompts)
+    train(recipe, tmp_path / "run", quiet=True, judge=judge_for(recipe, [seen]))
+    card = json.loads((tmp_path / "run" / "evaluations" / "32.json").read_text())
+    assert card["protocol"]["prompts"].startswith("2 in turn, SHA-256 ")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["evaluation"]["FD-colours"] > 0 for line in lines if "evaluation" in line] == [True]
+    with pytest.raises(ValueError, match=r"reads captions; name a file .* evaluate\.prompts=FILE"):
+        judge_for(tiny("shapes:16,count=50", t5, *asked), [seen])
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        judge_for(recipe, [seen])
+    with pytest.raises(ValueError, match="unet-tiny reads no captions"):
+        judge_for(config.override(recipe_for("unet-tiny"), [*asked, prompts]), [seen])
+
+
+def colours():
+    """The features "colours": the mean of each channel."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    return from_module(Mean(), name="colours", dims=3, size=16, channels=3)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ FREE = ("source", "seeds", "code_version")
 class Protocol:
     """How the judged images were made; None where nobody said.
 
-    source: model, folder or file. n: images. seeds: as "0...49999". label_law: how labels were chosen. sampler, steps:
-    of the sampler. network_calls: forward passes per image, guidance included. guidance: scale and interval in words.
-    ema: which average of the weights. uint8_rule: "round" or "truncate", see `mezzotint.data.pixels.to_uint8`.
+    source: model, folder or file. n: images. seeds: as "0...49999". label_law: how labels were chosen. prompts: how
+    many and the hash of their words. sampler, steps: of the sampler. network_calls: forward passes per image, guidance
+    included. guidance: scale and interval in words. ema: which average of the weights. uint8_rule: "round" or
+    "truncate", see `mezzotint.data.pixels.to_uint8`.
     resolution: (height, width). preprocessing: crop and resize done to the images. code_version: of mezzotint.
     """
 
@@ -34,6 +35,7 @@ class Protocol:
     resolution: tuple[int, int] | None = None
     seeds: str | None = None
     label_law: str | None = None
+    prompts: str | None = None
     sampler: str | None = None
     steps: int | None = None
     network_calls: int | None = None

@@ -5,6 +5,7 @@ Each is an `ImageSource`: n images by index, so that work can be shared over ran
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -76,6 +77,7 @@ def stated(card: dict[str, Any], n: int) -> dict[str, Any]:
     return {
         "seeds": seeds if n == card["n"] else f"{n} of {seeds}",
         "label_law": card["label_law"],
+        "prompts": _prompts(card.get("prompts")),
         "sampler": f"{Spec(**card['sampler'])} on the grid {grid}",
         "steps": card["steps"],
         "network_calls": card["network_calls_per_image"],
@@ -84,6 +86,13 @@ def stated(card: dict[str, Any], n: int) -> dict[str, Any]:
         "uint8_rule": card["uint8_rule"],
         "preprocessing": "none",
     }
+
+
+def _prompts(said: list[str] | None) -> str:
+    """How many prompts, and which, in few words."""
+    if not said:
+        return "none"
+    return f"{len(said)} in turn, SHA-256 {hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
 
 
 def _beside(path: Path, n: int) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from mezzotint.generate import Guidance, Settings
 from mezzotint.models import build_model, preset_card
 from mezzotint.process.denoiser import Model
 from mezzotint.produce import Job
+from mezzotint.prompts import prompts_from
 from mezzotint.train.judging import Judge
 
 
@@ -84,11 +85,14 @@ def checked(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Reference:
     if asked.n < 2:
         raise ValueError(f"evaluate.n {asked.n} must be at least 2")
     card = preset_card(recipe.preset, **recipe.model)
-    if text_width(card.config):
+    reads = text_width(card.config) > 0
+    if reads and asked.prompts is None:
         raise ValueError(
-            f"{recipe.preset} reads captions, which evaluations during training do not give; leave "
-            "evaluate.every_images at 0 and run mezzotint evaluate on the run's model"
+            f"{recipe.preset} reads captions; name a file of what its samples are to show, one a line, as "
+            "evaluate.prompts=FILE"
         )
+    if not reads and asked.prompts is not None:
+        raise ValueError(f"evaluate.prompts={asked.prompts}: {recipe.preset} reads no captions; leave it out")
     with torch.device("meta"):
         unfinished = build_model(card)
     job_of(dataclasses.replace(asked, guidance=None), unfinished).calls  # noqa: B018  a wrong sampler or steps
@@ -105,7 +109,7 @@ def checked(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Reference:
 
 
 def job_of(asked: Evaluate, model: Model) -> Job:
-    """How the samples are made: classes in turn, seeds from 0."""
+    """How the samples are made: classes or prompts in turn, seeds from 0."""
     settings = Settings(
         sampler=protocols.parse_sampler(asked.sampler),
         steps=asked.steps,
@@ -113,7 +117,8 @@ def job_of(asked: Evaluate, model: Model) -> Job:
         batch=asked.batch,
     )
     pool = tuple(range(model.card.config.num_classes))
-    return Job(model=model, settings=settings, pool=pool, codec=model.card.codec)
+    said = () if asked.prompts is None else prompts_from(Path(asked.prompts))
+    return Job(model=model, settings=settings, pool=pool, codec=model.card.codec, prompts=said)
 
 
 def source_of(asked: Evaluate, model: Model) -> ImageSource:
