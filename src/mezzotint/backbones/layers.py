@@ -269,11 +269,11 @@ class TransformerBlock(nn.Module):
 
 
 class Positions(nn.Module):
-    """Learned position embedding of a map, N(0, 0.01²) (section 6); resized bilinearly for a map of another shape."""
+    """Learned position embedding of a map, N(0, std²) (section 6); resized bilinearly for a map of another shape."""
 
-    def __init__(self, channels: int, side: int):
+    def __init__(self, channels: int, side: int, std: float = 0.01):
         super().__init__()
-        self.table = nn.Parameter(0.01 * torch.randn(1, channels, side, side))
+        self.table = nn.Parameter(std * torch.randn(1, channels, side, side))
 
     def forward(self, h: Tensor) -> Tensor:
         """(b, c, h, w) plus its positions."""

@@ -40,6 +40,7 @@ class UViTConfig:
     dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     text_dim: width of the text embeddings it reads (T5-XXL: 4096), 0 for none; see `layers.Words`.
+    position_std: of the position embedding at initialisation (section 6: 0.01).
     """
 
     size: int
@@ -57,6 +58,7 @@ class UViTConfig:
     transform: str = "none"
     patch: int = 1
     text_dim: int = 0
+    position_std: float = 0.01
 
 
 class UViT(nn.Module):
@@ -89,7 +91,7 @@ class UViT(nn.Module):
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(res(i, c.blocks[i], False) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
-        self.positions = Positions(widths[-1], sides[-1])
+        self.positions = Positions(widths[-1], sides[-1], c.position_std)
         self.words = Words(c.text_dim, widths[-1], c.emb) if c.text_dim else None
         reads = self.words is not None
         self.middle = nn.ModuleList(
@@ -183,15 +185,18 @@ registry.add(
                 config=UViTConfig(
                     size=64,
                     num_classes=0,
-                    width=96,  # more than the 48 channels of the transform, all of which v needs
-                    emb=128,
-                    multipliers=(1, 2),
-                    blocks=(1,),
-                    depth=3,
+                    # The transformer alone, on patches: with a convolutional level around it, and with positions that
+                    # start near zero, where things are was not learned from words in the first 19,000 images.
+                    width=256,
+                    emb=256,
+                    multipliers=(1,),
+                    blocks=(),
+                    depth=4,
                     dropout=0.0,
-                    transform="dwt",
-                    patch=4,
+                    transform="conv",
+                    patch=8,
                     text_dim=64,
+                    position_std=0.5,
                 ),
                 paper="laptop size that reads captions instead of labels; a T5 encoder of width 64",
             ),
