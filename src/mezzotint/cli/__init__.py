@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import tyro
@@ -44,6 +45,9 @@ def main() -> None:
             description="High-resolution image diffusion backbones: train, sample, evaluate. "
             "--version prints the version.",
         )
+    except BrokenPipeError:  # whoever read the output has seen enough, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"mezzotint: {error}", file=sys.stderr)
         sys.exit(1)
