@@ -34,6 +34,7 @@ from mezzotint.recipes import recipe_for
 from mezzotint.train.loop import train
 
 WIDTH = 64  # of the encoder
+OF_ONE_HUE = 30  # degrees around the commonest hue
 TARGET = {"colour": 0.9, "shape": 0.8, "position": 0.8}
 
 
@@ -107,6 +108,7 @@ def read(pixels: np.ndarray) -> Attributes | None:
         return None
     histogram, edges = np.histogram(hue, bins=120, range=(0, 360), weights=cover)
     peak = (edges[:-1] + edges[1:])[histogram.argmax()] / 2
+    cover = cover * (abs((hue - peak + 180) % 360 - 180) < OF_ONE_HUE)  # no halo of another colour is part of the shape
     apart = [abs((peak - h + 180) % 360 - 180) for h in COLOURS.values()]
     pixel = (np.arange(side) + 0.5) / side
     x, y = (cover.sum(0) * pixel).sum() / cover.sum(), (cover.sum(1) * pixel).sum() / cover.sum()

@@ -185,6 +185,7 @@ registry.add(
                 config=UViTConfig(
                     size=64,
                     num_classes=0,
+                    prediction="x",
                     # The transformer alone, on patches: with a convolutional level around it, and with positions that
                     # start near zero, where things are was not learned from words in the first 19,000 images.
                     width=256,
