@@ -19,7 +19,8 @@ def uvit_text_tiny() -> Recipe:
         preset="uvit-text-tiny",
         data=Data(flip=False),
         # Words decide what is where before the picture shows it: at 64 pixels below a log-SNR of -5, where the
-        # unshifted cosine spends a twentieth of its time and eps-MSE hardly weighs. Hence v, and a shift of -2.8.
+        # unshifted cosine spends a twentieth of its time and eps-MSE hardly weighs. Hence a shift of -2.8, and the
+        # image's own error. That x is predicted spares the patches from carrying the noise through the transformer.
         schedule=Spec("cosine", {"image_d": 64, "noise_d": 16}),
         objective=Spec("regression"),
         time=Time(sampling="stratified"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -29,6 +30,8 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
         return backbone
     if engine.strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
+        # A depthwise weight (c, 1, 7, 7) is in both memory layouts at once; DDP copies its few numbers and warns of it.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(backbone, device_ids=ids, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
