@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=150_000, help="training length")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--each", type=int, default=4, help="pictures of every held-out combination")
-    parser.add_argument("--guidance", type=float, default=2.0, help="as DiT counts it; 1 is none")
+    parser.add_argument("--guidance", type=float, default=4.0, help="as DiT counts it; 1 is none")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--check-real", action="store_true", help="only check the checker")
     parser.add_argument("--no-training", action="store_true", help="sample what the run holds now")
