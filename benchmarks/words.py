@@ -146,7 +146,7 @@ def recipe(out: Path, images: int, size: int) -> config.Recipe:
     """uvit-text-tiny's own, on the training part of the shapes, with the encoder made here."""
     own = [
         "data.source='shapes:train,count=40000'", f"data.text={str(out / 'encoder')!r}", f"images={images}",
-        f"model.size={size}",
+        f"model.size={size}", f"schedule.options.image_d={size}",
         f"model.text_dim={WIDTH}", "save.every_images=5000", "grid.every_images=1000000000",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-text-tiny"), own)

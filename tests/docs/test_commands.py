@@ -125,6 +125,17 @@ def test_the_version_is_printed(monkeypatch, capsys):
     assert capsys.readouterr().out == f"mezzotint {__version__}\n"
 
 
+@pytest.mark.parametrize("words", [["info", "--json"], ["--version"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words):
+    """As `mezzotint info --json | head -1`: nothing on stderr, whenever the pipe closes."""
+    command = [sys.executable, "-m", "mezzotint.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stderr is not None
+        started.stdout.close()
+        assert started.stderr.read() == ""
+
+
 def test_the_page_of_troubles_lists_the_samplers():
     from mezzotint.process import samplers
 

@@ -35,16 +35,17 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point: a user's error is one sentence on stderr and exit code 1 (2 for a wrong command line)."""
-    if sys.argv[1:] == ["--version"]:
-        print(f"mezzotint {__version__}")
-        return
     try:
+        if sys.argv[1:] == ["--version"]:
+            print(f"mezzotint {__version__}", flush=True)
+            return
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="mezzotint",
             description="High-resolution image diffusion backbones: train, sample, evaluate. "
             "--version prints the version.",
         )
+        sys.stdout.flush()  # here, where a closed pipe is understood, and not when the interpreter ends
     except BrokenPipeError:  # whoever read the output has seen enough, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -14,7 +14,10 @@ from mezzotint.registry import Spec
 
 @recipe("uvit-text-tiny")
 def uvit_text_tiny() -> Recipe:
-    """For a laptop, on captions; how well words steer it is measured by benchmarks/words.py."""
+    """For a laptop, on captions; how well words steer it is measured by benchmarks/words.py.
+
+    At another model.size, set schedule.options.image_d to it as well.
+    """
     return Recipe(
         preset="uvit-text-tiny",
         data=Data(flip=False),
