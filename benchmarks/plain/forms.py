@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.backbones import diffit, dimr_blocks
+from mezzotint.kernels.depthwise import residual_depthwise
 
 
 def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, ...]:
@@ -30,16 +31,27 @@ def plain_projection(features: Any, gain: Tensor, shift: Tensor, weight: Tensor,
     return F.linear(F.layer_norm(x, x.shape[-1:]) * gain + shift, weight, bias)
 
 
-def plain_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
+def copied_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Layout copies around the convolution."""
-    x = x + self.depthwise(x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1).contiguous()
-    return x + self.mlp(x, *time)
+    x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    return residual_depthwise(x, weight, bias).contiguous()
 
 
-def autocast_convnext(self: dimr_blocks.ConvNeXtBlock, x: Tensor, *time: Tensor) -> Tensor:
-    """The convolution in the precision of everything else."""
-    x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return x + self.mlp(x, *time)
+def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution with torch's own gradients."""
+    padding = weight.shape[-1] // 2
+    return x + F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+
+
+def torch_norm(self: dimr_blocks.TimeRMSNorm, x: Tensor, gain: Tensor) -> Tensor:
+    """The norm from torch's operations and their gradients."""
+    return dimr_blocks.over_rms(x) * gain
+
+
+def joined_geglu(self: dimr_blocks.GEGLU, x: Tensor, *time: Tensor) -> Tensor:
+    """Gate and value from one product."""
+    gate, value = self.up(self.norm(x, *time)).chunk(2, dim=-1)
+    return self.down(F.gelu(gate) * value)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,8 +86,10 @@ Swap = Callable[[], AbstractContextManager[Any]]
 SWITCHES: list[tuple[str, str, Swap]] = [
     ("dimr", "time vectors one by one", lambda: patch.object(dimr_blocks.TimeVectors, "forward", plain_vectors)),
     ("dimr", "cascade concatenated", lambda: patch.object(dimr_blocks, "normed_projection", plain_projection)),
-    ("dimr", "layout copies", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", plain_convnext)),
-    ("dimr", "depthwise in autocast", lambda: patch.object(dimr_blocks.ConvNeXtBlock, "forward", autocast_convnext)),
+    ("dimr", "layout copies", lambda: patch.object(dimr_blocks, "residual_depthwise", copied_depthwise)),
+    ("dimr", "depthwise gradients of torch", lambda: patch.object(dimr_blocks, "residual_depthwise", torch_depthwise)),
+    ("dimr", "norm of torch", lambda: patch.object(dimr_blocks.TimeRMSNorm, "forward", torch_norm)),
+    ("dimr", "GEGLU in one product", lambda: patch.object(dimr_blocks.GEGLU, "forward", joined_geglu)),
     ("dimr", "attention fused", lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention)),
     ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attend", padded_attention)),
     ("dimr", "attention in float32", lambda: patch.object(dimr_blocks, "attend", float_attention)),

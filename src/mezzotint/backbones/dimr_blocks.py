@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones.layers import attend
+from mezzotint.kernels.depthwise import residual_depthwise
 
 
 class TimeVectors(nn.Module):
@@ -84,7 +85,34 @@ class TimeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (b, ..., d); gain (b, 1, ..., d)."""
-        return over_rms(x) * gain
+        plain = x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
+        return over_rms(x) * gain if plain or not torch.is_grad_enabled() else TimeRMS.apply(x, gain)
+
+
+class TimeRMS(torch.autograd.Function):
+    """`over_rms(x) * gain` in training on a CPU, where torch has no fused norm: a third of the time, half the memory.
+
+    With r = 1 / rms(x), n = r x and d the width: dgain = sum dy n, dx = r (gain dy - n sum(gain dy n) / d).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        """x (b, ..., d); gain (b, 1, ..., d)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        r = norm.square_().div_(x.shape[-1]).add_(1e-16).rsqrt_()
+        ctx.save_for_backward(x, gain, r)
+        return (x * r).mul_(gain).to(torch.promote_types(x.dtype, gain.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and gain."""
+        (grad,), (x, gain, r) = grads, ctx.saved_tensors
+        n = x * r
+        d_n = grad * n
+        d_gain = d_n.sum(tuple(range(1, x.ndim - 1)), keepdim=True)
+        mean = d_n.mul_(gain).mean(-1, keepdim=True)
+        d_x = n.mul_(mean).neg_().addcmul_(grad, gain).mul_(r)
+        return d_x.to(x.dtype), d_gain.to(gain.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -149,7 +177,14 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor, *time: Tensor) -> Tensor:
         """x (b, ..., d) -> (b, ..., d), without the residual."""
-        gate, value = self.up(self.norm(x, *time)).chunk(2, dim=-1)
+        x = self.norm(x, *time)
+        if x.device.type == "cpu":
+            # Two products: gate and value lie apart, so gelu runs over contiguous memory and their gradients need no
+            # joining, which here costs more than the second product (3 to 19 % of this and its backward pass).
+            halves = zip(self.up.weight.chunk(2), self.up.bias.chunk(2), strict=True)
+            gate, value = (F.linear(x, weight, bias) for weight, bias in halves)
+        else:
+            gate, value = self.up(x).chunk(2, dim=-1)
         return self.down(F.gelu(gate) * value)
 
 
@@ -169,24 +204,29 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(x, *time[half:])
 
 
+class Depthwise(nn.Conv2d):
+    """Depthwise convolution of maps with the channels last."""
+
+    def __init__(self, dim: int, kernel: int):
+        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d)."""
+        return residual_depthwise(input, self.weight, self.get_parameter("bias"))
+
+
 class ConvNeXtBlock(nn.Module):
     """x += depthwise convolution(x), no norm before it; x += GEGLU(x). No LayerScale, unlike ConvNeXt."""
 
     def __init__(self, dim: int, hidden: int, kernel: int, norm: str):
         super().__init__()
-        self.depthwise = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim)
+        self.depthwise = Depthwise(dim, kernel)
         self.mlp = GEGLU(dim, hidden, norm)
         self.vectors = self.mlp.norm.vectors
 
     def forward(self, x: Tensor, *time: Tensor) -> Tensor:
         """x (b, h, w, d) -> (b, h, w, d)."""
-        # The permuted view is a channels-last image and so is the convolution's result: no copy either way.
-        if x.device.type == "cpu" and x.dtype == torch.float32:
-            # Its weight gradient in bf16 takes 2.6 times as long as in float32 here, the forward pass as long.
-            with torch.autocast("cpu", enabled=False):
-                x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        else:
-            x = x + self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.depthwise(x)
         return x + self.mlp(x, *time)
 
 

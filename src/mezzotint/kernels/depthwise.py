@@ -1,0 +1,236 @@
+"""x + depthwise convolution of x, channels last: on a CPU with a quick weight gradient, on a GPU by the faster kernel.
+
+CPU: oneDNN takes 10 (float32) to 50 times (bf16) as long for the weight gradient of a 7x7 depthwise convolution as for
+the convolution itself, though the arithmetic is the same. That gradient is a depthwise convolution too, of the input by
+the output's gradient, and the kernel for those is quick (docs/performance.md).
+
+CUDA: cuDNN or Triton, whichever is faster for the shape, see `chosen`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Literal["torch", "triton"]
+Work = Callable[..., tuple[Tensor, ...]]
+
+
+def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x plus each channel convolved with its own square kernel of odd side k, zeros around.
+
+    Under autocast the convolution runs in its dtype; the sum is of x's dtype, or wider.
+
+    Args:
+        x: (b, h, w, c), contiguous for speed. weight: (c, 1, k, k). bias: (c,).
+
+    Returns:
+        (b, h, w, c).
+    """
+    low = working_dtype(x)
+    if x.device.type == "cuda" and x.dtype != torch.float64 and has_triton():
+        return torch.ops.mezzotint.residual_depthwise(x, weight, bias, low)
+    if x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad:
+        return x + DepthwiseCPU.apply(x.to(low), weight.to(low), bias.to(low))
+    return x + convolve(x.to(low), weight.to(low), bias.to(low))
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on, else x's own."""
+    kind = x.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if mixed else x.dtype
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (b, h, w, c), weight (c, 1, k, k) -> (b, h, w, c)."""
+    # The permuted view is a channels-last image and so is the convolution's result: no copy either way.
+    image = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+    return image.permute(0, 2, 3, 1)
+
+
+class DepthwiseCPU(torch.autograd.Function):
+    """`convolve`, its gradients as convolutions of the same kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The convolution."""
+        ctx.save_for_backward(x, weight)
+        return convolve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Gradients of x, weight and bias."""
+        (grad,), (x, weight) = grads, ctx.saved_tensors
+        d_x = convolve(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
+        return d_x, weight_gradient(x, grad, weight.shape[-1]), grad.sum((0, 1, 2))
+
+
+def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
+    """(c, 1, k, k): over all pixels p, the sum of grad[p] x[p + offset], for each offset within k // 2.
+
+    As one convolution: the channels of every image are its channels, and grad is its kernels.
+    """
+    b, h, w, c = x.shape
+
+    def joined(t: Tensor) -> Tensor:
+        return t.permute(1, 2, 0, 3).reshape(1, h, w, b * c).permute(0, 3, 1, 2)
+
+    each = F.conv2d(joined(x), joined(grad).transpose(0, 1), padding=k // 2, groups=b * c)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return each.view(b, c, 1, k, k).sum(0, dtype=wide).to(x.dtype)
+
+
+# ---- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def forward_torch(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+    """x + convolution, by cuDNN."""
+    return ((x + convolve(x.to(low), weight.to(low), None if bias is None else bias.to(low))).to(x.dtype),)
+
+
+def forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+    """The same in one kernel, summed in float32."""
+    from mezzotint.kernels import depthwise_triton
+
+    return (depthwise_triton.forward(x, weight, bias, residual=True),)
+
+
+def gradient_torch(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients of weight and bias, by cuDNN."""
+    c, _, k, _ = weight.shape
+    grad_image, image = (t.to(low).permute(0, 3, 1, 2) for t in (grad, x))
+    _, d_weight, d_bias = torch.ops.aten.convolution_backward(
+        grad_image, image, weight.to(low), [c], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [False, True, True]
+    )
+    return d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+
+
+def gradient_triton(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+    """The same by Triton, summed in float32."""
+    from mezzotint.kernels import depthwise_triton
+
+    return tuple(t.to(weight.dtype) for t in depthwise_triton.weight_gradient(x, grad, weight.shape[-1]))
+
+
+# What the compiler and autograd see.
+
+
+@torch.library.custom_op(
+    "mezzotint::residual_depthwise",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, ScalarType low) -> Tensor",
+)
+def residual_op(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> Tensor:
+    """`residual_depthwise`, the convolution in `low`."""
+    return run(forward_torch, forward_triton, x.contiguous(), weight, bias, low=low)[0]
+
+
+@residual_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "mezzotint::depthwise_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor x, Tensor grad, Tensor weight, ScalarType low) -> (Tensor, Tensor)",
+)
+def weight_gradient_op(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias, in weight's dtype."""
+    d_weight, d_bias = run(gradient_torch, gradient_triton, x.contiguous(), grad.contiguous(), weight, low=low)
+    return d_weight, d_bias
+
+
+@weight_gradient_op.register_fake
+def _(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), weight.new_empty(len(weight))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.low = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    d_x = residual_op(grad, weight.flip(2, 3), None, ctx.low) if ctx.needs_input_grad[0] else None
+    d_weight, d_bias = weight_gradient_op(x, grad, weight, ctx.low)
+    return d_x, d_weight, d_bias if ctx.needs_input_grad[2] else None, None
+
+
+residual_op.register_autograd(_backward, setup_context=_keep)
+
+# The choice.
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton is installed; CUDA builds of torch for Linux bring it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+choices: dict[Any, Kernel] = {}  # by operation, device, shapes and dtypes
+
+
+def run(by_torch: Work, by_triton: Work, *tensors: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+    """The result of the kernel that was chosen for such tensors, or is now, at the first of their kind.
+
+    Nothing can be timed while a CUDA graph is recorded; and where torch is asked for deterministic algorithms, a
+    timing, which may fall out differently the next time, must not choose. Both mean torch's own kernel.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return by_torch(*tensors, low)
+    kinds = [None if t is None else (t.device, t.shape, t.dtype) for t in tensors]
+    key = (by_torch.__name__, low, *kinds)
+    if key not in choices:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return by_torch(*tensors, low)
+        choices[key] = chosen(by_torch, by_triton, tensors, low)
+    work = by_torch if choices[key] == "torch" else by_triton
+    return work(*tensors, low)
+
+
+def chosen(by_torch: Work, by_triton: Work, like: Sequence[Tensor | None], low: torch.dtype) -> Kernel:
+    """The faster kernel on random tensors; torch's own, with a warning, where Triton's fails or disagrees with it."""
+
+    def drawn(t: Tensor) -> Tensor:
+        generator = torch.Generator(t.device).manual_seed(0)
+        return torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
+
+    tensors = [None if t is None else drawn(t) for t in like]
+    try:
+        for ours, theirs in zip(by_triton(*tensors, low), by_torch(*tensors, low), strict=True):
+            error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
+            if not error < (1e-2 if low == torch.float32 else 3e-2):  # float32 may be computed as TF32
+                raise ValueError(f"its result differs from cuDNN's by {error:.1e} of its norm")
+    except Exception as error:  # whatever a compiler may throw: the slower kernel is right, and the run goes on
+        warnings.warn(f"depthwise convolutions by cuDNN, since Triton's kernel failed: {error}", stacklevel=2)
+        return "torch"
+    faster = seconds(lambda: by_triton(*tensors, low)) < seconds(lambda: by_torch(*tensors, low))
+    return "triton" if faster else "torch"
+
+
+def seconds(work: Callable[[], Sequence[Tensor]], runs: int = 5) -> float:
+    """The quickest of a few runs, launch included, after one that does not count."""
+    device = work()[0].device
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    taken = []
+    for _ in range(runs):
+        began = now()
+        work()
+        taken.append(now() - began)
+    return min(taken)
