@@ -13,6 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import plain.forms as forms_of
 from common import write
+from mezzotint.backbones.blocks import compile_blocks
 from mezzotint.bench import Settings, bench, interleaved, matmul_ceiling
 from mezzotint.graphs import Graphed
+from mezzotint.kernels import depthwise
 from mezzotint.process import guidance
 from mezzotint.process.samplers import registry as samplers
 from mezzotint.recipes import recipe_for
@@ -79,21 +83,13 @@ def checks(device: str, small: bool) -> list[Row]:
             continue
         try:
             before = outputs(pair, "ours", False)
-            compiled_blocks(pair)
+            torch.compiler.reset()
+            compile_blocks(pair.ours.backbone)
             row(name, "output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
             row(name, "gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
         except Exception as error:  # a compiler that is not installed is a finding, not the end of the run
             rows.append({"network": name, "check": "compiled", "ok": False, "error": str(error)[:500]})
     return rows
-
-
-def compiled_blocks(pair: Pair) -> None:
-    """torch.compile of every repeated block of ours."""
-    for module in pair.ours.backbone.modules():
-        if isinstance(module, torch.nn.ModuleList):
-            for block in module:
-                if not any(isinstance(part, torch.nn.ModuleList) for part in block.modules()):
-                    block.compile()
 
 
 def graphs(pair: Pair, row: Callable[[str, float], None]) -> None:
@@ -133,37 +129,11 @@ def synchronisations(work: Callable[[], object]) -> int:
 
 
 def kernels(device: str, small: bool) -> list[Row]:
-    """The depthwise convolution by layout and precision, and attention by head width: seconds of each."""
-    rows: list[Row] = []
-    shapes = [(2, 16, 8)] if small else [(64, 480, 32), (16, 240, 64), (16, 192, 64)]
-    for b, c, side in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
-            for layout in (torch.channels_last, torch.contiguous_format):
-                x = torch.randn(b, c, side, side, device=device, dtype=dtype).to(memory_format=layout)
-                grad, weight = torch.randn_like(x), torch.randn(c, 1, 7, 7, device=device, dtype=dtype)
-
-                def back(mask: list[bool], x: Tensor = x, w: Tensor = weight, g: Tensor = grad, c: int = c) -> object:
-                    return torch.ops.aten.convolution_backward(
-                        g, x, w, [c], [1, 1], [3, 3], [1, 1], False, [0, 0], c, mask
-                    )
-
-                seconds = interleaved(
-                    {
-                        "forward": lambda x=x, w=weight, c=c: F.conv2d(x, w, padding=3, groups=c),
-                        "input gradient": lambda back=back: back([True, False, False]),
-                        "weight gradient": lambda back=back: back([False, True, True]),
-                    },
-                    device,
-                )
-                words = {"kernel": "depthwise 7x7", "shape": [b, c, side, side], "dtype": str(dtype)}
-                rows.append({**words, "layout": str(layout), "seconds": seconds})
-                print(rows[-1], flush=True)
+    """Single kernels in each form: seconds, and the difference from float64 where a kernel is ours."""
+    rows = depthwise_kernels(device, small)
     for heads, d in ((2, 12),) if small else ((16, 60), (16, 64), (16, 72)):
         n = 17 if small else 257
-        q, k, v = (
-            torch.randn(4 if small else 64, heads, n, d, device=device, dtype=torch.bfloat16, requires_grad=True)
-            for _ in range(3)
-        )
+        q, k, v = drawn(device, 3, 4 if small else 64, heads, n, d)
         grad = torch.randn_like(q)
 
         def plain(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = grad) -> None:
@@ -176,6 +146,90 @@ def kernels(device: str, small: bool) -> list[Row]:
         seconds = interleaved({"as it is": plain, "padded to a multiple of 64": padded}, device)
         rows.append({"kernel": "attention, forward and backward", "heads": heads, "width": d, "seconds": seconds})
         print(rows[-1], flush=True)
+    for batch, n in ((2, 16),) if small else ((64, 256), (8, 1024)):
+        rows += biased_kernels(device, batch, n)
+    return rows
+
+
+def drawn(device: str, count: int, *shape: int) -> list[Tensor]:
+    """Random bf16 tensors that want gradients."""
+    return [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(count)]
+
+
+def often(work: Callable[[], object], times: int = 20) -> Callable[[], None]:
+    """`work` many times, so that what a launch costs is hidden as it is within a network."""
+
+    def repeated() -> None:
+        for _ in range(times):
+            work()
+
+    return repeated
+
+
+def depthwise_kernels(device: str, small: bool) -> list[Row]:
+    """The 7x7 depthwise convolution with its residual, and its weight gradient: cuDNN in two layouts, Triton."""
+    rows: list[Row] = []
+    triton = device == "cuda" and depthwise.has_triton()
+    float32, bf16 = torch.float32, torch.bfloat16
+    for b, c, side in [(2, 16, 8)] if small else [(64, 480, 32), (16, 240, 64), (16, 192, 64), (128, 384, 32)]:
+        for kept, low in ((float32, float32), (float32, bf16), (bf16, bf16)):
+            x, grad = (torch.randn(b, side, side, c, device=device, dtype=kept) for _ in range(2))
+            weight, bias = torch.randn(c, 1, 7, 7, device=device), torch.randn(c, device=device)
+            image = x.to(low).permute(0, 3, 1, 2).contiguous()
+            forward, gradient = (x, weight, bias, low), (x, grad, weight, low)
+            works: dict[str, Callable[[], object]] = {
+                "forward": partial(depthwise.forward_torch, *forward),
+                "weight gradient": partial(depthwise.gradient_torch, *gradient),
+                "forward, NCHW, without the residual": partial(
+                    F.conv2d, image, weight.to(low), bias.to(low), padding=3, groups=c
+                ),
+            }
+            row: Row = {"kernel": "depthwise 7x7", "shape": [b, side, side, c], "kept": str(kept), "low": str(low)}
+            if triton:
+                works["forward, Triton"] = partial(depthwise.forward_triton, *forward)
+                works["weight gradient, Triton"] = partial(depthwise.gradient_triton, *gradient)
+                exact = depthwise.forward_torch(x.double(), weight.double(), bias.double(), torch.float64)
+                exact += depthwise.gradient_torch(x.double(), grad.double(), weight.double(), torch.float64)
+                found = depthwise.forward_triton(*forward) + depthwise.gradient_triton(*gradient)
+                row["differences"] = [difference(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
+                row["ok"] = max(row["differences"]) < (1e-5 if kept == float32 else 1e-2)
+            seconds = interleaved({name: often(work) for name, work in works.items()}, device)
+            row["seconds"] = {name: taken / 20 for name, taken in seconds.items()}
+            row["least seconds at 4.3 TB/s"] = 2 * x.numel() * x.element_size() / 4.3e12
+            rows.append(row)
+            print(row, flush=True)
+    return rows
+
+
+def biased_kernels(device: str, batch: int, n: int) -> list[Row]:
+    """DiffiT's attention, forward and backward with its bias: fused, written out, FlexAttention."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    heads, d = 16, 72
+    q, k, v = drawn(device, 3, batch, heads, n, d)
+    bias = torch.randn(1, heads, n, n, device=device, dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn_like(q)
+    flex = torch.compile(flex_attention, dynamic=False) if device == "cuda" else flex_attention
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + bias[0, h, i, j]
+
+    forms: dict[str, Callable[[], Tensor]] = {
+        "fused, bias as mask": lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=bias),
+        "written out": lambda: forms_of.written_biased(q, k, v, bias),
+        "FlexAttention": lambda: flex(q, k, v, score_mod=biased),
+    }
+    rows: list[Row] = []
+    exact = forms["written out"]().detach()
+    for name, form in forms.items():
+        row: Row = {"kernel": "biased attention, forward and backward", "form": name, "batch": batch, "tokens": n}
+        try:
+            row["difference"] = difference(form().detach(), exact)
+            row["seconds"] = interleaved({name: lambda form=form: form().backward(grad)}, device)[name]
+        except Exception as error:  # a form that does not exist on this device is a finding
+            row["error"] = str(error)[:300]
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 

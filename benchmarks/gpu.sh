@@ -40,11 +40,11 @@ part() { # name, seconds, command...
 run=$(mktemp -d)
 data=digits
 "$PYTHON" -c "import sklearn" 2>/dev/null || data=shapes:16
-if [ -n "$SMALL" ]; then images=512; budget=60; work=4; size=16; else images=200000; budget=130; work=8000; size=64; fi
+if [ -n "$SMALL" ]; then images=512; budget=60; work=4; size=16; else images=200000; budget=115; work=8000; size=64; fi
 
 part checks 90 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --out "$OUT"
-part kernels 40 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --out "$OUT"
-part presets 180 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
+part kernels 70 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --out "$OUT"
+part presets 160 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
 part twins 80 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "${BATCH:-32}" --rounds 3 --out "$OUT/twins.json"
 part train 80 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
   model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \
@@ -52,7 +52,7 @@ part train 80 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$
 part sample 30 "$PYTHON" -m mezzotint.cli sample "$run/digits" --n 20 --steps 20 --out "$OUT/samples.png"
 cp "$run/digits/log.jsonl" "$OUT/train.jsonl" 2>/dev/null || failed=1
 if [ -n "${DATA:-}" ]; then real=$DATA; else real=shapes; fi
-part quality 80 "$PYTHON" benchmarks/quality.py --data "$real:train" --held-out "$real:test" --size "$size" --budget "$work" \
+part quality 70 "$PYTHON" benchmarks/quality.py --data "$real:train" --held-out "$real:test" --size "$size" --budget "$work" \
   --batch 128 --samples 1000 ${WEIGHTS:+--weights "$WEIGHTS"} --runs "$run/quality" --out "$OUT/quality-gpu"
 
 ls -l "$OUT"

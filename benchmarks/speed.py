@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import plain.forms as forms
 from common import RESULTS, one_thread, write
 from mezzotint.backbones import dimr, registry
+from mezzotint.backbones.blocks import blocks, compile_blocks
 from mezzotint.backbones.diffit import DiffiTConfig
 from mezzotint.backbones.dimr import published
 from mezzotint.backbones.uvit import UViTConfig
@@ -249,12 +250,9 @@ def with_checkpointing(pair: Pair, checkpointing: Any) -> Work:
 @contextmanager
 def compiled(model: Model) -> Iterator[None]:
     """Every repeated block through torch.compile."""
-    lists = [m for m in model.backbone.modules() if isinstance(m, nn.ModuleList)]
-    blocks = [b for m in lists for b in m if not isinstance(b, (nn.ModuleList, dimr.Branch))]
-    for block in blocks:
-        block.compile()
+    compile_blocks(model.backbone)
     yield
-    for block in blocks:
+    for block in blocks(model.backbone):
         block._compiled_call_impl = None
 
 

@@ -129,6 +129,47 @@ def speed_targets() -> str:
     return f"{said}\n\n{table(head, rows)}"
 
 
+def gpu_targets() -> str:
+    """Every target of a GPU beside what `benchmarks/gpu.sh` measured, where it has been run."""
+    folder = RESULTS / "gpu"
+
+    def found(name: str) -> list[dict[str, Any]]:
+        path = folder / f"{name}.json"
+        return json.loads(path.read_text())["rows"] if path.exists() else []
+
+    def best(preset: str, mode: str, key: str) -> float | None:
+        values = [r[key] for r in found("presets") if (r["preset"], r["mode"]) == (preset, mode) and key in r]
+        return max(values, default=None)
+
+    def latency() -> float | None:
+        calls = {r.get("graphs", False): r["latency_seconds"] for r in found("presets")
+                 if (r["preset"], r["mode"]) == ("dimr-xl-2r-256", "sample")
+                 and "latency_seconds" in r and not r.get("compile", False)}  # fmt: skip
+        return calls[False] / calls[True] if len(calls) == 2 else None
+
+    twins = {r["network"]: r["train"]["bf16 against bf16 twin"] for r in found("twins")}
+    rate, share = "images_per_second", "fraction"
+    targets: list[tuple[str, float | None, list[float], str]] = [
+        ("training DiMR-XL/2R, images per second", best("dimr-xl-2r-256", "train", rate), [290, 370], "{:.0f}"),
+        ("training DiffiT-256, share of the matrix rate", best("diffit-256", "train", share), [0.35, 0.45], "{:.0%}"),
+        ("sampling DiMR-XL/2R, share of the matrix rate", best("dimr-xl-2r-256", "sample", share), [0.35, 0.45], "{:.0%}"),
+        ("training step against the plain twin, bf16", twins.get("dimr-2r"), [2.5], "{:.2f}×"),
+        ("latency at batch 1, without graphs over with", latency(), [3], "{:.2f}×"),
+    ]  # fmt: skip
+    rows = [
+        [
+            what,
+            "not measured" if value is None else shape.format(value),
+            ", then ".join(shape.format(aim) for aim in aims),
+            "–" if value is None else " / ".join("yes" if value >= aim else "no" for aim in aims),
+        ]
+        for what, value, aims, shape in targets
+    ]
+    said = "`OUT=benchmarks/results/gpu bash benchmarks/gpu.sh` on one H200"
+    said += "." if folder.exists() else "; it has not been run yet, since there was no GPU to run it on."
+    return f"{said}\n\n{table(['in bf16', 'measured', 'target', 'reached'], rows)}"
+
+
 def memory() -> str:
     """Peaks of training steps at published sizes beside the twins'."""
     found = read("memory.json")
@@ -227,7 +268,7 @@ if __name__ == "__main__":
     PAGE.write_text(page)
     README.write_text(between(README.read_text(), "speed", speed()))
     page = PERFORMANCE.read_text()
-    for make in (speed_targets, memory, switches, peers, scaling, loader):
+    for make in (speed_targets, gpu_targets, memory, switches, peers, scaling, loader):
         try:
             shown = make()
         except FileNotFoundError as error:

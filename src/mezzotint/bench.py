@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mezzotint import backbones, info
+from mezzotint.backbones.blocks import compile_blocks
 from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.graphs import Graphed
 from mezzotint.models import create_model, schedule_of
@@ -208,11 +209,8 @@ def make_model(settings: Settings) -> Model:
         model = create_model(settings.preset, **settings.overrides)
     setattr(model.backbone, "checkpointing", settings.checkpointing)  # noqa: B010
     if settings.compile:
-        for module in model.backbone.modules():
-            if isinstance(module, torch.nn.ModuleList):
-                for block in module:
-                    if not isinstance(block, torch.nn.ModuleList):
-                        block.compile()
+        torch.compiler.reset()  # what was compiled for another model counts against torch's limits
+        compile_blocks(model.backbone)
     return model
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint.backbones import some_cond
+from mezzotint.backbones.blocks import blocks
 from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.config import Engine, Recipe
 from mezzotint.info import GIGA, si
@@ -26,7 +27,6 @@ from mezzotint.models import build_model, preset_card
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
 from mezzotint.registry import build, nearest
-from mezzotint.train.distributed import blocks
 from mezzotint.train.optim import make_optimisers
 
 GIB = 2**30

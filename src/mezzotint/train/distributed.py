@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mezzotint.backbones.blocks import blocks, compile_blocks
 from mezzotint.config import Engine
 from mezzotint.ranks import World, add_ranks
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a backbone, the unit of sharding and compiling: members of its innermost ModuleLists."""
-    if isinstance(module, nn.ModuleList):
-        return [block for member in module for block in (blocks(member) or [member])]
-    return [block for child in module.children() for block in blocks(child)]
 
 
 def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> nn.Module:
     """The backbone as the training step calls it: compiled per block, then copied (DDP) or sharded (FSDP2)."""
     if engine.compile:
-        for block in blocks(backbone):
-            block.compile()
+        compile_blocks(backbone)
     if world.size == 1:
         return backbone
     if engine.strategy == "ddp":
