@@ -27,22 +27,22 @@ computes = pytest.mark.skipif(
 )
 # Rounding of the result alone: products and sums are float32 whatever the type.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# b, h, w, c, k, type: sides off the tiles (16 columns, 32 channels), smaller than the kernel, one channel, odd channels
+# b, h, w, c, k, type: sides off the tiles (16 columns, 32 channels), smaller than the kernel, in several strips
 SHAPES = [
-    (2, 9, 19, 5, 7, torch.float32),
+    (1, 4, 19, 5, 7, torch.float32),
     (1, 1, 5, 33, 7, torch.float32),
     (1, 8, 1, 2, 7, torch.bfloat16),
     (2, 2, 2, 6, 7, torch.float16),
-    (1, 29, 3, 1, 7, torch.float32),
-    (3, 6, 4, 64, 3, torch.bfloat16),
-    (1, 5, 17, 34, 5, torch.float32),
+    (1, 15, 3, 1, 7, torch.float32),
+    (2, 13, 4, 40, 3, torch.bfloat16),
+    (1, 3, 17, 34, 5, torch.float32),
 ]
-if DEVICE == "cuda":
-    SHAPES += [
-        (64, 32, 32, 480, 7, torch.bfloat16),
-        (16, 16, 16, 960, 7, torch.float32),
-        (2, 128, 128, 240, 7, torch.float16),
-    ]
+PUBLISHED = [
+    (64, 32, 32, 480, 7, torch.bfloat16),
+    (16, 16, 16, 960, 7, torch.float32),
+    (2, 128, 128, 240, 7, torch.float16),
+]
+shapes = pytest.mark.parametrize("shape", SHAPES if INTERPRETED else SHAPES + PUBLISHED, ids=str)
 
 
 def surrounded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,32 +87,30 @@ def buffers(monkeypatch):
 
 
 @computes
-@pytest.mark.parametrize("few", [0, 256])  # programs below which images are cut into strips: never, and as published
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(shape, few, buffers, monkeypatch):
-    monkeypatch.setattr(kernels, "FEW", few)
+@pytest.mark.parametrize(("few", "biased", "residual"), [(0, False, True), (256, True, False)])
+@shapes
+def test_forward(shape, few, biased, residual, buffers, monkeypatch):
+    monkeypatch.setattr(kernels, "FEW", few)  # with 256, as published, most of these images are cut into strips of rows
     b, h, w, c, k, dtype = shape
     x, weight, bias = normal((b, h, w, c), dtype, 0), normal((c, 1, k, k), torch.float32, 1), normal((c,), dtype, 2)
-    for given, residual in ((bias, True), (None, few == 0)):
-        out = kernels.forward(x, weight, given, residual)
-        assert out.shape == x.shape
-        assert out.dtype == dtype
-        double = None if given is None else given.double()
-        assert distance(out, exact(x, weight.double(), double, residual)) < TOLERANCE[dtype]
-    assert len(buffers) == 2
+    out = kernels.forward(x, weight, bias if biased else None, residual)
+    assert out.shape == x.shape
+    assert out.dtype == dtype
+    right = exact(x, weight.double(), bias.double() if biased else None, residual)
+    assert distance(out, right) < TOLERANCE[dtype]
+    assert len(buffers) == 1
 
 
 @computes
 def test_forward_takes_weights_of_the_images_type(buffers):
     x, weight = normal((1, 4, 4, 32), torch.bfloat16, 0), normal((32, 1, 3, 3), torch.bfloat16, 1)
-    assert torch.equal(kernels.forward(x, weight, None, True), kernels.forward(x, weight.float(), None, True))
+    bias = normal((32,), torch.bfloat16, 2)
+    out = kernels.forward(x, weight, bias, True)
+    assert torch.equal(out, kernels.forward(x, weight.float(), bias.float(), True))
+    assert distance(out, exact(x, weight.double(), bias.double(), True)) < TOLERANCE[torch.bfloat16]
 
 
-@computes
-@pytest.mark.parametrize("many", [1, 1024])  # programs: one for all images, and as published
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_weight_gradient(shape, many, buffers, monkeypatch):
-    monkeypatch.setattr(kernels, "MANY", many)
+def check_gradients(shape: tuple) -> None:
     b, h, w, c, k, dtype = shape
     x, grad = normal((b, h, w, c), dtype, 0), normal((b, h, w, c), dtype, 1)
     weight = torch.zeros(c, 1, k, k, dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -123,24 +121,41 @@ def test_weight_gradient(shape, many, buffers, monkeypatch):
         assert mine.shape == right.shape
         assert mine.dtype == torch.float32
         assert mine.is_contiguous()
-        assert distance(mine, right) < 1e-6 * max(1, (b * h * w / many) ** 0.5 / 32)
-    again = kernels.weight_gradient(x, grad, k)
-    assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+        assert distance(mine, right) < 1e-5
+    if DEVICE == "cuda":  # where programs really run in any order
+        again = kernels.weight_gradient(x, grad, k)
+        assert all(torch.equal(one, other) for one, other in zip(ours, again, strict=True))
+
+
+@computes
+@shapes
+def test_weight_gradient(shape, buffers):
+    check_gradients(shape)
+
+
+@computes
+def test_weight_gradient_of_several_images_per_program(buffers, monkeypatch):
+    monkeypatch.setattr(kernels, "MANY", 2)
+    check_gradients((5, 3, 2, 3, 3, torch.float32))  # three images to one program and two to the other
+    assert buffers[0][0].shape == (2, 10, 3)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_interpreted():
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n0", "-rA", __file__]
+    # Triton 3.6 makes numbers of arrays of one element: numpy warns of it before 2.4, and refuses from then on.
+    old = ["-W", "ignore:Conversion of an array:DeprecationWarning"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n0", *old, __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    if "only 0-dimensional arrays can be converted" in done.stdout:
+        pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{4 * len(SHAPES) + 1} passed" in done.stdout or DEVICE == "cuda"
+    assert f"{3 * len(SHAPES) + 2} passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have no registers")
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["_convolve", "_correlate"])
-def test_registers_suffice(name, dtype, tmp_path, monkeypatch):
+def test_registers_suffice(name, tmp_path, monkeypatch):
     """Compiled for Hopper, at a published width: a spilled sum would be read and written 49 times per element."""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not cuobjdump.exists():
@@ -149,7 +164,7 @@ def test_registers_suffice(name, dtype, tmp_path, monkeypatch):
     kernel = getattr(kernels, name)
     constants = {"C": 480, "K": 7, "RESIDUAL": True, "COLUMNS": kernels.COLUMNS}
     constants |= {"PATCHES": kernels.PATCHES, "CHANNELS": kernels.CHANNELS}
-    types = dict.fromkeys(("x", "grad", "out"), f"*{dtype}") | dict.fromkeys(("taps", "bias", "partial"), "*fp32")
+    types = dict.fromkeys(("x", "grad", "out"), "*bf16") | dict.fromkeys(("taps", "bias", "partial"), "*fp32")
     arguments = kernel.arg_names
     source = triton.compiler.ASTSource(
         fn=kernel,
