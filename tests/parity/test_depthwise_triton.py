@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 triton = pytest.importorskip("triton", reason="the kernels for NVIDIA GPUs need triton, which is not installed")
-from mezzotint.backbones import depthwise_triton as kernels  # noqa: E402  (needs triton)
+from mezzotint.kernels import depthwise  # noqa: E402
+from mezzotint.kernels import depthwise_triton as kernels  # noqa: E402  (needs triton)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -140,6 +141,26 @@ def test_weight_gradient_of_several_images_per_program(buffers, monkeypatch):
     assert buffers[0][0].shape == (2, 10, 3)
 
 
+@computes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_operation_and_its_gradients(monkeypatch, dtype):
+    """What a network on a GPU runs, with Triton chosen."""
+    monkeypatch.setattr(depthwise, "choices", {})
+    monkeypatch.setattr(depthwise, "chosen", lambda *_: "triton")
+    x = normal((2, 6, 5, 3), dtype, 0).requires_grad_()
+    weight = normal((3, 1, 7, 7), torch.float32, 1).requires_grad_()
+    bias = normal((3,), torch.float32, 2).requires_grad_()
+    toward = normal((2, 6, 5, 3), dtype, 3)
+    out = depthwise.residual_op(x, weight, bias, torch.bfloat16)
+    found = [out, *torch.autograd.grad((out * toward).sum(), (x, weight, bias))]
+    wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    expected = exact(*wide, residual=True)
+    wanted = [expected, *torch.autograd.grad((expected * toward.double()).sum(), wide)]
+    assert [key[0] for key in depthwise.choices] == ["forward_torch", "forward_torch", "gradient_torch"]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert distance(ours.detach(), theirs.detach()) < 4 * TOLERANCE[dtype]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_interpreted():
     # Triton 3.6 makes numbers of arrays of one element: numpy warns of it before 2.4, and refuses from then on.
@@ -150,7 +171,7 @@ def test_interpreted():
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{3 * len(SHAPES) + 2} passed" in done.stdout
+    assert f"{3 * len(SHAPES) + 4} passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have no registers")

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+import mezzotint.kernels.depthwise  # noqa: F401  (registers the operation named below)
+
 Checkpointing = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
@@ -19,6 +21,7 @@ _DEAR = {
     _aten.mm.default, _aten.addmm.default, _aten.convolution.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default, _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default, _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.mezzotint.residual_depthwise.default,
 }  # fmt: skip
 
 

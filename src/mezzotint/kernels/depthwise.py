@@ -184,10 +184,11 @@ choices: dict[Any, Kernel] = {}  # by operation, device, shapes and dtypes
 def run(by_torch: Work, by_triton: Work, *tensors: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
     """The result of the kernel that was chosen for such tensors, or is now, at the first of their kind.
 
-    Nothing can be timed while a CUDA graph is recorded; and where torch is asked for deterministic algorithms, a
-    timing, which may fall out differently the next time, must not choose. Both mean torch's own kernel.
+    Nothing can be timed while a CUDA graph is recorded; where torch is asked for deterministic algorithms, a timing,
+    which may fall out differently the next time, must not choose; and Triton's kernels do not know empty batches. All
+    that means torch's own kernel.
     """
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() or not all(t is None or t.numel() for t in tensors):
         return by_torch(*tensors, low)
     kinds = [None if t is None else (t.device, t.shape, t.dtype) for t in tensors]
     key = (by_torch.__name__, low, *kinds)
