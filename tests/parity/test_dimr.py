@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import mezzotint as mz
 from mezzotint.backbones import presets
 from mezzotint.backbones.dimr import DiMR, DiMRConfig
-from mezzotint.backbones.dimr_blocks import Depthwise
+from mezzotint.backbones.dimr_blocks import ResidualDepthwise
 from mezzotint.convert import registry as officials
 from mezzotint.convert.official import bitwise_equal, layout, to_official
 from mezzotint.models import claims
@@ -93,7 +93,7 @@ def test_activations(golden):
 
     def keep(name, module):
         def hook(_, inputs, out):
-            residual = inputs[0] if isinstance(module, Depthwise) else 0
+            residual = inputs[0] if isinstance(module, ResidualDepthwise) else 0
             captured.update({name: out - residual, f"{name}.in": inputs[0]})
 
         module.register_forward_hook(hook)

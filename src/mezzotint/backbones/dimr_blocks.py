@@ -204,8 +204,8 @@ class TransformerBlock(nn.Module):
         return x + self.mlp(x, *time[half:])
 
 
-class Depthwise(nn.Conv2d):
-    """Depthwise convolution of maps with the channels last."""
+class ResidualDepthwise(nn.Conv2d):
+    """x + depthwise convolution of x, for maps with the channels last."""
 
     def __init__(self, dim: int, kernel: int):
         super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
@@ -220,7 +220,7 @@ class ConvNeXtBlock(nn.Module):
 
     def __init__(self, dim: int, hidden: int, kernel: int, norm: str):
         super().__init__()
-        self.depthwise = Depthwise(dim, kernel)
+        self.depthwise = ResidualDepthwise(dim, kernel)
         self.mlp = GEGLU(dim, hidden, norm)
         self.vectors = self.mlp.norm.vectors
 
