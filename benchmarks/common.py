@@ -17,13 +17,21 @@ from mezzotint.bench import machine
 RESULTS = Path(__file__).parent / "results"
 
 
+def commit() -> str:
+    """The commit measured; from COMMIT where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return os.environ.get("COMMIT", "")
+    return done.stdout.strip() or os.environ.get("COMMIT", "")
+
+
 def facts(device: str) -> dict[str, Any]:
     """Where and with what a result was made."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "mezzotint": mezzotint.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         **machine(device),
         "clock": "processor time of one thread" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
     }

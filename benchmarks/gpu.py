@@ -9,10 +9,11 @@ synchronisations, which that device does not have.
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,47 +54,53 @@ def outputs(pair: Pair, which: str, bf16: bool) -> Tensor:
         return getattr(pair, which).raw(pair.x, pair.logsnr, pair.cond)[-1].float()
 
 
-def checks(device: str, small: bool) -> list[Row]:
+def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
     """Ours against the plain twin and against itself; `ok` says whether a row is within its bound."""
-    rows: list[Row] = []
-
-    def row(network: str, what: str, value: float, bound: float) -> None:
-        rows.append({"network": network, "check": what, "difference": value, "bound": bound, "ok": value <= bound})
-        print(rows[-1], flush=True)
-
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    end = time.monotonic() + budget
+    pairs = {}
     for name, (family, config, batch) in networks(small).items():
-        pair = make(family, config, batch, device)
+        pair = pairs[name] = make(family, config, batch, device)
+        judged = partial(judge, name)
         exact = outputs(pair, "plain", False)
-        row(name, "output, float32, against the twin", difference(outputs(pair, "ours", False), exact), 1e-4)
-        row(name, "output, bf16, against the float32 twin", difference(outputs(pair, "ours", True), exact), 5e-2)
+        yield judged("output, float32, against the twin", difference(outputs(pair, "ours", False), exact), 1e-4)
+        yield judged("output, bf16, against the float32 twin", difference(outputs(pair, "ours", True), exact), 5e-2)
         plain_norm = gradient(pair, "plain", False).norm()
         own = gradient(pair, "ours", False)
-        row(name, "gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3)
-        row(name, "gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2)
+        yield judged("gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3)
+        yield judged("gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2)
         for how in ("selective", "full"):
             pair.ours.backbone.checkpointing = how
-            row(name, f"gradient, {how} checkpointing", difference(gradient(pair, "ours", False), own), 1e-5)
+            yield judged(f"gradient, {how} checkpointing", difference(gradient(pair, "ours", False), own), 1e-5)
         pair.ours.backbone.checkpointing = "none"
         if device == "cuda":
-            graphs(pair, lambda what, value, name=name: row(name, what, value, 0.0))
+            for what, value in graphs(pair).items():
+                yield judged(what, value, 0.0)
             count = synchronisations(pair.train("ours", True))
-            row(name, "host synchronisations in a training step", count, 0.0)
-        if device == "cpu":  # compiling takes minutes there and is measured by speed.py --switches --compile
+            yield judged("host synchronisations in a training step", count, 0.0)
+    # Last, since each takes up to a minute; on a CPU minutes, where speed.py --switches --compile measures it.
+    for name in ("dimr-2r", "diffit") if device == "cuda" else ():
+        if time.monotonic() > end:
+            yield {"network": name, "check": "compiled", "error": "no time left"}
             continue
+        pair, judged = pairs[name], partial(judge, name)
         try:
-            before = outputs(pair, "ours", False)
+            before, own = outputs(pair, "ours", False), gradient(pair, "ours", False)
             torch.compiler.reset()
             compile_blocks(pair.ours.backbone)
-            row(name, "output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
-            row(name, "gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
+            yield judged("output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
+            yield judged("gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
         except Exception as error:  # a compiler that is not installed is a finding, not the end of the run
-            rows.append({"network": name, "check": "compiled", "ok": False, "error": str(error)[:500]})
-    return rows
+            yield {"network": name, "check": "compiled", "ok": False, "error": str(error)[:500]}
 
 
-def graphs(pair: Pair, row: Callable[[str, float], None]) -> None:
-    """A guided run with an interval, from graphs and without."""
+def judge(network: str, what: str, value: float, bound: float) -> Row:
+    """A row of `checks`."""
+    return {"network": network, "check": what, "difference": value, "bound": bound, "ok": value <= bound}
+
+
+def graphs(pair: Pair) -> dict[str, float]:
+    """A guided run with an interval, from graphs and without: differences, all of which should be 0."""
     pair.ours.eval()
     grid = torch.linspace(-4, 4, 9, dtype=torch.float64)
     null = guidance.null_label(pair.ours.card.config.num_classes)
@@ -105,10 +112,13 @@ def graphs(pair: Pair, row: Callable[[str, float], None]) -> None:
 
     replayed = Graphed(pair.ours)
     first, again = run(replayed), run(replayed)
-    row("graphs against none, interval", difference(first, run(pair.ours)))
-    row("graphs replayed", difference(again, first))
-    row("graphs beyond the two of an interval", float(len(replayed.recordings) - 2))
+    found = {
+        "graphs against none, interval": difference(first, run(pair.ours)),
+        "graphs replayed": difference(again, first),
+        "graphs beyond the two of an interval": float(len(replayed.recordings) - 2),
+    }
     pair.ours.train()
+    return found
 
 
 def synchronisations(work: Callable[[], object]) -> int:
@@ -128,9 +138,9 @@ def synchronisations(work: Callable[[], object]) -> int:
     return len(found)
 
 
-def kernels(device: str, small: bool) -> list[Row]:
+def kernels(device: str, small: bool, budget: float) -> Iterator[Row]:
     """Single kernels in each form: seconds, and the difference from float64 where a kernel is ours."""
-    rows = depthwise_kernels(device, small)
+    yield from depthwise_kernels(device, small)
     for heads, d in ((2, 12),) if small else ((16, 60), (16, 64), (16, 72)):
         n = 17 if small else 257
         q, k, v = drawn(device, 3, 4 if small else 64, heads, n, d)
@@ -144,9 +154,9 @@ def kernels(device: str, small: bool) -> list[Row]:
             F.scaled_dot_product_attention(*wide, scale=d**-0.5)[..., :d].backward(g)
 
         seconds = interleaved({"as it is": plain, "padded to a multiple of 64": padded}, device)
-        rows.append({"kernel": "attention, forward and backward", "heads": heads, "width": d, "seconds": seconds})
-        print(rows[-1], flush=True)
-    return rows + biased_kernels(device, *((2, 16) if small else (64, 256)))
+        yield {"kernel": "attention, forward and backward", "heads": heads, "width": d, "seconds": seconds}
+    # FlexAttention last: should it break the device, every other row is written.
+    yield from biased_kernels(device, *((2, 16) if small else (64, 256)))
 
 
 def drawn(device: str, count: int, *shape: int) -> list[Tensor]:
@@ -164,10 +174,9 @@ def often(work: Callable[[], object], times: int = 20) -> Callable[[], None]:
     return repeated
 
 
-def depthwise_kernels(device: str, small: bool) -> list[Row]:
+def depthwise_kernels(device: str, small: bool) -> Iterator[Row]:
     """The 7x7 depthwise convolution with its residual, and its weight gradient: cuDNN in two layouts, Triton."""
-    rows: list[Row] = []
-    triton = device == "cuda" and depthwise.has_triton()
+    triton = device == "cuda" and depthwise.HAS_TRITON
     float32, bf16 = torch.float32, torch.bfloat16
     for b, c, side in [(2, 16, 8)] if small else [(64, 480, 32), (16, 192, 64)]:
         for kept, low in ((float32, float32), (float32, bf16), (bf16, bf16)):
@@ -176,31 +185,29 @@ def depthwise_kernels(device: str, small: bool) -> list[Row]:
             image = x.to(low).permute(0, 3, 1, 2).contiguous()
             forward, gradient = (x, weight, bias, low), (x, grad, weight, low)
             works: dict[str, Callable[[], object]] = {
-                "forward": partial(depthwise.forward_torch, *forward),
-                "weight gradient": partial(depthwise.gradient_torch, *gradient),
+                "forward": partial(depthwise.cudnn_forward, *forward),
+                "weight gradient": partial(depthwise.cudnn_weight_gradient, *gradient),
                 "forward, NCHW, without the residual": partial(
                     F.conv2d, image, weight.to(low), bias.to(low), padding=3, groups=c
                 ),
             }
             row: Row = {"kernel": "depthwise 7x7", "shape": [b, side, side, c], "kept": str(kept), "low": str(low)}
             if triton:
-                works["forward, Triton"] = partial(depthwise.forward_triton, *forward)
-                works["weight gradient, Triton"] = partial(depthwise.gradient_triton, *gradient)
-                exact = depthwise.forward_torch(x.double(), weight.double(), bias.double(), torch.float64)
-                exact += depthwise.gradient_torch(x.double(), grad.double(), weight.double(), torch.float64)
-                found = depthwise.forward_triton(*forward) + depthwise.gradient_triton(*gradient)
+                works["forward, Triton"] = partial(depthwise.triton_forward, *forward)
+                works["weight gradient, Triton"] = partial(depthwise.triton_weight_gradient, *gradient)
+                exact = depthwise.cudnn_forward(x.double(), weight.double(), bias.double(), torch.float64)
+                exact += depthwise.cudnn_weight_gradient(x.double(), grad.double(), weight.double(), torch.float64)
+                found = depthwise.triton_forward(*forward) + depthwise.triton_weight_gradient(*gradient)
                 row["differences"] = [difference(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
-                row["chosen"] = depthwise.chosen(depthwise.forward_torch, depthwise.forward_triton, forward[:-1], low)
+                row["chosen"] = depthwise.choose(depthwise.cudnn_forward, depthwise.triton_forward, forward[:-1], low)
                 row["ok"] = max(row["differences"]) < (1e-5 if kept == float32 else 1e-2)
             seconds = interleaved({name: often(work) for name, work in works.items()}, device)
             row["seconds"] = {name: taken / 20 for name, taken in seconds.items()}
             row["least seconds at 4.3 TB/s"] = 2 * x.numel() * x.element_size() / 4.3e12
-            rows.append(row)
-            print(row, flush=True)
-    return rows
+            yield row
 
 
-def biased_kernels(device: str, batch: int, n: int) -> list[Row]:
+def biased_kernels(device: str, batch: int, n: int) -> Iterator[Row]:
     """DiffiT's attention, forward and backward with its bias: fused, written out, FlexAttention."""
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -218,7 +225,6 @@ def biased_kernels(device: str, batch: int, n: int) -> list[Row]:
         "written out": lambda: forms_of.written_biased(q, k, v, bias),
         "FlexAttention": lambda: flex(q, k, v, score_mod=biased),
     }
-    rows: list[Row] = []
     exact = forms["written out"]().detach()
     for name, form in forms.items():
         row: Row = {"kernel": "biased attention, forward and backward", "form": name, "batch": batch, "tokens": n}
@@ -227,12 +233,10 @@ def biased_kernels(device: str, batch: int, n: int) -> list[Row]:
             row["seconds"] = interleaved({name: lambda form=form: form().backward(grad)}, device)[name]
         except Exception as error:  # a form that does not exist on this device is a finding
             row["error"] = str(error)[:300]
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+        yield row
 
 
-# preset -> images per training step and per sampling call on one 139 GiB GPU
+# preset -> images per training step and per sampling call on one 139 GiB GPU; the first two have targets
 LARGE = {
     "dimr-xl-2r-256": (128, 64),
     "diffit-256": (128, 64),
@@ -242,59 +246,69 @@ LARGE = {
     "dimr-g-2r-256": (64, 32),
 }
 SMALL = {"dimr-tiny": (4, 4), "uvit-tiny": (4, 4)}
+# In the order of their worth; compiling a large network takes a minute.
+WAYS: list[tuple[str, Row]] = [
+    ("train", {}),
+    ("sample", {}),
+    ("sample", {"graphs": True}),
+    ("train", {"compile": True}),
+    ("train", {"checkpointing": "full"}),
+    ("sample", {"compile": True}),
+]
 
 
-def presets(device: str, small: bool, budget: float) -> list[Row]:
-    """Throughput, latency and memory of presets in bf16, with and without compile and graphs, until time is up."""
-    rows: list[Row] = []
+def presets(device: str, small: bool, budget: float) -> Iterator[Row]:
+    """Throughput, latency and memory of presets in bf16, in every way, until time is up."""
+    chosen = list((SMALL if small else LARGE).items())
+    ways = WAYS if device == "cuda" else [way for way in WAYS if not {"graphs", "compile"} & way[1].keys()]
+    plans = [(p, way) for part in (chosen[:2], chosen[2:]) for way in ways for p in part]
     end = time.monotonic() + budget
-    for preset, (train_batch, sample_batch) in (SMALL if small else LARGE).items():
+    for (preset, (train_batch, sample_batch)), (mode, options) in plans:
+        batch = sample_batch if mode == "sample" else train_batch * (2 if "checkpointing" in options else 1)
+        row: Row = {"preset": preset, "mode": mode, "batch": batch, **options}
+        if time.monotonic() > end:
+            yield {**row, "error": "no time left"}
+            continue
         objective = recipe_for(preset).objective
-        common = {"preset": preset, "precision": "bf16", "device": device, "rounds": 3, "objective": objective}
-        plans: list[tuple[str, Row]] = [
-            ("train", {"batch": train_batch}),
-            ("train", {"batch": train_batch, "compile": True}),
-            ("train", {"batch": 2 * train_batch, "checkpointing": "full"}),
-            ("sample", {"batch": sample_batch}),
-            ("sample", {"batch": sample_batch, "compile": True}),
-        ]
+        settings = Settings(
+            preset=preset, precision="bf16", device=device, rounds=3, objective=objective, batch=batch, **options
+        )
+        try:
+            row = bench(settings, mode)
+        except Exception as error:  # too little memory for one row must not cost the others
+            row["error"] = str(error)[:500]
+            traceback.clear_frames(error.__traceback__)
+        yield row
+        gc.collect()  # a compiled block holds itself
         if device == "cuda":
-            plans.append(("sample", {"batch": sample_batch, "graphs": True}))
-        else:
-            plans = [plan for plan in plans if "compile" not in plan[1]]
-        for mode, options in plans:
-            if time.monotonic() > end:
-                rows.append({"preset": preset, "mode": mode, **options, "error": "no time left"})
-                continue
-            try:
-                rows.append(bench(Settings(**common, **options), mode))
-                shown = ("images_per_second", "latency_seconds", "peak_bytes", "fraction")
-                print(preset, mode, options, {key: rows[-1][key] for key in shown}, flush=True)
-            except Exception as error:  # too little memory for one row must not cost the others
-                rows.append({"preset": preset, "mode": mode, **options, "error": str(error)[:500]})
-                print(rows[-1], flush=True)
-                traceback.clear_frames(error.__traceback__)
-            if device == "cuda":
-                torch.cuda.empty_cache()
-    return rows
+            torch.cuda.empty_cache()
+
+
+SHOWN = ("preset", "mode", "batch", "graphs", "compile", "checkpointing", "error",
+         "images_per_second", "latency_seconds", "peak_bytes", "fraction")  # fmt: skip
+PARTS: dict[str, Callable[[str, bool, float], Iterator[Row]]] = {
+    "checks": checks,
+    "kernels": kernels,
+    "presets": presets,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("checks", "kernels", "presets"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which no further preset is begun")
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing long is begun")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    if args.part == "checks":
-        rows = checks(args.device, args.small)
-    elif args.part == "kernels":
-        rows = kernels(args.device, args.small)
-    else:
-        rows = presets(args.device, args.small, args.budget)
     ceilings = {p: matmul_ceiling(args.device, p, 256 if args.small else None) for p in ("float32", "bf16")}
-    write(args.out / f"{args.part}.json", args.device, ceiling_flops=ceilings, rows=rows)
+    rows: list[Row] = []
+    for row in PARTS[args.part](args.device, args.small, args.budget):
+        rows.append(row)
+        print({k: v for k, v in row.items() if args.part != "presets" or k in SHOWN}, flush=True)
+        choices = {str(key): kernel for key, kernel in depthwise.choices.items()}
+        # After every row: whatever ends the run, what was measured is there.
+        write(args.out / f"{args.part}.json", args.device, ceiling_flops=ceilings, depthwise=choices, rows=rows)
     failed = [r for r in rows if not r.get("ok", True)]
     for r in failed:
         print("FAILED", r)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 import mezzotint
+from common import commit
 from mezzotint import config
 from mezzotint.data.images import open_images
 from mezzotint.evaluate.card import load_evaluation, require_alike
@@ -157,7 +157,6 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The whole result so far, with what it was made on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "data": Path(args.data).name,
         "held_out": f"{Path(args.held_out).name}, {args.count} images spread over it",
@@ -170,7 +169,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": torch.cuda.get_device_name()
         if torch.cuda.is_available()
         else f"{platform.machine()}, {torch.get_num_threads()} thread(s)",

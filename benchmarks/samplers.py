@@ -15,7 +15,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 import mezzotint
+from common import commit
 from mezzotint.data.images import open_images
 from mezzotint.evaluate.features import open_features
 from mezzotint.evaluate.metrics import Gaussian, Moments
@@ -70,7 +70,6 @@ def measure(job: Job, images: int, real: Gaussian) -> dict[str, Any]:
 
 def write(args: argparse.Namespace, model: mezzotint.Model, rows: list[dict[str, Any]], floor: float) -> None:
     """The whole result so far, with what it was made on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     facts = {
         "model": f"{model.card.preset} on {SIZE} px digits, {model.card.images} training images",
         "images": args.images,
@@ -80,7 +79,7 @@ def write(args: argparse.Namespace, model: mezzotint.Model, rows: list[dict[str,
         "labels": "in turn",
         "torch": torch.__version__,
         "mezzotint": mezzotint.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
     }
     args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")

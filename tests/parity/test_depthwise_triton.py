@@ -146,7 +146,7 @@ def test_weight_gradient_of_several_images_per_program(buffers, monkeypatch):
 def test_operation_and_its_gradients(monkeypatch, dtype):
     """What a network on a GPU runs, with Triton chosen."""
     monkeypatch.setattr(depthwise, "choices", {})
-    monkeypatch.setattr(depthwise, "chosen", lambda *_: "triton")
+    monkeypatch.setattr(depthwise, "choose", lambda *_: "triton")
     x = normal((2, 6, 5, 3), dtype, 0).requires_grad_()
     weight = normal((3, 1, 7, 7), torch.float32, 1).requires_grad_()
     bias = normal((3,), torch.float32, 2).requires_grad_()
@@ -156,7 +156,7 @@ def test_operation_and_its_gradients(monkeypatch, dtype):
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = exact(*wide, residual=True)
     wanted = [expected, *torch.autograd.grad((expected * toward.double()).sum(), wide)]
-    assert [key[0] for key in depthwise.choices] == ["forward_torch", "forward_torch", "gradient_torch"]
+    assert [key[0] for key in depthwise.choices] == ["cudnn_forward", "cudnn_forward", "cudnn_weight_gradient"]
     for ours, theirs in zip(found, wanted, strict=True):
         assert distance(ours.detach(), theirs.detach()) < 4 * TOLERANCE[dtype]
 

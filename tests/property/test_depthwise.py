@@ -81,7 +81,7 @@ def inputs():
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_op_and_its_gradients(no_choice_made, monkeypatch, inputs, mixed):
-    monkeypatch.setattr(depthwise, "chosen", lambda *_: "torch")
+    monkeypatch.setattr(depthwise, "choose", lambda *_: "cudnn")
     exact = gradients(reference, *(t.double() for t in inputs), 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
         ours = gradients(through_op, *inputs, 1)
@@ -91,7 +91,7 @@ def test_op_and_its_gradients(no_choice_made, monkeypatch, inputs, mixed):
 
 
 def test_op_is_sound(no_choice_made, monkeypatch, inputs):
-    monkeypatch.setattr(depthwise, "chosen", lambda *_: "torch")
+    monkeypatch.setattr(depthwise, "choose", lambda *_: "cudnn")
     x, weight, bias = (t.requires_grad_() for t in inputs)
     torch.library.opcheck(residual_op, (x, weight, bias, torch.float32))
     torch.library.opcheck(residual_op, (x.detach().transpose(1, 2).requires_grad_(), weight, None, torch.float32))
@@ -102,10 +102,10 @@ def pair(factor=1.0, wait=0.0):
     """Two kernels for the same thing; the second is off by a factor, or slow."""
     calls = []
 
-    def theirs(x, low):
+    def theirs(x, compute):
         return (x * 2,)
 
-    def ours(x, low):
+    def ours(x, compute):
         calls.append(x)
         time.sleep(wait)
         return (x * 2 * factor,)
@@ -117,36 +117,36 @@ def test_a_kernel_that_is_wrong_is_not_used(no_choice_made):
     theirs, ours, calls = pair(factor=1.05)
     x = torch.zeros(4, 3)  # the check draws its own numbers: with these both would agree
     with pytest.warns(UserWarning, match=r"differs from cuDNN's by 5\.0e-02"):
-        out = depthwise.run(theirs, ours, x, low=torch.float32)[0]
+        out = depthwise.fastest(theirs, ours, x, compute=torch.float32)[0]
     assert torch.equal(out, x)
     checked = len(calls)
-    depthwise.run(theirs, ours, x + 1, low=torch.float32)
+    depthwise.fastest(theirs, ours, x + 1, compute=torch.float32)
     assert len(calls) == checked
 
 
 def test_a_kernel_that_fails_is_not_used(no_choice_made):
-    def broken(x, low):
+    def broken(x, compute):
         raise RuntimeError("no ptxas")
 
     with pytest.warns(UserWarning, match="no ptxas"):
-        assert depthwise.run(pair()[0], broken, torch.ones(3), low=torch.float32)[0].tolist() == [2, 2, 2]
+        assert depthwise.fastest(pair()[0], broken, torch.ones(3), compute=torch.float32)[0].tolist() == [2, 2, 2]
 
 
 def test_the_faster_kernel_is_chosen_once_for_each_kind(no_choice_made):
     theirs, ours, _ = pair()
     slow = pair(wait=0.005)[1]
-    assert depthwise.chosen(theirs, slow, [torch.ones(3)], torch.float32) == "torch"
-    assert depthwise.chosen(slow, theirs, [torch.ones(3)], torch.float32) == "triton"
+    assert depthwise.choose(theirs, slow, [torch.ones(3)], torch.float32) == "cudnn"
+    assert depthwise.choose(slow, theirs, [torch.ones(3)], torch.float32) == "triton"
     for n in (3, 3, 4):
-        depthwise.run(theirs, ours, torch.ones(n), low=torch.float32)
+        depthwise.fastest(theirs, ours, torch.ones(n), compute=torch.float32)
     assert len(depthwise.choices) == 2
 
 
-def test_deterministic_algorithms_are_torchs_own(no_choice_made):
+def test_deterministic_algorithms_are_cudnns(no_choice_made):
     theirs, ours, calls = pair()
     torch.use_deterministic_algorithms(True)
     try:
-        depthwise.run(theirs, ours, torch.ones(3), low=torch.float32)
+        depthwise.fastest(theirs, ours, torch.ones(3), compute=torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)
     assert not calls

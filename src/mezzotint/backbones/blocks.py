@@ -21,4 +21,4 @@ def compile_blocks(backbone: nn.Module) -> None:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in blocks(backbone):
-        block.compile()
+        block.compile(dynamic=False)  # or all but the first width would get kernels for any size, which are slower

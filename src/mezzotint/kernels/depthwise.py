@@ -4,12 +4,11 @@ CPU: oneDNN takes 10 (float32) to 50 times (bf16) as long for the weight gradien
 the convolution itself, though the arithmetic is the same. That gradient is a depthwise convolution too, of the input by
 the output's gradient, and the kernel for those is quick (docs/performance.md).
 
-CUDA: cuDNN or Triton, whichever is faster for the shape, see `chosen`.
+CUDA: cuDNN or Triton, whichever is faster for the shape, see `choose`.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import time
 import warnings
@@ -20,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kernel = Literal["torch", "triton"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # CUDA builds of torch for Linux bring it
+Kernel = Literal["cudnn", "triton"]
 Work = Callable[..., tuple[Tensor, ...]]
 
 
@@ -35,12 +35,12 @@ def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (b, h, w, c).
     """
-    low = working_dtype(x)
-    if x.device.type == "cuda" and x.dtype != torch.float64 and has_triton():
-        return torch.ops.mezzotint.residual_depthwise(x, weight, bias, low)
+    compute = working_dtype(x)
+    if x.device.type == "cuda" and x.dtype != torch.float64 and HAS_TRITON:
+        return torch.ops.mezzotint.residual_depthwise(x, weight, bias, compute)
     if x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad:
-        return x + DepthwiseCPU.apply(x.to(low), weight.to(low), bias.to(low))
-    return x + convolve(x.to(low), weight.to(low), bias.to(low))
+        return x + DepthwiseCPU.apply(x.to(compute), weight.to(compute), bias.to(compute))
+    return x + convolve(x.to(compute), weight.to(compute), bias.to(compute))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -71,10 +71,10 @@ class DepthwiseCPU(torch.autograd.Function):
         """Gradients of x, weight and bias."""
         (grad,), (x, weight) = grads, ctx.saved_tensors
         d_x = convolve(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
-        return d_x, weight_gradient(x, grad, weight.shape[-1]), grad.sum((0, 1, 2))
+        return d_x, cpu_weight_gradient(x, grad, weight.shape[-1]), grad.sum((0, 1, 2))
 
 
-def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
+def cpu_weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     """(c, 1, k, k): over all pixels p, the sum of grad[p] x[p + offset], for each offset within k // 2.
 
     As one convolution: the channels of every image are its channels, and grad is its kernels.
@@ -92,29 +92,39 @@ def weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
 # ---- CUDA ------------------------------------------------------------------------------------------------------------
 
 
-def forward_torch(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+def cudnn_forward(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> tuple[Tensor, ...]:
     """x + convolution, by cuDNN."""
-    return ((x + convolve(x.to(low), weight.to(low), None if bias is None else bias.to(low))).to(x.dtype),)
+    return ((x + convolve(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))).to(x.dtype),)
 
 
-def forward_triton(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+def triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> tuple[Tensor, ...]:
     """The same in one kernel, summed in float32."""
     from mezzotint.kernels import depthwise_triton
 
     return (depthwise_triton.forward(x, weight, bias, residual=True),)
 
 
-def gradient_torch(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+def cudnn_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, ...]:
     """Gradients of weight and bias, by cuDNN."""
     c, _, k, _ = weight.shape
-    grad_image, image = (t.to(low).permute(0, 3, 1, 2) for t in (grad, x))
+    grad_image, image = (t.to(compute).permute(0, 3, 1, 2) for t in (grad, x))
     _, d_weight, d_bias = torch.ops.aten.convolution_backward(
-        grad_image, image, weight.to(low), [c], [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [False, True, True]
+        grad_image,
+        image,
+        weight.to(compute),
+        [c],
+        [1, 1],
+        [k // 2, k // 2],
+        [1, 1],
+        False,
+        [0, 0],
+        c,
+        [False, True, True],
     )
     return d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-def gradient_triton(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+def triton_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, ...]:
     """The same by Triton, summed in float32."""
     from mezzotint.kernels import depthwise_triton
 
@@ -127,81 +137,77 @@ def gradient_triton(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -
 @torch.library.custom_op(
     "mezzotint::residual_depthwise",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, ScalarType low) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias, ScalarType compute) -> Tensor",
 )
-def residual_op(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> Tensor:
-    """`residual_depthwise`, the convolution in `low`."""
-    return run(forward_torch, forward_triton, x.contiguous(), weight, bias, low=low)[0]
+def residual_op(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+    """`residual_depthwise`, the convolution in `compute`."""
+    return fastest(cudnn_forward, triton_forward, x.contiguous(), weight, bias, compute=compute)[0]
 
 
 @residual_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, low: torch.dtype) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "mezzotint::depthwise_weight_gradient",
     mutates_args=(),
-    schema="(Tensor x, Tensor grad, Tensor weight, ScalarType low) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor grad, Tensor weight, ScalarType compute) -> (Tensor, Tensor)",
 )
-def weight_gradient_op(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+def weight_gradient_op(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of weight and bias, in weight's dtype."""
-    d_weight, d_bias = run(gradient_torch, gradient_triton, x.contiguous(), grad.contiguous(), weight, low=low)
+    d_weight, d_bias = fastest(
+        cudnn_weight_gradient, triton_weight_gradient, x.contiguous(), grad.contiguous(), weight, compute=compute
+    )
     return d_weight, d_bias
 
 
 @weight_gradient_op.register_fake
-def _(x: Tensor, grad: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.low = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, ctx.compute = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    d_x = residual_op(grad, weight.flip(2, 3), None, ctx.low) if ctx.needs_input_grad[0] else None
-    d_weight, d_bias = weight_gradient_op(x, grad, weight, ctx.low)
+    d_x = residual_op(grad, weight.flip(2, 3), None, ctx.compute) if ctx.needs_input_grad[0] else None
+    d_weight, d_bias = weight_gradient_op(x, grad, weight, ctx.compute)
     return d_x, d_weight, d_bias if ctx.needs_input_grad[2] else None, None
 
 
-residual_op.register_autograd(_backward, setup_context=_keep)
+residual_op.register_autograd(_backward, setup_context=_setup_context)
 
 # The choice.
-
-
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed; CUDA builds of torch for Linux bring it."""
-    return importlib.util.find_spec("triton") is not None
 
 
 choices: dict[Any, Kernel] = {}  # by operation, device, shapes and dtypes
 
 
-def run(by_torch: Work, by_triton: Work, *tensors: Tensor | None, low: torch.dtype) -> tuple[Tensor, ...]:
+def fastest(by_cudnn: Work, by_triton: Work, *tensors: Tensor | None, compute: torch.dtype) -> tuple[Tensor, ...]:
     """The result of the kernel that was chosen for such tensors, or is now, at the first of their kind.
 
     Nothing can be timed while a CUDA graph is recorded; where torch is asked for deterministic algorithms, a timing,
     which may fall out differently the next time, must not choose; and Triton's kernels do not know empty batches. All
-    that means torch's own kernel.
+    that means cuDNN's kernel.
     """
     if torch.are_deterministic_algorithms_enabled() or not all(t is None or t.numel() for t in tensors):
-        return by_torch(*tensors, low)
+        return by_cudnn(*tensors, compute)
     kinds = [None if t is None else (t.device, t.shape, t.dtype) for t in tensors]
-    key = (by_torch.__name__, low, *kinds)
+    key = (by_cudnn.__name__, compute, *kinds)
     if key not in choices:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return by_torch(*tensors, low)
-        choices[key] = chosen(by_torch, by_triton, tensors, low)
-    work = by_torch if choices[key] == "torch" else by_triton
-    return work(*tensors, low)
+            return by_cudnn(*tensors, compute)
+        choices[key] = choose(by_cudnn, by_triton, tensors, compute)
+    work = by_cudnn if choices[key] == "cudnn" else by_triton
+    return work(*tensors, compute)
 
 
-def chosen(by_torch: Work, by_triton: Work, like: Sequence[Tensor | None], low: torch.dtype) -> Kernel:
-    """The faster kernel on random tensors; torch's own, with a warning, where Triton's fails or disagrees with it."""
+def choose(by_cudnn: Work, by_triton: Work, like: Sequence[Tensor | None], compute: torch.dtype) -> Kernel:
+    """The faster kernel on random tensors; cuDNN's, with a warning, where Triton's fails or disagrees with it."""
 
     def drawn(t: Tensor) -> Tensor:
         generator = torch.Generator(t.device).manual_seed(0)
@@ -209,15 +215,15 @@ def chosen(by_torch: Work, by_triton: Work, like: Sequence[Tensor | None], low: 
 
     tensors = [None if t is None else drawn(t) for t in like]
     try:
-        for ours, theirs in zip(by_triton(*tensors, low), by_torch(*tensors, low), strict=True):
+        for ours, theirs in zip(by_triton(*tensors, compute), by_cudnn(*tensors, compute), strict=True):
             error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-            if not error < (1e-2 if low == torch.float32 else 3e-2):  # float32 may be computed as TF32
+            if not error < (1e-2 if compute == torch.float32 else 3e-2):  # float32 may be computed as TF32
                 raise ValueError(f"its result differs from cuDNN's by {error:.1e} of its norm")
+        faster = seconds(lambda: by_triton(*tensors, compute)) < seconds(lambda: by_cudnn(*tensors, compute))
     except Exception as error:  # whatever a compiler may throw: the slower kernel is right, and the run goes on
         warnings.warn(f"depthwise convolutions by cuDNN, since Triton's kernel failed: {error}", stacklevel=2)
-        return "torch"
-    faster = seconds(lambda: by_triton(*tensors, low)) < seconds(lambda: by_torch(*tensors, low))
-    return "triton" if faster else "torch"
+        return "cudnn"
+    return "triton" if faster else "cudnn"
 
 
 def seconds(work: Callable[[], Sequence[Tensor]], runs: int = 5) -> float:

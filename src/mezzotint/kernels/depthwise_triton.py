@@ -81,8 +81,7 @@ def _convolve(
             tap += 1.0  # x + convolution(x): the tap at the centre brings the residual along
         kernel += (tap,)
     start = tl.zeros((PATCHES, CHANNELS), tl.float32)
-    if bias is not None:
-        start += tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
+    start += tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
 
     # sums[j COLUMNS + i]: column i of the output row j below (row - PAD), over the input rows above `row`
     sums = ()
@@ -194,6 +193,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> T
     b, h, w, c = x.shape
     k = weight.shape[-1]
     out = torch.empty_like(x)
+    bias = x.new_zeros(c, dtype=weight.dtype) if bias is None else bias  # rather than a second compilation
     taps = weight.reshape(c, k * k).t().contiguous()  # neighbouring threads read neighbouring channels
     groups = triton.cdiv(w, COLUMNS * PATCHES)
     tall = triton.cdiv(c, CHANNELS) * groups * b
@@ -230,4 +230,5 @@ def weight_gradient(x: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
             x, grad, partial, b, h, w, images, groups, c, k, COLUMNS, PATCHES, CHANNELS, **THREADS
         )
     total = partial.sum(0)
-    return total[:-1].t().contiguous().view(c, 1, k, k), total[-1]
+    # copies of their own, aligned as compiled code expects
+    return total[:-1].t().clone(memory_format=torch.contiguous_format).view(c, 1, k, k), total[-1].clone()

@@ -41,7 +41,7 @@ def add(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: Wo
         norms: of the gradient, of the whole and by part; the same on all ranks and counted on the first.
     """
     losses = losses.double()
-    bins = torch.bucketize(logsnr.float(), EDGES.to(logsnr.device))
+    bins = torch.bucketize(logsnr.float(), EDGES.to(logsnr.device, non_blocking=True))
     window[0] += losses.sum()
     window[1] += len(losses)
     window[HEAD : HEAD + BINS].index_add_(0, bins, losses)

@@ -160,9 +160,8 @@ def agree(losses: Losses, grad_norm: Tensor, stopping: bool, failing: bool, worl
     """
     bad = ~(torch.isfinite(losses.loss).all() & torch.isfinite(grad_norm))
     votes = torch.stack([losses.loss.double().sum(), bad.double()])
-    votes = torch.cat(
-        [votes, torch.tensor([len(losses.loss), stopping, failing], dtype=torch.float64).to(votes.device)]
-    )
+    own = torch.tensor([len(losses.loss), stopping, failing], dtype=torch.float64)
+    votes = torch.cat([votes, own.to(votes.device, non_blocking=True)])
     total, bad, count, stopping_ranks, failing_ranks, norm = torch.cat(
         [add_ranks(votes, world), grad_norm[None]]
     ).tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from mezzotint.process.denoiser import Cond, Image, Level, Model
-from mezzotint.process.logsnr import alpha, diffuse, per_image
+from mezzotint.process.logsnr import alpha, beside, diffuse, per_image
 from mezzotint.process.objectives import Objective, objective
 from mezzotint.process.objectives.regression import mean_square, regressed
 from mezzotint.process.prediction import target
@@ -90,7 +90,7 @@ def hybrid_loss(table: Table) -> Objective:
         denoised = model.interpret(z, out, logsnr)
         assert denoised.var is not None, "learned_variance gives one"
         n = table.index(logsnr).round().long()
-        t, s = entries.to(logsnr)[n], cleaner.to(logsnr)[n]
+        t, s = (beside(levels, logsnr).to(logsnr.dtype)[n] for levels in (entries, cleaner))
         return simple + variational_bound(x, denoised.x.detach(), denoised.var, t, s, smallest)
 
     return loss
