@@ -76,9 +76,9 @@ def model_and_class(studio: Studio, names: list[str], chosen: int = 0, title: st
 
     def follow(name: Any) -> tuple[Any, Any]:
         found = label_choices(studio, name)
-        return gr.Dropdown(choices=found, value=found[0], visible=len(found) > 1), gr.Textbox(
-            value="", visible=studio.reads(name)
-        )
+        classes = gr.Dropdown(choices=found, value=found[0], visible=len(found) > 1)
+        # Emptied when it goes, not when it comes: that could reach the page after the first words typed.
+        return classes, gr.Textbox(visible=True) if studio.reads(name) else gr.Textbox(value="", visible=False)
 
     model.change(follow, model, [label, words], api_visibility="private", show_progress="hidden")
     return {"model": model, "label": label, "prompts": words}
