@@ -45,7 +45,7 @@ rm -f "$OUT/gpu.log"
 
 part checks 120 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --budget 60 --out "$OUT"
 part presets 180 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
-part kernels 75 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --out "$OUT"
+part kernels 75 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --budget 45 --out "$OUT"
 part twins 60 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "${BATCH:-32}" --rounds 3 --out "$OUT/twins.json"
 part train 60 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
   model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \

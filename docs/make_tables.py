@@ -189,6 +189,24 @@ def memory() -> str:
     return f"`{found['command']}`, torch {found['torch']}, commit {found['commit']}.\n\n{table(head, rows)}"
 
 
+def depthwise() -> str:
+    """The convolution, and its weight gradient in two ways."""
+    found = read("depthwise-cpu.json")
+    names = list(found["rows"][0]["seconds"])
+    rows = [
+        [
+            " x ".join(map(str, r["shape"])),
+            r["dtype"],
+            *(f"{1000 * r['seconds'][name]:.1f}" for name in names),
+            f"{r['seconds'][names[1]] / r['seconds'][names[2]]:.1f}×",
+        ]
+        for r in found["rows"]
+    ]
+    return (
+        f"{made(found)}\n\n{table(['images x channels x sides', 'dtype', *(f'{n}, ms' for n in names), 'gain'], rows)}"
+    )
+
+
 def peers() -> str:
     """Milliseconds per GMAC beside diffusers' DiT."""
     found = read("peers-cpu.json")
@@ -269,7 +287,7 @@ if __name__ == "__main__":
     PAGE.write_text(page)
     README.write_text(between(README.read_text(), "speed", speed()))
     page = PERFORMANCE.read_text()
-    for make in (speed_targets, gpu_targets, memory, switches, peers, scaling, loader):
+    for make in (speed_targets, gpu_targets, memory, depthwise, switches, peers, scaling, loader):
         try:
             shown = make()
         except FileNotFoundError as error:

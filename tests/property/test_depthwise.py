@@ -102,10 +102,10 @@ def pair(factor=1.0, wait=0.0):
     """Two kernels for the same thing; the second is off by a factor, or slow."""
     calls = []
 
-    def theirs(x, compute):
+    def theirs(x, compute=None):
         return (x * 2,)
 
-    def ours(x, compute):
+    def ours(x, compute=None):
         calls.append(x)
         time.sleep(wait)
         return (x * 2 * factor,)
@@ -125,7 +125,7 @@ def test_a_kernel_that_is_wrong_is_not_used(no_choice_made):
 
 
 def test_a_kernel_that_fails_is_not_used(no_choice_made):
-    def broken(x, compute):
+    def broken(x):
         raise RuntimeError("no ptxas")
 
     with pytest.warns(UserWarning, match="no ptxas"):

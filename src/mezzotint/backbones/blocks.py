@@ -1,4 +1,4 @@
-"""The repeated blocks of a backbone: the unit of sharding, of compiling and of checkpointing."""
+"""The repeated blocks of a backbone: the unit of sharding and of compiling."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def cudnn_forward(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch
     return ((x + convolve(x.to(compute), weight.to(compute), None if bias is None else bias.to(compute))).to(x.dtype),)
 
 
-def triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> tuple[Tensor, ...]:
+def triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """The same in one kernel, summed in float32."""
     from mezzotint.kernels import depthwise_triton
 
@@ -124,7 +124,7 @@ def cudnn_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, compute: torc
     return d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
-def triton_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, ...]:
+def triton_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     """The same by Triton, summed in float32."""
     from mezzotint.kernels import depthwise_triton
 
@@ -202,8 +202,7 @@ def fastest(by_cudnn: Work, by_triton: Work, *tensors: Tensor | None, compute: t
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return by_cudnn(*tensors, compute)
         choices[key] = choose(by_cudnn, by_triton, tensors, compute)
-    work = by_cudnn if choices[key] == "cudnn" else by_triton
-    return work(*tensors, compute)
+    return by_cudnn(*tensors, compute) if choices[key] == "cudnn" else by_triton(*tensors)
 
 
 def choose(by_cudnn: Work, by_triton: Work, like: Sequence[Tensor | None], compute: torch.dtype) -> Kernel:
@@ -215,11 +214,11 @@ def choose(by_cudnn: Work, by_triton: Work, like: Sequence[Tensor | None], compu
 
     tensors = [None if t is None else drawn(t) for t in like]
     try:
-        for ours, theirs in zip(by_triton(*tensors, compute), by_cudnn(*tensors, compute), strict=True):
+        for ours, theirs in zip(by_triton(*tensors), by_cudnn(*tensors, compute), strict=True):
             error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
             if not error < (1e-2 if compute == torch.float32 else 3e-2):  # float32 may be computed as TF32
                 raise ValueError(f"its result differs from cuDNN's by {error:.1e} of its norm")
-        faster = seconds(lambda: by_triton(*tensors, compute)) < seconds(lambda: by_cudnn(*tensors, compute))
+        faster = seconds(lambda: by_triton(*tensors)) < seconds(lambda: by_cudnn(*tensors, compute))
     except Exception as error:  # whatever a compiler may throw: the slower kernel is right, and the run goes on
         warnings.warn(f"depthwise convolutions by cuDNN, since Triton's kernel failed: {error}", stacklevel=2)
         return "cudnn"
