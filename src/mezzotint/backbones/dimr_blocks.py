@@ -92,7 +92,8 @@ class TimeRMSNorm(nn.Module):
 class TimeRMS(torch.autograd.Function):
     """`over_rms(x) * gain` in training on a CPU, where torch has no fused norm and keeps x / rms(x) beside x.
 
-    Derivative of TDRMSN: with r = 1 / rms(x), n = r x and d the width: dgain = sum dy n, dx = r (gain dy - n sum(gain dy n) / d).
+    Derivative of TDRMSN, with r = 1 / rms(x), n = r x and d the width:
+    dgain = sum dy n, dx = r (gain dy - n sum(gain dy n) / d).
     """
 
     @staticmethod
