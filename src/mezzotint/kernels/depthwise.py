@@ -1,8 +1,8 @@
 """x + depthwise convolution of x, channels last: on a CPU with a quick weight gradient, on a GPU by the faster kernel.
 
 CPU: oneDNN takes 8 to 11 (float32) or 18 to 53 times (bf16) as long for the weight gradient of a 7x7 depthwise
-convolution as for the convolution itself, though the arithmetic is the same. That gradient is a depthwise convolution too, of the input by
-the output's gradient, and the kernel for those is quick (docs/performance.md).
+convolution as for the convolution itself, though the arithmetic is the same. That gradient is a depthwise convolution
+too, of the input by the output's gradient, and the kernel for those is quick (docs/performance.md).
 
 CUDA: cuDNN or Triton, whichever is faster for the shape, see `choose`.
 """
