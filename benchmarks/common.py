@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import mezzotint
-from mezzotint.bench import machine
+from mezzotint.core.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,7 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 def commit() -> str:
     """The commit measured; from COMMIT where there is no git or no repository."""
     try:
-        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
     except FileNotFoundError:
         return os.environ.get("COMMIT", "")
     return done.stdout.strip() or os.environ.get("COMMIT", "")
@@ -32,8 +34,10 @@ def facts(device: str) -> dict[str, Any]:
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "mezzotint": mezzotint.__version__,
         "commit": commit(),
-        **machine(device),
-        "clock": "processor time of one thread" if device == "cpu" and torch.get_num_threads() == 1 else "wall",
+        **describe_machine(device),
+        "clock": "processor time of one thread"
+        if device == "cpu" and torch.get_num_threads() == 1
+        else "wall",
     }
 
 

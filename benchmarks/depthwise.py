@@ -13,18 +13,30 @@ from typing import Any
 import torch
 
 from common import RESULTS, one_thread, write
-from mezzotint.bench import interleaved
-from mezzotint.kernels.depthwise import convolve, cpu_weight_gradient
+from mezzotint.backbones.kernels.depthwise import convolve, cpu_weight_gradient
+from mezzotint.tools.benchmark import interleaved
 
 # (images, channels, side): published widths, a small network, a fine grid
 SHAPES = [(2, 480, 32), (1, 192, 64), (2, 384, 32), (16, 64, 32), (2, 64, 128)]
 
 
-def torch_weight_gradient(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def torch_weight_gradient(
+    x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     c, _, k, _ = weight.shape
     grad_image, image = (t.permute(0, 3, 1, 2) for t in (grad, x))
     return torch.ops.aten.convolution_backward(
-        grad_image, image, weight, None, [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c, [False, True, False]
+        grad_image,
+        image,
+        weight,
+        None,
+        [1, 1],
+        [k // 2, k // 2],
+        [1, 1],
+        False,
+        [0, 0],
+        c,
+        [False, True, False],
     )[1]
 
 
@@ -40,7 +52,10 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dic
         "weight gradient, torch": partial(torch_weight_gradient, x, grad, weight),
         "weight gradient, mezzotint": partial(cpu_weight_gradient, x, grad, 7),
     }
-    errors = {name: float((work().double() - exact).norm() / exact.norm()) for name, work in list(works.items())[1:]}
+    errors = {
+        name: float((work().double() - exact).norm() / exact.norm())
+        for name, work in list(works.items())[1:]
+    }
     seconds = interleaved(works, "cpu", rounds)
     return {
         "shape": [b, c, side, side],
@@ -51,12 +66,18 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=RESULTS / "depthwise-cpu.json")
     args = parser.parse_args()
     one_thread()
-    rows = [measure(shape, dtype, args.rounds) for shape in SHAPES for dtype in (torch.float32, torch.bfloat16)]
+    rows = [
+        measure(shape, dtype, args.rounds)
+        for shape in SHAPES
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
     for row in rows:
         print(row)
     write(args.out, "cpu", rows=rows)

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 import mezzotint
-from mezzotint.data.images import Images, open_images
-from mezzotint.evaluate.features import features_of, open_features
+from mezzotint.data.image_dataset import ImageDataset, open_images
+from mezzotint.evaluate.features import compute_features, open_features
 from mezzotint.evaluate.metrics import Moments, frechet_distance
 
 SETS = ("inception-64", "inception-768")
 
 
-def rows(images: Images, count: int) -> tuple[dict[str, Tensor], np.ndarray]:
+def rows(images: ImageDataset, count: int) -> tuple[dict[str, Tensor], np.ndarray]:
     """Features of `count` images spread evenly over the set, and their labels."""
     chosen = np.linspace(0, len(images) - 1, count).round().astype(int).tolist()
 
@@ -34,7 +34,7 @@ def rows(images: Images, count: int) -> tuple[dict[str, Tensor], np.ndarray]:
             yield images.batch(chosen[start : start + 64])[0]
 
     sets = open_features(SETS, ARGS.weights)
-    return features_of(sets, batches()), np.array([images.label(i) for i in chosen])
+    return compute_features(sets, batches()), np.array([images.label(i) for i in chosen])
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -45,7 +45,9 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def main() -> None:
     """Measure and write."""
-    data = {split: open_images(f"{ARGS.data}:{split}", size=ARGS.size) for split in ("train", "test")}
+    data = {
+        split: open_images(f"{ARGS.data}:{split}", size=ARGS.size) for split in ("train", "test")
+    }
     found = {split: rows(images, ARGS.count) for split, images in data.items()}
     names = data["train"].label_names or ()
     result: dict[str, object] = {
@@ -62,7 +64,9 @@ def main() -> None:
     train, test = (found[split][0]["inception-64"] for split in ("train", "test"))
     a, b = found["train"][1], found["test"][1]
     result["FD-inception-64 of train classes (rows) to test classes"] = {
-        names[i]: {names[j]: round(distance(train[a == i], test[b == j]), 4) for j in range(len(names))}
+        names[i]: {
+            names[j]: round(distance(train[a == i], test[b == j]), 4) for j in range(len(names))
+        }
         for i in range(len(names))
     }
     ARGS.out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,11 +75,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/distances-cifar10.json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/distances-cifar10.json")
+    )
     ARGS = parser.parse_args()
     main()

@@ -25,12 +25,12 @@ from torch import Tensor
 import plain.forms as forms_of
 from common import write
 from mezzotint.backbones.blocks import compile_blocks
-from mezzotint.bench import Settings, bench, interleaved, matmul_ceiling
-from mezzotint.graphs import Graphed
-from mezzotint.kernels import depthwise
+from mezzotint.backbones.kernels import depthwise
 from mezzotint.process import guidance
 from mezzotint.process.samplers import registry as samplers
 from mezzotint.recipes import recipe_for
+from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
+from mezzotint.tools.benchmark import BenchmarkSettings, interleaved, matmul_ceiling, run_benchmark
 from speed import Pair, make, networks
 
 Row = dict[str, Any]
@@ -63,15 +63,31 @@ def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
         pair = pairs[name] = make(family, config, batch, device)
         judged = partial(judge, name)
         exact = outputs(pair, "plain", False)
-        yield judged("output, float32, against the twin", difference(outputs(pair, "ours", False), exact), 1e-4)
-        yield judged("output, bf16, against the float32 twin", difference(outputs(pair, "ours", True), exact), 5e-2)
+        yield judged(
+            "output, float32, against the twin",
+            difference(outputs(pair, "ours", False), exact),
+            1e-4,
+        )
+        yield judged(
+            "output, bf16, against the float32 twin",
+            difference(outputs(pair, "ours", True), exact),
+            5e-2,
+        )
         plain_norm = gradient(pair, "plain", False).norm()
         own = gradient(pair, "ours", False)
-        yield judged("gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3)
-        yield judged("gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2)
+        yield judged(
+            "gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3
+        )
+        yield judged(
+            "gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2
+        )
         for how in ("selective", "full"):
             pair.ours.backbone.checkpointing = how
-            yield judged(f"gradient, {how} checkpointing", difference(gradient(pair, "ours", False), own), 1e-5)
+            yield judged(
+                f"gradient, {how} checkpointing",
+                difference(gradient(pair, "ours", False), own),
+                1e-5,
+            )
         pair.ours.backbone.checkpointing = "none"
         if device == "cuda":
             for what, value in graphs(pair).items():
@@ -90,27 +106,37 @@ def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
             compile_blocks(pair.ours.backbone)
             yield judged("output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
             yield judged("gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
-        except Exception as error:  # a compiler that is not installed is a finding, not the end of the run
+        except (
+            Exception
+        ) as error:  # a compiler that is not installed is a finding, not the end of the run
             yield {"network": name, "check": "compiled", "ok": False, "error": str(error)[:500]}
 
 
 def judge(network: str, what: str, value: float, bound: float) -> Row:
     """A row of `checks`."""
-    return {"network": network, "check": what, "difference": value, "bound": bound, "ok": value <= bound}
+    return {
+        "network": network,
+        "check": what,
+        "difference": value,
+        "bound": bound,
+        "ok": value <= bound,
+    }
 
 
 def graphs(pair: Pair) -> dict[str, float]:
     """A guided run with an interval, from graphs and without: differences, all of which should be 0."""
     pair.ours.eval()
     grid = torch.linspace(-4, 4, 9, dtype=torch.float64)
-    null = guidance.null_label(pair.ours.card.config.num_classes)
+    null = guidance.null_label(pair.ours.info.config.num_classes)
     scale = guidance.interval(guidance.dit_s(1.5), -2.0, 2.0)
 
     def run(denoise: Any) -> Tensor:
         with torch.no_grad():
-            return samplers["ddim"](guidance.classifier_free(denoise, null, scale), pair.x, grid, pair.cond)
+            return samplers["ddim"](
+                guidance.classifier_free(denoise, null, scale), pair.x, grid, pair.cond
+            )
 
-    replayed = Graphed(pair.ours)
+    replayed = CudaGraphDenoiser(pair.ours)
     first, again = run(replayed), run(replayed)
     found = {
         "graphs against none, interval": difference(first, run(pair.ours)),
@@ -150,12 +176,19 @@ def kernels(device: str, small: bool, budget: float) -> Iterator[Row]:
         def plain(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = grad) -> None:
             F.scaled_dot_product_attention(q, k, v).backward(g)
 
-        def padded(q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = grad, d: int = d) -> None:
+        def padded(
+            q: Tensor = q, k: Tensor = k, v: Tensor = v, g: Tensor = grad, d: int = d
+        ) -> None:
             wide = (F.pad(t, (0, -d % 64)) for t in (q, k, v))
             F.scaled_dot_product_attention(*wide, scale=d**-0.5)[..., :d].backward(g)
 
         seconds = interleaved({"as it is": plain, "padded to a multiple of 64": padded}, device)
-        yield {"kernel": "attention, forward and backward", "heads": heads, "width": d, "seconds": seconds}
+        yield {
+            "kernel": "attention, forward and backward",
+            "heads": heads,
+            "width": d,
+            "seconds": seconds,
+        }
     if time.monotonic() > end:
         yield {"kernel": "biased attention, forward and backward", "error": "no time left"}
         return
@@ -165,7 +198,10 @@ def kernels(device: str, small: bool, budget: float) -> Iterator[Row]:
 
 def drawn(device: str, count: int, *shape: int) -> list[Tensor]:
     """Random bf16 tensors that want gradients."""
-    return [torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(count)]
+    return [
+        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(count)
+    ]
 
 
 def often(work: Callable[[], object], times: int = 20) -> Callable[[], None]:
@@ -195,15 +231,30 @@ def depthwise_kernels(device: str, small: bool) -> Iterator[Row]:
                     F.conv2d, image, weight.to(low), bias.to(low), padding=3, groups=c
                 ),
             }
-            row: Row = {"kernel": "depthwise 7x7", "shape": [b, side, side, c], "kept": str(kept), "low": str(low)}
+            row: Row = {
+                "kernel": "depthwise 7x7",
+                "shape": [b, side, side, c],
+                "kept": str(kept),
+                "low": str(low),
+            }
             if triton:
                 works["forward, Triton"] = partial(depthwise.triton_forward, *forward[:-1])
-                works["weight gradient, Triton"] = partial(depthwise.triton_weight_gradient, *gradient[:-1])
-                exact = depthwise.cudnn_forward(x.double(), weight.double(), bias.double(), torch.float64)
-                exact += depthwise.cudnn_weight_gradient(x.double(), grad.double(), weight.double(), torch.float64)
+                works["weight gradient, Triton"] = partial(
+                    depthwise.triton_weight_gradient, *gradient[:-1]
+                )
+                exact = depthwise.cudnn_forward(
+                    x.double(), weight.double(), bias.double(), torch.float64
+                )
+                exact += depthwise.cudnn_weight_gradient(
+                    x.double(), grad.double(), weight.double(), torch.float64
+                )
                 found = works["forward, Triton"]() + works["weight gradient, Triton"]()
-                row["differences"] = [difference(ours, theirs) for ours, theirs in zip(found, exact, strict=True)]
-                row["chosen"] = depthwise.choose(depthwise.cudnn_forward, depthwise.triton_forward, forward[:-1], low)
+                row["differences"] = [
+                    difference(ours, theirs) for ours, theirs in zip(found, exact, strict=True)
+                ]
+                row["chosen"] = depthwise.choose(
+                    depthwise.cudnn_forward, depthwise.triton_forward, forward[:-1], low
+                )
                 row["ok"] = max(row["differences"]) < (1e-5 if kept == float32 else 1e-2)
             seconds = interleaved({name: often(work) for name, work in works.items()}, device)
             row["seconds"] = {name: taken / 20 for name, taken in seconds.items()}
@@ -231,10 +282,17 @@ def biased_kernels(device: str, batch: int, n: int) -> Iterator[Row]:
     }
     exact = forms["written out"]().detach()
     for name, form in forms.items():
-        row: Row = {"kernel": "biased attention, forward and backward", "form": name, "batch": batch, "tokens": n}
+        row: Row = {
+            "kernel": "biased attention, forward and backward",
+            "form": name,
+            "batch": batch,
+            "tokens": n,
+        }
         try:
             row["difference"] = difference(form().detach(), exact)
-            row["seconds"] = interleaved({name: lambda form=form: form().backward(grad)}, device)[name]
+            row["seconds"] = interleaved({name: lambda form=form: form().backward(grad)}, device)[
+                name
+            ]
         except Exception as error:  # a form that does not exist on this device is a finding
             row["error"] = str(error)[:300]
         yield row
@@ -264,21 +322,35 @@ WAYS: list[tuple[str, Row]] = [
 def presets(device: str, small: bool, budget: float) -> Iterator[Row]:
     """Throughput, latency and memory of presets in bf16, in every way, until time is up."""
     chosen = list((SMALL if small else LARGE).items())
-    ways = WAYS if device == "cuda" else [way for way in WAYS if not {"graphs", "compile"} & way[1].keys()]
+    ways = (
+        WAYS
+        if device == "cuda"
+        else [way for way in WAYS if not {"graphs", "compile"} & way[1].keys()]
+    )
     plans = [(p, way) for part in (chosen[:2], chosen[2:]) for way in ways for p in part]
     end = time.monotonic() + budget
     for (preset, (train_batch, sample_batch)), (mode, options) in plans:
-        batch = sample_batch if mode == "sample" else train_batch * (2 if "checkpointing" in options else 1)
+        batch = (
+            sample_batch
+            if mode == "sample"
+            else train_batch * (2 if "checkpointing" in options else 1)
+        )
         row: Row = {"preset": preset, "mode": mode, "batch": batch, **options}
         if time.monotonic() > end:
             yield {**row, "error": "no time left"}
             continue
         objective = recipe_for(preset).objective
-        settings = Settings(
-            preset=preset, precision="bf16", device=device, rounds=3, objective=objective, batch=batch, **options
+        settings = BenchmarkSettings(
+            preset=preset,
+            precision="bf16",
+            device=device,
+            rounds=3,
+            objective=objective,
+            batch=batch,
+            **options,
         )
         try:
-            row = bench(settings, mode)
+            row = run_benchmark(settings, mode)
         except Exception as error:  # too little memory for one row must not cost the others
             row["error"] = str(error)[:500]
             traceback.clear_frames(error.__traceback__)
@@ -298,21 +370,33 @@ PARTS: dict[str, Callable[[str, bool, float], Iterator[Row]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing long is begun")
+    parser.add_argument(
+        "--budget", type=float, default=240, help="seconds after which nothing long is begun"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
-    ceilings = {p: matmul_ceiling(args.device, p, 256 if args.small else None) for p in ("float32", "bf16")}
+    ceilings = {
+        p: matmul_ceiling(args.device, p, 256 if args.small else None) for p in ("float32", "bf16")
+    }
     rows: list[Row] = []
     for row in PARTS[args.part](args.device, args.small, args.budget):
         rows.append(row)
         print({k: v for k, v in row.items() if args.part != "presets" or k in SHOWN}, flush=True)
         choices = {str(key): kernel for key, kernel in depthwise.choices.items()}
         # After every row: whatever ends the run, what was measured is there.
-        write(args.out / f"{args.part}.json", args.device, ceiling_flops=ceilings, depthwise=choices, rows=rows)
+        write(
+            args.out / f"{args.part}.json",
+            args.device,
+            ceiling_flops=ceilings,
+            depthwise=choices,
+            rows=rows,
+        )
     failed = [r for r in rows if not r.get("ok", True)]
     for r in failed:
         print("FAILED", r)

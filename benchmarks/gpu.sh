@@ -47,10 +47,10 @@ part checks 120 "$PYTHON" benchmarks/gpu.py checks --device "$DEVICE" $SMALL --b
 part presets 180 "$PYTHON" benchmarks/gpu.py presets --device "$DEVICE" $SMALL --budget "$budget" --out "$OUT"
 part kernels 75 "$PYTHON" benchmarks/gpu.py kernels --device "$DEVICE" $SMALL --budget 45 --out "$OUT"
 part twins 60 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "${BATCH:-32}" --rounds 3 --out "$OUT/twins.json"
-part train 60 "$PYTHON" -m mezzotint.cli train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
+part train 60 "$PYTHON" -m mezzotint train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
   model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \
-  grid.every_images="$images" grid.count=10 grid.steps=10 save.every_images="$images"
-part sample 20 "$PYTHON" -m mezzotint.cli sample "$run/digits" --n 20 --steps 20 --out "$run/samples.png"
+  samples.every_images="$images" samples.count=10 samples.steps=10 save.every_images="$images"
+part sample 20 "$PYTHON" -m mezzotint sample "$run/digits" --n 20 --steps 20 --out "$run/samples.png"
 cp "$run/samples.png" "$OUT/" 2>/dev/null || failed=1
 cp "$run/digits/log.jsonl" "$OUT/train.jsonl" 2>/dev/null || failed=1
 if [ -n "${DATA:-}" ]; then

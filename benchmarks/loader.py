@@ -17,15 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common import RESULTS, one_thread, write
-from mezzotint import draws, info
-from mezzotint.bench import interleaved
-from mezzotint.data.encode import encode
-from mezzotint.data.images import Images, open_images
-from mezzotint.data.latent_sets import LatentImages
-from mezzotint.data.latents import draw_latents
-from mezzotint.data.prepare import prepare
+from mezzotint.core import rng
+from mezzotint.data.autoencoder import draw_latents
+from mezzotint.data.encode_latents import encode_latents
+from mezzotint.data.image_dataset import ImageDataset, open_images
+from mezzotint.data.latent_dataset import LatentDataset
+from mezzotint.data.prepare import prepare_source
+from mezzotint.tools import summary
+from mezzotint.tools.benchmark import interleaved
 
 CORES = 8
 
@@ -37,7 +39,9 @@ def jpegs(folder: Path, count: int, side: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         coarse = torch.rand(1, 3, 24, 24, generator=generator)
-        picture = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)[0]
+        picture = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)[
+            0
+        ]
         grain = 0.04 * torch.randn(3, side, side, generator=generator)
         pixels = ((picture + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
         (folder / f"{i % 10}").mkdir(exist_ok=True)
@@ -70,7 +74,7 @@ class Pooled:
         return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8.0).clamp(-1, 1)
 
 
-def rate(images: Images | LatentImages, device: str, batch: int = 64) -> float:
+def rate(images: ImageDataset | LatentDataset, device: str, batch: int = 64) -> float:
     """Images per second of one core, in random order and in the model's units; the median of five batches."""
     generator = torch.Generator().manual_seed(1)
     numbers = list(range(batch))
@@ -84,27 +88,34 @@ def rate(images: Images | LatentImages, device: str, batch: int = 64) -> float:
 
 def noise_rate(shape: tuple[int, ...], device: str, batch: int = 16) -> float:
     """Images per second whose noise one core draws; each image's is a function of its own number."""
-    works = {"draw": lambda: draws.normal("noise", 0, list(range(batch)), shape)}
+    works = {"draw": lambda: rng.normal("noise", 0, list(range(batch)), shape)}
     return batch / interleaved(works, device)["draw"]
 
 
 def demands(flops: float) -> dict[str, float]:
     """Preset -> images per second that a training step of 3 forward passes of 2 GMAC takes at `flops`."""
-    rows = (info.describe(name) for name in info.backbones.presets())
+    rows = (summary.describe(name) for name in summary.backbones.presets())
     return {r["name"]: flops / (6e9 * (r["gmac"] - r["gmac_skipped"])) for r in rows}
 
 
 def source_of(preset: str) -> str:
     """What the preset is trained from: latents, or prepared pictures of its own size."""
-    entry = info.find(preset)[1]
+    entry = summary.find(preset)[1]
     return "latents" if entry.codec != "pixels" else f"prepared {entry.config.size}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=256)
     parser.add_argument("--sizes", type=int, nargs="*", default=[32, 64, 128, 256, 512])
-    parser.add_argument("--gpu-flops", type=float, default=790e12, help="790e12: bf16 products of one H200, measured")
+    parser.add_argument(
+        "--gpu-flops",
+        type=float,
+        default=790e12,
+        help="790e12: bf16 products of one H200, measured",
+    )
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cpu", choices=("cpu",))
     parser.add_argument("--out", type=Path, default=RESULTS / "loader-cpu.json")
@@ -121,13 +132,17 @@ def main() -> None:
                 source.mkdir()
                 jpegs(source, count, stored)
             # Without a cache, as a set larger than memory is read.
-            rates[f"jpeg {stored} to {size}"] = rate(open_images(str(source), size=size, cache=None), args.device)
-            prepare(source, folder / f"prepared{size}", size, progress=False)
-            images = open_images(str(folder / f"prepared{size}"), size=size, cache=None)
+            rates[f"jpeg {stored} to {size}"] = rate(
+                open_images(str(source), size=size, keep_in_memory=False), args.device
+            )
+            prepare_source(source, folder / f"prepared{size}", size, progress=False)
+            images = open_images(str(folder / f"prepared{size}"), size=size, keep_in_memory=False)
             rates[f"prepared {size}"] = rate(images, args.device)
-        pictures = open_images(str(folder / f"jpeg{max(sizes[0], 256)}"), size=256, cache=None)
-        encode(pictures, folder / "latents", Pooled(), progress=False)
-        rates["latents"] = rate(LatentImages(folder / "latents"), args.device)
+        pictures = open_images(
+            str(folder / f"jpeg{max(sizes[0], 256)}"), size=256, keep_in_memory=False
+        )
+        encode_latents(pictures, folder / "latents", Pooled(), progress=False)
+        rates["latents"] = rate(LatentDataset(folder / "latents"), args.device)
     for shape in ((4, 32, 32), (3, 64, 64), (3, 256, 256)):
         rates[f"noise {'x'.join(map(str, shape))}"] = noise_rate(shape, args.device)
     for name, value in rates.items():

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from common import RESULTS, one_thread, write
 from mezzotint.backbones.diffit import DiffiT, DiffiTConfig
 from mezzotint.backbones.dimr import DiMR, published
-from mezzotint.bench import Work, interleaved, peak_bytes
 from mezzotint.process.denoiser import Cond
+from mezzotint.tools.benchmark import Work, interleaved, peak_bytes
 
 
 class Peer(nn.Module):
@@ -65,7 +65,9 @@ def gmac(net: nn.Module, z: Tensor, noise: Tensor, cond: Cond) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--batch", type=int, default=2)
@@ -99,7 +101,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for mode, make in (("train", train), ("forward", forward)):
         for bf16 in (False, True):
-            seconds = interleaved({n: make(net, bf16) for n, net in nets.items()}, device, args.rounds)
+            seconds = interleaved(
+                {n: make(net, bf16) for n, net in nets.items()}, device, args.rounds
+            )
             for name in nets:
                 rows.append(
                     {

@@ -24,24 +24,25 @@ import torch
 import mezzotint
 from common import commit
 from mezzotint import config
-from mezzotint.data.images import open_images
-from mezzotint.evaluate.card import load_evaluation, require_alike
+from mezzotint.core.distributed import default_device
+from mezzotint.core.registry import Spec
+from mezzotint.data.image_dataset import open_images
+from mezzotint.evaluate.evaluate import evaluate
 from mezzotint.evaluate.features import open_features
-from mezzotint.evaluate.of_model import samples_of
+from mezzotint.evaluate.image_source import from_dataset, from_job
 from mezzotint.evaluate.references import Reference, make_reference, read_reference
-from mezzotint.evaluate.run import evaluate
-from mezzotint.evaluate.sources import of_images
-from mezzotint.info import GIGA
+from mezzotint.evaluate.results import load_evaluation, require_comparable
 from mezzotint.models import create_model, load_model
 from mezzotint.process.denoiser import Cond
-from mezzotint.produce import job_for
-from mezzotint.ranks import own_device
 from mezzotint.recipes import recipe_for
-from mezzotint.registry import Spec
+from mezzotint.sampling.generate_images import make_job
+from mezzotint.tools.summary import GIGA
 from mezzotint.train.loop import train
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
 
-GRID = Spec("even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0})  # every family was trained on these levels
+GRID = Spec(
+    "even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0}
+)  # every family was trained on these levels
 FAMILIES = ("unet-tiny", "uvit-tiny", "dimr-tiny", "diffit-tiny")
 
 
@@ -71,14 +72,18 @@ def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]
     model = {"size": args.size, "channels": args.channels, "num_classes": held_out.num_classes}
     gmac = gmac_per_image(preset, model)
     recipe = config.override(recipe_for(preset), [f"{f'model.{k}'}={v}" for k, v in model.items()])
-    recipe = config.override(recipe, [f"data.source={args.data!r}", f"batch={args.batch}", "log_every_images=512"])
-    recipe = config.override(recipe, ["grid.count=40", "grid.steps=18", "grid.every_images=1000000000"])
+    recipe = config.override(
+        recipe, [f"data.source={args.data!r}", f"batch={args.batch}", "log_every_images=512"]
+    )
+    recipe = config.override(
+        recipe, ["samples.count=40", "samples.steps=18", "samples.every_images=1000000000"]
+    )
     folder = args.runs / f"{preset}-{args.size}"
     for images in milestones(gmac, args.budget, args.batch):
         if any(r["preset"] == preset and r["images"] == images for r in rows):
             continue
         train(replace(recipe, images=images), folder)
-        trained = load_model(folder / "model").eval().to(own_device())
+        trained = load_model(folder / "model").eval().to(default_device())
         errors = eps_mse_by_level(trained, held_out, count=args.count)
         rows.append(
             {
@@ -111,7 +116,9 @@ def references(args: argparse.Namespace) -> list[Reference]:
         path = args.runs / f"{part}-{args.size}.npz"
         if not path.exists():
             images = open_images(data, size=args.size, channels=args.channels)
-            source = of_images(images, f"{Path(args.data).name} {part}", min(args.real, len(images)))
+            source = from_dataset(
+                images, f"{Path(args.data).name} {part}", min(args.real, len(images))
+            )
             make_reference(source, path, sets, keep=args.real)
         found.append(read_reference(path))
     return found
@@ -120,9 +127,15 @@ def references(args: argparse.Namespace) -> list[Reference]:
 def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Distances of the final model's samples, and where its card lies."""
     train_set, held_out = references(args)
-    how = {"sampler": Spec("dpmpp_2m"), "grid": GRID, "steps": args.steps, "dtype": args.dtype, "clip": Spec("static")}
+    how = {
+        "sampler": Spec("dpmpp_2m"),
+        "grid": GRID,
+        "steps": args.steps,
+        "dtype": args.dtype,
+        "clip": Spec("static"),
+    }
     found = evaluate(
-        samples_of(job_for(folder, how), args.samples),
+        from_job(make_job(folder, how), args.samples),
         train_set,
         open_features(args.features, args.weights),
         heldout=held_out,
@@ -135,22 +148,36 @@ def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def check_cards(args: argparse.Namespace) -> None:
     """All evaluations were made in the same way; ValueError names the lines in which two differ."""
-    cards = [load_evaluation(path) for path in sorted(args.runs.glob(f"*-{args.size}/evaluation.json"))]
+    cards = [
+        load_evaluation(path) for path in sorted(args.runs.glob(f"*-{args.size}/evaluation.json"))
+    ]
     for other in cards[1:]:
-        require_alike(cards[0], other, varying=("ema",))  # "at N images": what is compared
+        require_comparable(cards[0], other, varying=("ema",))  # "at N images": what is compared
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The final row of each family as Markdown."""
-    last = [max((r for r in rows if r["preset"] == p), key=lambda r: r["images"], default=None) for p in FAMILIES]
+    last = [
+        max((r for r in rows if r["preset"] == p), key=lambda r: r["images"], default=None)
+        for p in FAMILIES
+    ]
     shown = [r for r in last if r is not None]
     metrics = sorted({m for r in shown for m in r.get("distances", {})})
     heads = ["preset", "params", "images", "GMAC", *(f"eps-MSE {x:g}" for x in LEVELS), *metrics]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for r in shown:
         errors = [f"{r['eps_mse'][f'{x:g}']:.4f}" for x in LEVELS]
-        distances = [f"{r['distances'][m]:.4g}" if m in r.get("distances", {}) else "–" for m in metrics]
-        cells = [r["preset"], f"{r['params'] / 1e6:.2f} M", f"{r['images']:,}", f"{r['gmac']:.0f}", *errors, *distances]
+        distances = [
+            f"{r['distances'][m]:.4g}" if m in r.get("distances", {}) else "–" for m in metrics
+        ]
+        cells = [
+            r["preset"],
+            f"{r['params'] / 1e6:.2f} M",
+            f"{r['images']:,}",
+            f"{r['gmac']:.0f}",
+            *errors,
+            *distances,
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -199,21 +226,29 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             line.set_minor_formatter(NullFormatter())
         axis.xaxis.set_major_formatter("{x:,.0f}")
         axis.yaxis.set_major_formatter("{x:g}")
-    axes[0].set_ylabel(f"held-out eps-MSE, mean over log-SNR {', '.join(f'{x:g}' for x in LEVELS)}", fontsize=7)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(FAMILIES), frameon=False)
+    axes[0].set_ylabel(
+        f"held-out eps-MSE, mean over log-SNR {', '.join(f'{x:g}' for x in LEVELS)}", fontsize=7
+    )
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(FAMILIES), frameon=False
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.93))
     figure.savefig(args.out.with_suffix(".png"), dpi=120)
 
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True)
     parser.add_argument("--held-out", required=True)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--channels", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--budget", type=float, default=8000, help="GMAC of forward passes per family")
+    parser.add_argument(
+        "--budget", type=float, default=8000, help="GMAC of forward passes per family"
+    )
     parser.add_argument("--count", type=int, default=256, help="held-out images")
     parser.add_argument("--families", nargs="*", default=FAMILIES)
     parser.add_argument("--weights", type=Path, help="of an Inception, to judge the final models")

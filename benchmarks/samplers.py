@@ -23,23 +23,24 @@ import torch
 
 import mezzotint
 from common import commit
-from mezzotint.data.images import open_images
+from mezzotint.cli.demo import SIZE, demo_recipe
+from mezzotint.core.registry import Spec
+from mezzotint.data.image_dataset import open_images
 from mezzotint.evaluate.features import open_features
 from mezzotint.evaluate.metrics import Gaussian, Moments
-from mezzotint.generate import Settings, open_model
+from mezzotint.models import open_model
 from mezzotint.process import samplers
-from mezzotint.produce import Job
-from mezzotint.recipes.demo import SIZE, demo_recipe
-from mezzotint.registry import Spec
+from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.settings import SamplingSettings
 from mezzotint.train.loop import train
 
 CALLS = (5, 9, 17, 33)  # network calls per image; odd, so that Heun can spend 2 steps - 1 of them
 
 
-def settings_for(name: str, calls: int) -> Settings:
+def settings_for(name: str, calls: int) -> SamplingSettings:
     """So many calls of the named sampler."""
     steps = (calls + 1) // 2 if name == "heun" else calls
-    return Settings(sampler=Spec(name), steps=steps, batch=100, exact=False)
+    return SamplingSettings(sampler=Spec(name), steps=steps, batch=100, exact=False)
 
 
 def distance(images: torch.Tensor, real: Gaussian) -> float:
@@ -54,7 +55,7 @@ def real_digits(split: str) -> torch.Tensor:
     return pictures.batch(range(len(pictures)))[0]
 
 
-def measure(job: Job, images: int, real: Gaussian) -> dict[str, Any]:
+def measure(job: SamplingJob, images: int, real: Gaussian) -> dict[str, Any]:
     """One point of the plot."""
     began = time.perf_counter()
     made = job.draw(range(images))
@@ -68,10 +69,12 @@ def measure(job: Job, images: int, real: Gaussian) -> dict[str, Any]:
     }
 
 
-def write(args: argparse.Namespace, model: mezzotint.Model, rows: list[dict[str, Any]], floor: float) -> None:
+def write(
+    args: argparse.Namespace, model: mezzotint.Model, rows: list[dict[str, Any]], floor: float
+) -> None:
     """The whole result so far, with what it was made on."""
     facts = {
-        "model": f"{model.card.preset} on {SIZE} px digits, {model.card.images} training images",
+        "model": f"{model.info.preset} on {SIZE} px digits, {model.info.images} training images",
         "images": args.images,
         "reference": "the 1,500 training digits",
         "fd_digits_of_held_out_digits": floor,
@@ -99,7 +102,9 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]], floor: float) -> 
         calls, values = [r["network_calls"] for r in mine], [r["fd_digits"] for r in mine]
         axis.plot(calls, values, marker="osv^D"[i % 5], ms=4, lw=1.2, color=f"C{i}", label=name)
     axis.axhline(floor, color="grey", lw=1, ls=":", label="297 held-out real digits")
-    axis.set(xscale="log", xlabel="network calls per image", ylabel="FD-digits to the training digits")
+    axis.set(
+        xscale="log", xlabel="network calls per image", ylabel="FD-digits to the training digits"
+    )
     # A sampler that fails at few calls leaves the picture at its top rather than flattening the others.
     least = sorted(row["fd_digits"] for row in rows)
     axis.set_ylim(0, 3 * least[len(least) // 2])
@@ -113,8 +118,12 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]], floor: float) -> 
 
 def main() -> None:
     """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="run folder of the demo")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/demo"), help="run folder of the demo"
+    )
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/samplers-cpu.json"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/samplers.png"))
@@ -129,7 +138,9 @@ def main() -> None:
     done = {(row["sampler"], row["network_calls"]) for row in rows}
     for calls in CALLS:
         for name in samplers.registry:
-            job = Job(model=model, settings=settings_for(name, calls), pool=tuple(range(10)))
+            job = SamplingJob(
+                model=model, settings=settings_for(name, calls), pool=tuple(range(10))
+            )
             if (name, job.calls) not in done:
                 rows.append(measure(job, args.images, real))
                 write(args, model, rows, floor)

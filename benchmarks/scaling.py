@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out benchmarks/results/scaling-cpu.json
 
 Along each axis the exponent of a power law is fitted to the seconds, to the played peak memory (activations and
-gradients, see `mezzotint.memory`) and to the counted multiply-accumulates. Theory for the time is the exponent of the
+gradients, see `mezzotint.tools.memory`) and to the counted multiply-accumulates. Theory for the time is the exponent of the
 multiply-accumulates: what is above it is overhead that grows, what is below it overhead that does not. Ranks are gloo
 processes on this machine, each with the whole batch (weak scaling), so perfect is constant seconds on free cores.
 """
@@ -24,13 +24,13 @@ import torch
 import torch.distributed as dist
 
 from common import RESULTS, one_thread, write
-from mezzotint.bench import Settings, interleaved, make_model, training_step
-from mezzotint.memory import Player
+from mezzotint.core.registry import build
 from mezzotint.models import create_model
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
-from mezzotint.registry import build
+from mezzotint.tools.benchmark import BenchmarkSettings, interleaved, make_model, training_step
+from mezzotint.tools.memory import StepMemoryEstimator
 
 # axis -> the values, per family; a depth is a list of values of the config's own field
 DEPTHS = {
@@ -46,7 +46,9 @@ def exponent(x: list[float], y: list[float]) -> float:
     """Slope of the least-squares line through (log x, log y)."""
     u, v = [math.log(a) for a in x], [math.log(b) for b in y]
     mu, mv = sum(u) / len(u), sum(v) / len(v)
-    return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum((a - mu) ** 2 for a in u)
+    return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum(
+        (a - mu) ** 2 for a in u
+    )
 
 
 def gmac(preset: str, overrides: dict[str, Any]) -> float:
@@ -65,20 +67,20 @@ def played(preset: str, overrides: dict[str, Any], batch: int) -> int:
     with torch.device("meta"):
         model = create_model(preset, **overrides)
     objective = build(objectives.registry, recipe_for(preset).objective)
-    player = Player(
+    player = StepMemoryEstimator(
         model, objective, weights=torch.float32, bf16=False, checkpointing="none", gradients_leave=True
     )  # fmt: skip
     return player.peak(batch)
 
 
-def point(base: Settings) -> Callable[[], object]:
+def point(base: BenchmarkSettings) -> Callable[[], object]:
     """A training step of these settings."""
     model = make_model(base)
     model.train()
     return training_step(model, base)
 
 
-def along(axis: str, base: Settings, values: list[Any], rounds: int) -> dict[str, Any]:
+def along(axis: str, base: BenchmarkSettings, values: list[Any], rounds: int) -> dict[str, Any]:
     """Seconds, memory and multiply-accumulates at each value of one axis, and their exponents."""
     settings = []
     for value in values:
@@ -105,7 +107,15 @@ def along(axis: str, base: Settings, values: list[Any], rounds: int) -> dict[str
     }
 
 
-def worker(rank: int, ranks: int, port: int, strategy: str, settings: Settings, rounds: int, results: Any) -> None:
+def worker(
+    rank: int,
+    ranks: int,
+    port: int,
+    strategy: str,
+    settings: BenchmarkSettings,
+    rounds: int,
+    results: Any,
+) -> None:
     """One gloo process: the median step of its rank."""
     from torch.distributed.fsdp import fully_shard
 
@@ -115,9 +125,13 @@ def worker(rank: int, ranks: int, port: int, strategy: str, settings: Settings, 
     model = make_model(settings)
     model.train()
     if strategy == "ddp":
-        model.backbone = torch.nn.parallel.DistributedDataParallel(model.backbone, gradient_as_bucket_view=True)
+        model.backbone = torch.nn.parallel.DistributedDataParallel(
+            model.backbone, gradient_as_bucket_view=True
+        )
     else:
-        fully_shard(model.backbone, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,)))
+        fully_shard(
+            model.backbone, mesh=torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
+        )
     step = ranked_step(model, settings)
     step()
     taken = []
@@ -132,9 +146,9 @@ def worker(rank: int, ranks: int, port: int, strategy: str, settings: Settings, 
     dist.destroy_process_group()
 
 
-def ranked_step(model: Any, settings: Settings) -> Callable[[], None]:
+def ranked_step(model: Any, settings: BenchmarkSettings) -> Callable[[], None]:
     """Forward, loss, backward and a fused update; the dtype's reader of a Model needs the wrapped parameters."""
-    c = model.card.config
+    c = model.info.config
     x, eps = (torch.randn(settings.batch, c.channels, c.size, c.size) for _ in range(2))
     cond = Cond(label=torch.zeros(settings.batch, dtype=torch.long)) if c.num_classes else Cond()
     objective = build(objectives.registry, settings.objective)
@@ -149,7 +163,7 @@ def ranked_step(model: Any, settings: Settings) -> Callable[[], None]:
     return step
 
 
-def over_ranks(base: Settings, rounds: int) -> list[dict[str, Any]]:
+def over_ranks(base: BenchmarkSettings, rounds: int) -> list[dict[str, Any]]:
     """Wall seconds of one step at 1 and 2 ranks."""
     context = torch.multiprocessing.get_context("spawn")
     rows = []
@@ -160,7 +174,9 @@ def over_ranks(base: Settings, rounds: int) -> list[dict[str, Any]]:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
             results = context.SimpleQueue()
-            torch.multiprocessing.spawn(worker, (ranks, port, strategy, base, rounds, results), nprocs=ranks)
+            torch.multiprocessing.spawn(
+                worker, (ranks, port, strategy, base, rounds, results), nprocs=ranks
+            )
             seconds[ranks] = results.get()
         rows.append(
             {
@@ -176,22 +192,32 @@ def over_ranks(base: Settings, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--presets", nargs="*", default=list(DEPTHS))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--small", action="store_true", help="two points per axis, to see that everything runs")
+    parser.add_argument(
+        "--small", action="store_true", help="two points per axis, to see that everything runs"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling-cpu.json")
     args = parser.parse_args()
     one_thread()
     rows: list[dict[str, Any]] = []
     for preset in args.presets:
-        base = Settings(preset=preset, batch=4, device=args.device, objective=recipe_for(preset).objective)
-        for axis, values in (("resolution", SIZES[preset]), ("batch", BATCHES), ("depth", DEPTHS[preset][1])):
+        base = BenchmarkSettings(
+            preset=preset, batch=4, device=args.device, objective=recipe_for(preset).objective
+        )
+        for axis, values in (
+            ("resolution", SIZES[preset]),
+            ("batch", BATCHES),
+            ("depth", DEPTHS[preset][1]),
+        ):
             rows.append(along(axis, base, values[:2] if args.small else values, args.rounds))
             print(rows[-1], flush=True)
     preset = args.presets[0]
-    base = Settings(preset=preset, batch=8, objective=recipe_for(preset).objective)
+    base = BenchmarkSettings(preset=preset, batch=8, objective=recipe_for(preset).objective)
     ranks = over_ranks(base, args.rounds)
     write(args.out, args.device, rows=rows, ranks=ranks)
 

@@ -24,17 +24,17 @@ from torch import Tensor, nn
 import plain.forms as forms
 from common import RESULTS, one_thread, write
 from mezzotint.backbones import dimr, registry
-from mezzotint.backbones.blocks import blocks, compile_blocks
+from mezzotint.backbones.blocks import compile_blocks, repeated_blocks
 from mezzotint.backbones.diffit import DiffiTConfig
 from mezzotint.backbones.dimr import published
 from mezzotint.backbones.uvit import UViTConfig
-from mezzotint.bench import Work, interleaved, matmul_ceiling, peak_bytes
-from mezzotint.convert import load_official
-from mezzotint.memory import Player
-from mezzotint.models import Card, build_model, preset_card
+from mezzotint.convert.official import load_official
+from mezzotint.core.registry import Spec, build
+from mezzotint.models import ModelInfo, build_model, preset_info
 from mezzotint.process import guidance, objectives
 from mezzotint.process.denoiser import Cond, Model
-from mezzotint.registry import Spec, build
+from mezzotint.tools.benchmark import Work, interleaved, matmul_ceiling, peak_bytes
+from mezzotint.tools.memory import StepMemoryEstimator
 from plain.diffit import DiffiT as PlainDiffiT
 from plain.dimr import PlainDiMR
 from plain.uvit import PlainUViT
@@ -81,7 +81,7 @@ class Pair:
     def sample(self, which: str, bf16: bool) -> Work:
         """One guided evaluation of the batch."""
         model: Model = getattr(self, which)
-        device, classes = self.x.device.type, model.card.config.num_classes
+        device, classes = self.x.device.type, model.info.config.num_classes
         logsnr = self.logsnr.cpu().double()
         guided = guidance.classifier_free(model, guidance.null_label(classes), guidance.dit_s(1.5))
         null = Cond(label=torch.full_like(self.cond.label, classes))
@@ -112,12 +112,14 @@ def make(family: str, config: Any, batch: int, device: str) -> Pair:
     for p in plain.parameters():
         p.data += 0.02 * torch.randn_like(p)
     if family == "uvit":
-        ours = build_model(Card(backbone=family, config=config, schedule=entry.schedule(config)))
+        ours = build_model(
+            ModelInfo(backbone=family, config=config, schedule=entry.schedule(config))
+        )
         ours.backbone.load_state_dict(plain.state_dict())
     else:
         hints = {"heads": config.heads, "time": config.time} if family == "dimr" else {}
         ours = load_official(plain.state_dict(), family=family, **hints)
-    twin = Model(Twin(plain), ours.parameterisation, ours.card)
+    twin = Model(Twin(plain), ours.parameterisation, ours.info)
     shape = (batch, config.channels, config.size, config.size)
     label = torch.arange(batch, device=device) % config.num_classes
     return Pair(
@@ -139,11 +141,21 @@ def networks(small: bool) -> dict[str, tuple[str, Any, int]]:
             "diffit": ("diffit", DiffiTConfig(size=8, width=64, depth=2, heads=2), 2),
             "uvit": (
                 "uvit",
-                UViTConfig(size=16, width=8, emb=32, multipliers=(1, 4), blocks=(1,), depth=1, dropout=0.0),
+                UViTConfig(
+                    size=16,
+                    width=8,
+                    emb_dim=32,
+                    multipliers=(1, 4),
+                    blocks=(1,),
+                    depth=1,
+                    dropout=0.0,
+                ),
                 2,
             ),
         }
-    wide = UViTConfig(size=64, width=64, emb=256, multipliers=(1, 2, 12), blocks=(2, 2), depth=4, dropout=0.0)
+    wide = UViTConfig(
+        size=64, width=64, emb_dim=256, multipliers=(1, 2, 12), blocks=(2, 2), depth=4, dropout=0.0
+    )
     return {
         "dimr-2r": ("dimr", published(32, (2, 1), 960, (3, 3), pixels=False), 2),
         "dimr-3r": ("dimr", published(64, (4, 2, 1), 768, (3, 3, 3), pixels=True), 1),
@@ -170,7 +182,10 @@ def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
     row: dict[str, Any] = {"network": name, "batch": len(pair.x)}
     for mode in ("train", "sample"):
         make_work: Callable[[str, bool], Work] = getattr(pair, mode)
-        works = {f"{which} {'bf16' if bf16 else 'float32'}": make_work(which, bf16) for which, bf16 in kinds}
+        works = {
+            f"{which} {'bf16' if bf16 else 'float32'}": make_work(which, bf16)
+            for which, bf16 in kinds
+        }
         seconds = interleaved(works, device, rounds)
         row[mode] = {
             "seconds": seconds,
@@ -203,11 +218,11 @@ class Labelled(Twin):
 
 
 def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
-    """Peaks of training steps at published size, gradients included, weights not; played, see `mezzotint.memory`."""
+    """Peaks of training steps at published size, gradients included, weights not; played, see `mezzotint.tools.memory`."""
     with torch.device("meta"):
-        ours = build_model(preset_card(preset, **overrides))
-        family = ours.card.backbone
-        plain = Model(Labelled(PLAIN[family](ours.card.config)), ours.parameterisation, ours.card)
+        ours = build_model(preset_info(preset, **overrides))
+        family = ours.info.backbone
+        plain = Model(Labelled(PLAIN[family](ours.info.config)), ours.parameterisation, ours.info)
     objective = build(objectives.registry, Spec(OBJECTIVE[family]))
     rows = []
     for bf16 in (False, True):
@@ -220,7 +235,7 @@ def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
         ):
             # What has no values has no branch to take: the twin's shortcut for equal noise levels.
             with patch.object(torch, "all", lambda _: False):
-                player = Player(
+                player = StepMemoryEstimator(
                     model,
                     objective,
                     weights=torch.float32,
@@ -231,7 +246,15 @@ def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
                 peaks[name] = player.peak(batch)
         ratio = {name: peak / peaks["plain"] for name, peak in peaks.items()}
         precision = "bf16" if bf16 else "float32"
-        rows.append({"preset": preset, "batch": batch, "precision": precision, "peak_bytes": peaks, "ratio": ratio})
+        rows.append(
+            {
+                "preset": preset,
+                "batch": batch,
+                "precision": precision,
+                "peak_bytes": peaks,
+                "ratio": ratio,
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -252,7 +275,7 @@ def compiled(model: Model) -> Iterator[None]:
     """Every repeated block through torch.compile."""
     compile_blocks(model.backbone)
     yield
-    for block in blocks(model.backbone):
+    for block in repeated_blocks(model.backbone):
         block._compiled_call_impl = None
 
 
@@ -269,9 +292,14 @@ def switched(work: Work, swap: forms.Swap) -> Work:
 def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[str, Any]]:
     """Each choice alone: seconds of the plain form over seconds of ours, and the same of the peak."""
     chosen = networks(small)
-    if not small:  # half the width: the choices are elementwise, and matrix products would hide them
+    if (
+        not small
+    ):  # half the width: the choices are elementwise, and matrix products would hide them
         chosen["dimr-2r"] = ("dimr", published(64, (4, 2, 1), 384, (3, 3, 3), pixels=True), 1)
-    pairs = {family: make(*chosen[name], device) for family, name in (("dimr", "dimr-2r"), ("diffit", "diffit"))}
+    pairs = {
+        family: make(*chosen[name], device)
+        for family, name in (("dimr", "dimr-2r"), ("diffit", "diffit"))
+    }
     rows = []
     for family, name, swap in forms.SWITCHES:
         pair, row = pairs[family], {"family": family, "switch": name}
@@ -295,7 +323,13 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
                 eager = interleaved({"step": step}, device, rounds)["step"]
                 stack.enter_context(compiled(pair.ours))
                 fast = interleaved({"step": step}, device, rounds)["step"]
-            rows.append({"family": family, "switch": "compiled, block by block", "train float32": fast / eager})
+            rows.append(
+                {
+                    "family": family,
+                    "switch": "compiled, block by block",
+                    "train float32": fast / eager,
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -324,15 +358,27 @@ def updates(rounds: int, device: str, small: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--small", action="store_true", help="tiny networks, to see that everything runs")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny networks, to see that everything runs"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--networks", nargs="*")
-    parser.add_argument("--batch", type=int, help="images per step; by default what a CPU does in a second or two")
-    parser.add_argument("--switches", action="store_true", help="each choice alone, instead of the comparison")
-    parser.add_argument("--memory", action="store_true", help="peaks at published sizes, instead of the comparison")
-    parser.add_argument("--compile", action="store_true", help="with --switches: torch.compile of the blocks too")
+    parser.add_argument(
+        "--batch", type=int, help="images per step; by default what a CPU does in a second or two"
+    )
+    parser.add_argument(
+        "--switches", action="store_true", help="each choice alone, instead of the comparison"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="peaks at published sizes, instead of the comparison"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="with --switches: torch.compile of the blocks too"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "speed-cpu.json")
     args = parser.parse_args()
     one_thread()
@@ -344,18 +390,33 @@ def main() -> None:
     if args.memory:
         chosen = {"dimr-xl-2r-256": 32, "dimr-m-3r-64": 32, "diffit-256": 32, "uvit-128": 32}
         small = {"dimr-tiny": 32, "diffit-latent-tiny": 32}
-        rows = [row for preset, batch in (small if args.small else chosen).items() for row in memory(preset, batch)]
+        rows = [
+            row
+            for preset, batch in (small if args.small else chosen).items()
+            for row in memory(preset, batch)
+        ]
         write(args.out, args.device, rows=rows)
         return
     rows = []
     for name, (family, config, batch) in networks(args.small).items():
         if args.networks and name not in args.networks:
             continue
-        rows.append(compare(name, make(family, config, args.batch or batch, args.device), args.rounds, args.device))
+        rows.append(
+            compare(
+                name,
+                make(family, config, args.batch or batch, args.device),
+                args.rounds,
+                args.device,
+            )
+        )
         print(rows[-1], flush=True)
         write(args.out, args.device, ceiling_flops=ceilings, rows=rows, updates=None)
     write(
-        args.out, args.device, ceiling_flops=ceilings, rows=rows, updates=updates(args.rounds, args.device, args.small)
+        args.out,
+        args.device,
+        ceiling_flops=ceilings,
+        rows=rows,
+        updates=updates(args.rounds, args.device, args.small),
     )
 
 

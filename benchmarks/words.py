@@ -22,15 +22,17 @@ import torch
 from PIL import Image
 
 from mezzotint import config
+from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data import shapes as drawn
-from mezzotint.data.images import open_images, to_uint8
+from mezzotint.data.image_dataset import open_images
 from mezzotint.data.shapes import CENTRES, COLOURS, POSITIONS, SHAPES, Attributes, combinations
-from mezzotint.data.text import encoder
-from mezzotint.generate import Guidance, Settings, generate
+from mezzotint.data.text_encoder import open_text_encoder
+from mezzotint.data.transforms import to_uint8
 from mezzotint.models import load_model
-from mezzotint.pictures import grid, save_png
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
+from mezzotint.sampling.sample import generate
+from mezzotint.sampling.settings import Guidance, SamplingSettings
 from mezzotint.train.loop import train
 
 WIDTH = 64  # of the encoder
@@ -55,10 +57,21 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="right",
     )
     torch.manual_seed(seed)
-    size = {"vocab_size": len(names), "d_model": WIDTH, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    size = {
+        "vocab_size": len(names),
+        "d_model": WIDTH,
+        "d_kv": 16,
+        "d_ff": 128,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     model = T5EncoderModel(T5Config(**size, dropout_rate=0.0))
     counts = (len(COLOURS), len(SHAPES), len(POSITIONS))
     heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, count) for count in counts)
@@ -69,8 +82,13 @@ def make_encoder(folder: Path, seed: int = 0) -> Path:
         rows = torch.randint(len(captions), (64,))
         mask = batch["attention_mask"][rows]
         states = model(input_ids=batch["input_ids"][rows], attention_mask=mask).last_hidden_state
-        end = states[torch.arange(64), mask.sum(1) - 1]  # the state of the end token knows the whole caption
-        losses = [torch.nn.functional.cross_entropy(head(end), targets[rows, k]) for k, head in enumerate(heads)]
+        end = states[
+            torch.arange(64), mask.sum(1) - 1
+        ]  # the state of the end token knows the whole caption
+        losses = [
+            torch.nn.functional.cross_entropy(head(end), targets[rows, k])
+            for k, head in enumerate(heads)
+        ]
         optimiser.zero_grad()
         sum(losses).backward()
         optimiser.step()
@@ -88,7 +106,9 @@ def hsv(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     high, low = np.maximum(np.maximum(r, g), b), np.minimum(np.minimum(r, g), b)
     chroma = high - low
     safe = np.where(chroma > 0, chroma, 1)
-    hue = np.where(high == r, (g - b) / safe % 6, np.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    hue = np.where(
+        high == r, (g - b) / safe % 6, np.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4)
+    )
     return hue * 60, chroma
 
 
@@ -96,7 +116,9 @@ def masks_of_shapes(side: int, x: float, y: float, radius: float) -> list[np.nda
     """Coverage of every shape at a centre and size in parts of the side."""
     pixel = (np.arange(side) + 0.5) / side
     across, down = pixel[None] - x, pixel[:, None] - y
-    return [np.clip(0.5 - distance(across, down, radius) * side, 0, 1) for distance in SHAPES.values()]
+    return [
+        np.clip(0.5 - distance(across, down, radius) * side, 0, 1) for distance in SHAPES.values()
+    ]
 
 
 def read(pixels: np.ndarray) -> Attributes | None:
@@ -108,14 +130,18 @@ def read(pixels: np.ndarray) -> Attributes | None:
         return None
     histogram, edges = np.histogram(hue, bins=120, range=(0, 360), weights=cover)
     peak = (edges[:-1] + edges[1:])[histogram.argmax()] / 2
-    cover = cover * (abs((hue - peak + 180) % 360 - 180) < OF_ONE_HUE)  # no halo of another colour is part of the shape
+    cover = cover * (
+        abs((hue - peak + 180) % 360 - 180) < OF_ONE_HUE
+    )  # no halo of another colour is part of the shape
     apart = [abs((peak - h + 180) % 360 - 180) for h in COLOURS.values()]
     pixel = (np.arange(side) + 0.5) / side
     x, y = (cover.sum(0) * pixel).sum() / cover.sum(), (cover.sum(1) * pixel).sum() / cover.sum()
     column, row = (int(np.argmin([abs(v - c) for c in CENTRES])) for v in (x, y))
     best = (-1.0, 0)
     for radius in np.linspace(0.10, 0.18, 9):
-        for dy in np.linspace(-0.03, 0.03, 5):  # the triangle's centroid is its centre, but rows of pixels are cut
+        for dy in np.linspace(
+            -0.03, 0.03, 5
+        ):  # the triangle's centroid is its centre, but rows of pixels are cut
             for dx in (-0.01, 0.0, 0.01):
                 for k, mask in enumerate(masks_of_shapes(side, x + dx, y + dy, radius)):
                     overlap = np.minimum(mask, cover).sum() / np.maximum(mask, cover).sum()
@@ -135,7 +161,7 @@ def score(pictures: Sequence[np.ndarray], asked: Sequence[Attributes]) -> dict[s
 
 def check_real(count: int = 150, size: int = 64) -> dict[str, float]:
     """What the checker reads in real pictures of the held-out combinations."""
-    images = open_images(f"shapes:test,count={count}", size=size, cache=None)
+    images = open_images(f"shapes:test,count={count}", size=size, keep_in_memory=False)
     source = images.source
     assert isinstance(source, drawn.Shapes)
     pixels, _ = images.batch(range(count))
@@ -145,28 +171,40 @@ def check_real(count: int = 150, size: int = 64) -> dict[str, float]:
 def recipe(out: Path, images: int, size: int) -> config.Recipe:
     """uvit-text-tiny's own, on the training part of the shapes, with the encoder made here."""
     own = [
-        "data.source='shapes:train,count=40000'", f"data.text={str(out / 'encoder')!r}", f"images={images}",
+        "data.source='shapes:train,count=40000'", f"data.text_encoder={str(out / 'encoder')!r}", f"images={images}",
         f"model.size={size}", f"schedule.options.image_d={size}",
-        f"model.text_dim={WIDTH}", "save.every_images=5000", "grid.every_images=1000000000",
+        f"model.text_dim={WIDTH}", "save.every_images=5000", "samples.every_images=1000000000",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-text-tiny"), own)
 
 
-def sampled(model_folder: Path, asked: Sequence[Attributes], guidance: float, steps: int) -> torch.Tensor:
+def sampled(
+    model_folder: Path, asked: Sequence[Attributes], guidance: float, steps: int
+) -> torch.Tensor:
     """One picture for each combination of words, uint8."""
     model = load_model(model_folder).eval().requires_grad_(False)
-    kept = model.card.extra["text"]
-    text, mask = encoder(kept["encoder"], max_tokens=kept["max_tokens"]).conditions([a.caption() for a in asked])
-    settings = Settings(steps=steps, guidance=Guidance(dit_s=guidance) if guidance != 1 else None, exact=False)
-    return to_uint8(generate(model, list(range(len(asked))), Cond(text=text, text_mask=mask), settings))
+    kept = model.info.extra["text"]
+    text, mask = open_text_encoder(kept["encoder"], max_tokens=kept["max_tokens"]).conditions(
+        [a.caption() for a in asked]
+    )
+    settings = SamplingSettings(
+        steps=steps, guidance=Guidance(dit_s=guidance) if guidance != 1 else None, exact=False
+    )
+    return to_uint8(
+        generate(model, list(range(len(asked))), Cond(text=text, text_mask=mask), settings)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/words"))
     parser.add_argument("--images", type=int, default=150_000, help="training length")
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--each", type=int, default=4, help="pictures of every held-out combination")
+    parser.add_argument(
+        "--each", type=int, default=4, help="pictures of every held-out combination"
+    )
     parser.add_argument("--guidance", type=float, default=4.0, help="as DiT counts it; 1 is none")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--check-real", action="store_true", help="only check the checker")
@@ -185,16 +223,18 @@ def main() -> None:
     pictures = sampled(out / "run" / "model", asked, args.guidance, args.steps)
     result = {
         "held_out_combinations": len(combinations("test")), "pictures": len(asked), "size": args.size,
-        "training_images": load_model(out / "run" / "model").card.images, "guidance": args.guidance,
+        "training_images": load_model(out / "run" / "model").info.images, "guidance": args.guidance,
         "sampler": "ddim", "steps": args.steps, "seconds": round(time.monotonic() - began),
         "measured": score(pictures.numpy(), asked), "target": TARGET, "checker_on_real_pictures": real,
     }  # fmt: skip
     (out / "words.json").write_text(json.dumps(result, indent=1) + "\n")
     shown = list(range(0, len(asked), max(1, len(asked) // 40)))[:40]
-    save_png(grid(pictures[shown], columns=8), out / "words.png")
+    save_png(make_grid(pictures[shown], columns=8), out / "words.png")
     for k, i in enumerate(shown):
         found = read(pictures[i].numpy())
-        print(f"{k // 8},{k % 8}: asked {asked[i].caption()!r}, read {found.caption() if found else 'nothing'!r}")
+        print(
+            f"{k // 8},{k % 8}: asked {asked[i].caption()!r}, read {found.caption() if found else 'nothing'!r}"
+        )
     print(json.dumps(result["measured"]))
     with Image.open(out / "words.png") as picture:
         print(f"{out / 'words.png'} {picture.size}, {out / 'words.json'}")

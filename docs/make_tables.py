@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mezzotint import info
+from mezzotint.tools import summary
 
 ROOT = Path(__file__).parents[1]
 PAGE, README = ROOT / "docs" / "backbones.md", ROOT / "README.md"
@@ -19,14 +19,17 @@ SPEED = RESULTS / "speed-cpu.json"
 
 def cost() -> str:
     """One row per preset: parameters, multiply-accumulates, and what the paper claims."""
-    lines = ["| preset | input | parameters | GMAC | FID claimed | source |", "|---|---|---:|---:|---:|---|"]
-    for r in info.table():
+    lines = [
+        "| preset | input | parameters | GMAC | FID claimed | source |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for r in summary.table():
         shape = "x".join(map(str, [*r["input_shape"][1:], r["input_shape"][0]]))
         space = "" if r["codec"] == "pixels" else f", {r['codec']}"
         cells = [
             f"`{r['name']}`",
             shape + space,
-            info.si(r["params"]),
+            summary.si(r["params"]),
             f"{r['gmac']:.2f}",
             r["fid_claimed"] or "",
             r["paper"],
@@ -40,16 +43,30 @@ def quality() -> str:
     parts: list[str] = []
     for name in QUALITY:
         if not (RESULTS / name).exists():
-            parts += [f"Not measured yet: `python benchmarks/quality.py` writes {name}, whose numbers belong here.", ""]
+            parts += [
+                f"Not measured yet: `python benchmarks/quality.py` writes {name}, whose numbers belong here.",
+                "",
+            ]
             continue
         found = json.loads((RESULTS / name).read_text())
-        last = {row["preset"]: row for row in found["rows"]}  # rows of a preset come in order of its images
+        last = {
+            row["preset"]: row for row in found["rows"]
+        }  # rows of a preset come in order of its images
         levels = list(found["rows"][0]["eps_mse"])
-        head = ["preset", "images", "GMAC in all", *(f"log-SNR {level}" for level in levels), *DISTANCES]
+        head = [
+            "preset",
+            "images",
+            "GMAC in all",
+            *(f"log-SNR {level}" for level in levels),
+            *DISTANCES,
+        ]
         lines = [f"| {' | '.join(head)} |", "|---" + "|---:" * (len(head) - 1) + "|"]
         for preset, row in last.items():
             errors = [f"{row['eps_mse'][k]:.4f}" for k in levels]
-            far = [f"{row['distances'][k]:.3g}" if k in row.get("distances", {}) else "" for k in DISTANCES]
+            far = [
+                f"{row['distances'][k]:.3g}" if k in row.get("distances", {}) else ""
+                for k in DISTANCES
+            ]
             cells = [f"`{preset}`", f"{row['images']:,}", f"{row['gmac']:.0f}", *errors, *far]
             lines.append(f"| {' | '.join(cells)} |")
         real = {v for row in last.values() for k, v in row.get("distances", {}).items() if k.endswith("held-out images")
@@ -73,8 +90,14 @@ def speed() -> str:
         "|---|" + "---:|" * 4,
     ]
     for row in found["rows"]:
-        pairs = [row[mode][key] for mode in ("train", "sample") for key in ("float32", "bf16 against bf16 twin")]
-        lines.append(f"| {row['network']} | " + " | ".join(f"{ratio:.2f}×" for ratio in pairs) + " |")
+        pairs = [
+            row[mode][key]
+            for mode in ("train", "sample")
+            for key in ("float32", "bf16 against bf16 twin")
+        ]
+        lines.append(
+            f"| {row['network']} | " + " | ".join(f"{ratio:.2f}×" for ratio in pairs) + " |"
+        )
     said = (
         "Times as fast as a plain transcription of the published network (`benchmarks/plain/`) in the same precision;\n"
         f"{found['processor']}, {found['threads']} thread, torch {found['torch']}, load "
@@ -119,8 +142,17 @@ def speed_targets() -> str:
                 value, most = row[mode][key], row[mode]["limits"][precision]
                 reached = "–" if target is None else "yes" if value >= target else "no"
                 aim = "–" if target is None else f"{target:.1f}×"
-                rows.append([name, f"{words}, {precision}", f"{value:.2f}×", f"{most:.2f}×", aim, reached])
-    head = ["network", "against the float32 twin", "measured", "if all else were free", "target", "reached"]
+                rows.append(
+                    [name, f"{words}, {precision}", f"{value:.2f}×", f"{most:.2f}×", aim, reached]
+                )
+    head = [
+        "network",
+        "against the float32 twin",
+        "measured",
+        "if all else were free",
+        "target",
+        "reached",
+    ]
     flops = found["ceiling_flops"]
     said = (
         f"{made(found)} The machine's own matrix products ran at {flops['float32'] / 1e9:.0f} (float32) and "
@@ -138,7 +170,11 @@ def gpu_targets() -> str:
         return json.loads(path.read_text())["rows"] if path.exists() else []
 
     def best(preset: str, mode: str, key: str) -> float | None:
-        values = [r[key] for r in found("presets") if (r["preset"], r["mode"]) == (preset, mode) and key in r]
+        values = [
+            r[key]
+            for r in found("presets")
+            if (r["preset"], r["mode"]) == (preset, mode) and key in r
+        ]
         return max(values, default=None)
 
     def latency() -> float | None:
@@ -151,8 +187,18 @@ def gpu_targets() -> str:
     xl, rate, share = "dimr-xl-2r-256", "images_per_second", "fraction"
     targets: list[tuple[str, float | None, list[float], str]] = [
         ("training DiMR-XL/2R, images per second", best(xl, "train", rate), [290, 370], "{:.0f}"),
-        ("training DiMR-XL/2R, of the matrix products' rate", best(xl, "train", share), [0.35, 0.45], "{:.0%}"),
-        ("training DiffiT-256, of that rate", best("diffit-256", "train", share), [0.35, 0.45], "{:.0%}"),
+        (
+            "training DiMR-XL/2R, of the matrix products' rate",
+            best(xl, "train", share),
+            [0.35, 0.45],
+            "{:.0%}",
+        ),
+        (
+            "training DiffiT-256, of that rate",
+            best("diffit-256", "train", share),
+            [0.35, 0.45],
+            "{:.0%}",
+        ),
         ("sampling DiMR-XL/2R, of that rate", best(xl, "sample", share), [0.35, 0.45], "{:.0%}"),
         ("training step against the plain twin", twins.get("dimr-2r"), [2.5], "{:.2f}×"),
         ("latency at batch 1, without graphs over with", latency(), [3], "{:.2f}×"),
@@ -167,7 +213,11 @@ def gpu_targets() -> str:
         for what, value, aims, shape in targets
     ]
     said = "`OUT=benchmarks/results/gpu bash benchmarks/gpu.sh` on one H200"
-    said += "." if folder.exists() else "; it has not been run yet, since there was no GPU to run it on."
+    said += (
+        "."
+        if folder.exists()
+        else "; it has not been run yet, since there was no GPU to run it on."
+    )
     return f"{said}\n\n{table(['in bf16', 'measured', 'target', 'reached'], rows)}"
 
 
@@ -202,9 +252,7 @@ def depthwise() -> str:
         ]
         for r in found["rows"]
     ]
-    return (
-        f"{made(found)}\n\n{table(['images x channels x sides', 'dtype', *(f'{n}, ms' for n in names), 'gain'], rows)}"
-    )
+    return f"{made(found)}\n\n{table(['images x channels x sides', 'dtype', *(f'{n}, ms' for n in names), 'gain'], rows)}"
 
 
 def peers() -> str:
@@ -212,10 +260,19 @@ def peers() -> str:
     found = read("peers-cpu.json")
     names = list(dict.fromkeys(row["network"] for row in found["rows"]))
     kinds = list(dict.fromkeys((row["mode"], row["precision"]) for row in found["rows"]))
-    cost = {(r["network"], r["mode"], r["precision"]): 1000 * r["seconds_per_gmac"] for r in found["rows"]}
+    cost = {
+        (r["network"], r["mode"], r["precision"]): 1000 * r["seconds_per_gmac"]
+        for r in found["rows"]
+    }
     peaks = found["peak_bytes_float32"]
-    rows = [[n, *(f"{cost[n, *k]:.1f}" for k in kinds), f"{peaks[n] / 2**20:.0f} MiB"] for n in names]
-    head = ["ms per GMAC", *(f"{mode}, {precision}" for mode, precision in kinds), "peak of a training step"]
+    rows = [
+        [n, *(f"{cost[n, *k]:.1f}" for k in kinds), f"{peaks[n] / 2**20:.0f} MiB"] for n in names
+    ]
+    head = [
+        "ms per GMAC",
+        *(f"{mode}, {precision}" for mode, precision in kinds),
+        "peak of a training step",
+    ]
     return f"{made(found)}\n\n{table(head, rows)}"
 
 
@@ -223,7 +280,11 @@ def scaling() -> str:
     """Fitted exponents beside theory's."""
     found = read("scaling-cpu.json")
     rows = [
-        [r["preset"], r["axis"], *(f"{r[k]:.2f}" for k in ("exponent_gmac", "exponent_seconds", "exponent_memory"))]
+        [
+            r["preset"],
+            r["axis"],
+            *(f"{r[k]:.2f}" for k in ("exponent_gmac", "exponent_seconds", "exponent_memory")),
+        ]
         for r in found["rows"]
     ]
     several = [
@@ -231,14 +292,23 @@ def scaling() -> str:
         f"images per step: {r['efficiency']:.0%} of twice the images per second of one."
         for r in found["ranks"]
     ]
-    return "\n\n".join([made(found), table(["preset", "axis", "GMAC", "seconds", "memory"], rows), "\n".join(several)])
+    return "\n\n".join(
+        [
+            made(found),
+            table(["preset", "axis", "GMAC", "seconds", "memory"], rows),
+            "\n".join(several),
+        ]
+    )
 
 
 def switches() -> str:
     """What each choice buys."""
     found = read("switches-cpu.json")
     keys = ["train float32", "train bf16", "sample float32", "sample bf16", "peak float32"]
-    rows = [[r["family"], r["switch"], *(f"{r[k]:.2f}×" if k in r else "–" for k in keys)] for r in found["rows"]]
+    rows = [
+        [r["family"], r["switch"], *(f"{r[k]:.2f}×" if k in r else "–" for k in keys)]
+        for r in found["rows"]
+    ]
     return f"{made(found)}\n\n{table(['family', 'the other form', *keys], rows)}"
 
 
@@ -261,13 +331,20 @@ def distances() -> str:
     near = found["FD-inception-64 of train classes (rows) to test classes"]
     sets = ("inception-64", "inception-768")
     rows = [
-        [f"FD-{name.capitalize()}", f"{found[f'FD-{name} train/test']:.4g}", f"{found[f'FD-{name} train halves']:.4g}"]
+        [
+            f"FD-{name.capitalize()}",
+            f"{found[f'FD-{name} train/test']:.4g}",
+            f"{found[f'FD-{name} train halves']:.4g}",
+        ]
         for name in sets
     ]
     n = found["images of each"]
-    first = table(["distance", f"{n:,} of train to {n:,} of test", f"two halves of {n // 2:,} of train"], rows)
+    first = table(
+        ["distance", f"{n:,} of train to {n:,} of test", f"two halves of {n // 2:,} of train"], rows
+    )
     between_classes = table(
-        ["FD-Inception-64", *near], [[a, *(f"{v:.2f}" for v in row.values())] for a, row in near.items()]
+        ["FD-Inception-64", *near],
+        [[a, *(f"{v:.2f}" for v in row.values())] for a, row in near.items()],
     )
     said = f"Between classes, {n // 10} training images (rows) to as many test images:"
     return f"{first}\n\n{said}\n\n{between_classes}"

@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Processes that tests start find the helpers too.
+HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
 
 import pytest
 import torch
@@ -28,7 +31,9 @@ def shared():
     def find(relative: str) -> Path:
         path = SHARED / relative
         if not path.exists():
-            pytest.skip(f"{path} is absent: golden numbers and real images live in a folder beside the checkout")
+            pytest.skip(
+                f"{path} is absent: golden numbers and real images live in a folder beside the checkout"
+            )
         return path
 
     return find

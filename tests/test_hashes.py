@@ -22,7 +22,11 @@ GOLDEN = json.loads((HERE / "golden" / "hashes.json").read_text())
 @pytest.fixture(scope="module")
 def found() -> dict:
     done = subprocess.run(
-        [sys.executable, str(HERE / "hashes.py")], capture_output=True, text=True, env={**os.environ}, check=False
+        [sys.executable, str(HERE / "helpers" / "hashes.py")],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])["presets"]

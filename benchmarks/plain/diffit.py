@@ -34,9 +34,13 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128)
+        frequency = torch.exp(
+            -math.log(10000) * torch.arange(128, dtype=torch.float32, device=t.device) / 128
+        )
         angle = t[:, None].float() * frequency[None]
-        return self.mlp(torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(
+            torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1).to(self.mlp[0].weight.dtype)
+        )
 
 
 class LabelEmbedder(nn.Module):
@@ -58,7 +62,9 @@ class Attention(nn.Module):
         self.heads, self.window = heads, window
         self.scale = (width // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        position = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")).flatten(1)
+        position = torch.stack(
+            torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
+        ).flatten(1)
         offset = position[:, :, None] - position[:, None, :] + window - 1
         self.register_buffer("relative_position_index", offset[0] * (2 * window - 1) + offset[1])
         self.qkv = nn.Linear(width, 3 * width)
@@ -69,7 +75,9 @@ class Attention(nn.Module):
         b, n, width = x.shape
         qkv = self.qkv(x) + self.qkv_temb(c)[:, None]
         q, k, v = qkv.reshape(b, n, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(n, n, self.heads)
+        bias = self.relative_position_bias_table[self.relative_position_index.view(-1)].view(
+            n, n, self.heads
+        )
         attention = (q * self.scale) @ k.transpose(-2, -1) + bias.permute(2, 0, 1)[None]
         out = torch.softmax(attention, dim=-1) @ v
         return self.proj(out.transpose(1, 2).reshape(b, n, width))
@@ -145,7 +153,9 @@ class DiffiT(nn.Module):
         self.t_embedder = TimeEmbedder(c.width)
         self.y_embedder = LabelEmbedder(c.num_classes, c.width)
         self.pos_embed = nn.Parameter(positions(side, c.width), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.window or side, c.mlp_ratio) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.heads, c.window or side, c.mlp_ratio) for _ in range(c.depth)
+        )
         self.final_layer = FinalLayer(c.width, c.patch**2 * self.out_channels)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -66,7 +66,11 @@ class AdaRMSNorm(nn.Module):
         self.linear = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.linear(x[:, 0]))[:, None]
+        return (
+            x
+            * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+            * (1 + self.linear(x[:, 0]))[:, None]
+        )
 
 
 NORMS = {"LN": TimeLayerNorm, "TDRMSN": TimeRMSNorm, "RMSN": RMSNorm, "ADARMSN": AdaRMSNorm}
@@ -83,7 +87,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, d = x.shape
         q, k, v = self.query_key_value(self.norm(x)).chunk(3, dim=-1)
-        q, k, v = (t.view(b, n, self.heads, d // self.heads).transpose(1, 2).float() for t in (q, k, v))
+        q, k, v = (
+            t.view(b, n, self.heads, d // self.heads).transpose(1, 2).float() for t in (q, k, v)
+        )
         out = F.scaled_dot_product_attention(q, k, v)
         return self.dense(out.transpose(1, 2).reshape(b, n, d))
 
@@ -134,7 +140,9 @@ class Positions(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, h, w, _ = x.shape
-        rows = torch.arange(h, device=x.device)[:, None] * self.size + torch.arange(w, device=x.device)
+        rows = torch.arange(h, device=x.device)[:, None] * self.size + torch.arange(
+            w, device=x.device
+        )
         return x + self.position_embeddings(rows)
 
 
@@ -157,7 +165,9 @@ class Stage(nn.Module):
         c, patch, dim = config, config.patches[i], config.dims[i]
         self.kind = c.stages[i]
         conv = nn.Conv2d(c.channels, dim, patch, stride=patch)
-        self.input_layer = nn.Sequential(nn.Identity(), conv, ChannelLast(), Positions(c.size // patch, dim))
+        self.input_layer = nn.Sequential(
+            nn.Identity(), conv, ChannelLast(), Positions(c.size // patch, dim)
+        )
         if self.kind == "transformer":
             self.class_embeds = nn.Embedding(c.rows, dim)
         if i > 0:
@@ -166,10 +176,13 @@ class Stage(nn.Module):
             self.upsample = nn.Sequential(TimeLayerNorm(dim_in), shuffle, TimeLayerNorm(dim))
         k = c.depths[i] // 2
         self.blocks = nn.ModuleList(
-            Block(self.kind, dim, c.hiddens[i], c.heads, c.kernel, c.norm) for _ in range(2 * k + 1)
+            Block(self.kind, dim, c.hidden_dims[i], c.heads, c.kernel_size, c.norm)
+            for _ in range(2 * k + 1)
         )
         self.skip_denses = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(k))
-        self.output_layer = nn.Sequential(TimeLayerNorm(dim), ChannelFirst(), nn.Conv2d(dim, c.channels, 3, padding=1))
+        self.output_layer = nn.Sequential(
+            TimeLayerNorm(dim), ChannelFirst(), nn.Conv2d(dim, c.channels, 3, padding=1)
+        )
 
     def forward(self, image: Tensor, coarser: Tensor | None, y: Tensor | None, checkpointing: bool):
         x = self.input_layer(image)

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.backbones import diffit, dimr_blocks
-from mezzotint.kernels.depthwise import residual_depthwise
+from mezzotint.backbones.kernels.depthwise import residual_depthwise
 
 
 def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, ...]:
     """One chain of small operations per vector."""
-    parts = zip(*(p.split(self.widths) for p in (self.p0, self.p1, self.w_minus_1, self.b)), strict=True)
+    parts = zip(
+        *(p.split(self.widths) for p in (self.p0, self.p1, self.w_minus_1, self.b)), strict=True
+    )
     result = []
     for p0, p1, w, b in parts:
         s = torch.sigmoid((1 + w) * tau[:, None] + b)
@@ -25,7 +27,9 @@ def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, .
     return tuple(result)
 
 
-def plain_projection(features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def plain_projection(
+    features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
     """Everything concatenated."""
     x = torch.cat(list(features), dim=-1)
     return F.linear(F.layer_norm(x, x.shape[-1:]) * gain + shift, weight, bias)
@@ -40,7 +44,9 @@ def copied_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The convolution with torch's own gradients."""
     padding = weight.shape[-1] // 2
-    return x + F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)).permute(0, 2, 3, 1)
+    return x + F.conv2d(
+        x.permute(0, 3, 1, 2), weight, bias, padding=padding, groups=len(weight)
+    ).permute(0, 2, 3, 1)
 
 
 def torch_norm(self: dimr_blocks.TimeRMSNorm, x: Tensor, gain: Tensor) -> Tensor:
@@ -79,21 +85,51 @@ def fused_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 
 def written_biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """softmax(q k^T + bias) written out."""
-    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(-1).to(v.dtype) @ v
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + bias.to(q.dtype)).softmax(-1).to(
+        v.dtype
+    ) @ v
 
 
 Swap = Callable[[], AbstractContextManager[Any]]
 SWITCHES: list[tuple[str, str, Swap]] = [
-    ("dimr", "time vectors one by one", lambda: patch.object(dimr_blocks.TimeVectors, "forward", plain_vectors)),
-    ("dimr", "cascade concatenated", lambda: patch.object(dimr_blocks, "normed_projection", plain_projection)),
-    ("dimr", "layout copies", lambda: patch.object(dimr_blocks, "residual_depthwise", copied_depthwise)),
-    ("dimr", "depthwise gradients of torch", lambda: patch.object(dimr_blocks, "residual_depthwise", torch_depthwise)),
+    (
+        "dimr",
+        "time vectors one by one",
+        lambda: patch.object(dimr_blocks.TimeVectors, "forward", plain_vectors),
+    ),
+    (
+        "dimr",
+        "cascade concatenated",
+        lambda: patch.object(dimr_blocks, "normed_projection", plain_projection),
+    ),
+    (
+        "dimr",
+        "layout copies",
+        lambda: patch.object(dimr_blocks, "residual_depthwise", copied_depthwise),
+    ),
+    (
+        "dimr",
+        "depthwise gradients of torch",
+        lambda: patch.object(dimr_blocks, "residual_depthwise", torch_depthwise),
+    ),
     ("dimr", "norm of torch", lambda: patch.object(dimr_blocks.TimeRMSNorm, "forward", torch_norm)),
-    ("dimr", "GEGLU in one product", lambda: patch.object(dimr_blocks.GEGLU, "forward", joined_geglu)),
-    ("dimr", "attention fused", lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention)),
+    (
+        "dimr",
+        "GEGLU in one product",
+        lambda: patch.object(dimr_blocks.GEGLU, "forward", joined_geglu),
+    ),
+    (
+        "dimr",
+        "attention fused",
+        lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention),
+    ),
     ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attend", padded_attention)),
     ("dimr", "attention in float32", lambda: patch.object(dimr_blocks, "attend", float_attention)),
     ("diffit", "dead key term", lambda: patch.object(diffit.DiffiT, "temporal_terms", all_terms)),
     ("diffit", "attention fused", lambda: patch.object(diffit, "biased_attention", fused_biased)),
-    ("diffit", "attention written out", lambda: patch.object(diffit, "biased_attention", written_biased)),
+    (
+        "diffit",
+        "attention written out",
+        lambda: patch.object(diffit, "biased_attention", written_biased),
+    ),
 ]

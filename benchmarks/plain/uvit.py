@@ -138,17 +138,21 @@ class PlainUViT(nn.Module):
         c, levels = config, len(config.blocks)
         assert c.transform == "none", "the plain twin has no input transform"
         widths = [c.width * m for m in c.multipliers]
-        self.conditioning = Conditioning(c.width, c.emb, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
         self.stem = Conv(c.channels, widths[0], 3)
         self.down = nn.ModuleList(
-            nn.ModuleList(ResBlock(widths[i], c.emb, False) for _ in range(c.blocks[i])) for i in range(levels)
+            nn.ModuleList(ResBlock(widths[i], c.emb_dim, False) for _ in range(c.blocks[i]))
+            for i in range(levels)
         )
         self.pool = nn.ModuleList(Conv(widths[i], widths[i + 1], 1) for i in range(levels))
         self.positions = Table(widths[-1], c.size // 2**levels)
-        self.middle = nn.ModuleList(TransformerBlock(widths[-1], c.emb, c.heads) for _ in range(c.depth))
+        self.middle = nn.ModuleList(
+            TransformerBlock(widths[-1], c.emb_dim, c.heads) for _ in range(c.depth)
+        )
         self.unpool = nn.ModuleList(Conv(widths[i + 1], widths[i], 1) for i in range(levels))
         self.up = nn.ModuleList(
-            nn.ModuleList(ResBlock(widths[i], c.emb, True) for _ in range(c.blocks[i] + 1)) for i in range(levels)
+            nn.ModuleList(ResBlock(widths[i], c.emb_dim, True) for _ in range(c.blocks[i] + 1))
+            for i in range(levels)
         )
         self.head = Head(widths[0], c.channels)
 

@@ -15,20 +15,20 @@ _PUBLIC = {
     "Cond": "mezzotint.process.denoiser",
     "Denoised": "mezzotint.process.denoiser",
     "Model": "mezzotint.process.denoiser",
-    "Card": "mezzotint.models",
+    "ModelInfo": "mezzotint.models",
     "presets": "mezzotint.models",
     "create_model": "mezzotint.models",
     "save_model": "mezzotint.models",
     "load_model": "mezzotint.models",
-    "load_official": "mezzotint.convert",
-    "sample": "mezzotint.generate",
+    "load_official": "mezzotint.convert.official.load",
+    "sample": "mezzotint.sampling.sample",
 }
 # Once more in full, since type checkers read a plain list only.
 __all__ = [
-    "Card",
     "Cond",
     "Denoised",
     "Model",
+    "ModelInfo",
     "__version__",
     "create_model",
     "load_model",
@@ -39,10 +39,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mezzotint.convert import load_official
-    from mezzotint.generate import sample
-    from mezzotint.models import Card, create_model, load_model, presets, save_model
+    from mezzotint.convert.official.load import load_official
+    from mezzotint.models import ModelInfo, create_model, load_model, presets, save_model
     from mezzotint.process.denoiser import Cond, Denoised, Model
+    from mezzotint.sampling.sample import sample
 
 
 def __getattr__(name: str) -> Any:
@@ -53,7 +53,9 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != f"mezzotint.{name}":
             raise
-    raise AttributeError(f"module 'mezzotint' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    raise AttributeError(
+        f"module 'mezzotint' has no attribute {name!r}; public names: {', '.join(__all__)}"
+    )
 
 
 def __dir__() -> list[str]:

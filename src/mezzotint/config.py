@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 
 import yaml
 
-from mezzotint.registry import Spec, nearest
+from mezzotint.core.registry import Spec, suggest
 
 T = TypeVar("T")
 
@@ -38,9 +38,9 @@ class Data:
     flip: mirror each image with probability 1/2.
     codec: autoencoder of a latent network that is given pictures, by name or folder; the preset's, or that of a
         prepared set, by default.
-    text: T5 encoder of a network that reads captions, by name or folder.
-    shapes: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the network's size.
-    portrait: with shapes, turn pictures taller than wide and say so in their captions.
+    text_encoder: T5 encoder of a network that reads captions, by name or folder.
+    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the network's size.
+    portrait: with buckets, turn pictures taller than wide and say so in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
     """
 
@@ -48,8 +48,8 @@ class Data:
     crop: Literal["adm", "plain"] = "adm"
     flip: bool = False
     codec: str = ""
-    text: str = ""
-    shapes: tuple[tuple[int, int], ...] = ()
+    text_encoder: str = ""
+    buckets: tuple[tuple[int, int], ...] = ()
     portrait: bool = False
     workers: int = 0
 
@@ -62,12 +62,12 @@ class Time:
     """How noise levels are drawn.
 
     sampling: "uniform" draws u independently; "stratified" spreads one batch's u evenly over (0, 1).
-    measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss by -dlogsnr/du / 2, so
+    loss_measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss by -dlogsnr/du / 2, so
         that its expectation is an integral over log-SNR whatever the schedule (SiD2 eq. of section 9).
     """
 
     sampling: Literal["uniform", "stratified"] = "uniform"
-    measure: Literal["u", "logsnr"] = "u"
+    loss_measure: Literal["u", "logsnr"] = "u"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class Ema:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class SampleGrid:
     """The sample grids of a run: fixed seeds, fixed labels.
 
     sampler: with options as on the command line, "ancestral:variance=learned"; on the family's grid, without clipping.
@@ -127,26 +127,26 @@ class Grid:
     guidance: float | None = None
 
     def __post_init__(self):
-        _at_least("grid.", self, every_images=0, count=0, steps=1)
+        _at_least("samples.", self, every_images=0, count=0, steps=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Numbers of the averaged weights' samples along the way, on all ranks; none while `every_images` is 0.
 
-    n: samples, seeds 0 ... n - 1. reference: file of real images' statistics (`mezzotint evaluate --make-reference`);
-        maker: whose it is where it cannot say. features: feature sets, all of which the reference has. weights: file of
+    num_images: samples, seeds 0 ... num_images - 1. reference: file of real images' statistics (`mezzotint evaluate --make-reference`);
+        reference_source: whose it is where it cannot say. features: feature sets, all of which the reference has. weights: file of
         their network; the cache by default.
     sampler, steps, guidance: as for the grids. batch: samples at a time on each rank.
     prompts: file of what the samples of a network that reads captions show, one a line, in turn.
     """
 
     every_images: int = 0
-    n: int = 5_000
+    num_images: int = 5_000
     reference: str = ""
     features: tuple[str, ...] = ("inception-2048",)
     weights: str | None = None
-    maker: str | None = None
+    reference_source: str | None = None
     sampler: str = "ddim"
     steps: int = 50
     guidance: float | None = None
@@ -181,7 +181,7 @@ class Engine:
     checkpointing: what each block keeps for the backward pass: everything, "selective" the results of products,
         convolutions and attention, or "full" its input alone.
     compile: torch.compile of each repeated block.
-    ceiling_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
+    peak_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
         log states the utilisation.
     """
 
@@ -190,15 +190,15 @@ class Engine:
     microbatch: int | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    ceiling_tflops: float | None = None
+    peak_tflops: float | None = None
 
     def __post_init__(self):
         _at_least("engine.", self, microbatch=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sentinel:
-    """What a run does about a step that goes wrong (`train.sentinel`).
+class NonFinite:
+    """What a run does about a step that goes wrong (`train.nonfinite`).
 
     on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a bundle for
         `mezzotint replay`. Then "stop" ends the run; "skip" goes on with the next images; "rollback" does so from the
@@ -213,7 +213,7 @@ class Sentinel:
     spike: float | None = 10.0
 
     def __post_init__(self):
-        _at_least("sentinel.", self, limit=0)
+        _at_least("nonfinite.", self, limit=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +225,7 @@ class Recipe:
     objective: of `process.objectives`, by name.
     images, batch: length of the run and of one optimiser step, both in images.
     label_drop: probability of the null label (or empty text) in training, for guidance.
-    track: trackers that get every log line besides log.jsonl; they must be installed.
+    trackers: that get every log line besides log.jsonl; they must be installed.
     """
 
     preset: str
@@ -241,12 +241,12 @@ class Recipe:
     label_drop: float = 0.1
     seed: int = 0
     log_every_images: int = 10_000
-    grid: Grid = field(default_factory=Grid)
+    samples: SampleGrid = field(default_factory=SampleGrid)
     evaluate: Evaluate = field(default_factory=Evaluate)
     save: Save = field(default_factory=Save)
     engine: Engine = field(default_factory=Engine)
-    sentinel: Sentinel = field(default_factory=Sentinel)
-    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    nonfinite: NonFinite = field(default_factory=NonFinite)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     def __post_init__(self):
         _at_least("", self, images=1, batch=1, log_every_images=1)
@@ -299,18 +299,22 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"override {assignment!r} is not of the form key=value, e.g. optim.lr=3e-4")
+            raise ValueError(
+                f"override {assignment!r} is not of the form key=value, e.g. optim.lr=3e-4"
+            )
         keys = path.split(".")
         node = values
         for depth, key in enumerate(keys[:-1]):
             if node.get(key) is None and key in ("schedule",):
                 node[key] = {"name": "", "options": {}}
             if not isinstance(node.get(key), dict):
-                raise ValueError(f"no field {'.'.join(keys[: depth + 1])!r} to go into; {nearest(key, node)}")
+                raise ValueError(
+                    f"no field {'.'.join(keys[: depth + 1])!r} to go into; {suggest(key, node)}"
+                )
             node = node[key]
         open_ended = keys[0] == "model" or "options" in keys[:-1]
         if keys[-1] not in node and not open_ended:
-            raise ValueError(f"no field {path!r}; {nearest(keys[-1], node)}")
+            raise ValueError(f"no field {path!r}; {suggest(keys[-1], node)}")
         node[keys[-1]] = yaml.safe_load(text)
     return from_dict(values)
 
@@ -334,7 +338,9 @@ def parse(kind: Any, value: Any, path: str) -> Any:
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
         if len(inner) != len(value):
             raise ValueError(f"{path} has {len(value)} values; {len(inner)} are needed")
-        return tuple(parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True)))
+        return tuple(
+            parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
+        )
     if origin is dict or kind is Any:
         return value
     return _parse_scalar(kind, value, path)
@@ -363,7 +369,9 @@ def _parse_dataclass(kind: type[T], value: Any, path: str) -> T:
     hints = typing.get_type_hints(kind)
     for key in value:
         if key not in hints:
-            raise ValueError(f"unknown key {f'{path}.{key}'.lstrip('.')!r}; {nearest(str(key), hints)}")
+            raise ValueError(
+                f"unknown key {f'{path}.{key}'.lstrip('.')!r}; {suggest(str(key), hints)}"
+            )
     required = [
         f.name
         for f in dataclasses.fields(typing.cast(Any, kind))

@@ -17,17 +17,19 @@ from torch import Tensor
 
 import mezzotint.backbones as backbones
 from mezzotint.config import parse
+from mezzotint.core.distributed import default_device
+from mezzotint.core.files import format_bytes
+from mezzotint.core.registry import Spec, build, check_options, suggest
+from mezzotint.core.tensor_files import TensorSpec, list_names, read_safetensors_header
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Model, Schedule
-from mezzotint.registry import Spec, build, checked_options, nearest
-from mezzotint.weights import Claim, describe, read_header, size_words
 
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer file
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"  # a model's folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class ModelInfo:
     """What a model is, as written to config.json.
 
     backbone: registered name; config: its config dataclass.
@@ -52,15 +54,17 @@ class Card:
         return {"mezzotint": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod
-    def from_json(values: dict[str, Any]) -> Card:
+    def from_json(values: dict[str, Any]) -> ModelInfo:
         """The card of `to_json`; ValueError names an unknown or missing key."""
         values = dict(values)
         if values.pop("mezzotint", None) != FORMAT:
-            raise ValueError(f"config.json is not of mezzotint format {FORMAT}; was it written by another library?")
-        known = [f.name for f in dataclasses.fields(Card)]
+            raise ValueError(
+                f"config.json is not of mezzotint format {FORMAT}; was it written by another library?"
+            )
+        known = [f.name for f in dataclasses.fields(ModelInfo)]
         for key in values:
             if key not in known:
-                raise ValueError(f"config.json has an unknown key {key!r}; {nearest(key, known)}")
+                raise ValueError(f"config.json has an unknown key {key!r}; {suggest(key, known)}")
         for key in ("backbone", "config", "schedule"):
             if key not in values:
                 raise ValueError(f"config.json has no key {key!r}")
@@ -69,7 +73,7 @@ class Card:
         values["schedule"] = Spec(**values["schedule"])
         if values.get("labels") is not None:
             values["labels"] = tuple(values["labels"])
-        return Card(**values)
+        return ModelInfo(**values)
 
 
 def make_config(kind: type, values: dict[str, Any]) -> Any:
@@ -80,7 +84,9 @@ def make_config(kind: type, values: dict[str, Any]) -> Any:
 def _fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """`values` as the config dataclass `kind` has them; ValueError for a wrong name, type, size or count."""
     hints = typing.get_type_hints(kind)
-    found = {k: parse(hints[k], v, f"model.{k}") for k, v in checked_options(what, kind, values).items()}
+    found = {
+        k: parse(hints[k], v, f"model.{k}") for k, v in check_options(what, kind, values).items()
+    }
     for name, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
         if found.get(name, least) < least:
             raise ValueError(f"model.{name} is {found[name]}; it must be at least {least}")
@@ -92,18 +98,26 @@ def presets() -> list[str]:
     return list(backbones.presets())
 
 
-def preset_card(name: str, **overrides: Any) -> Card:
+def preset_info(name: str, **overrides: Any) -> ModelInfo:
     """The Card of a preset, with fields of its backbone's config replaced, e.g. num_classes=10."""
     known = backbones.presets()
     if name not in known:
-        raise ValueError(f"unknown preset {name!r}; {nearest(name, known)}")
+        raise ValueError(f"unknown preset {name!r}; {suggest(name, known)}")
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
-    config = dataclasses.replace(preset.config, **_fields(f"preset {name}", entry.config, overrides))
-    return Card(backbone=backbone, config=config, schedule=entry.schedule(config), codec=preset.codec, preset=name)
+    config = dataclasses.replace(
+        preset.config, **_fields(f"preset {name}", entry.config, overrides)
+    )
+    return ModelInfo(
+        backbone=backbone,
+        config=config,
+        schedule=entry.schedule(config),
+        codec=preset.codec,
+        preset=name,
+    )
 
 
-def build_model(card: Card) -> Model:
+def build_model(card: ModelInfo) -> Model:
     """A Model with random weights (or weights on the current default device) from its Card."""
     entry = backbones.registry[card.backbone]
     return Model(entry.module(card.config), entry.parameterisation(card.config), card)
@@ -119,22 +133,22 @@ def create_model(preset: str, **overrides: Any) -> Model:
     Errors: ValueError for an unknown preset or field, listing near names, for values of a wrong type, and for values
     that do not fit together.
     """
-    return build_model(preset_card(preset, **overrides))
+    return build_model(preset_info(preset, **overrides))
 
 
-def schedule_of(model: Model) -> Schedule:
+def get_schedule(model: Model) -> Schedule:
     """The noise schedule that a model's card names."""
-    return build(schedules.registry, model.card.schedule)
+    return build(schedules.registry, model.info.schedule)
 
 
-def claims(backbone: str, config: Any) -> dict[str, Claim]:
+def tensor_specs(backbone: str, config: Any) -> dict[str, TensorSpec]:
     """State-dict key -> dtype and shape of a backbone, from the meta device: nothing is allocated."""
     with torch.device("meta"):
         module = backbones.registry[backbone].module(config)
-    return {name: Claim(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
 
 
-def assemble(card: Card, state: Mapping[str, Tensor]) -> Model:
+def model_from_state_dict(card: ModelInfo, state: Mapping[str, Tensor]) -> Model:
     """A Model of these weights, which it takes over, on the CPU; `state` must have the keys and shapes of `claims`.
 
     Weights narrower than float32 become float32.
@@ -142,7 +156,9 @@ def assemble(card: Card, state: Mapping[str, Tensor]) -> Model:
     entry = backbones.registry[card.backbone]
     with torch.device("meta"):
         module = entry.module(card.config)
-    state = {k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in state.items()}
+    state = {
+        k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in state.items()
+    }
     frozen = {name for name, p in module.named_parameters() if not p.requires_grad}
     module.load_state_dict(state, assign=True)
     for name, parameter in module.named_parameters():
@@ -177,10 +193,14 @@ def save_model(model: Model, folder: str | Path) -> None:
         try:
             beside.mkdir(parents=True)
         except OSError as error:  # of a name that nobody asked for
-            raise OSError(f"{folder} cannot be written: {error.strerror}; choose another folder") from error
-        state = {name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()}
+            raise OSError(
+                f"{folder} cannot be written: {error.strerror}; choose another folder"
+            ) from error
+        state = {
+            name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()
+        }
         save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(model.card.to_json(), indent=2) + "\n")
+        (beside / CONFIG).write_text(json.dumps(model.info.to_json(), indent=2) + "\n")
         (beside / README).write_text(readme(model))
         for name in (WEIGHTS, CONFIG, README):
             with (beside / name).open("rb") as file:
@@ -196,7 +216,7 @@ def save_model(model: Model, folder: str | Path) -> None:
 
 def readme(model: Model) -> str:
     """The model card that goes with the weights: Markdown with the hub's YAML header."""
-    card = model.card
+    card = model.info
     count = sum(p.numel() for p in model.backbone.parameters())
     made = f"preset `{card.preset}`" if card.preset else f"backbone `{card.backbone}`"
     lines = [
@@ -239,26 +259,33 @@ def load_model(folder_or_repo: str | Path) -> Model:
         folder = _download(str(folder_or_repo))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}")
-    card = Card.from_json(_read_json(folder / CONFIG))
+            raise ValueError(
+                f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}"
+            )
+    card = ModelInfo.from_json(_read_json(folder / CONFIG))
     path = folder / WEIGHTS
-    held = read_header(path)
-    expected = claims(card.backbone, card.config)
+    held = read_safetensors_header(path)
+    expected = tensor_specs(card.backbone, card.config)
     if set(held) != set(expected):
         unused, missing = set(held) - set(expected), set(expected) - set(held)
-        raise ValueError(f"{path} is not of this config: unused keys {describe(unused)}; missing {describe(missing)}")
+        raise ValueError(
+            f"{path} is not of this config: unused keys {list_names(unused)}; missing {list_names(missing)}"
+        )
     wrong = [
         f"{k} {held[k].dtype} {held[k].shape} instead of {claim.dtype} {claim.shape}"
         for k, claim in expected.items()
-        if held[k].shape != claim.shape or held[k].dtype.is_floating_point != claim.dtype.is_floating_point
+        if held[k].shape != claim.shape
+        or held[k].dtype.is_floating_point != claim.dtype.is_floating_point
     ]
     if wrong:
-        total = size_words(sum(claim.bytes for claim in expected.values()))
-        raise ValueError(f"{path} is not of this config, which needs {total}; wrong: {describe(wrong)}")
+        total = format_bytes(sum(claim.bytes for claim in expected.values()))
+        raise ValueError(
+            f"{path} is not of this config, which needs {total}; wrong: {list_names(wrong)}"
+        )
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return assemble(card, {name: file.get_tensor(name) for name in expected})
+        return model_from_state_dict(card, {name: file.get_tensor(name) for name in expected})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -277,7 +304,9 @@ def _download(repo: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {repo}, and it is no repository's name either (owner/name)")
+        raise ValueError(
+            f"there is no folder {repo}, and it is no repository's name either (owner/name)"
+        )
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -285,3 +314,22 @@ def _download(repo: str) -> Path:
         raise ValueError(
             f"there is no folder {repo}, and the hub did not give a repository of that name: {first}"
         ) from None
+
+
+def open_model(source: str | Path) -> Model:
+    """The averaged model of a run folder, a model folder, or a hub repository, in eval mode on the best device."""
+    folder = Path(source)
+    if not (folder / "model").exists() and any(
+        (folder / name).exists() for name in ("recipe.yaml", ".lock")
+    ):
+        raise ValueError(
+            f"{folder} is a run that has saved no model yet; the same train command goes on until it has"
+        )
+    model = load_model(folder / "model" if (folder / "model").exists() else str(source))
+    return model.eval().requires_grad_(False).to(default_device())
+
+
+def meta_model(card: ModelInfo) -> Model:
+    """The network without storage, in eval mode."""
+    with torch.device("meta"):
+        return build_model(card).eval().requires_grad_(False)

@@ -26,7 +26,10 @@ from mezzotint.web.studio import Limits
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"(?:<!-- (?P<mark>run|file: \S+) -->\n)?^```(?P<lang>\w*)[^\n]*\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:<!-- (?P<mark>run|file: \S+) -->\n)?^```(?P<lang>\w*)[^\n]*\n(?P<text>.*?)^```$",
+    re.M | re.S,
+)
 MAKEFILE = (ROOT / "Makefile").read_text()
 LINK = re.compile(r"\]\(([^)\s]+)(?: \"[^\"]*\")?\)|^\[[^\]]+\]: (\S+)$", re.M)
 
@@ -57,7 +60,7 @@ def lines_of(block):
 def words_of(line):
     """The words of a mezzotint command, None of anything else; comments and redirections are the shell's.
 
-    `torchrun ... -m mezzotint.cli train ...` is one too, and so is one that a script of SLURM ends in.
+    `torchrun ... -m mezzotint train ...` is one too, and so is one that a script of SLURM ends in.
     """
     if task := re.search(r"exec (mezzotint [^']*)'", line):
         line = task[1]
@@ -65,7 +68,7 @@ def words_of(line):
         return None
     words = shlex.split(line, comments=True)
     if words[0] != "mezzotint":
-        words = ["mezzotint", *words[words.index("mezzotint.cli") + 1 :]]
+        words = ["mezzotint", *words[words.index("mezzotint") + 1 :]]
     return words[: words.index(">")] if ">" in words else words
 
 
@@ -81,7 +84,11 @@ def mentions(page):
 
 MENTIONS = [(page, text) for page in PAGES for text in mentions(page)]
 # An ellipsis stands for whatever else belongs there.
-MENTIONED = [(p.name, words) for p, text in MENTIONS if "..." not in text and len(words := words_of(text) or ()) > 2]
+MENTIONED = [
+    (p.name, words)
+    for p, text in MENTIONS
+    if "..." not in text and len(words := words_of(text) or ()) > 2
+]
 COMMANDS = [
     pytest.param(words, id=f"{page}-{' '.join(words)[:60]}")
     for page, words in [*((b.page, w) for b in BLOCKS for w in commands(b)), *MENTIONED]
@@ -107,7 +114,9 @@ def test_every_command_parses(words, monkeypatch, capsys):
             invoke(words, monkeypatch, stubs)
         assert left.value.code in (None, 0)
         said = capsys.readouterr().out
-        assert "--help" in words or all(name in said for name in cli.COMMANDS), "not every command is completed"
+        assert "--help" in words or all(name in said for name in cli.COMMANDS), (
+            "not every command is completed"
+        )
         assert "mezzotint" in said
         return
     invoke(words, monkeypatch, stubs)
@@ -128,8 +137,10 @@ def test_the_version_is_printed(monkeypatch, capsys):
 @pytest.mark.parametrize("words", [["info", "--json"], ["--version"]])
 def test_a_reader_that_has_seen_enough_is_no_error(words):
     """As `mezzotint info --json | head -1`: nothing on stderr, whenever the pipe closes."""
-    command = [sys.executable, "-m", "mezzotint.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+    command = [sys.executable, "-m", "mezzotint", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
         assert started.stdout is not None
         assert started.stderr is not None
         started.stdout.close()
@@ -140,7 +151,10 @@ def test_the_page_of_troubles_lists_the_samplers():
     from mezzotint.process import samplers
 
     said = " ".join((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split())
-    assert f"The samplers of `--sampler` are {', '.join(f'`{name}`' for name in samplers.registry)}." in said
+    assert (
+        f"The samplers of `--sampler` are {', '.join(f'`{name}`' for name in samplers.registry)}."
+        in said
+    )
 
 
 def test_the_names_that_the_reference_promises_are_there():
@@ -159,7 +173,9 @@ def test_every_command_that_is_mentioned_exists(page):
 
 
 def test_every_target_of_make_in_a_block_exists():
-    found = [m[1] for b in BLOCKS for line in lines_of(b) if (m := re.match(r"make ([\w-]+)", line))]
+    found = [
+        m[1] for b in BLOCKS for line in lines_of(b) if (m := re.match(r"make ([\w-]+)", line))
+    ]
     assert found
     assert all(re.search(rf"^{name}:", MAKEFILE, re.M) for name in found)
 
@@ -180,7 +196,9 @@ def test_every_script_knows_its_options(words):
     assert script.is_file()
     options = [w for w in words[1:] if w.startswith("--")]
     if options:
-        said = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+        said = subprocess.run(
+            [sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT
+        )
         assert all(re.search(rf"{option}\b", said.stdout) for option in options), said.stdout
 
 
@@ -208,7 +226,8 @@ def test_there_is_something_to_test():
 
 
 @pytest.mark.parametrize(
-    "block", [pytest.param(b, id=f"{b.page}-{i}") for i, b in enumerate(BLOCKS) if b.lang == "python"]
+    "block",
+    [pytest.param(b, id=f"{b.page}-{i}") for i, b in enumerate(BLOCKS) if b.lang == "python"],
 )
 def test_every_python_block_compiles(block):
     compile(block.text, block.page, "exec")
@@ -250,7 +269,7 @@ def test_the_files_of_extending_work(tmp_path):
         "first, second = (mz.sample(model, [1, 2], label=3, sampler=s, steps=20) for s in ('ddim', 'midpoint'))\n"
         "assert (second - best).abs().max() < (first - best).abs().max() / 2\n"
         "mz.save_model(model, 'saved')\n"
-        "assert mz.load_model('saved').card.preset == 'mixer-tiny'\n"
+        "assert mz.load_model('saved').info.preset == 'mixer-tiny'\n"
     )
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -260,10 +279,14 @@ def test_the_files_of_extending_work(tmp_path):
 def test_links_and_pictures_exist(page):
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     for target in (found[1] or found[2] for found in LINK.finditer(text)):
-        if "://" in target:  # the suite has no network; that it is an address is all there is to see
+        if (
+            "://" in target
+        ):  # the suite has no network; that it is an address is all there is to see
             address = urlsplit(target)
             assert address.scheme == "https", f"{page.name} links to {target}"
-            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), f"{page.name} links to {target}"
+            assert re.fullmatch(r"[\w-]+(\.[\w-]+)+", address.netloc), (
+                f"{page.name} links to {target}"
+            )
             continue
         path, _, anchor = target.partition("#")
         other = page.parent / path if path else page
@@ -283,19 +306,26 @@ def test_the_speed_table_is_of_the_newest_results():
 def test_the_studio_page_states_its_limits():
     limits, said = Limits(), (ROOT / "docs" / "studio.md").read_text(encoding="utf-8")
     seconds = f"{limits.seconds / 60:g} minutes of computing"
-    for words in (f"{limits.pictures} pictures", f"{limits.steps} steps", seconds, f"{limits.words:,} characters"):
+    for words in (
+        f"{limits.pictures} pictures",
+        f"{limits.steps} steps",
+        seconds,
+        f"{limits.words:,} characters",
+    ):
         assert words in " ".join(said.split())
 
 
 def test_the_cost_table_is_of_this_version():
     """docs/make_tables.py writes it; three rows are counted again."""
-    from mezzotint import info
+    from mezzotint.tools import summary
 
     table = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
     for preset in ("unet-tiny", "dimr-tiny", "diffit-tiny"):
-        counted = info.describe(preset)
+        counted = summary.describe(preset)
         (row,) = [
-            line for line in table.splitlines() if line.startswith(f"| `{preset}` | {counted['input_shape'][1]}x")
+            line
+            for line in table.splitlines()
+            if line.startswith(f"| `{preset}` | {counted['input_shape'][1]}x")
         ]
-        assert info.si(counted["params"]) in row
+        assert summary.si(counted["params"]) in row
         assert f"{counted['gmac']:.2f}" in row

@@ -32,7 +32,9 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEZZOTINT_IMAGES", "64")
     monkeypatch.delenv("MEZZOTINT_FOLDER", raising=False)
-    monkeypatch.setattr(registry, "_entries", dict(registry), raising=True)  # what a notebook registers goes with it
+    monkeypatch.setattr(
+        registry, "_entries", dict(registry), raising=True
+    )  # what a notebook registers goes with it
     names = {"__name__": "__main__"}
     for i, text in enumerate(cells(path)):
         exec(compile(text, f"{path.name}, cell {i}", "exec"), names)

@@ -15,11 +15,11 @@ import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
-from test_commands import ROOT, blocks, commands
 
+from docs.test_commands import ROOT, blocks, commands
 from mezzotint import cli
 
-SHORT = ["images=32", "batch=16", "grid.count=4", "grid.steps=2"]
+SHORT = ["images=32", "batch=16", "samples.count=4", "samples.steps=2"]
 
 
 def pictures(folder: Path) -> None:
@@ -40,7 +40,12 @@ def shortened(words: list[str]) -> list[str]:
         return [*words[: last + 1], *SHORT, *words[last + 1 :]]
     if words[1] == "sample":
         at = words.index("--n")
-        return [*words[: at + 1], "2", *words[at + 2 :], *([] if "--steps" in words else ["--steps", "2"])]
+        return [
+            *words[: at + 1],
+            "2",
+            *words[at + 2 :],
+            *([] if "--steps" in words else ["--steps", "2"]),
+        ]
     return words
 
 
@@ -50,22 +55,35 @@ def left_out(words: list[str]) -> bool:
 
 
 def test_what_is_shortened_and_left_out():
-    assert shortened(["mezzotint", "train", "unet-tiny", "--data", "a", "x=1", "--out", "b"])[4:] == [
+    assert shortened(["mezzotint", "train", "unet-tiny", "--data", "a", "x=1", "--out", "b"])[
+        4:
+    ] == [
         "a",
         "x=1",
         *SHORT,
         "--out",
         "b",
     ]
-    assert shortened(["mezzotint", "sample", "runs/a", "--n", "16"])[3:] == ["--n", "2", "--steps", "2"]
-    assert left_out(["mezzotint", "train", "unet-tiny", "evaluate.n=2"])
+    assert shortened(["mezzotint", "sample", "runs/a", "--n", "16"])[3:] == [
+        "--n",
+        "2",
+        "--steps",
+        "2",
+    ]
+    assert left_out(["mezzotint", "train", "unet-tiny", "evaluate.num_images=2"])
     assert not left_out(["mezzotint", "train", "unet-tiny", "--out", "b"])
 
 
 WALKS = {
     "README.md": ("FOLDER", {"samples.png", "runs/mine/model/model.safetensors"}),
-    "docs/own-images.md": ("flowers", {"samples.png", "many/000001.png", "runs/tuned/model/model.safetensors"}),
-    "docs/elsewhere.md": ("FOLDER", {"my-pipeline/model_index.json", "denoiser.pt2", "denoiser.onnx"}),
+    "docs/own-images.md": (
+        "flowers",
+        {"samples.png", "many/000001.png", "runs/tuned/model/model.safetensors"},
+    ),
+    "docs/elsewhere.md": (
+        "FOLDER",
+        {"my-pipeline/model_index.json", "denoiser.pt2", "denoiser.onnx"},
+    ),
 }
 
 
@@ -83,7 +101,9 @@ def test_the_commands_of_a_page_run_in_their_order(page, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     source, expected = WALKS[page]
     pictures(tmp_path / source)
-    given = [words for block in blocks(ROOT / page) for words in commands(block) if not left_out(words)]
+    given = [
+        words for block in blocks(ROOT / page) for words in commands(block) if not left_out(words)
+    ]
     if page == "docs/elsewhere.md":  # it begins with a run
         first = f"mezzotint train unet-tiny --data {source} model.size=32 --out runs/mine"
         given.insert(0, first.split())
@@ -96,4 +116,6 @@ def test_the_commands_of_a_page_run_in_their_order(page, tmp_path, monkeypatch, 
             cli.main()
         except SystemExit:
             pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
-    assert all((tmp_path / name).is_file() for name in expected), sorted(p.name for p in tmp_path.iterdir())
+    assert all((tmp_path / name).is_file() for name in expected), sorted(
+        p.name for p in tmp_path.iterdir()
+    )

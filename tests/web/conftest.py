@@ -17,17 +17,19 @@ import pytest
 import torch
 
 import mezzotint as mz
-from mezzotint.data.text import encoder
-from tiny_t5 import saved_t5
+from helpers.tiny_t5 import saved_t5
+from mezzotint.data.text_encoder import open_text_encoder
 
 CHROMIUM = Path("/usr/bin/chromium")
-SHOTS = Path(os.environ.get("MEZZOTINT_SCREENSHOTS", Path(__file__).parents[2] / "build" / "screenshots"))
+SHOTS = Path(
+    os.environ.get("MEZZOTINT_SCREENSHOTS", Path(__file__).parents[2] / "build" / "screenshots")
+)
 
 
 def tiny(folder: Path, seed: int) -> None:
     """A unet-tiny of 16 pixels with random weights, none of them zero."""
     torch.manual_seed(seed)
-    model = mz.create_model("unet-tiny", size=16, width=8, emb=32, num_classes=3)
+    model = mz.create_model("unet-tiny", size=16, width=8, emb_dim=32, num_classes=3)
     moved_off_its_start(model)
     mz.save_model(model, folder)
 
@@ -41,11 +43,19 @@ def moved_off_its_start(model) -> None:
 def reading(folder: Path, t5: Path, name: str) -> None:
     """A uvit-text-tiny of 16 pixels whose card says that it was trained with that encoder."""
     torch.manual_seed(0)
-    small = {"size": 16, "width": 8, "emb": 16, "multipliers": (1, 2), "blocks": (1,), "depth": 1, "heads": 2}
+    small = {
+        "size": 16,
+        "width": 8,
+        "emb_dim": 16,
+        "multipliers": (1, 2),
+        "blocks": (1,),
+        "depth": 1,
+        "heads": 2,
+    }
     model = mz.create_model("uvit-text-tiny", **small, text_dim=16)
     moved_off_its_start(model)
-    kept = {"encoder": name, "encoder_hash": encoder(str(t5)).hash, "max_tokens": 16}
-    model.card = dataclasses.replace(model.card, extra={"text": kept})
+    kept = {"encoder": name, "encoder_hash": open_text_encoder(str(t5)).hash, "max_tokens": 16}
+    model.info = dataclasses.replace(model.info, extra={"text": kept})
     mz.save_model(model, folder)
 
 
@@ -71,7 +81,16 @@ class Training:
             "model.size=16",
             "model.width=8",
         ]
-        command = [sys.executable, "-m", "mezzotint.cli", *words, "--data", "shapes:16", "--out", str(folder)]
+        command = [
+            sys.executable,
+            "-m",
+            "mezzotint",
+            *words,
+            "--data",
+            "shapes:16",
+            "--out",
+            str(folder),
+        ]
         self.folder = folder
         said = folder.with_suffix(".txt")
         with said.open("w") as file:
@@ -107,7 +126,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mezzotint.cli", "serve", *words, "--port", str(port)]
+        command = [sys.executable, "-m", "mezzotint", "serve", *words, "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
         self.said = folder / "server.txt"
         with self.said.open("w") as file:
@@ -130,9 +149,13 @@ class Server:
 @pytest.fixture(scope="session")
 def browser():
     if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is absent; install Debian's chromium to test the page in a real browser")
+        pytest.skip(
+            f"{CHROMIUM} is absent; install Debian's chromium to test the page in a real browser"
+        )
     pytest.importorskip("gradio", reason="gradio is absent; pip install mezzotint[web]")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is absent; pip install playwright")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is absent; pip install playwright"
+    )
     with api.sync_playwright() as playwright:
         flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
         chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=flags)
@@ -195,7 +218,9 @@ def visit(browser, server):
     yield open_page
     for context in contexts:
         context.close()
-    hosts = {urlsplit(url).hostname for url in requests if urlsplit(url).scheme not in ("data", "blob")}
+    hosts = {
+        urlsplit(url).hostname for url in requests if urlsplit(url).scheme not in ("data", "blob")
+    }
     assert hosts == {"127.0.0.1"}
     assert not errors
 

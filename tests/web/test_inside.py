@@ -9,10 +9,10 @@ import torch.nn.functional as F
 import mezzotint as mz
 from mezzotint.backbones.diffit import TMSA
 from mezzotint.process import logsnr as level
-from mezzotint.web import inside
-from mezzotint.web.burning import preview
+from mezzotint.web import internals
+from mezzotint.web.request import Request, make_job
+from mezzotint.web.streaming import preview
 from mezzotint.web.studio import open_studio
-from mezzotint.web.wish import Wish, job_of
 
 TOKENS, HEADS = 16, 2
 
@@ -23,14 +23,16 @@ def test_the_attention_shown_is_the_attention_of_the_layer():
     torch.manual_seed(0)
     attn = TMSA(TOKENS * HEADS, HEADS, side=4)
     x = torch.cat([torch.randn(1, 4, TOKENS, TOKENS), torch.eye(TOKENS).expand(1, 4, -1, -1)], -1)
-    attn.qkv.weight[-TOKENS * HEADS :] = torch.cat([torch.zeros(TOKENS, TOKENS), torch.eye(TOKENS)], 1).repeat(HEADS, 1)
+    attn.qkv.weight[-TOKENS * HEADS :] = torch.cat(
+        [torch.zeros(TOKENS, TOKENS), torch.eye(TOKENS)], 1
+    ).repeat(HEADS, 1)
     attn.qkv.weight[: -TOKENS * HEADS].normal_()
     attn.qkv.bias[-TOKENS * HEADS :] = 0
     torch.nn.init.eye_(attn.proj.weight)
     attn.proj.bias.zero_()
     q_t, bias = torch.randn(1, TOKENS * HEADS), torch.randn(1, HEADS, TOKENS, TOKENS)
     weights = attn(x, q_t, torch.zeros(1, TOKENS * HEADS), bias)
-    heat, row, column = inside.attention_picture(attn, (x, q_t, q_t, bias), 0.8, 0.3)
+    heat, row, column = internals.attention_picture(attn, (x, q_t, q_t, bias), 0.8, 0.3)
     assert (row, column) == (6, 2)  # of 8 x 8 tokens: window 2 of four, its token 10
     expected = torch.zeros(8, 8)
     expected[4:, :4] = weights[0, 2, 10].view(HEADS, 4, 4).mean(0)
@@ -42,21 +44,31 @@ def test_the_attention_shown_is_the_attention_of_the_layer():
 def studio(tmp_path, monkeypatch):
     monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
     small = {"width": 16, "depth": 2, "heads": 2}
-    for preset, options in (("dimr-tiny", {}), ("diffit-latent-tiny", small), ("unet-tiny", {"size": 16, "width": 8})):
+    for preset, options in (
+        ("dimr-tiny", {}),
+        ("diffit-latent-tiny", small),
+        ("unet-tiny", {"size": 16, "width": 8}),
+    ):
         torch.manual_seed(0)
         mz.save_model(mz.create_model(preset, **options), tmp_path / preset)
-    return open_studio([str(tmp_path / name) for name in ("dimr-tiny", "diffit-latent-tiny", "unet-tiny")])
+    return open_studio(
+        [str(tmp_path / name) for name in ("dimr-tiny", "diffit-latent-tiny", "unet-tiny")]
+    )
 
 
 def test_a_branch_that_is_right_shows_the_picture_at_its_own_size(studio):
-    job = job_of(studio, Wish(model="dimr-tiny"))
+    job = make_job(studio, Request(model="dimr-tiny"))
     torch.manual_seed(0)
-    x, eps, logsnr = torch.rand(1, 3, 32, 32) * 2 - 1, torch.randn(1, 3, 32, 32), torch.tensor([0.7])
+    x, eps, logsnr = (
+        torch.rand(1, 3, 32, 32) * 2 - 1,
+        torch.randn(1, 3, 32, 32),
+        torch.tensor([0.7]),
+    )
     z = level.alpha(logsnr) * x + level.sigma(logsnr) * eps
-    patches = job.model.card.config.patches
+    patches = job.model.info.config.patches
     assert patches == (4, 2, 1)
     outputs = [F.avg_pool2d(eps, rho) * rho for rho in patches]  # specs/dimr.md 2.9
-    for shown, rho in zip(inside.branch_images(job, z, outputs, 0.7), patches, strict=True):
+    for shown, rho in zip(internals.branch_images(job, z, outputs, 0.7), patches, strict=True):
         expected = preview(job, F.avg_pool2d(x, rho))[0]
         assert shown.shape == (3, 32 // rho, 32 // rho)
         assert (shown.int() - expected.int()).abs().max() <= 1
@@ -68,23 +80,26 @@ def last(steps) -> tuple[str, str]:
 
 
 def test_latents_are_looked_at_without_their_autoencoder_and_made_with_it_alone(studio):
-    shown, said = last(inside.attention(studio, "diffit-latent-tiny", 0, 3, 2, (0.5, 0.5)))
+    shown, said = last(internals.attention(studio, "diffit-latent-tiny", 0, 3, 2, (0.5, 0.5)))
     assert shown.count("<img") == 2 * 3
     assert "layer 2 of 2" in said
-    with pytest.raises(ValueError, match=r"sd-vae-ft-ema, is not on this machine: .*mezzotint prefetch sd-vae-ft-ema"):
-        job_of(studio, Wish(model="diffit-latent-tiny"))
+    with pytest.raises(
+        ValueError,
+        match=r"sd-vae-ft-ema, is not on this machine: .*mezzotint prefetch sd-vae-ft-ema",
+    ):
+        make_job(studio, Request(model="diffit-latent-tiny"))
 
 
 def test_what_a_network_does_not_have_is_not_shown(studio):
     with pytest.raises(ValueError, match="has no branches"):
-        last(inside.branches(studio, "unet-tiny", 0, 2))
+        last(internals.branches(studio, "unet-tiny", 0, 2))
     with pytest.raises(ValueError, match="has no time-dependent attention"):
-        last(inside.attention(studio, "dimr-tiny", 0, 2, 1, (0.5, 0.5)))
+        last(internals.attention(studio, "dimr-tiny", 0, 2, 1, (0.5, 0.5)))
     with pytest.raises(ValueError, match="layer"):
-        last(inside.attention(studio, "diffit-latent-tiny", 0, 2, 3, (0.5, 0.5)))
+        last(internals.attention(studio, "diffit-latent-tiny", 0, 2, 3, (0.5, 0.5)))
 
 
 def test_a_preset_is_told_by_resolution(studio):
-    table = inside.network_table("dimr-tiny")
+    table = internals.network_table("dimr-tiny")
     for words in ("32×32", "16×16", "8×8", "1.326 M"):
         assert words in table

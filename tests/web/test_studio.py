@@ -15,9 +15,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from mezzotint.generate import Settings, open_model
-from mezzotint.pictures import to_pillow
-from mezzotint.produce import Job
+from mezzotint.core.image_grid import to_pil
+from mezzotint.models import open_model
+from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.settings import SamplingSettings
 
 SEEDS = "#seeds :is(textarea, input)"
 PICTURES = "#pictures figure:has([data-save]) img"
@@ -40,7 +41,8 @@ def choose(page, model: str) -> None:
 def wait_done(page, seconds: float = 60) -> list[str]:
     """The addresses of the finished pictures."""
     page.wait_for_function(
-        "() => document.querySelector('#status').innerText.startsWith('done')", timeout=1000 * seconds
+        "() => document.querySelector('#status').innerText.startsWith('done')",
+        timeout=1000 * seconds,
     )
     return [image.get_attribute("src") for image in page.query_selector_all(PICTURES)]
 
@@ -49,7 +51,9 @@ def made(page, seeds: str, steps: int = 3) -> list[str]:
     """Ask, and wait until more pictures than before can be saved, the earlier ones among them."""
     before = page.locator("[data-save]").count()
     ask(page, seeds, steps)
-    page.wait_for_function("n => document.querySelectorAll('[data-save]').length > n", arg=before, timeout=60_000)
+    page.wait_for_function(
+        "n => document.querySelectorAll('[data-save]').length > n", arg=before, timeout=60_000
+    )
     return wait_done(page)
 
 
@@ -77,24 +81,37 @@ def fetched(request, seconds: float = 30) -> str:
 def values(**changes) -> list:
     """The arguments of `generate` in the order of the form."""
     form = {"model": "good", "label": "every class in turn", "prompts": "", "seeds": "0"}
-    form |= {"sampler": "ddim", "steps": 2, "guidance": 1, "curve": "constant", "power": 4, "limited": False}
+    form |= {
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance": 1,
+        "curve": "constant",
+        "power": 4,
+        "limited": False,
+    }
     form |= {"low": -3, "high": 5, "size": ""}
     return list({**form, **changes}.values())
 
 
-def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_same_bytes(visit, server, shot):
+def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_same_bytes(
+    visit, server, shot
+):
     page = visit()
     first = made(page, "4-6")
     assert len(set(first)) == 3
     shot(page, "generate")
     model = open_model(server.folder / "good")
-    drawn = Job(model=model, settings=Settings(steps=3), pool=(0, 1, 2)).draw([4, 5, 6])
+    drawn = SamplingJob(model=model, settings=SamplingSettings(steps=3), pool=(0, 1, 2)).draw(
+        [4, 5, 6]
+    )
     for uri, picture in zip(first, drawn, strict=True):
-        assert np.array_equal(np.array(decoded(uri)), np.array(to_pillow(picture)))
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(picture)))
     card = json.loads(decoded(first[1]).text["mezzotint"])
     assert (card["first"], card["n"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
     page.click("#pictures .mz-tools [data-seed='5']")
-    page.wait_for_function("() => document.querySelector('#seeds :is(textarea, input)').value === '5'")
+    page.wait_for_function(
+        "() => document.querySelector('#seeds :is(textarea, input)').value === '5'"
+    )
     assert made(page, "5") == [first[1]]
     assert page.locator("#earlier figure").count() == 3
 
@@ -103,11 +120,15 @@ def test_strips_between_seeds_and_over_settings(visit):
     page = visit()
     page.get_by_text("Between two seeds").click()
     page.click("#interpolate")
-    page.wait_for_function("() => document.querySelector('#status').innerText.includes('great arc')", timeout=60_000)
+    page.wait_for_function(
+        "() => document.querySelector('#status').innerText.includes('great arc')", timeout=60_000
+    )
     assert page.locator("#strip figure").count() == 7
     page.get_by_text("One seed, several settings").click()
     page.click("#vary")
-    page.wait_for_function("() => document.querySelectorAll('#strip [data-save]').length === 4", timeout=60_000)
+    page.wait_for_function(
+        "() => document.querySelectorAll('#strip [data-save]').length === 4", timeout=60_000
+    )
     assert len({i.get_attribute("src") for i in page.query_selector_all("#strip img")}) == 4
 
 
@@ -117,7 +138,9 @@ def test_cancelling_stops_the_computation(visit):
     page.wait_for_selector("#status progress")
     page.click("#stop")
     page.wait_for_function("() => document.querySelector('#status').innerText === 'stopped'")
-    page.wait_for_timeout(1000)  # the page ignores a press while it is still closing the cancelled request
+    page.wait_for_timeout(
+        1000
+    )  # the page ignores a press while it is still closing the cancelled request
     before = time.monotonic()
     assert len(made(page, "1")) == 1
     assert time.monotonic() - before < 15
@@ -132,7 +155,9 @@ def test_a_photo_of_ones_own_is_noised_and_other_files_are_refused(visit, tmp_pa
     before = shown.get_attribute("src")
     Image.new("RGB", (300, 200), (250, 20, 20)).save(tmp_path / "red.png")
     page.set_input_files("#photo-file", str(tmp_path / "red.png"))
-    page.wait_for_function("b => document.querySelector('#noised img').src !== b", arg=before, timeout=30_000)
+    page.wait_for_function(
+        "b => document.querySelector('#noised img').src !== b", arg=before, timeout=30_000
+    )
     _, _, body = page.locator("#noised img").nth(3).get_attribute("src").partition(",")
     red, green, _ = np.array(Image.open(io.BytesIO(base64.b64decode(body)))).reshape(-1, 3).mean(0)
     assert red > green + 60
@@ -200,7 +225,9 @@ def test_the_keyboard_is_enough(visit):
     page.locator(SEEDS).fill("")
     page.locator("#pictures .mz-pick").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("() => document.querySelector('#seeds :is(textarea, input)').value === '3'")
+    page.wait_for_function(
+        "() => document.querySelector('#seeds :is(textarea, input)').value === '3'"
+    )
 
 
 def test_two_visitors_at_once_each_get_their_own(visit):
@@ -234,11 +261,18 @@ def test_a_model_that_reads_words_has_a_place_for_them(visit, server, shot):
     assert not page.get_by_label("Class").first.is_visible()
     pictures = made(page, "0-1")
     shot(page, "generate-words")
-    settings = Settings(steps=3)
-    job = Job(model=open_model(server.folder / "words"), settings=settings, prompts=("a red ring", "a blue square"))
+    settings = SamplingSettings(steps=3)
+    job = SamplingJob(
+        model=open_model(server.folder / "words"),
+        settings=settings,
+        prompts=("a red ring", "a blue square"),
+    )
     for uri, picture in zip(pictures, job.draw([0, 1]), strict=True):
-        assert np.array_equal(np.array(decoded(uri)), np.array(to_pillow(picture)))
-    assert json.loads(decoded(pictures[0]).text["mezzotint"])["prompts"] == ["a red ring", "a blue square"]
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(picture)))
+    assert json.loads(decoded(pictures[0]).text["mezzotint"])["prompts"] == [
+        "a red ring",
+        "a blue square",
+    ]
     assert "a blue square" in page.locator("#pictures figure").nth(1).inner_text()
     choose(page, "good")
     words.wait_for(state="hidden")
@@ -259,10 +293,12 @@ def test_comparing_two_models(visit, shot):
     page.get_by_role("tab", name="Compare").click()
     page.click("#compare")
     page.wait_for_function(
-        "() => document.querySelector('#compare-status').innerText.startsWith('done')", timeout=90_000
+        "() => document.querySelector('#compare-status').innerText.startsWith('done')",
+        timeout=90_000,
     )
     columns = [
-        [i.get_attribute("src") for i in s.query_selector_all("img")] for s in page.query_selector_all("#pairs section")
+        [i.get_attribute("src") for i in s.query_selector_all("img")]
+        for s in page.query_selector_all("#pairs section")
     ]
     assert [len(c) for c in columns] == [4, 4]
     assert not set(columns[0]) & set(columns[1])
@@ -270,7 +306,8 @@ def test_comparing_two_models(visit, shot):
 
 
 @pytest.mark.parametrize(
-    ("tab", "part", "rows"), [("DiMR's branches", "branches", 3), ("DiffiT's attention", "attention", 2)]
+    ("tab", "part", "rows"),
+    [("DiMR's branches", "branches", 3), ("DiffiT's attention", "attention", 2)],
 )
 def test_looking_into_a_network_while_it_samples(visit, shot, tab, part, rows):
     page = visit()
@@ -376,8 +413,15 @@ def test_no_path_of_a_visitor_is_opened(server, path):
 def test_a_photo_cannot_be_a_path_or_an_address(server):
     config = json.loads(fetched(f"{server.url}/config"))
     photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
-    which = next(d for d in config["dependencies"] if d["inputs"][:1] == [photo] and len(d["inputs"]) == 3)
-    for text in ("/etc/passwd", "file:///etc/passwd", {"path": "/etc/passwd"}, "http://127.0.0.1:1/x.png"):
+    which = next(
+        d for d in config["dependencies"] if d["inputs"][:1] == [photo] and len(d["inputs"]) == 3
+    )
+    for text in (
+        "/etc/passwd",
+        "file:///etc/passwd",
+        {"path": "/etc/passwd"},
+        "http://127.0.0.1:1/x.png",
+    ):
         body = {"data": [text, 0.5, 64], "fn_index": which["id"], "session_hash": "visitor"}
         request = urllib.request.Request(
             f"{server.url}/gradio_api/queue/join",
@@ -410,7 +454,9 @@ def test_twenty_visitors_queue_for_a_minute_and_none_is_lost(server):
         asked = answered = 0
         while asked == 0 or time.monotonic() < end:
             asked += 1
-            answered += "data:image/png" in call(server, values(seeds=f"{number * 100}-{number * 100 + 7}", steps=10))
+            answered += "data:image/png" in call(
+                server, values(seeds=f"{number * 100}-{number * 100 + 7}", steps=10)
+            )
         return asked, answered
 
     with ThreadPoolExecutor(20) as pool:

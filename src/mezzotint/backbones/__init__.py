@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mezzotint.core.registry import Registry, Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
-from mezzotint.registry import Registry, Spec
 
 
 class Config(Protocol):
@@ -42,9 +42,13 @@ def needs_label(config: Any) -> bool:
     return getattr(config, "needs_label", False)
 
 
-def some_cond(config: Any, z: Tensor) -> Cond:
+def dummy_condition(config: Any, z: Tensor) -> Cond:
     """The cheapest condition that the network takes for a batch z: none, or label 0 where there must be one."""
-    return Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device)) if needs_label(config) else Cond()
+    return (
+        Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device))
+        if needs_label(config)
+        else Cond()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +74,7 @@ class Preset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
+class Family:
     """What a backbone's file registers at its foot.
 
     module: builds the network from a config.
@@ -86,7 +90,7 @@ class Backbone:
     presets: dict[str, Preset]
 
 
-registry: Registry[Backbone] = Registry("backbone", __name__)
+registry: Registry[Family] = Registry("backbone", __name__)
 
 
 def presets() -> dict[str, tuple[str, Preset]]:

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
     """Members of the innermost ModuleLists, in order."""
     if isinstance(module, nn.ModuleList):
-        return [block for member in module for block in (blocks(member) or [member])]
-    return [block for child in module.children() for block in blocks(child)]
+        return [block for member in module for block in (repeated_blocks(member) or [member])]
+    return [block for child in module.children() for block in repeated_blocks(child)]
 
 
 def compile_blocks(backbone: nn.Module) -> None:
@@ -20,5 +20,7 @@ def compile_blocks(backbone: nn.Module) -> None:
     compilation of its own. Beyond 8 of them torch would go back, with a warning, to running them as they are.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for block in blocks(backbone):
-        block.compile(dynamic=False)  # or all but the first width would get kernels for any size, which are slower
+    for block in repeated_blocks(backbone):
+        block.compile(
+            dynamic=False
+        )  # or all but the first width would get kernels for any size, which are slower

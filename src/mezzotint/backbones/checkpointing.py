@@ -7,9 +7,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-import mezzotint.kernels.depthwise  # noqa: F401  (registers the operation named below)
+import mezzotint.backbones.kernels.depthwise  # noqa: F401  (registers the operation named below)
 
 Checkpointing = Literal["none", "selective", "full"]
 
@@ -29,7 +33,9 @@ def _policy(context: Any, operation: Any, *args: Any, **options: Any) -> Checkpo
     return CheckpointPolicy.MUST_SAVE if operation in _DEAR else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run(block: nn.Module, checkpointing: Checkpointing, *inputs: Any, dropout: bool = True) -> Tensor:
+def run_block(
+    block: nn.Module, checkpointing: Checkpointing, *inputs: Any, dropout: bool = True
+) -> Tensor:
     """block(*inputs), keeping for the backward pass what `checkpointing` says.
 
     Args:
@@ -40,7 +46,9 @@ def run(block: nn.Module, checkpointing: Checkpointing, *inputs: Any, dropout: b
     Errors: ValueError for another word.
     """
     if checkpointing not in get_args(Checkpointing):
-        raise ValueError(f"checkpointing {checkpointing!r}; allowed: {', '.join(get_args(Checkpointing))}")
+        raise ValueError(
+            f"checkpointing {checkpointing!r}; allowed: {', '.join(get_args(Checkpointing))}"
+        )
     if checkpointing == "none" or not torch.is_grad_enabled():
         return block(*inputs)
     selective = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}

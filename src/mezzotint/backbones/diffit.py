@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
-from mezzotint.backbones.layers import check_input, check_sides, label_index
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones.inputs import check_input, check_sides, label_index
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm
-from mezzotint.registry import Spec
 
 FREQUENCIES = 256  # width of the sin-cos embedding of time before its MLP
 
@@ -65,9 +65,13 @@ class DiffiTConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.num_classes < 0 or (self.window is not None and self.window < 1):
-            raise ValueError(f"num_classes {self.num_classes} and window {self.window} must not be negative or empty")
+            raise ValueError(
+                f"num_classes {self.num_classes} and window {self.window} must not be negative or empty"
+            )
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 and of heads {self.heads}"
+            )
         check_sides(self.size, self.size, self.tile)
 
     @property
@@ -84,7 +88,9 @@ class DiffiTConfig:
 def time_embedding(noise: Float[Tensor, " b"], width: int) -> Float[Tensor, "b {width}"]:
     """[cos, sin] of the network's number at frequencies 10000^(-i / (width/2)); float32 (specs section 2)."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=noise.device))
+    frequency = torch.exp(
+        -math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=noise.device)
+    )
     angle = noise.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
@@ -138,13 +144,19 @@ def resize_table(
     def hat(new_side: int) -> Tensor:  # linear interpolation as a (2 new_side - 1, old) matrix
         displacement = torch.arange(1 - new_side, new_side, dtype=wide, device=table.device)
         coordinate = displacement * ((side - 1) / max(new_side - 1, 1)) + side - 1
-        return (1 - (coordinate[:, None] - torch.arange(old, dtype=wide, device=table.device)).abs()).clamp(min=0)
+        return (
+            1 - (coordinate[:, None] - torch.arange(old, dtype=wide, device=table.device)).abs()
+        ).clamp(min=0)
 
     grid = table.to(wide).view(old, old, -1)
-    return torch.einsum("ai,bj,ijh->abh", hat(height), hat(width), grid).flatten(0, 1).to(table.dtype)
+    return (
+        torch.einsum("ai,bj,ijh->abh", hat(height), hat(width), grid).flatten(0, 1).to(table.dtype)
+    )
 
 
-def gathered_bias(table: Float[Tensor, "m heads"], index: Int[Tensor, " {tokens}**2"], tokens: int) -> Tensor:
+def gathered_bias(
+    table: Float[Tensor, "m heads"], index: Int[Tensor, " {tokens}**2"], tokens: int
+) -> Tensor:
     """(1, heads, tokens, tokens), keys contiguous as the fused kernels want them."""
     return table.t().index_select(1, index).view(1, -1, tokens, tokens)
 
@@ -174,7 +186,9 @@ class TimeMLP(nn.Module):
 
     def forward(self, noise: Tensor) -> Tensor:
         """noise: (b,), any float dtype; the result is of the weights' dtype."""
-        return self.fc2(F.silu(self.fc1(time_embedding(noise, FREQUENCIES).to(self.fc1.weight.dtype))))
+        return self.fc2(
+            F.silu(self.fc1(time_embedding(noise, FREQUENCIES).to(self.fc1.weight.dtype)))
+        )
 
 
 class TMSA(nn.Module):
@@ -207,7 +221,9 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor, side: int, window: tuple[int, int]) -> Tensor:
+    def forward(
+        self, x: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor, side: int, window: tuple[int, int]
+    ) -> Tensor:
         """x: (b, windows, tokens, width); index: `relative_index` of `window`; side: of the native window."""
         table = self.attn.bias_table
         if window != (side, side):
@@ -238,14 +254,17 @@ class DiffiT(nn.Module):
         self.patch = nn.Conv2d(c.channels, c.width, c.patch, c.patch)
         # A parameter without gradient and not a buffer: the authors store and count it (561.330 M with it).
         self.positions = nn.Parameter(
-            sincos_positions(grid, grid, grid, c.width).to(torch.get_default_dtype()), requires_grad=False
+            sincos_positions(grid, grid, grid, c.width).to(torch.get_default_dtype()),
+            requires_grad=False,
         )
         self.time = TimeMLP(c.width)
         self.label = nn.Embedding(c.num_classes + 1, c.width)
         # Rows (part, block, width) with the parts q, v and the dead k: one product serves every block.
         self.temporal = nn.Linear(c.width, 3 * c.depth * c.width)
         hidden = round(c.mlp_ratio * c.width)
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, c.table_side, hidden) for _ in range(c.depth))
+        self.blocks = nn.ModuleList(
+            Block(c.width, c.heads, c.table_side, hidden) for _ in range(c.depth)
+        )
         self.final = nn.Linear(c.width, c.patch**2 * self.out_channels)
         self.reset_parameters()
 
@@ -255,7 +274,9 @@ class DiffiT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        bound = (6 / (4 * self.config.width)) ** 0.5  # Xavier's of one block's (3 width, width), not of the stack
+        bound = (
+            6 / (4 * self.config.width)
+        ) ** 0.5  # Xavier's of one block's (3 width, width), not of the stack
         nn.init.uniform_(self.temporal.weight, -bound, bound)
         nn.init.xavier_uniform_(self.patch.weight.view(self.config.width, -1))
         nn.init.zeros_(self.patch.get_parameter("bias"))
@@ -283,9 +304,13 @@ class DiffiT(nn.Module):
         side = self.config.size // self.config.patch
         if grid == (side, side):
             return self.positions
-        return sincos_positions(*grid, side, self.config.width, self.positions.device).to(self.positions.dtype)
+        return sincos_positions(*grid, side, self.config.width, self.positions.device).to(
+            self.positions.dtype
+        )
 
-    def forward(self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond) -> list[Tensor]:
+    def forward(
+        self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond
+    ) -> list[Tensor]:
         """[prediction], or [prediction and variance stacked on channels]: (b, channels or 2 channels, h, w).
 
         Args:
@@ -304,18 +329,28 @@ class DiffiT(nn.Module):
         x = x.reshape(b, -1, h * w, self.config.width).contiguous()
         index = relative_index(h, w, z.device)
         for i, block in enumerate(self.blocks):
-            x = run(block, self.checkpointing, x, q_t[i], v_t[i], index, self.config.table_side, (h, w))
+            x = run_block(
+                block, self.checkpointing, x, q_t[i], v_t[i], index, self.config.table_side, (h, w)
+            )
         # specs section 2, final layer: LN, SiLU, Linear; patches are (row, column, channel).
-        out = self.final(F.silu(plain_norm(x))).view(b, rows // h, columns // w, h, w, p, p, self.out_channels)
-        return [out.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(b, self.out_channels, rows * p, columns * p)]
+        out = self.final(F.silu(plain_norm(x))).view(
+            b, rows // h, columns // w, h, w, p, p, self.out_channels
+        )
+        return [
+            out.permute(0, 7, 1, 3, 5, 2, 4, 6).reshape(b, self.out_channels, rows * p, columns * p)
+        ]
 
 
 def parameterisation(config: DiffiTConfig) -> Parameterisation:
     """The output is `prediction` (eps as published); the network is told the index into DDPM's linear table."""
-    with torch.device("cpu"):  # the table is numbers, also where the network is built on the meta device
+    with torch.device(
+        "cpu"
+    ):  # the table is numbers, also where the network is built on the meta device
         table = linear_ddpm()
     assert isinstance(table, Table)
-    return Parameterisation(kind=named(config.prediction), noise=table.index, learned_variance=config.learned_variance)
+    return Parameterisation(
+        kind=named(config.prediction), noise=table.index, learned_variance=config.learned_variance
+    )
 
 
 def schedule(config: DiffiTConfig) -> Spec:
@@ -325,7 +360,7 @@ def schedule(config: DiffiTConfig) -> Spec:
 
 registry.add(
     "diffit",
-    Backbone(
+    Family(
         config=DiffiTConfig,
         module=DiffiT,
         parameterisation=parameterisation,

@@ -34,14 +34,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.layers import check_input, check_sides, label_index
+from mezzotint.backbones.inputs import check_input, check_sides, label_index
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.prediction import named
-from mezzotint.registry import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +75,13 @@ class DiffiTImageConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.multipliers or min(self.multipliers) < 1 or self.num_classes < 0:
-            raise ValueError(f"multipliers {self.multipliers} or num_classes {self.num_classes} are empty or negative")
+            raise ValueError(
+                f"multipliers {self.multipliers} or num_classes {self.num_classes} are empty or negative"
+            )
         if self.width % self.heads or self.width % 4:
-            raise ValueError(f"width {self.width} must be a multiple of 4 and of heads {self.heads}")
+            raise ValueError(
+                f"width {self.width} must be a multiple of 4 and of heads {self.heads}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         check_sides(self.size, self.size, self.tile)
@@ -114,7 +118,11 @@ class Cell(nn.Module):
         w = self.window
         x_hat = self.conv(self.dropout(F.silu(self.norm(x)))).permute(0, 2, 3, 1)
         # The only copy that windows cost: back in image order they are a strided operand of the outer sum.
-        tokens = x_hat.reshape(b, height // w, w, width // w, w, -1).transpose(2, 3).reshape(b, -1, w * w, q_t.shape[1])
+        tokens = (
+            x_hat.reshape(b, height // w, w, width // w, w, -1)
+            .transpose(2, 3)
+            .reshape(b, -1, w * w, q_t.shape[1])
+        )
         tokens = self.block(tokens, q_t, v_t, index, w, (w, w))
         windows = tokens.view(b, height // w, width // w, w, w, -1).transpose(2, 3)
         skip = self.skip(x).permute(0, 2, 3, 1)
@@ -126,13 +134,17 @@ class Stage(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: DiffiTImageConfig):
         super().__init__()
-        self.cells = nn.ModuleList(Cell(outputs if i else inputs, outputs, config) for i in range(config.blocks))
+        self.cells = nn.ModuleList(
+            Cell(outputs if i else inputs, outputs, config) for i in range(config.blocks)
+        )
 
-    def forward(self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: Checkpointing) -> Tensor:
+    def forward(
+        self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: Checkpointing
+    ) -> Tensor:
         """terms: each cell's [q_t, v_t], (b, 2 outputs), taken in turn; checkpointing: see `DiffiTImage`."""
         for cell in self.cells:
             q_t, v_t = next(terms).chunk(2, dim=1)
-            x = run(cell, checkpointing, x, q_t, v_t, index)
+            x = run_block(cell, checkpointing, x, q_t, v_t, index)
         return x
 
 
@@ -175,7 +187,9 @@ class DiffiTImage(nn.Module):
         label = label_index(cond.label, self.config.num_classes, noise.shape[0], noise.device)
         return c if self.label is None else c + self.label(label)
 
-    def forward(self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond) -> list[Tensor]:
+    def forward(
+        self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond
+    ) -> list[Tensor]:
         """[prediction], shaped like z.
 
         Args:
@@ -184,7 +198,9 @@ class DiffiTImage(nn.Module):
             cond: labels in 0...num_classes, or none; an unconditional network (num_classes 0) takes none.
         """
         check_input(z, self.config.channels, self.config.tile)
-        terms = iter(self.temporal(self.condition(noise, cond)).split([2 * w for w in self.terms], dim=1))
+        terms = iter(
+            self.temporal(self.condition(noise, cond)).split([2 * w for w in self.terms], dim=1)
+        )
         index = relative_index(self.config.window, self.config.window, z.device)
 
         x = self.tokenizer(z.contiguous(memory_format=torch.channels_last))
@@ -205,10 +221,14 @@ def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
     def noise(logsnr: Tensor) -> Tensor:  # s = sigma / alpha, so ln(s) / 4 = -logsnr / 8
         return -logsnr / 8
 
-    def scale(logsnr: Tensor) -> Tensor:  # c_in y = z / (alpha sqrt(s^2 + d^2)), with alpha inside the root
+    def scale(
+        logsnr: Tensor,
+    ) -> Tensor:  # c_in y = z / (alpha sqrt(s^2 + d^2)), with alpha inside the root
         return (sigma(logsnr) ** 2 + config.data_std**2 * alpha(logsnr) ** 2).rsqrt()
 
-    return Parameterisation(kind=named(config.prediction, config.data_std), noise=noise, scale=scale)
+    return Parameterisation(
+        kind=named(config.prediction, config.data_std), noise=noise, scale=scale
+    )
 
 
 def schedule(config: DiffiTImageConfig) -> Spec:
@@ -218,7 +238,7 @@ def schedule(config: DiffiTImageConfig) -> Spec:
 
 registry.add(
     "diffit_image",
-    Backbone(
+    Family(
         config=DiffiTImageConfig,
         module=DiffiTImage,
         parameterisation=parameterisation,

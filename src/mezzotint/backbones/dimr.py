@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.dimr_blocks import (
     NORMS,
     Cascade,
@@ -29,12 +29,12 @@ from mezzotint.backbones.dimr_blocks import (
     TransformerBlock,
     layer_norm,
 )
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table
 from mezzotint.process.schedules.linear_vp import linear_vp_time
 from mezzotint.process.schedules.scaled_linear import scaled_linear
-from mezzotint.registry import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,9 @@ class DiMRConfig:
     """A DiMR network; tuples hold one entry per branch, coarse to fine.
 
     size, channels: of the input. num_classes: real classes; null_label: one more embedding row for "no class".
-    patches: patch sizes, each a multiple of the next, the last usually 1. dims: widths. hiddens: widths of the GEGLU.
+    patches: patch sizes, each a multiple of the next, the last usually 1. dims: widths. hidden_dims: widths of the GEGLU.
     depths: blocks built, odd (the published configs' 20 builds 21). stages: "transformer" or "convnext".
-    heads: of every attention. kernel: of every depthwise convolution, odd.
+    heads: of every attention. kernel_size: of every depthwise convolution, odd.
     norm: of the blocks: TDRMSN (released models), LN (the paper's text), RMSN, ADARMSN.
     time: the process whose step n = 1 ... 1000 the network is told: "scaled_linear" (latent models: the table of
         Stable Diffusion) or "linear_vp" (pixel models, after U-ViT: the variance-preserving SDE).
@@ -56,26 +56,43 @@ class DiMRConfig:
     null_label: bool = True
     patches: tuple[int, ...] = (4, 2, 1)
     dims: tuple[int, ...] = (768, 384, 192)
-    hiddens: tuple[int, ...] = (1536, 768, 384)
+    hidden_dims: tuple[int, ...] = (1536, 768, 384)
     depths: tuple[int, ...] = (15, 9, 9)
     stages: tuple[str, ...] = ("transformer", "convnext", "convnext")
     heads: int = 16
-    kernel: int = 7
+    kernel_size: int = 7
     norm: str = "TDRMSN"
     time: str = "linear_vp"
     prediction: str = "eps"
 
     def __post_init__(self) -> None:
-        per_branch = {name: getattr(self, name) for name in ("patches", "dims", "hiddens", "depths", "stages")}
+        per_branch = {
+            name: getattr(self, name)
+            for name in ("patches", "dims", "hidden_dims", "depths", "stages")
+        }
         if len({len(values) for values in per_branch.values()}) != 1 or not self.patches:
-            raise ValueError(f"one entry per branch in each of {', '.join(per_branch)}; given {per_branch}")
-        numbers = (self.size, self.channels, self.heads, *self.patches, *self.dims, *self.hiddens, *self.depths)
+            raise ValueError(
+                f"one entry per branch in each of {', '.join(per_branch)}; given {per_branch}"
+            )
+        numbers = (
+            self.size,
+            self.channels,
+            self.heads,
+            *self.patches,
+            *self.dims,
+            *self.hidden_dims,
+            *self.depths,
+        )
         if min(numbers) < 1 or self.num_classes < 0:
             raise ValueError(f"sizes of a network must be positive: {self}")
         if any(depth % 2 == 0 for depth in self.depths):
-            raise ValueError(f"depths {self.depths} must be odd: pairs joined by long skips and a block in the middle")
+            raise ValueError(
+                f"depths {self.depths} must be odd: pairs joined by long skips and a block in the middle"
+            )
         if any(a % b for a, b in zip(self.patches, self.patches[1:], strict=False)):
-            raise ValueError(f"patches {self.patches}: each must be a multiple of the next, as in (4, 2, 1)")
+            raise ValueError(
+                f"patches {self.patches}: each must be a multiple of the next, as in (4, 2, 1)"
+            )
         if self.size % self.patches[0]:
             near = self.size // self.patches[0] * self.patches[0]
             raise ValueError(
@@ -89,11 +106,15 @@ class DiMRConfig:
                 fit = [h for h in range(1, min(dim, 64) + 1) if dim % h == 0]
                 raise ValueError(f"heads {self.heads} do not divide width {dim}; these do: {fit}")
         if "transformer" not in self.stages and self.num_classes:
-            raise ValueError("convnext stages see no class: without a transformer stage num_classes must be 0")
+            raise ValueError(
+                "convnext stages see no class: without a transformer stage num_classes must be 0"
+            )
         if "transformer" in self.stages and not self.rows:
-            raise ValueError("num_classes 0 needs null_label=True: the class token must be something")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel {self.kernel} must be odd")
+            raise ValueError(
+                "num_classes 0 needs null_label=True: the class token must be something"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {self.kernel_size} must be odd")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
         if self.time not in ("scaled_linear", "linear_vp"):
@@ -120,7 +141,11 @@ class Branch(nn.Module):
 
     def __init__(self, config: DiMRConfig, i: int, vectors: list[tuple[int, float]]):
         super().__init__()
-        dim, self.size, self.pairs = config.dims[i], config.size // config.patches[i], config.depths[i] // 2
+        dim, self.size, self.pairs = (
+            config.dims[i],
+            config.size // config.patches[i],
+            config.depths[i] // 2,
+        )
         self.transformer = config.stages[i] == "transformer"
         self.patch = nn.Conv2d(config.channels, dim, config.patches[i], stride=config.patches[i])
         self.positions = nn.Parameter(torch.empty(self.size**2, dim))
@@ -128,13 +153,15 @@ class Branch(nn.Module):
         self.cascade = None
         if i > 0:
             count = config.depths[i - 1] + 1
-            self.cascade = Cascade(config.dims[i - 1], count, dim, config.patches[i - 1] // config.patches[i])
+            self.cascade = Cascade(
+                config.dims[i - 1], count, dim, config.patches[i - 1] // config.patches[i]
+            )
             vectors += self.cascade.vectors
 
         def block() -> TransformerBlock | ConvNeXtBlock:
             if self.transformer:
-                return TransformerBlock(dim, config.hiddens[i], config.heads, config.norm)
-            return ConvNeXtBlock(dim, config.hiddens[i], config.kernel, config.norm)
+                return TransformerBlock(dim, config.hidden_dims[i], config.heads, config.norm)
+            return ConvNeXtBlock(dim, config.hidden_dims[i], config.kernel_size, config.norm)
 
         blocks = [block() for _ in range(2 * self.pairs + 1)]
         self.blocks = nn.ModuleList(blocks)
@@ -149,7 +176,9 @@ class Branch(nn.Module):
         p = self.patch.stride[0]
         b, c, h, w = z.shape
         cells = z.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(cells, self.patch.weight.flatten(1), self.patch.bias) + self.position(h // p, w // p)
+        return F.linear(cells, self.patch.weight.flatten(1), self.patch.bias) + self.position(
+            h // p, w // p
+        )
 
     def position(self, h: int, w: int) -> Tensor:
         """Position embeddings (h, w, d): the top left of the table, an axis that is too short stretched first.
@@ -159,7 +188,9 @@ class Branch(nn.Module):
         table = self.positions.view(self.size, self.size, -1)
         if h > self.size or w > self.size:
             image, target = table.permute(2, 0, 1)[None], (max(h, self.size), max(w, self.size))
-            table = F.interpolate(image, size=target, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
+            table = F.interpolate(image, size=target, mode="bilinear", align_corners=False)[
+                0
+            ].permute(1, 2, 0)
         return table[:h, :w]
 
     def forward(
@@ -192,7 +223,7 @@ class Branch(nn.Module):
             if j > self.pairs:
                 x = self.skips[j - self.pairs - 1](x, stack.pop())
             vectors = [v[:, 0] if self.transformer else v for v in islice(maps, self.per_block)]
-            x = run(block, checkpointing, x, *vectors, dropout=False)
+            x = run_block(block, checkpointing, x, *vectors, dropout=False)
             if j < self.pairs:
                 stack.append(x)
             features.append(as_map(x))
@@ -241,14 +272,18 @@ class DiMR(nn.Module):
         features: list[Tensor] = []
         outputs = []
         for branch, count in zip(self.branches, self.counts, strict=True):
-            features, out = branch(z, features, label, list(islice(time, count)), self.checkpointing)
+            features, out = branch(
+                z, features, label, list(islice(time, count)), self.checkpointing
+            )
             outputs.append(out)
         return outputs
 
     def label(self, z: Tensor, cond: Cond) -> Tensor | None:
         """Rows of the class embedding, (b,), after checking the input."""
         if cond.label is not None and cond.label.shape[0] != z.shape[0]:
-            raise ValueError(f"{cond.label.shape[0]} labels for a batch of {z.shape[0]}; give one per image")
+            raise ValueError(
+                f"{cond.label.shape[0]} labels for a batch of {z.shape[0]}; give one per image"
+            )
         c, patch = self.config, self.config.patches[0]
         if z.shape[1] != c.channels or z.shape[2] % patch or z.shape[3] % patch:
             near = [max(s // patch, 1) * patch for s in z.shape[2:]]
@@ -264,14 +299,18 @@ class DiMR(nn.Module):
             return None
         if cond.label is None:
             if not c.null_label:
-                raise ValueError(f"this network has no null label: give a label in 0 ... {c.num_classes - 1}")
+                raise ValueError(
+                    f"this network has no null label: give a label in 0 ... {c.num_classes - 1}"
+                )
             return torch.full((len(z),), c.num_classes, device=z.device)
         # Elsewhere than on the CPU looking at the labels would wait for the device; there the caller checks.
         if cond.label.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = cond.label.aminmax()
             if low < 0 or high >= c.rows:
                 null = f", {c.num_classes} meaning no class" if c.null_label else ""
-                raise ValueError(f"labels {int(low)} ... {int(high)}: allowed are 0 ... {c.rows - 1}{null}")
+                raise ValueError(
+                    f"labels {int(low)} ... {int(high)}: allowed are 0 ... {c.rows - 1}{null}"
+                )
         return cond.label
 
 
@@ -298,11 +337,17 @@ def parameterisation(config: DiMRConfig) -> Parameterisation:
     """
     kind = named(config.prediction)
     if config.time == "linear_vp":
-        return Parameterisation(kind=kind, noise=lambda logsnr: 8 * linear_vp_time(logsnr).clamp(0, 1) - 4)
-    with torch.device("cpu"):  # the table is numbers, also where the network is built on the meta device
+        return Parameterisation(
+            kind=kind, noise=lambda logsnr: 8 * linear_vp_time(logsnr).clamp(0, 1) - 4
+        )
+    with torch.device(
+        "cpu"
+    ):  # the table is numbers, also where the network is built on the meta device
         table = scaled_linear()
     assert isinstance(table, Table)
-    return Parameterisation(kind=kind, noise=lambda logsnr: 8 * (table.index(logsnr) + 1) / 1000 - 4)
+    return Parameterisation(
+        kind=kind, noise=lambda logsnr: 8 * (table.index(logsnr) + 1) / 1000 - 4
+    )
 
 
 def schedule(config: DiMRConfig) -> Spec:
@@ -310,7 +355,9 @@ def schedule(config: DiMRConfig) -> Spec:
     return Spec(config.time)
 
 
-def published(size: int, patches: tuple[int, ...], width: int, depths: tuple[int, ...], pixels: bool) -> DiMRConfig:
+def published(
+    size: int, patches: tuple[int, ...], width: int, depths: tuple[int, ...], pixels: bool
+) -> DiMRConfig:
     """Spec 3: the width halves from branch to branch, the GEGLU is twice as wide, only the first is a transformer."""
     dims = tuple(width >> i for i in range(len(depths)))
     return DiMRConfig(
@@ -318,7 +365,7 @@ def published(size: int, patches: tuple[int, ...], width: int, depths: tuple[int
         channels=3 if pixels else 4,
         patches=patches,
         dims=dims,
-        hiddens=tuple(2 * d for d in dims),
+        hidden_dims=tuple(2 * d for d in dims),
         depths=depths,
         stages=("transformer", *["convnext"] * (len(depths) - 1)),
         time="linear_vp" if pixels else "scaled_linear",
@@ -332,7 +379,7 @@ FROM_COUNTS = "Heads are not stated (16 as in the released sizes); widths and de
 
 registry.add(
     "dimr",
-    Backbone(
+    Family(
         config=DiMRConfig,
         module=DiMR,
         parameterisation=parameterisation,
@@ -344,7 +391,8 @@ registry.add(
                 params="133 M",
                 fid="3.65",
                 protocol=UNGUIDED,
-                note=FROM_COUNTS + "The paper's 132.7 and 132.9 M are those of other block norms (RMSN, LN).",
+                note=FROM_COUNTS
+                + "The paper's 132.7 and 132.9 M are those of other block norms (RMSN, LN).",
             ),
             "dimr-l-3r-64": Preset(
                 config=published(64, (4, 2, 1), 768, (33, 17, 17), pixels=True),
@@ -383,11 +431,15 @@ registry.add(
                 note=FROM_COUNTS + "The paper's 524.8 M is that of the RMSN block norm.",
             ),
             "dimr-tiny": Preset(
-                config=replace(published(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4),
+                config=replace(
+                    published(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4
+                ),
                 paper="none: DiMR that trains on a laptop, 32 or 64 pixels",
             ),
             "dimr-latent-tiny": Preset(
-                config=replace(published(16, (2, 1), 128, (5, 3), pixels=False), num_classes=10, heads=4),
+                config=replace(
+                    published(16, (2, 1), 128, (5, 3), pixels=False), num_classes=10, heads=4
+                ),
                 paper="none: latent DiMR that trains on a laptop, on latents of 128x128 images",
                 codec="sd-vae-ft-ema",
             ),

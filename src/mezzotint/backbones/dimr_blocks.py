@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.layers import attend
-from mezzotint.kernels.depthwise import residual_depthwise
+from mezzotint.backbones.kernels.depthwise import residual_depthwise
+from mezzotint.backbones.layers import attention
 
 
 class TimeVectors(nn.Module):
@@ -31,7 +31,9 @@ class TimeVectors(nn.Module):
     def __init__(self, widths: Sequence[int], initial: Sequence[float]):
         super().__init__()
         self.widths = list(widths)
-        start = torch.cat([torch.full((width,), value) for width, value in zip(widths, initial, strict=True)])
+        start = torch.cat(
+            [torch.full((width,), value) for width, value in zip(widths, initial, strict=True)]
+        )
         self.p0 = nn.Parameter(start)
         self.p1 = nn.Parameter(start.clone())
         self.w_minus_1 = nn.Parameter(torch.zeros_like(start))
@@ -86,7 +88,9 @@ class TimeRMSNorm(nn.Module):
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (b, ..., d); gain (b, 1, ..., d)."""
         plain = x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
-        return over_rms(x) * gain if plain or not torch.is_grad_enabled() else TimeRMS.apply(x, gain)
+        return (
+            over_rms(x) * gain if plain or not torch.is_grad_enabled() else TimeRMS.apply(x, gain)
+        )
 
 
 class TimeRMS(torch.autograd.Function):
@@ -148,7 +152,12 @@ class ClassRMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], eps=1e-6) * (1 + self.linear(x[:, :1]))
 
 
-NORMS: dict[str, Any] = {"TDRMSN": TimeRMSNorm, "LN": TimeLayerNorm, "RMSN": RMSNorm, "ADARMSN": ClassRMSNorm}
+NORMS: dict[str, Any] = {
+    "TDRMSN": TimeRMSNorm,
+    "LN": TimeLayerNorm,
+    "RMSN": RMSNorm,
+    "ADARMSN": ClassRMSNorm,
+}
 
 
 class Attention(nn.Module):
@@ -163,8 +172,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *time: Tensor) -> Tensor:
         """x (b, n, d) -> (b, n, d), without the residual."""
-        q, k, v = self.qkv(self.norm(x, *time)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(attend(q, k, v).transpose(1, 2).flatten(2))
+        q, k, v = (
+            self.qkv(self.norm(x, *time)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )
+        return self.out(attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -270,7 +281,9 @@ class Cascade(nn.Module):
         return layer_norm(out.to(gain_out.dtype), gain_out, shift_out)
 
 
-def normed_projection(features: Sequence[Tensor], gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def normed_projection(
+    features: Sequence[Tensor], gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
     """W (gain LN(f) + shift) + b of the features f as if concatenated, LN without weights and with eps 1e-5.
 
     Args:
@@ -279,12 +292,16 @@ def normed_projection(features: Sequence[Tensor], gain: Tensor, shift: Tensor, w
     kind = features[0].device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     low = torch.get_autocast_dtype(kind) if mixed else weight.dtype
-    if torch.compiler.is_compiling():  # the compiler chooses by itself what to keep and what to make again
+    if (
+        torch.compiler.is_compiling()
+    ):  # the compiler chooses by itself what to keep and what to make again
         mean, rstd = joint_statistics(features)
         out = bias.to(mean.dtype)
         for i, f in enumerate(features):
             columns = slice(i * f.shape[-1], (i + 1) * f.shape[-1])
-            a = torch.addcmul(shift[..., columns], (f.to(mean.dtype) - mean) * rstd, gain[..., columns]).to(low)
+            a = torch.addcmul(
+                shift[..., columns], (f.to(mean.dtype) - mean) * rstd, gain[..., columns]
+            ).to(low)
             out = out + F.linear(a, weight[:, columns].to(low))
         return out
     return NormedProjection.apply(gain, shift, weight, bias, low, *features)
@@ -303,7 +320,13 @@ class NormedProjection(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, low: torch.dtype, *features: Tensor
+        ctx: Any,
+        gain: Tensor,
+        shift: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        low: torch.dtype,
+        *features: Tensor,
     ) -> Tensor:
         """The products run in `low`, statistics in float32 or wider."""
         mean, rstd = joint_statistics(features)
@@ -322,7 +345,11 @@ class NormedProjection(torch.autograd.Function):
         gain, shift, weight, mean, rstd, *features = ctx.saved_tensors
         rows, d, low = mean.numel(), features[0].shape[-1], ctx.low
         grad = grads[0].reshape(rows, -1).to(low)
-        d_gain, d_shift, d_weight = torch.empty_like(gain), torch.empty_like(shift), torch.empty_like(weight)
+        d_gain, d_shift, d_weight = (
+            torch.empty_like(gain),
+            torch.empty_like(shift),
+            torch.empty_like(weight),
+        )
         d_normed: list[Tensor] = []
         m1, m2 = torch.zeros_like(mean), torch.zeros_like(mean)
         for columns, n in normed_groups(features, mean, rstd):
@@ -349,7 +376,9 @@ class NormedProjection(torch.autograd.Function):
         return d_gain, d_shift, d_weight, grad.sum(0).to(weight.dtype), None, *d_features
 
 
-def normed_groups(features: Sequence[Tensor], mean: Tensor, rstd: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def normed_groups(
+    features: Sequence[Tensor], mean: Tensor, rstd: Tensor
+) -> Iterator[tuple[slice, Tensor]]:
     """(columns, (f - mean) rstd) of a few features at a time, side by side; columns of the whole concatenation."""
     d = features[0].shape[-1]
     offset = -mean * rstd
@@ -365,7 +394,9 @@ def joint_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + 1e-5) over the last axes of equally wide features as if concatenated."""
     wide = torch.promote_types(features[0].dtype, torch.float32)
     # The fused norm's own statistics: torch.var_mean takes 6 times as long on the CPU. It gives 1 / sqrt(variance).
-    moments = [torch.native_layer_norm(f.to(wide), f.shape[-1:], None, None, 0.0)[1:] for f in features]
+    moments = [
+        torch.native_layer_norm(f.to(wide), f.shape[-1:], None, None, 0.0)[1:] for f in features
+    ]
     means, roots = (torch.stack(part) for part in zip(*moments, strict=True))
     variances = roots.pow(-2)
     spread, mean = torch.var_mean(means, dim=0, correction=0)

@@ -12,48 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mezzotint.backbones.inputs import (
+    label_index,
+    wavelet_levels,
+)
 from mezzotint.backbones.wavelet import dwt53, idwt53
 from mezzotint.process.denoiser import Cond
 
 
-def check_sides(height: int, width: int, factor: int) -> None:
-    """ValueError with the nearest valid sizes unless both sides are positive multiples of `factor`."""
-    if height > 0 and width > 0 and height % factor == 0 and width % factor == 0:
-        return
-
-    def near(side: int) -> list[int]:
-        low = side // factor * factor
-        return [side] if low == side > 0 else [s for s in (low, low + factor) if s > 0]
-
-    valid = [f"{h}x{w}" for h in near(height) for w in near(width)]
-    raise ValueError(
-        f"an input of {height}x{width} does not fit: both sides must be multiples of {factor}; "
-        f"nearest: {', '.join(valid)}"
-    )
-
-
-def label_index(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
-    """Rows of a label embedding with num_classes + 1 rows: `label`, or the null label num_classes where it is None.
-
-    Errors: ValueError for a label outside 0...num_classes or a wrong count. Values are read on the CPU alone, since
-    reading them elsewhere would stop the host until the device has caught up; there the embedding itself fails.
-    """
-    if label is None:
-        return torch.full((batch,), num_classes, device=device)
-    if num_classes == 0:
-        raise ValueError("a label was given to an unconditional network (num_classes 0); pass no label")
-    if label.shape[0] != batch:
-        raise ValueError(f"{label.shape[0]} labels for a batch of {batch}")
-    readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool(((label < 0) | (label > num_classes)).any()):
-        raise ValueError(
-            f"labels {int(label.min())}...{int(label.max())} are out of range: 0...{num_classes - 1} are classes, "
-            f"{num_classes} is the null label"
-        )
-    return label.to(device)
-
-
-def zero(layer: nn.Module) -> nn.Module:
+def zero_init(layer: nn.Module) -> nn.Module:
     """`layer` with all parameters at zero, so that what it feeds starts as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -63,7 +30,9 @@ def zero(layer: nn.Module) -> nn.Module:
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with bias: gcd(32, channels / 4) groups, 32 for the published widths (section 6, [?]: our choice)."""
     if channels % 4:
-        raise ValueError(f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}")
+        raise ValueError(
+            f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}"
+        )
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
@@ -86,23 +55,27 @@ class Conditioning(nn.Module):
     The sum is read through one swish, computed here once (our choice, as DDPM does in every block).
 
     Args:
-        width: dimension of the sinusoidal embedding. emb: dimension of the vector.
+        width: dimension of the sinusoidal embedding. emb_dim: dimension of the vector.
         num_classes: labels, 0 for none; the null label has a row of its own.
     """
 
-    def __init__(self, width: int, emb: int, num_classes: int):
+    def __init__(self, width: int, emb_dim: int, num_classes: int):
         super().__init__()
         self.width = width
         self.num_classes = num_classes
-        self.noise = nn.Sequential(nn.Linear(width, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        self.noise = nn.Sequential(
+            nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim)
+        )
+        self.label = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, logsnr: Tensor, cond: Cond, pooled: Tensor | None = None) -> Tensor:
         """(b,) log-SNR and conditions to (b, emb); `pooled` is the text as one vector (b, emb), see `Words`."""
         if cond.text is not None and pooled is None:
-            raise ValueError("text was given to a network without text input; pass a label or nothing")
+            raise ValueError(
+                "text was given to a network without text input; pass a label or nothing"
+            )
         wide = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
         # Steps of 0...1000, as the embedding's periods are made for (section 2).
         position = sinusoid(1000 * inv_cos(wide), self.width)
@@ -112,7 +85,7 @@ class Conditioning(nn.Module):
         return F.silu(out if pooled is None else out + pooled)
 
 
-class Words(nn.Module):
+class TextConditioning(nn.Module):
     """Token embeddings of a text encoder to what the transformer attends to and to one vector for FiLM.
 
     The paper's way of injection is not known ([?], section 6): here the normalised, projected tokens are extra keys and
@@ -120,22 +93,25 @@ class Words(nn.Module):
     without any token, or none at all, is the empty condition.
 
     Args:
-        text_dim: width of the embeddings. channels: of the transformer. emb: width of the conditioning.
+        text_dim: width of the embeddings. channels: of the transformer. emb_dim: width of the conditioning.
     """
 
-    def __init__(self, text_dim: int, channels: int, emb: int):
+    def __init__(self, text_dim: int, channels: int, emb_dim: int):
         super().__init__()
         self.text_dim = text_dim
         self.norm = nn.LayerNorm(text_dim)
         self.tokens = nn.Linear(text_dim, channels)
-        self.pooled = nn.Linear(text_dim, emb)
+        self.pooled = nn.Linear(text_dim, emb_dim)
 
     def forward(self, cond: Cond, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (b, t, channels), mask (b, t), True where a token is real, and the pooled vector (b, emb)."""
         weight = self.tokens.weight
         text, mask = cond.text, cond.text_mask
         if text is None:
-            text, mask = weight.new_zeros(batch, 1, self.text_dim), weight.new_zeros(batch, 1, dtype=torch.bool)
+            text, mask = (
+                weight.new_zeros(batch, 1, self.text_dim),
+                weight.new_zeros(batch, 1, dtype=torch.bool),
+            )
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         if text.shape[0] != batch or text.shape[2] != self.text_dim or mask.shape != text.shape[:2]:
@@ -144,7 +120,9 @@ class Words(nn.Module):
                 f"(b, t, {self.text_dim}) with a mask (b, t)"
             )
         mask = mask.to(weight.device)
-        text = text.to(weight).masked_fill(~mask[..., None], 0)  # what stands in the padding does not matter
+        text = text.to(weight).masked_fill(
+            ~mask[..., None], 0
+        )  # what stands in the padding does not matter
         text = self.norm(text).to(weight.dtype) * mask[..., None]
         mean = text.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return self.tokens(text), mask, self.pooled(mean)
@@ -159,13 +137,15 @@ def keys_mask(h: Tensor, mask: Tensor) -> Tensor:
 class FiLM(nn.Module):
     """h (1 + scale) + shift with (scale, shift) = Linear(emb); section 6."""
 
-    def __init__(self, emb: int, channels: int):
+    def __init__(self, emb_dim: int, channels: int):
         super().__init__()
-        self.linear = nn.Linear(emb, 2 * channels)
+        self.linear = nn.Linear(emb_dim, 2 * channels)
 
     def forward(self, h: Tensor, emb: Tensor) -> Tensor:
         """h is (b, c, h, w) or tokens (b, n, c); emb is (b, emb)."""
-        scale, shift = (f[:, :, None, None] if h.ndim == 4 else f[:, None] for f in self.linear(emb).chunk(2, 1))
+        scale, shift = (
+            f[:, :, None, None] if h.ndim == 4 else f[:, None] for f in self.linear(emb).chunk(2, 1)
+        )
         return torch.addcmul(shift, h, 1 + scale)
 
 
@@ -175,15 +155,15 @@ class ResBlock(nn.Module):
     A skip from the way down is added, not concatenated: (Norm(h) + Norm'(skip)) / sqrt(2).
     """
 
-    def __init__(self, channels: int, emb: int, dropout: float = 0.0, skip: bool = False):
+    def __init__(self, channels: int, emb_dim: int, dropout: float = 0.0, skip: bool = False):
         super().__init__()
         self.norm1 = group_norm(channels)
         self.norm_skip = group_norm(channels) if skip else None
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.norm2 = group_norm(channels)
-        self.film = FiLM(emb, channels)
+        self.film = FiLM(emb_dim, channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         """(b, c, h, w) and (b, emb) to (b, c, h, w); `skip` where the block was built with one."""
@@ -206,7 +186,7 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v for (b, heads, n, d); a mask as `scaled_dot_product_attention` takes it.
 
     Measured on one AVX512-BF16 core, 257 tokens: torch's fused CPU kernel is 1.1-1.3 times as fast as these lines in
@@ -234,7 +214,7 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(channels // heads)
         self.norm_k = nn.LayerNorm(channels // heads)
         self.text = nn.Linear(channels, 2 * channels, bias=False) if text else None
-        self.out = zero(nn.Linear(channels, channels))
+        self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(b, c, h, w) to (b, c, h, w), the residual included; words (b, t, c) with the mask of `keys_mask`."""
@@ -242,8 +222,11 @@ class Attention(nn.Module):
         if self.text is not None and words is not None:
             more_k, more_v = self.text(words).unflatten(-1, (2, self.heads, -1)).unbind(2)
             k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
-        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # autocast normalises in float32
-        mixed = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        q, k = (
+            self.norm_q(q).to(v.dtype),
+            self.norm_k(k).to(v.dtype),
+        )  # autocast normalises in float32
+        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return h + to_map(self.out(mixed.transpose(1, 2).flatten(2)), h)
 
 
@@ -253,22 +236,26 @@ class TransformerBlock(nn.Module):
     FiLM comes before the swish, as in the ResBlock (order [?] in the paper).
     """
 
-    def __init__(self, channels: int, emb: int, heads: int, dropout: float = 0.0, text: bool = False):
+    def __init__(
+        self, channels: int, emb_dim: int, heads: int, dropout: float = 0.0, text: bool = False
+    ):
         super().__init__()
         self.norm = nn.LayerNorm(channels, bias=False)
         self.up = nn.Linear(channels, 4 * channels)
-        self.film = FiLM(emb, 4 * channels)
+        self.film = FiLM(emb_dim, 4 * channels)
         self.dropout = nn.Dropout(dropout)
-        self.down = zero(nn.Linear(4 * channels, channels))
+        self.down = zero_init(nn.Linear(4 * channels, channels))
         self.attention = Attention(channels, heads, text)
 
-    def forward(self, h: Tensor, emb: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, emb: Tensor, words: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """(b, c, h, w) and (b, emb) to (b, c, h, w); words and mask as `Attention`."""
         hidden = F.silu(self.film(self.up(self.norm(to_tokens(h))), emb))
         return self.attention(h + to_map(self.down(self.dropout(hidden)), h), words, mask)
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """Learned position embedding of a map, N(0, std²) (section 6); resized bilinearly for a map of another shape."""
 
     def __init__(self, channels: int, side: int, std: float = 0.01):
@@ -307,18 +294,6 @@ class Up(nn.Module):
         return F.interpolate(self.conv(h), scale_factor=2.0, mode="nearest")
 
 
-def wavelet_levels(transform: str, patch: int) -> int:
-    """Levels of the wavelet that `transform` and `patch` mean; 0 for the other transforms. ValueError for a misfit."""
-    if (transform == "none" and patch == 1) or (transform == "conv" and patch >= 1):
-        return 0
-    if transform == "dwt" and patch in (2, 4):
-        return patch.bit_length() - 1
-    raise ValueError(
-        f"input transform {transform!r} with patch {patch} does not exist; "
-        "choose 'none' with patch 1, 'dwt' with patch 2 or 4 (levels 1 or 2), or 'conv' with any patch"
-    )
-
-
 class Stem(nn.Module):
     """Section 5, first operation: image to the network's grid, `patch` times coarser, `width` channels.
 
@@ -346,25 +321,10 @@ class Head(nn.Module):
         self.levels = wavelet_levels(transform, patch)
         self.norm = group_norm(width)
         if transform == "conv":
-            self.conv = zero(nn.ConvTranspose2d(width, channels, patch, stride=patch))
+            self.conv = zero_init(nn.ConvTranspose2d(width, channels, patch, stride=patch))
         else:
-            self.conv = zero(nn.Conv2d(width, channels * patch**2, 3, padding=1))
+            self.conv = zero_init(nn.Conv2d(width, channels * patch**2, 3, padding=1))
 
     def forward(self, h: Tensor) -> Tensor:
         """(b, width, h/patch, w/patch) to (b, channels, h, w)."""
         return idwt53(self.conv(F.silu(self.norm(h))), self.levels)
-
-
-def check_input(z: Tensor, channels: int, factor: int) -> None:
-    """ValueError where z (b, c, h, w) has other channels or a side that is no multiple of `factor`."""
-    if z.shape[1] != channels:
-        raise ValueError(f"an input of {z.shape[1]} channels was given to a network of {channels}")
-    check_sides(z.shape[2], z.shape[3], factor)
-
-
-def checked_factor(size: int, transform: str, patch: int, halvings: int) -> int:
-    """What both sides of an input must be multiples of; ValueError where the native `size` is none."""
-    wavelet_levels(transform, patch)  # refuses a patch of 0 and other misfits
-    factor = patch * 2**halvings
-    check_sides(size, size, factor)
-    return factor

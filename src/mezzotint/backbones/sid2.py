@@ -8,23 +8,22 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones.inputs import check_input, checked_factor
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
     Head,
-    Positions,
+    PositionEmbedding,
     ResBlock,
     Stem,
     TransformerBlock,
     Up,
-    check_input,
-    checked_factor,
 )
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
-from mezzotint.registry import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +31,7 @@ class SiD2Config:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
     width: channels of the finest level; multipliers: their factor, level by level, the last for the middle.
-    kinds: "res" or "transformer" for each level's blocks, like `multipliers`. emb: width of the conditioning (not in
+    kinds: "res" or "transformer" for each level's blocks, like `multipliers`. emb_dim: width of the conditioning (not in
     the paper; simple diffusion's 1024).
     blocks: blocks per level above the middle, on the way down and again on the way up. depth: blocks of the middle.
     heads: of every transformer block (4 or 8 in the paper: [?]).
@@ -45,7 +44,7 @@ class SiD2Config:
     num_classes: int = 1000
     prediction: str = "v"
     width: int = 128
-    emb: int = 1024
+    emb_dim: int = 1024
     multipliers: tuple[int, ...] = (1, 2, 4, 8)
     kinds: tuple[str, ...] = ("res", "res", "transformer", "transformer")
     blocks: tuple[int, ...] = (3, 3, 3)
@@ -74,7 +73,9 @@ class SiD2(nn.Module):
         c = config
         levels = len(c.blocks)
         if not len(c.multipliers) == len(c.kinds) == levels + 1:
-            raise ValueError(f"multipliers and kinds need one entry per level of blocks and one for the middle: {c}")
+            raise ValueError(
+                f"multipliers and kinds need one entry per level of blocks and one for the middle: {c}"
+            )
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
         self.config = config
@@ -86,13 +87,18 @@ class SiD2(nn.Module):
 
         def stack(i: int, count: int) -> nn.ModuleList:
             if c.kinds[i] == "res":
-                return nn.ModuleList(ResBlock(widths[i], c.emb, dropout[i]) for _ in range(count))
-            return nn.ModuleList(TransformerBlock(widths[i], c.emb, c.heads, dropout[i]) for _ in range(count))
+                return nn.ModuleList(
+                    ResBlock(widths[i], c.emb_dim, dropout[i]) for _ in range(count)
+                )
+            return nn.ModuleList(
+                TransformerBlock(widths[i], c.emb_dim, c.heads, dropout[i]) for _ in range(count)
+            )
 
-        self.conditioning = Conditioning(c.width, c.emb, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.positions = nn.ModuleList(
-            Positions(widths[i], sides[i]) if c.kinds[i] == "transformer" else nn.Identity() for i in range(levels + 1)
+            PositionEmbedding(widths[i], sides[i]) if c.kinds[i] == "transformer" else nn.Identity()
+            for i in range(levels + 1)
         )
         self.down = nn.ModuleList(stack(i, c.blocks[i]) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
@@ -109,17 +115,17 @@ class SiD2(nn.Module):
         kept: list[tuple[Tensor, Tensor]] = []
         for i, blocks in enumerate(self.down):
             for block in blocks.children():
-                h = run(block, self.checkpointing, h, emb)
+                h = run_block(block, self.checkpointing, h, emb)
             p = h
             q = h = self.positions[i + 1](self.pool[i](p))
             kept.append((p, q))
         for block in self.middle:
-            h = run(block, self.checkpointing, h, emb)
+            h = run_block(block, self.checkpointing, h, emb)
         for i in reversed(range(len(self.up))):
             p, q = kept.pop()
             h = self.unpool[i](h - q) + p
             for block in self.up[i].children():
-                h = run(block, self.checkpointing, h, emb)
+                h = run_block(block, self.checkpointing, h, emb)
         return [self.head(h)]
 
 
@@ -136,13 +142,23 @@ def schedule(config: SiD2Config) -> Spec:
     low, high = min(32, config.size), config.size
     return Spec(
         "cosine_interpolated",
-        {"image_d": config.size, "noise_d_low": low, "noise_d_high": high, "logsnr_min": -10.0, "logsnr_max": 10.0},
+        {
+            "image_d": config.size,
+            "noise_d_low": low,
+            "noise_d_high": high,
+            "logsnr_min": -10.0,
+            "logsnr_max": 10.0,
+        },
     )
 
 
-def _published(size: int, transform: str, patch: int, gmac: str, fid: str, certainty: str = "") -> Preset:
+def _published(
+    size: int, transform: str, patch: int, gmac: str, fid: str, certainty: str = ""
+) -> Preset:
     return Preset(
-        config=SiD2Config(size=size, transform=transform, patch=patch, dropout_from=size // patch // 4),
+        config=SiD2Config(
+            size=size, transform=transform, patch=patch, dropout_from=size // patch // 4
+        ),
         paper="Simpler Diffusion (SiD2), arXiv 2410.19324",
         gmac=gmac,
         fid=fid,
@@ -153,13 +169,15 @@ def _published(size: int, transform: str, patch: int, gmac: str, fid: str, certa
 
 registry.add(
     "sid2",
-    Backbone(
+    Family(
         config=SiD2Config,
         module=SiD2,
         parameterisation=parameterisation,
         schedule=schedule,
         presets={
-            "sid2-128": _published(128, "none", 1, "137", "1.26", "; the FID at 128 is a recollection"),
+            "sid2-128": _published(
+                128, "none", 1, "137", "1.26", "; the FID at 128 is a recollection"
+            ),
             "sid2-256": _published(256, "conv", 2, "137", "1.73"),
             "sid2-512": _published(512, "conv", 4, "137", "2.19"),
             "sid2-256-flop": _published(256, "none", 1, "653", "1.38"),
@@ -169,7 +187,7 @@ registry.add(
                     size=32,
                     num_classes=10,
                     width=16,
-                    emb=128,
+                    emb_dim=128,
                     multipliers=(1, 4, 8),
                     kinds=("res", "transformer", "transformer"),
                     blocks=(1, 1),

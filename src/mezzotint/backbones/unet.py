@@ -10,29 +10,20 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
-from mezzotint.backbones.layers import (
-    Attention,
-    Conditioning,
-    Down,
-    Head,
-    ResBlock,
-    Stem,
-    Up,
-    check_input,
-    checked_factor,
-)
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones.inputs import check_input, checked_factor
+from mezzotint.backbones.layers import Attention, Conditioning, Down, Head, ResBlock, Stem, Up
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
-from mezzotint.registry import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
-    width: channels at full resolution; multipliers: their factor, level by level. emb: width of the conditioning.
+    width: channels at full resolution; multipliers: their factor, level by level. emb_dim: width of the conditioning.
     blocks: ResBlocks per level on the way down; the way up has one more.
     attention: per level, whether self-attention follows each ResBlock. heads: of that attention.
     dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
@@ -44,7 +35,7 @@ class UNetConfig:
     num_classes: int = 1000
     prediction: str = "v"
     width: int = 128
-    emb: int = 1024
+    emb_dim: int = 1024
     multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
     blocks: tuple[int, ...] = (3, 4, 4, 12, 4)
     attention: tuple[bool, ...] = (False, False, False, True, True)
@@ -90,19 +81,23 @@ class UNet(nn.Module):
         def block(level: int, skip: bool, attention: bool) -> Block:
             dropout = c.dropout if c.size // c.patch // 2**level <= c.dropout_from else 0.0
             return Block(
-                ResBlock(widths[level], c.emb, dropout, skip),
+                ResBlock(widths[level], c.emb_dim, dropout, skip),
                 Attention(widths[level], c.heads) if attention else None,
             )
 
-        self.conditioning = Conditioning(c.width, c.emb, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(
-            nn.ModuleList(block(i, False, c.attention[i]) for _ in range(c.blocks[i])) for i in range(levels)
+            nn.ModuleList(block(i, False, c.attention[i]) for _ in range(c.blocks[i]))
+            for i in range(levels)
         )
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels - 1))
-        self.middle = nn.ModuleList([block(levels - 1, False, True), block(levels - 1, False, False)])
+        self.middle = nn.ModuleList(
+            [block(levels - 1, False, True), block(levels - 1, False, False)]
+        )
         self.up = nn.ModuleList(
-            nn.ModuleList(block(i, True, c.attention[i]) for _ in range(c.blocks[i] + 1)) for i in range(levels)
+            nn.ModuleList(block(i, True, c.attention[i]) for _ in range(c.blocks[i] + 1))
+            for i in range(levels)
         )
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels - 1))
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
@@ -114,17 +109,19 @@ class UNet(nn.Module):
         h = self.stem(z)
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
-            skips.append(h)  # a level's entry is a skip too: the way up has one block more than the way down
+            skips.append(
+                h
+            )  # a level's entry is a skip too: the way up has one block more than the way down
             for block in blocks.children():
-                h = run(block, self.checkpointing, h, emb)
+                h = run_block(block, self.checkpointing, h, emb)
                 skips.append(h)
             if i < len(self.pool):
                 h = self.pool[i](h)
         for block in self.middle:
-            h = run(block, self.checkpointing, h, emb)
+            h = run_block(block, self.checkpointing, h, emb)
         for i, blocks in reversed(list(enumerate(self.up))):
             for block in blocks.children():
-                h = run(block, self.checkpointing, h, emb, skips.pop())
+                h = run_block(block, self.checkpointing, h, emb, skips.pop())
             if i > 0:
                 h = self.unpool[i - 1](h)
         return [self.head(h)]
@@ -146,20 +143,32 @@ _256 = {
     "attention": (False, False, False, False, True, True),
 }
 _PAPER = "simple diffusion, arXiv 2301.11093"
-_PROTOCOL = "FID of 50k samples against validation statistics, no guidance; NFE 1000 by a later table"
+_PROTOCOL = (
+    "FID of 50k samples against validation statistics, no guidance; NFE 1000 by a later table"
+)
 _NOTE = "block lists are recollections of the paper; it prints neither parameters nor GMAC of the U-Nets"
 
 registry.add(
     "unet",
-    Backbone(
+    Family(
         config=UNetConfig,
         module=UNet,
         parameterisation=parameterisation,
         schedule=schedule,
         presets={
-            "unet-128": Preset(config=UNetConfig(size=128), paper=_PAPER, fid="2.88", protocol=_PROTOCOL, note=_NOTE),
+            "unet-128": Preset(
+                config=UNetConfig(size=128),
+                paper=_PAPER,
+                fid="2.88",
+                protocol=_PROTOCOL,
+                note=_NOTE,
+            ),
             "unet-256": Preset(
-                config=UNetConfig(size=256, **_256), paper=_PAPER, fid="3.71", protocol=_PROTOCOL, note=_NOTE
+                config=UNetConfig(size=256, **_256),
+                paper=_PAPER,
+                fid="3.71",
+                protocol=_PROTOCOL,
+                note=_NOTE,
             ),
             "unet-512": Preset(
                 config=UNetConfig(size=512, transform="dwt", patch=2, **_256),
@@ -173,7 +182,7 @@ registry.add(
                     size=32,
                     num_classes=10,
                     width=16,
-                    emb=128,
+                    emb_dim=128,
                     multipliers=(1, 2, 4),
                     blocks=(1, 1, 1),
                     attention=(False, False, True),

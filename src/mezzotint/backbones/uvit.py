@@ -8,25 +8,24 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run
+from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones.inputs import check_input, checked_factor
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
     Head,
-    Positions,
+    PositionEmbedding,
     ResBlock,
     Stem,
+    TextConditioning,
     TransformerBlock,
     Up,
-    Words,
-    check_input,
-    checked_factor,
     keys_mask,
 )
+from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
-from mezzotint.registry import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class UViTConfig:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
     width: channels at full resolution; multipliers: their factor, level by level, the last for the transformer.
-    emb: width of the conditioning.
+    emb_dim: width of the conditioning.
     blocks: ResBlocks per convolutional level on the way down; the way up has one more.
     depth, heads: transformer blocks and their heads.
     dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
@@ -48,7 +47,7 @@ class UViTConfig:
     num_classes: int = 1000
     prediction: str = "v"
     width: int = 128
-    emb: int = 1024
+    emb_dim: int = 1024
     multipliers: tuple[int, ...] = (1, 2, 4, 16)
     blocks: tuple[int, ...] = (2, 2, 2)
     depth: int = 36
@@ -76,7 +75,9 @@ class UViT(nn.Module):
         c = config
         levels = len(c.blocks)
         if len(c.multipliers) != levels + 1:
-            raise ValueError(f"multipliers need one entry per level of blocks and one for the transformer: {c}")
+            raise ValueError(
+                f"multipliers need one entry per level of blocks and one for the transformer: {c}"
+            )
         self.config = config
         self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels)
@@ -85,17 +86,20 @@ class UViT(nn.Module):
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
 
         def res(i: int, count: int, skip: bool) -> nn.ModuleList:
-            return nn.ModuleList(ResBlock(widths[i], c.emb, dropout[i], skip) for _ in range(count))
+            return nn.ModuleList(
+                ResBlock(widths[i], c.emb_dim, dropout[i], skip) for _ in range(count)
+            )
 
-        self.conditioning = Conditioning(c.width, c.emb, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(res(i, c.blocks[i], False) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
-        self.positions = Positions(widths[-1], sides[-1], c.position_std)
-        self.words = Words(c.text_dim, widths[-1], c.emb) if c.text_dim else None
+        self.positions = PositionEmbedding(widths[-1], sides[-1], c.position_std)
+        self.words = TextConditioning(c.text_dim, widths[-1], c.emb_dim) if c.text_dim else None
         reads = self.words is not None
         self.middle = nn.ModuleList(
-            TransformerBlock(widths[-1], c.emb, c.heads, dropout[-1], reads) for _ in range(c.depth)
+            TransformerBlock(widths[-1], c.emb_dim, c.heads, dropout[-1], reads)
+            for _ in range(c.depth)
         )
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels))
         self.up = nn.ModuleList(res(i, c.blocks[i] + 1, True) for i in range(levels))
@@ -113,17 +117,17 @@ class UViT(nn.Module):
         for blocks, pool in zip(self.down, self.pool, strict=True):
             skips.append(h)
             for block in blocks.children():
-                h = run(block, self.checkpointing, h, emb)
+                h = run_block(block, self.checkpointing, h, emb)
                 skips.append(h)
             h = pool(h)
         h = self.positions(h)
         mask = None if mask is None else keys_mask(h, mask)
         for block in self.middle:
-            h = run(block, self.checkpointing, h, emb, words, mask)
+            h = run_block(block, self.checkpointing, h, emb, words, mask)
         for i in reversed(range(len(self.up))):
             h = self.unpool[i](h)
             for block in self.up[i].children():
-                h = run(block, self.checkpointing, h, emb, skips.pop())
+                h = run_block(block, self.checkpointing, h, emb, skips.pop())
         return [self.head(h)]
 
 
@@ -159,7 +163,7 @@ def _published(size: int, transform: str, patch: int, fid: str, against: str) ->
 
 registry.add(
     "uvit",
-    Backbone(
+    Family(
         config=UViTConfig,
         module=UViT,
         parameterisation=parameterisation,
@@ -173,7 +177,7 @@ registry.add(
                     size=32,
                     num_classes=10,
                     width=16,
-                    emb=128,
+                    emb_dim=128,
                     multipliers=(1, 2, 8),
                     blocks=(1, 1),
                     depth=3,
@@ -189,7 +193,7 @@ registry.add(
                     # The transformer alone, on patches: with a convolutional level around it, and with positions that
                     # start near zero, where things are was not learned from words in the first 19,000 images.
                     width=256,
-                    emb=256,
+                    emb_dim=256,
                     multipliers=(1,),
                     blocks=(),
                     depth=4,

@@ -33,14 +33,21 @@ def _merge(low: Tensor, high: Tensor) -> Tensor:
 def _space_to_depth(x: Tensor, factor: int) -> Tensor:
     """(b, c, h, w) -> (b, c factor², h/factor, w/factor), channel index (dy factor + dx) c + channel."""
     # torch orders the new channels (channel, dy, dx); the golden order has the channel fastest.
-    return pixel_unshuffle(x, factor).unflatten(1, (x.shape[1], factor**2)).transpose(1, 2).flatten(1, 2)
+    return (
+        pixel_unshuffle(x, factor)
+        .unflatten(1, (x.shape[1], factor**2))
+        .transpose(1, 2)
+        .flatten(1, 2)
+    )
 
 
 def _depth_to_space(x: Tensor, factor: int) -> Tensor:
     return pixel_shuffle(x.unflatten(1, (factor**2, -1)).transpose(1, 2).flatten(1, 2), factor)
 
 
-def dwt53(x: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c*4**{levels} h//2**{levels} w//2**{levels}"]:
+def dwt53(
+    x: Float[Tensor, "b c h w"], levels: int
+) -> Float[Tensor, "b c*4**{levels} h//2**{levels} w//2**{levels}"]:
     """The 5/3 wavelet transform, bands on channels.
 
     Args:
@@ -54,17 +61,25 @@ def dwt53(x: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c*4**{le
     if levels < 0:
         raise ValueError(f"levels {levels} must not be negative")
     if any(side % 2**levels for side in x.shape[-2:]):
-        raise ValueError(f"{x.shape[-2]}x{x.shape[-1]} is not divisible by {2**levels}, as {levels} levels need")
+        raise ValueError(
+            f"{x.shape[-2]}x{x.shape[-1]} is not divisible by {2**levels}, as {levels} levels need"
+        )
     if levels == 0:
         return x
     low, high = _split(x)
-    bands = [band.transpose(-1, -2) for half in (low, high) for band in _split(half.transpose(-1, -2))]
-    ll, hl, lh, hh = bands  # first letter along h, though w was split first; without rounding the order is irrelevant
+    bands = [
+        band.transpose(-1, -2) for half in (low, high) for band in _split(half.transpose(-1, -2))
+    ]
+    ll, hl, lh, hh = (
+        bands  # first letter along h, though w was split first; without rounding the order is irrelevant
+    )
     details = [_space_to_depth(band, 2 ** (levels - 1)) for band in (lh, hl, hh)]
     return torch.cat([dwt53(ll, levels - 1), *details], 1)
 
 
-def idwt53(y: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c//4**{levels} h*2**{levels} w*2**{levels}"]:
+def idwt53(
+    y: Float[Tensor, "b c h w"], levels: int
+) -> Float[Tensor, "b c//4**{levels} h*2**{levels} w*2**{levels}"]:
     """Inverse of `dwt53`: (b, c 4^levels, h, w) -> (b, c, h 2^levels, w 2^levels).
 
     Errors: ValueError where the channels are no multiple of 4^levels.
@@ -72,7 +87,9 @@ def idwt53(y: Float[Tensor, "b c h w"], levels: int) -> Float[Tensor, "b c//4**{
     if levels < 0:
         raise ValueError(f"levels {levels} must not be negative")
     if y.shape[1] % 4**levels:
-        raise ValueError(f"{y.shape[1]} channels are no multiple of {4**levels}, as {levels} levels need")
+        raise ValueError(
+            f"{y.shape[1]} channels are no multiple of {4**levels}, as {levels} levels need"
+        )
     if levels == 0:
         return y
     coarse, *details = y.chunk(4, 1)

@@ -8,7 +8,7 @@ import sys
 import tyro
 
 from mezzotint import __version__
-from mezzotint.cli import data, judging, sampling, training
+from mezzotint.cli import data, evaluation, sampling, tools, training
 
 COMMANDS = {
     "demo": training.demo,
@@ -16,19 +16,19 @@ COMMANDS = {
     "sample": sampling.sample,
     "prepare": data.prepare,
     "prefetch": data.prefetch,
-    "info": judging.info,
+    "info": tools.info,
     "convert": sampling.convert,
-    "evaluate": judging.evaluate,
-    "compare": judging.compare,
-    "reproduce": judging.reproduce,
-    "bench": judging.bench,
+    "evaluate": evaluation.evaluate,
+    "compare": evaluation.compare,
+    "reproduce": evaluation.reproduce,
+    "bench": tools.bench,
     "serve": sampling.serve,
     "export": sampling.export,
     "card": sampling.card,
     "ema": training.ema,
     "replay": training.replay,
-    "plan": judging.plan,
-    "doctor": data.doctor,
+    "plan": tools.plan,
+    "doctor": tools.doctor,
     "report": training.report,
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.words import Count, Given, Switch
+from mezzotint.cli.arguments import Switch
 
 
 def prepare(
@@ -34,15 +34,15 @@ def prepare(
         text: T5 encoder that embeds the captions now rather than when training starts.
     """
     from mezzotint.data.audit import describe
-    from mezzotint.data.prepare import prepare as run
-    from mezzotint.data.prepare import prepare_latents, prepare_words
+    from mezzotint.data.prepare import prepare_captions, prepare_latents
+    from mezzotint.data.prepare import prepare_source as run
 
     if codec == "pixels":
         print(describe(run(source, out, size=size, crop=crop)))
     else:
         print(prepare_latents(source, out, size, codec, crop=crop))
     if text:
-        print("\n".join(prepare_words(out, text)))
+        print("\n".join(prepare_captions(out, text)))
 
 
 def prefetch(
@@ -58,42 +58,16 @@ def prefetch(
 
     Args:
         what: A preset, a recipe.yaml, or the name of an autoencoder or text encoder.
-        overrides: Fields of the recipe, e.g. data.text=google-t5/t5-small.
+        overrides: Fields of the recipe, e.g. data.text_encoder=google-t5/t5-small.
         only_list: Fetch nothing.
     """
     from mezzotint import config, models
-    from mezzotint.prefetch import needs_for
-    from mezzotint.prefetch import prefetch as run
     from mezzotint.recipes import recipe_for
+    from mezzotint.tools.download import download as run
+    from mezzotint.tools.download import needs_for
 
     recipe = None
     if Path(what).suffix in (".yaml", ".yml") or what in models.presets():
         recipe = recipe_for(what) if what in models.presets() else config.from_yaml(what)
         recipe = config.override(recipe, overrides)
     print(run(needs_for(what, recipe), only_list))
-
-
-def doctor(
-    data: Positional[str] = "",
-    /,
-    *,
-    size: Given = None,
-    channels: Count = 3,
-    out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
-    json: Switch = False,
-) -> None:
-    """Look at this machine and at your data for half a minute, and list what deserves a look before training.
-
-    Args:
-        data: As for train; without it only the machine is looked at.
-        size: Height and width in pixels to train at; by default the largest usual one that half the pictures reach.
-        channels: 1 (grey) or 3 (RGB).
-        out: Where runs will be written.
-        json: One JSON object, for programs.
-    """
-    from json import dumps
-
-    from mezzotint.doctor import examine, render
-
-    found = examine(data, size=size, channels=channels, folder=out)
-    print(dumps(found) if json else render(found))

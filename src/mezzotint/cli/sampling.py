@@ -8,32 +8,36 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.words import Count, File, Given, Switch, Word
+from mezzotint.cli.arguments import Count, File, Given, Switch, Text
 
 
 def sample(
     model: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]],
     /,
     *,
-    out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path("samples.png"),
+    out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path(
+        "samples.png"
+    ),
     n: Annotated[Count, arg(aliases=["-n"])] = 16,  # torchrun takes --n for one of its own
     seed: Count = 0,
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
-    label_law: Word = None,
-    text: tyro.conf.UseAppendAction[Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]] = (),
+    label_law: Text = None,
+    text: tyro.conf.UseAppendAction[
+        Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]
+    ] = (),
     prompts: File = None,
-    encoder: Word = None,
-    protocol: Word = None,
-    sampler: Word = None,
-    grid: Word = None,
+    encoder: Text = None,
+    protocol: Text = None,
+    sampler: Text = None,
+    grid: Text = None,
     steps: Given = None,
-    guidance: Word = None,
-    guide: Word = None,
-    clip: Word = None,
-    size: Word = None,
-    dtype: Word = None,
+    guidance: Text = None,
+    guide: Text = None,
+    clip: Text = None,
+    size: Text = None,
+    dtype: Text = None,
     batch: Given = None,
-    codec: Word = None,
+    codec: Text = None,
     latents: Switch = False,
     overwrite: Switch = False,
     trajectory: Switch = False,
@@ -74,13 +78,13 @@ def sample(
         image_logsnr: Lower forgets more of it.
         mask: Paint only where this picture is white.
     """
-    from mezzotint import protocols as words
-    from mezzotint.produce import job_for, produce
-    from mezzotint.prompts import prompts_from
+    from mezzotint.sampling import protocols as words
+    from mezzotint.sampling.conditioning import read_prompts
+    from mezzotint.sampling.generate_images import generate_images, make_job
 
     given = {
         "sampler": None if sampler is None else words.parse_sampler(sampler),
-        "grid": None if grid is None else words.parse_grid(grid),
+        "grid": None if grid is None else words.parse_discretization(grid),
         "steps": steps,
         "guidance": None if guidance is None else words.parse_guidance(guidance),
         "size": None if size is None else words.parse_size(size),
@@ -90,19 +94,25 @@ def sample(
     changes = {field: value for field, value in given.items() if value is not None}
     if clip is not None:
         changes["clip"] = words.parse_clip(clip)
-    job = job_for(
+    job = make_job(
         model, changes, protocol=protocol, labels=label, label_law=label_law, guide=guide, codec=codec, latents=latents,
-        texts=(*text, *(prompts_from(prompts) if prompts else ())), encoder=encoder,
+        texts=(*text, *(read_prompts(prompts) if prompts else ())), encoder=encoder,
     )  # fmt: skip
-    if trajectory or interpolate is not None or image is not None or mask is not None or image_logsnr is not None:
-        from mezzotint.looking import look
+    if (
+        trajectory
+        or interpolate is not None
+        or image is not None
+        or mask is not None
+        or image_logsnr is not None
+    ):
+        from mezzotint.sampling.trajectory import look
 
         written = look(
             job, out, n, seed,
             film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask, overwrite=overwrite,
         )  # fmt: skip
     else:
-        written = [produce(job, out, n, seed, overwrite)]
+        written = [generate_images(job, out, n, seed, overwrite)]
     print(f"{n} images, {job.calls} network calls each:", *written)
 
 
@@ -120,7 +130,7 @@ def serve(
         port: A free one from 7860 upwards by default.
         auth: user:password that visitors must give.
     """
-    from mezzotint.web.page import serve as run
+    from mezzotint.web.app import serve as run
 
     run(sources, port, auth)
 
@@ -147,7 +157,7 @@ def convert(
     """
     import yaml
 
-    from mezzotint.convert import convert as run
+    from mezzotint.convert.official.load import convert as run
 
     pairs = [h.partition("=") for h in hint]
     for name, equals, _ in pairs:
@@ -174,7 +184,7 @@ def export(
         to: Form; for torch and onnx the file is read back and its outputs compared.
         size: Height and width of z in torch's and onnx's; the network's own by default.
     """
-    from mezzotint.export import export as run
+    from mezzotint.convert.export import export as run
 
     for line in run(model, out, to, size):
         print(line)
@@ -200,7 +210,7 @@ def card(
         push: Repository of the Hugging Face hub, owner/name, made if it is not there.
         private: Make that repository private.
     """
-    from mezzotint.hub import push_to_hub, write_card
+    from mezzotint.convert.model_card import push_to_hub, write_card
 
     folder = write_card(source, evaluation, licence, fresh)
     print(f"card: {folder / 'README.md'}")

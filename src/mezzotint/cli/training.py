@@ -20,7 +20,7 @@ def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
         images: Training length in images; 0 for the demo's own.
         seed: Of every random draw.
     """
-    from mezzotint.recipes.demo import run_demo
+    from mezzotint.cli.demo import run_demo
 
     run_demo(out, images or None, seed)
 
@@ -49,31 +49,37 @@ def train(
             device; train nothing.
     """
     from mezzotint import config
+    from mezzotint.evaluate.during_training import make_evaluator
     from mezzotint.recipes import difference, recipe_for
-    from mezzotint.recipes.judge import judge_for
     from mezzotint.train.loop import train as run
-    from mezzotint.train.setup import found_data
+    from mezzotint.train.setup import describe_data
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
     if chosen.preset != preset:
-        raise ValueError(f"{recipe} is a recipe for {chosen.preset}, not {preset}; name that preset")
+        raise ValueError(
+            f"{recipe} is a recipe for {chosen.preset}, not {preset}; name that preset"
+        )
     if data:
         chosen = config.override(chosen, [f"data.source={data!r}"])
     chosen = config.override(chosen, overrides)
     if dry_run:
         print(config.to_yaml(chosen))
         print(difference(chosen))
-        print(f"data: {found_data(chosen)}")
+        print(f"data: {describe_data(chosen)}")
         print_plan(chosen)
         return
     if not chosen.data.source:
-        raise ValueError("no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits")
+        raise ValueError(
+            "no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
+        )
     initialise = None
     if init_from is not None:
-        from mezzotint.convert.surgery import start_from
+        from mezzotint.convert.adapt import initialise_from
 
-        initialise = start_from(init_from)
-    folder = run(chosen, out or Path("runs") / preset, initialise=initialise, judge=judge_for(chosen))
+        initialise = initialise_from(init_from)
+    folder = run(
+        chosen, out or Path("runs") / preset, initialise=initialise, judge=make_evaluator(chosen)
+    )
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
     print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
 
@@ -82,9 +88,9 @@ def print_plan(recipe: Recipe) -> None:
     """What one process on this machine's device needs for the recipe, with a pointer to more."""
     from rich.console import Console
 
-    from mezzotint.plan import here, plan, render
+    from mezzotint.tools.plan import detect_device, plan, render
 
-    if (device := here()) is not None:
+    if (device := detect_device()) is not None:
         Console().print(render(plan(recipe, device=device, compare=False)))
     print(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
 
@@ -105,14 +111,20 @@ def ema(
         images: Average up to so many images seen; the newest snapshot by default.
         out: Model folder to write; RUN/model-WIDTH by default.
     """
-    from mezzotint.train.posthoc import save_rebuilt
+    from mezzotint.train.posthoc_ema import save_reconstruction
 
-    folder, rebuilt = save_rebuilt(run, width, images, out)
-    print(f"{folder}: relative width {width:g} at {rebuilt.images:,} images, of {len(rebuilt.sources)} snapshots")
-    print(f"relative distance of its profile from the one asked for: {rebuilt.distance:.2g} (0.1 and above is coarse)")
+    folder, rebuilt = save_reconstruction(run, width, images, out)
+    print(
+        f"{folder}: relative width {width:g} at {rebuilt.images:,} images, of {len(rebuilt.sources)} snapshots"
+    )
+    print(
+        f"relative distance of its profile from the one asked for: {rebuilt.distance:.2g} (0.1 and above is coarse)"
+    )
 
 
-def replay(bundle: Positional[Path], /, *, data: Annotated[str | None, arg(aliases=["-d"])] = None) -> None:
+def replay(
+    bundle: Positional[Path], /, *, data: Annotated[str | None, arg(aliases=["-d"])] = None
+) -> None:
     """Repeat a training step that was not finite, from the bundle it left, and name the layer where it began.
 
     Args:
@@ -124,7 +136,9 @@ def replay(bundle: Positional[Path], /, *, data: Annotated[str | None, arg(alias
     print(run(bundle, data))
 
 
-def report(run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=["-o"])] = None) -> None:
+def report(
+    run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=["-o"])] = None
+) -> None:
     """Make one self-contained HTML page of a run, finished or not: curves, grids over time, recipe, environment.
 
     Args:
@@ -133,8 +147,10 @@ def report(run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=
     """
     from mezzotint import config
     from mezzotint.recipes import difference
-    from mezzotint.report import write_report
+    from mezzotint.train.report import write_report
 
     kept = run / "recipe.yaml"
-    changes = difference(config.from_yaml(kept)) if kept.is_file() else ""  # without one there is no run to report
+    changes = (
+        difference(config.from_yaml(kept)) if kept.is_file() else ""
+    )  # without one there is no run to report
     print(write_report(run, out or run / "report.html", changes))

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from mezzotint.data.images import Decoded, Images
-from mezzotint.data.pixels import Unreadable
+from mezzotint.data.image_dataset import DecodedImage, ImageDataset
+from mezzotint.data.transforms import UnreadableImage
 
 SHOWN = 20  # names listed in a report's text; the JSON has all
 
@@ -32,11 +32,13 @@ class Audit:
     classes: Counter[str] = field(default_factory=Counter)
     captions: int = 0
     upscaled: int = 0
-    same: dict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))  # hash of pixels -> samples
+    same: dict[bytes, list[int]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # hash of pixels -> samples
 
-    def add(self, images: Images, i: int, decoded: Decoded | Unreadable) -> None:
+    def add(self, images: ImageDataset, i: int, decoded: DecodedImage | UnreadableImage) -> None:
         """Count sample i."""
-        if isinstance(decoded, Unreadable):
+        if isinstance(decoded, UnreadableImage):
             self.unreadable[images.name(i)] = str(decoded)
             return
         self.count += 1
@@ -49,7 +51,7 @@ class Audit:
             self.classes["no label" if label is None else images.label_names[label]] += 1
         self.same[hashlib.blake2b(decoded.pixels.tobytes(), digest_size=16).digest()].append(i)
 
-    def summary(self, images: Images) -> dict[str, Any]:
+    def summary(self, images: ImageDataset) -> dict[str, Any]:
         """The report as plain values, ready for JSON.
 
         "duplicates" lists groups of names whose pixels agree entirely at the size asked for;
@@ -63,8 +65,12 @@ class Audit:
             "classes": dict(self.classes),
             "classes_without_images": empty,
             "captions": self.captions,
-            "original_width": _spread(width for (width, _), n in self.sizes.items() for _ in range(n)),
-            "original_height": _spread(height for (_, height), n in self.sizes.items() for _ in range(n)),
+            "original_width": _spread(
+                width for (width, _), n in self.sizes.items() for _ in range(n)
+            ),
+            "original_height": _spread(
+                height for (_, height), n in self.sizes.items() for _ in range(n)
+            ),
             "upscaled": self.upscaled,
             "modes": dict(self.modes.most_common()),
             "duplicates": [[images.name(i) for i in group] for group in groups],
@@ -80,30 +86,36 @@ def _spread(values: Iterable[int]) -> dict[str, float]:
     return {"min": ordered[0], "median": median(ordered), "max": ordered[-1]} if ordered else {}
 
 
-def examined(images: Images, *, progress: bool) -> Iterator[tuple[int, Decoded | Unreadable]]:
+def examined(
+    images: ImageDataset, *, progress: bool
+) -> Iterator[tuple[int, DecodedImage | UnreadableImage]]:
     """Every sample in order, decoded on all cores; those that cannot be come as the `Unreadable` that says why."""
     from rich.console import Console
     from rich.progress import track
 
-    def one(i: int) -> Decoded | Unreadable:
+    def one(i: int) -> DecodedImage | UnreadableImage:
         try:
             return images.decode(i)
-        except Unreadable as reason:
+        except UnreadableImage as reason:
             return reason
 
     threads = os.cpu_count() or 1
     numbers = range(len(images))
     with ThreadPoolExecutor(threads) as pool:
-        flying: deque[Future[Decoded | Unreadable]] = deque(pool.submit(one, i) for i in numbers[: 4 * threads])
+        flying: deque[Future[DecodedImage | UnreadableImage]] = deque(
+            pool.submit(one, i) for i in numbers[: 4 * threads]
+        )
         console = Console(stderr=True)
-        for i in track(numbers, "reading images", console=console, disable=not progress, transient=True):
+        for i in track(
+            numbers, "reading images", console=console, disable=not progress, transient=True
+        ):
             decoded = flying.popleft().result()
             if i + 4 * threads < len(images):
                 flying.append(pool.submit(one, i + 4 * threads))
             yield i, decoded
 
 
-def audit(images: Images, *, progress: bool = False) -> dict[str, Any]:
+def audit(images: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
     """Read every sample of a set once and say what it holds, see `Audit.summary`; `describe` puts it in words."""
     found = Audit(images.size)
     for i, decoded in examined(images, progress=progress):
@@ -122,7 +134,9 @@ def describe(summary: dict[str, Any]) -> str:
         lines.append(f"width {spread[0]}, height {spread[1]}; modes {modes}")
     if summary["classes"]:
         listed = [f"{name} {n:,}" for name, n in list(summary["classes"].items())[:SHOWN]]
-        lines.append(f"{len(summary['classes'])} classes: {', '.join(listed)}{_more(summary['classes'])}")
+        lines.append(
+            f"{len(summary['classes'])} classes: {', '.join(listed)}{_more(summary['classes'])}"
+        )
     if summary["captions"]:
         lines.append(f"{summary['captions']:,} captions")
     return "\n".join(lines + [f"! {concern}" for concern in concerns(summary)])
@@ -136,15 +150,23 @@ def concerns(summary: dict[str, Any]) -> list[str]:
         said.append(f"{len(bad):,} unreadable: {', '.join(listed)}{_more(bad)}")
     if groups := summary["duplicates"]:
         extra = sum(len(group) - 1 for group in groups)
-        said.append(f"{extra:,} duplicates in {len(groups):,} groups, first: {', '.join(groups[0][:SHOWN])}")
+        said.append(
+            f"{extra:,} duplicates in {len(groups):,} groups, first: {', '.join(groups[0][:SHOWN])}"
+        )
     if torn := summary["duplicates_with_other_labels"]:
-        said.append(f"{len(torn):,} groups of duplicates bear different labels, first: {', '.join(torn[0][:SHOWN])}")
+        said.append(
+            f"{len(torn):,} groups of duplicates bear different labels, first: {', '.join(torn[0][:SHOWN])}"
+        )
     if summary["upscaled"]:
-        said.append(f"{summary['upscaled']:,} images are smaller than the size asked for and were enlarged")
+        said.append(
+            f"{summary['upscaled']:,} images are smaller than the size asked for and were enlarged"
+        )
     counts = {name: n for name, n in summary["classes"].items() if name != "no label"}
     if counts and max(counts.values()) > 10 * min(counts.values()):
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-        said.append(f"classes are uneven: {most} has {counts[most]:,} images, {least} {counts[least]:,}")
+        said.append(
+            f"classes are uneven: {most} has {counts[most]:,} images, {least} {counts[least]:,}"
+        )
     if empty := summary["classes_without_images"]:
         said.append(f"classes without images: {', '.join(empty[:SHOWN])}{_more(empty)}")
     return said

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mezzotint.core.rng import philox
 from mezzotint.data.sources import digest
-from mezzotint.draws import philox
 
 DIGITS_TRAIN = 1500  # of 1,797; the other 297 are held out
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -50,10 +50,16 @@ def digits(split: str = "train") -> Digits:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("the built-in digits need scikit-learn: pip install 'mezzotint[demo]'") from error
+        raise ValueError(
+            "the built-in digits need scikit-learn: pip install 'mezzotint[demo]'"
+        ) from error
     raw: Any = load_digits()
     permutation = philox("order", 0, 0).permutation(len(raw.target))
-    first, last = {"train": (0, DIGITS_TRAIN), "test": (DIGITS_TRAIN, None), "all": (0, None)}[split]
+    first, last = {"train": (0, DIGITS_TRAIN), "test": (DIGITS_TRAIN, None), "all": (0, None)}[
+        split
+    ]
     chosen = np.sort(permutation[first:last])
-    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)  # the set's grey levels are 0...16
+    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(
+        np.uint8
+    )  # the set's grey levels are 0...16
     return Digits(chosen, pixels, raw.target[chosen].astype(np.int64))

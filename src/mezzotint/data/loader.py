@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Bool, Float16, Int64, UInt8
 from torch import Tensor
 
-from mezzotint.data.buckets import BucketedImages
-from mezzotint.data.latent_sets import TrainingSet
-from mezzotint.data.order import indices
+from mezzotint.data.bucketed_dataset import BucketedDataset
+from mezzotint.data.latent_dataset import Dataset
+from mezzotint.data.shuffle import shuffled_indices
 
 
-class Batch(NamedTuple):
+class LoadedBatch(NamedTuple):
     """One rank's part of a batch.
 
     numbers: sample numbers in the run, counted from 0 over all epochs; what the draws of noise and level are keyed by.
@@ -39,8 +39,8 @@ class Batch(NamedTuple):
     text_mask: Bool[Tensor, "b t"] | None = None
 
 
-def batches(
-    images: TrainingSet,
+def load_batches(
+    images: Dataset,
     *,
     seed: int,
     start_image: int,
@@ -49,12 +49,12 @@ def batches(
     world: int = 1,
     workers: int = 1,
     processes: bool = False,
-) -> Iterator[Batch]:
+) -> Iterator[LoadedBatch]:
     """Endless batches from sample number `start_image` on; what they hold depends on neither `workers` nor `processes`.
 
     Args:
         images: the set; what a worker finds unreadable is noted in its report.
-        seed: of the data order, see `mezzotint.data.order`.
+        seed: of the data order, see `mezzotint.data.shuffle`.
         start_image: images seen so far by the run, all ranks together.
         batch: images per step over all ranks; a multiple of `world`.
         rank: this process's number, 0...world-1; it gets the contiguous slice `rank` of every batch.
@@ -68,31 +68,42 @@ def batches(
     """
     if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
         least = max(1, round(batch / max(world, 1))) * max(world, 1)
-        raise ValueError(f"batch {batch} cannot be shared by rank {rank} of {world} ranks evenly; try batch {least}")
+        raise ValueError(
+            f"batch {batch} cannot be shared by rank {rank} of {world} ranks evenly; try batch {least}"
+        )
     if workers < 1:
         raise ValueError(f"workers {workers}; at least 1 loads ahead of the loop")
     if start_image < 0:
         raise ValueError(f"start_image {start_image} is negative")
     share = batch // world
-    return _ahead(images, partial(_numbers, images, seed, start_image + rank * share, batch, share), workers, processes)
+    return _ahead(
+        images,
+        partial(_numbers, images, seed, start_image + rank * share, batch, share),
+        workers,
+        processes,
+    )
 
 
-def _numbers(images: TrainingSet, seed: int, start: int, batch: int, share: int, step: int) -> tuple[Tensor, Tensor]:
+def _numbers(
+    images: Dataset, seed: int, start: int, batch: int, share: int, step: int
+) -> tuple[Tensor, Tensor]:
     """Sample numbers of this rank's part of batch number `step`, and the pictures they show."""
     first = start + step * batch
-    if isinstance(images, BucketedImages):
+    if isinstance(images, BucketedDataset):
         return torch.arange(first, first + share), images.indices(seed, first, share, batch)
-    return torch.arange(first, first + share), indices(seed, first, share, len(images))
+    return torch.arange(first, first + share), shuffled_indices(seed, first, share, len(images))
 
 
 def _ahead(
-    images: TrainingSet, plan: Callable[[int], tuple[Tensor, Tensor]], workers: int, processes: bool
-) -> Iterator[Batch]:
+    images: Dataset, plan: Callable[[int], tuple[Tensor, Tensor]], workers: int, processes: bool
+) -> Iterator[LoadedBatch]:
     """Load steps 0, 1, ... with `workers`, twice as many in flight, and hand them out in order."""
     pool, load = _pool(images, workers, processes)
     cuda = torch.cuda.is_available()
 
-    def tensor(array: np.ndarray) -> Tensor:  # only pinned memory is copied to a GPU without waiting
+    def tensor(
+        array: np.ndarray,
+    ) -> Tensor:  # only pinned memory is copied to a GPU without waiting
         return torch.from_numpy(array).pin_memory() if cuda else torch.from_numpy(array)
 
     flying: deque[tuple[Tensor, Future[Loaded]]] = deque()
@@ -107,7 +118,11 @@ def _ahead(
             arrays, unreadable = future.result()
             images.mark_unreadable(unreadable)
             pixels, *others = arrays
-            yield Batch(numbers, tensor(pixels), *(None if array is None else tensor(array) for array in others))
+            yield LoadedBatch(
+                numbers,
+                tensor(pixels),
+                *(None if array is None else tensor(array) for array in others),
+            )
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a data worker process died (killed, or out of memory?); the run so far is sound: start it again with the "
@@ -118,18 +133,26 @@ def _ahead(
 
 
 # Arrays, since tensors would cross processes in shared memory, which containers keep small.
-Loaded = tuple[list[Any], dict[int, str]]  # the fields of `Batch` after `numbers`; unreadable samples
+Loaded = tuple[
+    list[Any], dict[int, str]
+]  # the fields of `Batch` after `numbers`; unreadable samples
 
 
-def _pool(images: TrainingSet, workers: int, processes: bool) -> tuple[Executor, Callable[[list[int]], Loaded]]:
+def _pool(
+    images: Dataset, workers: int, processes: bool
+) -> tuple[Executor, Callable[[list[int]], Loaded]]:
     if not processes:
-        return ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data"), partial(_load, images)
+        return ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data"), partial(
+            _load, images
+        )
     # Spawned, not forked: a fork of a process with CUDA or OpenMP threads may hang.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_adopt, initargs=(images,)), _load_adopted
+    return ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_adopt, initargs=(images,)
+    ), _load_adopted
 
 
-def _load(images: TrainingSet, chosen: list[int]) -> Loaded:
+def _load(images: Dataset, chosen: list[int]) -> Loaded:
     fields: list[Tensor | None] = list(images.batch(chosen))
     unreadable = images.unreadable()
     if images.words is not None:  # a caption goes with the picture that is shown
@@ -137,10 +160,10 @@ def _load(images: TrainingSet, chosen: list[int]) -> Loaded:
     return [None if t is None else t.numpy() for t in fields], unreadable
 
 
-_adopted: list[TrainingSet] = []  # of a worker process
+_adopted: list[Dataset] = []  # of a worker process
 
 
-def _adopt(images: TrainingSet) -> None:
+def _adopt(images: Dataset) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _adopted[:] = [images]

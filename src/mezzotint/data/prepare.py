@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.data.audit import Audit, examined
-from mezzotint.data.images import LATENTS, Images, open_images
-from mezzotint.data.pixels import Unreadable
+from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.tables import CARD
+from mezzotint.data.transforms import UnreadableImage
 
 BATCH_BYTES = 16 << 20  # of pixels in one Arrow record batch
 SHARD_BYTES = 512 << 20  # of pixels in one file
 
 
-def prepare(
+def prepare_source(
     source: str | Path,
     out: str | Path,
     size: int,
@@ -40,14 +40,14 @@ def prepare(
     What cannot be read is left out and named in the report. `out` appears only when it is complete.
 
     Args:
-        source, size, channels, crop: see `mezzotint.data.images.open_images`.
+        source, size, channels, crop: see `mezzotint.data.image_dataset.open_images`.
         out: a folder that does not exist yet, or is empty.
         progress: show a bar on standard error.
 
     Returns:
         `mezzotint.data.audit.Audit.summary`, the content of `report.json`.
     """
-    images = open_images(source, size=size, channels=channels, crop=crop, cache=None)
+    images = open_images(source, size=size, channels=channels, crop=crop, keep_in_memory=False)
     return prepare_images(images, Path(out), progress=progress)
 
 
@@ -66,50 +66,52 @@ def prepare_latents(
     Started by torchrun, every process encodes its share; the last to finish completes the set.
 
     Args:
-        source, size, crop: see `mezzotint.data.images.open_images`; size is in pixels.
-        name: of the autoencoder, see `mezzotint.data.latents.codec`.
+        source, size, crop: see `mezzotint.data.image_dataset.open_images`; size is in pixels.
+        name: of the autoencoder, see `mezzotint.data.autoencoder.open_codec`.
         device: where it computes; a GPU where there is one.
         progress: show a bar on standard error.
 
-    Returns: what the set holds, in words. Errors: ValueError as `mezzotint.data.encode.encode`.
+    Returns: what the set holds, in words. Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
     """
     import torch
 
-    from mezzotint.data.encode import Share, encode
-    from mezzotint.data.latent_sets import LatentImages, describe_latents
-    from mezzotint.data.latents import codec
+    from mezzotint.data.autoencoder import open_codec
+    from mezzotint.data.encode_latents import WorkShare, encode_latents
+    from mezzotint.data.latent_dataset import LatentDataset, describe_latents
 
-    share = Share.from_environment()
+    share = WorkShare.from_environment()
     if device is None:
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    images = open_images(source, size=size, crop=crop, cache=None)
-    if not encode(images, Path(out), codec(name, device), share, progress=progress):
+    images = open_images(source, size=size, crop=crop, keep_in_memory=False)
+    if not encode_latents(images, Path(out), open_codec(name, device), share, progress=progress):
         return f"this process's share of {out} is done; the set is complete when the other processes have finished"
-    return describe_latents(LatentImages(Path(out)))
+    return describe_latents(LatentDataset(Path(out)))
 
 
-def prepare_words(out: str | Path, name: str, *, progress: bool = True) -> list[str]:
+def prepare_captions(out: str | Path, name: str, *, progress: bool = True) -> list[str]:
     """Embed the captions of a prepared folder into our cache, where training looks for them; what there was, in words.
 
     Args:
         out: a folder of `prepare` or `prepare_latents`.
-        name: of the T5 encoder, see `mezzotint.data.text.encoder`.
+        name: of the T5 encoder, see `mezzotint.data.text_encoder.open_text_encoder`.
         progress: show a bar on standard error.
 
-    Errors: ValueError as `mezzotint.data.text.embed`.
+    Errors: ValueError as `mezzotint.data.text_encoder.embed_captions`.
     """
     import torch
 
-    from mezzotint.data.latent_sets import LatentImages
-    from mezzotint.data.text import describe_words, embed, encoder
+    from mezzotint.data.latent_dataset import LatentDataset
+    from mezzotint.data.text_encoder import describe_captions, embed_captions, open_text_encoder
 
-    images = LatentImages(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
-    reader = encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
-    return describe_words(embed([images.text(i) for i in range(len(images))], reader, progress=progress))
+    images = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
+    reader = open_text_encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
+    return describe_captions(
+        embed_captions([images.text(i) for i in range(len(images))], reader, progress=progress)
+    )
 
 
-def prepare_images(images: Images, out: Path, *, progress: bool = True) -> dict[str, Any]:
+def prepare_images(images: ImageDataset, out: Path, *, progress: bool = True) -> dict[str, Any]:
     """`prepare` for a set already open."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
@@ -153,17 +155,26 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _write(images: Images, folder: Path, progress: bool) -> dict[str, Any]:
+def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:
     from datasets import ClassLabel, Features, Value
 
-    label = Value("int64") if images.label_names is None else ClassLabel(names=list(images.label_names))
-    features = Features({"pixels": Value("binary"), "label": label, "text": Value("string"), "name": Value("string")})
+    label = (
+        Value("int64") if images.label_names is None else ClassLabel(names=list(images.label_names))
+    )
+    features = Features(
+        {
+            "pixels": Value("binary"),
+            "label": label,
+            "text": Value("string"),
+            "name": Value("string"),
+        }
+    )
     found, content = Audit(images.size), hashlib.sha256()
     writer = _Shards(folder, features.arrow_schema, images.channels * images.size**2)
     with writer:
         for i, decoded in examined(images, progress=progress):
             found.add(images, i, decoded)
-            if isinstance(decoded, Unreadable):
+            if isinstance(decoded, UnreadableImage):
                 continue
             row = (decoded.pixels.tobytes(), images.label(i), images.text(i), images.name(i))
             content.update(row[0] + f"{row[1]} {row[2]!r}".encode())
@@ -243,7 +254,10 @@ class _Shards:
             return
         if not self.names or self.written >= self.shard_rows:
             self._next_file()
-        columns = [pa.array([row[k] for row in self.rows], field.type) for k, field in enumerate(self.schema)]
+        columns = [
+            pa.array([row[k] for row in self.rows], field.type)
+            for k, field in enumerate(self.schema)
+        ]
         self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
         self.written += len(self.rows)
         self.rows = []

@@ -15,11 +15,19 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from mezzotint.core.rng import philox
 from mezzotint.data.sources import digest
-from mezzotint.draws import philox
 
 # Hue in degrees; neighbours are at least 25 apart and the jitter is 4, so nearest hue is the colour.
-COLOURS = {"red": 0, "orange": 30, "yellow": 55, "green": 120, "cyan": 180, "blue": 225, "purple": 285}
+COLOURS = {
+    "red": 0,
+    "orange": 30,
+    "yellow": 55,
+    "green": 120,
+    "cyan": 180,
+    "blue": 225,
+    "purple": 285,
+}
 HUE_JITTER = 4
 POSITIONS = (
     *("at the top left", "at the top", "at the top right"),
@@ -81,7 +89,9 @@ class Attributes(NamedTuple):
     def caption(self) -> str:
         """E.g. "a red circle at the top left"."""
         colour, shape = list(COLOURS)[self.colour], list(SHAPES)[self.shape]
-        return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} {POSITIONS[self.position]}"
+        return (
+            f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} {POSITIONS[self.position]}"
+        )
 
 
 @functools.cache
@@ -112,15 +122,21 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndar
     """uint8 (side, side, 3) picture of `attributes`; place, size, shade and ground vary with `rng`."""
     ground = _ground(rng, side)
     hue, jitter = list(COLOURS.values())[attributes.colour], rng.uniform(-HUE_JITTER, HUE_JITTER)
-    colour = colorsys.hsv_to_rgb((hue + jitter) % 360 / 360, rng.uniform(0.85, 1.0), rng.uniform(0.8, 1.0))
+    colour = colorsys.hsv_to_rgb(
+        (hue + jitter) % 360 / 360, rng.uniform(0.85, 1.0), rng.uniform(0.8, 1.0)
+    )
     row, column = divmod(attributes.position, len(CENTRES))
     dx, dy = rng.uniform(-CENTRE_JITTER, CENTRE_JITTER, 2)
     radius = rng.uniform(*RADIUS)
     pixel = (np.arange(side) + 0.5) / side
     x, y = pixel[None, :] - CENTRES[column] - dx, pixel[:, None] - CENTRES[row] - dy
     distance = list(SHAPES.values())[attributes.shape](x, y, radius)
-    cover = np.clip(0.5 - distance * side, 0, 1)[..., None]  # 1/2 where the edge crosses a pixel's centre
-    return np.round(np.clip(ground * (1 - cover) + 255 * np.array(colour) * cover, 0, 255)).astype(np.uint8)
+    cover = np.clip(0.5 - distance * side, 0, 1)[
+        ..., None
+    ]  # 1/2 where the edge crosses a pixel's centre
+    return np.round(np.clip(ground * (1 - cover) + 255 * np.array(colour) * cover, 0, 255)).astype(
+        np.uint8
+    )
 
 
 @dataclass(frozen=True)
@@ -173,9 +189,14 @@ def shapes(size: int, *, split: str = "train", count: int | None = None, seed: i
     """
     count = COUNTS[split] if count is None else count
     if size < 8 or count < 1:
-        raise ValueError(f"shapes of size {size}, count {count}: the size must be at least 8 pixels, the count 1")
+        raise ValueError(
+            f"shapes of size {size}, count {count}: the size must be at least 8 pixels, the count 1"
+        )
     known = combinations(split)
-    blocks = [philox("order", seed, block, draw=1).permutation(len(known)) for block in range(-(-count // len(known)))]
+    blocks = [
+        philox("order", seed, block, draw=1).permutation(len(known))
+        for block in range(-(-count // len(known)))
+    ]
     chosen = np.concatenate(blocks)[:count]
     labels = np.array([a.shape for a in known], dtype=np.int64)[chosen]
     return Shapes(size, count, seed, split, chosen, labels)

@@ -1,6 +1,6 @@
 """Where pictures come from: each kind of source is a small class that reads sample i, undecoded things first.
 
-A source knows nothing of the size asked for; `mezzotint.data.images` turns its pictures into pixels. Sources pickle by
+A source knows nothing of the size asked for; `mezzotint.data.image_dataset` turns its pictures into pixels. Sources pickle by
 path, never by content, so that a worker process opens its own handles.
 """
 
@@ -24,7 +24,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mezzotint.data.pixels import Unreadable
+from mezzotint.data.transforms import UnreadableImage
 
 SPLITS = ("train", "test", "all")
 NO_LABEL = -1  # in `Source.labels`
@@ -80,13 +80,13 @@ def digest(parts: Iterable[bytes | str]) -> str:
 def decode(data: bytes) -> Image.Image:
     """An opened, not yet loaded picture; `Unreadable` if no decoder knows the bytes."""
     if not data:
-        raise Unreadable("no bytes")
+        raise UnreadableImage("no bytes")
     try:
         return Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:  # its own words hold an address in memory
-        raise Unreadable("no picture that Pillow knows") from error
+        raise UnreadableImage("no picture that Pillow knows") from error
     except Exception as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
+        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
 def held_out(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
@@ -103,8 +103,13 @@ def held_out(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
 def image_suffixes() -> frozenset[str]:
     """Lower-case file suffixes that Pillow can open."""
     Image.init()
-    known = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
-    return frozenset(known - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf", ".eps", ".ps"})
+    known = {
+        suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN
+    }
+    return frozenset(
+        known
+        - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf", ".eps", ".ps"}
+    )
 
 
 class Folder:
@@ -154,15 +159,24 @@ class Zip:
             info.filename: info.CRC
             for info in self._handle().infolist()
             if not info.is_dir()
-            and not any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts)
+            and not any(
+                part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts
+            )
         }
 
     def bytes(self, name: str) -> bytes:
         """The content of one member; damage is an `Unreadable`."""
         try:
             return self._handle().read(name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error) as error:
-            raise Unreadable(f"{type(error).__name__}: {error}") from error
+        except (
+            zipfile.BadZipFile,
+            RuntimeError,
+            NotImplementedError,
+            EOFError,
+            OSError,
+            zlib.error,
+        ) as error:
+            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
     def _handle(self) -> zipfile.ZipFile:
         return _open_zip(str(self.root), self.modified_ns, os.getpid(), threading.get_ident())
@@ -204,7 +218,7 @@ class Files:
         try:
             data = self.store.bytes(self.names[i])
         except OSError as error:
-            raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+            raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
         return decode(data)
 
     def text(self, i: int) -> str | None:
@@ -213,7 +227,11 @@ class Files:
         if name in self.captions:
             return self.captions[name]
         beside = str(PurePosixPath(name).with_suffix(".txt"))
-        return self.store.bytes(beside).decode("utf-8", "replace").strip() if beside in self.beside else None
+        return (
+            self.store.bytes(beside).decode("utf-8", "replace").strip()
+            if beside in self.beside
+            else None
+        )
 
     def identity(self) -> str:
         """Names, sizes and labels."""
@@ -231,7 +249,9 @@ def open_files(store: Folder | Zip, split: str | None) -> Files:
     if not names:
         others = ", ".join(sorted(sizes)[:3])
         held = f"{len(sizes)} files, none of them images ({others}, ...)" if sizes else "no files"
-        raise ValueError(f"{store.root} holds {held}; give a folder or zip of images ({', '.join(_usual())})")
+        raise ValueError(
+            f"{store.root} holds {held}; give a folder or zip of images ({', '.join(_usual())})"
+        )
     base = _common_folder(names)
     notes: list[str] = []
     test = None
@@ -242,15 +262,21 @@ def open_files(store: Folder | Zip, split: str | None) -> Files:
         labels, label_names = _labels_from_folders(store, base, names, notes)
     chosen = held_out(len(names), split or ("all" if test is None else "train"), test)
     if not len(chosen):
-        raise ValueError(f"split {split!r} of {store.root} is empty: it holds {len(names)} images; try 'all'")
+        raise ValueError(
+            f"split {split!r} of {store.root} is empty: it holds {len(names)} images; try 'all'"
+        )
     others = len(sizes) - len(names)
     if others:
         notes.append(f"{others} files that are not images of this set were left alone")
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
-    key = digest([f"{name}\t{sizes[name]}" for name in names] + [b"" if labels is None else labels.tobytes()])
+    key = digest(
+        [f"{name}\t{sizes[name]}" for name in names] + [b"" if labels is None else labels.tobytes()]
+    )
     beside = frozenset(name for name in sizes if name.endswith(".txt"))
-    captions = _captions(store, sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl"))
+    captions = _captions(
+        store, sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
+    )
     return Files(store, tuple(names), labels, label_names, captions, beside, tuple(notes), key)
 
 
@@ -261,7 +287,9 @@ def _usual() -> tuple[str, ...]:
 def _common_folder(names: Sequence[str]) -> str:
     """The folder that holds every name, as a prefix ending in "/" or empty: `zip -r` of a folder adds one level."""
     folders = [name.split("/")[:-1] for name in names]
-    shared = takewhile(lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False))
+    shared = takewhile(
+        lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)
+    )
     return "".join(f"{part}/" for part, _ in shared)
 
 
@@ -275,7 +303,9 @@ def _labels_from_folders(
             f"{store.root} holds the splits {', '.join(classes)}; give one, as {store.root / base / classes[0]}"
         )
     if classes and "" in folders:
-        notes.append(f"no labels: {folders.count('')} images lie beside the class folders {', '.join(classes[:4])}")
+        notes.append(
+            f"no labels: {folders.count('')} images lie beside the class folders {', '.join(classes[:4])}"
+        )
         return None, None
     if not classes:
         return None, None
@@ -292,24 +322,34 @@ def _labels_from_json(
         given = [(prefix + str(name), int(label)) for name, label in card.get("labels") or []]
         listed = None if card.get("test") is None else {prefix + str(name) for name in card["test"]}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f'{where} is not of the form {{"labels": [["name.png", 0], ...]}}: {error}') from error
+        raise ValueError(
+            f'{where} is not of the form {{"labels": [["name.png", 0], ...]}}: {error}'
+        ) from error
     present = set(names)
     if not given:  # EDM writes "labels": null for an unlabelled set
         ordered, labels, label_names = list(names), None, None
     else:
         missing = [name for name, _ in given if name not in present]
         if missing:
-            raise ValueError(f"{where} lists {len(missing)} files that are not there, first {missing[0]!r}")
+            raise ValueError(
+                f"{where} lists {len(missing)} files that are not there, first {missing[0]!r}"
+            )
         given.sort()
         ordered = [name for name, _ in given]
         labels = np.array([label for _, label in given], dtype=np.int64)
         if len(set(ordered)) < len(ordered) or labels.min() < 0:
-            raise ValueError(f"{where} lists a file twice or has a negative label; give each file one label from 0")
+            raise ValueError(
+                f"{where} lists a file twice or has a negative label; give each file one label from 0"
+            )
         label_names = tuple(card.get("classes") or map(str, range(int(labels.max()) + 1)))
         if labels.max() >= len(label_names):
-            raise ValueError(f"{where} has label {labels.max()} but only {len(label_names)} classes")
+            raise ValueError(
+                f"{where} has label {labels.max()} but only {len(label_names)} classes"
+            )
         if len(present) > len(ordered):
-            notes.append(f"{len(present) - len(ordered)} images that dataset.json does not list were left out")
+            notes.append(
+                f"{len(present) - len(ordered)} images that dataset.json does not list were left out"
+            )
     test = None if listed is None else np.array([name in listed for name in ordered])
     return ordered, labels, label_names, test
 
@@ -321,10 +361,15 @@ def _captions(store: Folder | Zip, files: Sequence[str]) -> dict[str, str]:
         for number, line in enumerate(store.bytes(file).decode("utf-8").splitlines(), 1):
             try:
                 row = json.loads(line) if line.strip() else {}
-                text = next((row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None), None)
+                text = next(
+                    (row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None),
+                    None,
+                )
                 if text is not None:
                     captions[f"{folder}/{row['file_name']}".lstrip("/")] = str(text)
             except (ValueError, KeyError, AttributeError) as error:
                 form = '{"file_name": "a.png", "text": "..."}'
-                raise ValueError(f"{store.root}/{file} line {number} is not of the form {form}: {error!r}") from error
+                raise ValueError(
+                    f"{store.root}/{file} line {number} is not of the form {form}: {error!r}"
+                ) from error
     return captions

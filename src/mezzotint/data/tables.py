@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mezzotint.data.pixels import Unreadable
 from mezzotint.data.sources import NO_LABEL, decode, digest, held_out
+from mezzotint.data.transforms import UnreadableImage
 
 CARD = "mezzotint.json"  # beside the Arrow files of a prepared folder
 CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
@@ -67,7 +67,10 @@ def _table(folder: str, key: str) -> Any:
     """The rows of a prepared folder as one memory-mapped Arrow table; `key` tells apart what was prepared again."""
     import pyarrow as pa
 
-    parts = [pa.ipc.open_stream(pa.memory_map(str(path))).read_all() for path in sorted(Path(folder).glob("*.arrow"))]
+    parts = [
+        pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        for path in sorted(Path(folder).glob("*.arrow"))
+    ]
     return pa.concat_tables(parts)
 
 
@@ -91,7 +94,9 @@ def read_card(folder: Path) -> dict[str, Any]:
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return card
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / CARD} is damaged or foreign: {error!r}; prepare the folder again") from error
+        raise ValueError(
+            f"{folder / CARD} is damaged or foreign: {error!r}; prepare the folder again"
+        ) from error
 
 
 def open_prepared(folder: Path, split: str | None) -> Prepared:
@@ -101,15 +106,21 @@ def open_prepared(folder: Path, split: str | None) -> Prepared:
         table = _table(str(folder.resolve()), card["fingerprint"])
         if table.num_rows != card["count"]:
             raise ValueError(f"{table.num_rows} rows, but its card says {card['count']}")
-        labels = table.column("label").fill_null(NO_LABEL).to_numpy() if card["label_names"] else None
+        labels = (
+            table.column("label").fill_null(NO_LABEL).to_numpy() if card["label_names"] else None
+        )
     except (OSError, ValueError, KeyError, IndexError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(f"prepared folder {folder} is damaged: {error}; prepare it again") from error
+        raise ValueError(
+            f"prepared folder {folder} is damaged: {error}; prepare it again"
+        ) from error
     rows = held_out(card["count"], split or "all", None)
     shape = (card["channels"], card["size"], card["size"])
     names = tuple(card["label_names"]) if card["label_names"] else None
     labels = None if labels is None else labels[rows].astype(np.int64)
     notes = tuple(f"left out when it was prepared: {name}" for name in card["left_out"])
-    return Prepared(str(folder.resolve()), rows, labels, names, shape, card["crop"], card["fingerprint"], notes)
+    return Prepared(
+        str(folder.resolve()), rows, labels, names, shape, card["crop"], card["fingerprint"], notes
+    )
 
 
 @dataclass(frozen=True)
@@ -134,13 +145,13 @@ class Rows:
         """The opened picture."""
         cell = self._cell(i)
         if cell is None:
-            raise Unreadable("an empty cell")
+            raise UnreadableImage("an empty cell")
         if cell.get("bytes") is not None:
             return decode(cell["bytes"])
         try:
             return decode(Path(cell["path"]).read_bytes())
         except OSError as error:
-            raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+            raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
 
     def text(self, i: int) -> str | None:
         """The caption column's cell; the first, if it holds several."""
@@ -165,7 +176,9 @@ class Rows:
         return next(iter(self.pictures[i].values()))
 
 
-def _column(features: Mapping[str, Any], kinds: tuple[type, ...], names: tuple[str, ...]) -> str | None:
+def _column(
+    features: Mapping[str, Any], kinds: tuple[type, ...], names: tuple[str, ...]
+) -> str | None:
     """The first column of a telling type, else of a telling name."""
     typed = [name for name, feature in features.items() if isinstance(feature, kinds)]
     return next((name for name in [*typed, *names] if name in features), None)
@@ -179,7 +192,9 @@ def rows_of(dataset: Any, what: str) -> Rows:
     features = dataset.features
     image = _column(features, (ImageFeature,), IMAGE_COLUMNS)
     if image is None:
-        raise ValueError(f"{what} has no column of images; columns: {', '.join(features)}; name it 'image'")
+        raise ValueError(
+            f"{what} has no column of images; columns: {', '.join(features)}; name it 'image'"
+        )
     pictures = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
     caption = _column(features, (), TEXT_COLUMNS)
     captions = None if caption is None else dataset.select_columns([caption])
@@ -200,7 +215,9 @@ def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str
     try:
         labels = np.array([NO_LABEL if c is None else int(c) for c in cells], dtype=np.int64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"column {column!r} of {what} is no class: {error}; give whole numbers or words") from error
+        raise ValueError(
+            f"column {column!r} of {what} is no class: {error}; give whole numbers or words"
+        ) from error
     if isinstance(feature, ClassLabel):
         return labels, tuple(feature.names)
     if labels.min() < NO_LABEL:
@@ -233,7 +250,9 @@ def _part(parts: Any, split: str | None, what: str) -> Any:
     import datasets
 
     if split in parts:
-        return _tenths(parts[split], split) if split == "train" and len(parts) == 1 else parts[split]
+        return (
+            _tenths(parts[split], split) if split == "train" and len(parts) == 1 else parts[split]
+        )
     if split is None and ("train" in parts or len(parts) == 1):
         return parts["train"] if "train" in parts else next(iter(parts.values()))
     if split == "all":
@@ -313,7 +332,9 @@ def open_npz(path: Path, split: str | None) -> Packed:
     else:
         part = f"{split or 'train'}_"
         if f"{part}blob" not in arrays or f"{part}offsets" not in arrays:
-            raise ValueError(f"{path} holds {', '.join(arrays)}, no {part}blob and {part}offsets; {form}")
+            raise ValueError(
+                f"{path} holds {', '.join(arrays)}, no {part}blob and {part}offsets; {form}"
+            )
         rows, labels = np.arange(len(arrays[f"{part}offsets"]) - 1), arrays.get(f"{part}labels")
     if labels is None:
         return Packed(str(path), modified_ns, part, rows, None, None)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.draws import philox
+from mezzotint.core.rng import philox
 from mezzotint.evaluate.metrics import Array
 
 
@@ -22,7 +22,11 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[Tensor], float], features: Array, resamples: int = 200, level: float = 0.95, seed: int = 0
+    statistic: Callable[[Tensor], float],
+    features: Array,
+    resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> Interval:
     """A percentile interval of `statistic` over images drawn again with replacement (Efron 1979).
 
@@ -36,11 +40,16 @@ def bootstrap(
         resamples: number of draws, at least 20. level: probability inside, in (0, 1). seed: of the draws.
     """
     if resamples < 20 or not 0 < level < 1:
-        raise ValueError(f"resamples {resamples} and level {level}; at least 20 and a probability, e.g. 200 and 0.95")
+        raise ValueError(
+            f"resamples {resamples} and level {level}; at least 20 and a probability, e.g. 200 and 0.95"
+        )
     rows = torch.as_tensor(features)
     if len(rows) < 2:
         raise ValueError(f"{len(rows)} images cannot be resampled; at least two are needed")
-    draws = (philox("resample", seed, i, draw=1).integers(len(rows), size=len(rows)) for i in range(resamples))
+    draws = (
+        philox("resample", seed, i, draw=1).integers(len(rows), size=len(rows))
+        for i in range(resamples)
+    )
     values = [statistic(rows[torch.from_numpy(drawn).to(rows.device)]) for drawn in draws]
     shifted = np.asarray(values) + (statistic(rows) - np.mean(values))
     low, high = np.quantile(shifted, [(1 - level) / 2, (1 + level) / 2])

@@ -18,14 +18,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.evaluate import inception, weights
-from mezzotint.evaluate.pixels import IMAGENET_MEAN, IMAGENET_STD, INCEPTION_RULES, Prepare, as_uint8, normalised
-from mezzotint.registry import nearest
+from mezzotint.core import files
+from mezzotint.core.registry import suggest
+from mezzotint.core.tensor_files import sha256_of_module
+from mezzotint.evaluate import inception
+from mezzotint.evaluate.resize import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INCEPTION_RULES,
+    Prepare,
+    as_uint8,
+    normalised,
+)
 
 NETWORK_BATCH = 32  # images per forward pass, always; see `stream`
 # Folded copy of the same 2015 weights, as published with public image-recognition samples, up to Mixed_7a.
 KNOWN_INCEPTION = {
-    weights.INCEPTION.sha256,
+    inception.INCEPTION_FILE.sha256,
     "0a671d884145fee795ce6cb82852abf8c60c0824afe4b3e89f2cab69116c4ffa",
 }
 
@@ -61,7 +70,7 @@ class FeatureSet:
 
     def __call__(self, images: Tensor) -> Float[Tensor, "n d"]:
         """Features of uint8 images (or floats in [0, 1]), (n, channels, h, w), in float32 on the CPU."""
-        return features_of([self], [images])[self.name]
+        return compute_features([self], [images])[self.name]
 
 
 class _Single(nn.Module):
@@ -76,26 +85,36 @@ class _Single(nn.Module):
         out = self.module(x)
         if not isinstance(out, Tensor) or out.shape != (len(x), self.dims):
             given = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"feature network {self.name!r} returned {given}; expected {(len(x), self.dims)}")
+            raise ValueError(
+                f"feature network {self.name!r} returned {given}; expected {(len(x), self.dims)}"
+            )
         return {"features": out}
 
 
 def _inception_distance(tap: str, rule: str, sha256: str) -> str:
     base = {"2048": "FID", "sfid": "sFID"}.get(tap) if sha256 in KNOWN_INCEPTION else None
-    base = base or f"FD-Inception-{tap}" + ("" if sha256 in KNOWN_INCEPTION else f" (weights {sha256[:8]})")
+    base = base or f"FD-Inception-{tap}" + (
+        "" if sha256 in KNOWN_INCEPTION else f" (weights {sha256[:8]})"
+    )
     return f"{base} ({rule} resize)" if rule else base
 
 
-def _inception_sets(names: Sequence[str], path: str | Path | None, device: torch.device) -> list[FeatureSet]:
+def _inception_sets(
+    names: Sequence[str], path: str | Path | None, device: torch.device
+) -> list[FeatureSet]:
     """Feature sets "inception-TAP" or "inception-TAP:RULE" on one network."""
     for name in names:
         tap, _, rule = name.removeprefix("inception-").partition(":")
         if tap not in inception.TAPS or rule not in INCEPTION_RULES:
-            raise ValueError(f"unknown feature set {name!r}; {nearest(name, known())}")
-    file = Path(path) if path is not None else weights.located(weights.INCEPTION)
+            raise ValueError(f"unknown feature set {name!r}; {suggest(name, feature_set_names())}")
+    file = Path(path) if path is not None else files.locate_file(inception.INCEPTION_FILE)
     # The published file has a published hash; a file that bears its name must have it too.
-    file = weights.checked(file, weights.INCEPTION) if file.name == weights.INCEPTION.name else file
-    sha256 = weights.sha256_of(file)
+    file = (
+        files.check_sha256(file, inception.INCEPTION_FILE)
+        if file.name == inception.INCEPTION_FILE.name
+        else file
+    )
+    sha256 = files.sha256_of_file(file)
     network = inception.load_inception(file).to(device)
     sets: list[FeatureSet] = []
     for name in names:
@@ -120,34 +139,45 @@ def _inception_sets(names: Sequence[str], path: str | Path | None, device: torch
 
 
 def _digits(path: str | Path | None, device: torch.device) -> FeatureSet:
-    from mezzotint.evaluate import digits
+    from mezzotint.evaluate import digit_classifier
 
     if path is not None:
-        raise ValueError("feature set 'digits' trains its own network and reads no weights; leave the path out")
-    net = digits.digit_reader().network
+        raise ValueError(
+            "feature set 'digits' trains its own network and reads no weights; leave the path out"
+        )
+    net = digit_classifier.train_digit_classifier().network
     return FeatureSet(
         name="digits",
         distance="FD-digits",
-        dims=digits.FEATURES,
+        dims=digit_classifier.FEATURES,
         channels=1,
-        input=f"{digits.SIZE} px grey, antialiased bilinear, v / 127.5 - 1",
-        weights=weights.sha256_of_module(net),
-        prepare=digits.prepare,
-        network=_Single(digits.DigitFeatures(net), digits.FEATURES, "digits").to(device),
+        input=f"{digit_classifier.SIZE} px grey, antialiased bilinear, v / 127.5 - 1",
+        weights=sha256_of_module(net),
+        prepare=digit_classifier.prepare,
+        network=_Single(
+            digit_classifier.DigitFeatures(net), digit_classifier.FEATURES, "digits"
+        ).to(device),
     )
 
 
 def _dinov2(path: str | Path | None, device: torch.device) -> FeatureSet:
-    return from_hub(str(path) if path is not None else "facebook/dinov2-large", name="dinov2", device=device)
+    return from_hub(
+        str(path) if path is not None else "facebook/dinov2-large", name="dinov2", device=device
+    )
 
 
-SINGLE: dict[str, Callable[[str | Path | None, torch.device], FeatureSet]] = {"digits": _digits, "dinov2": _dinov2}
+SINGLE: dict[str, Callable[[str | Path | None, torch.device], FeatureSet]] = {
+    "digits": _digits,
+    "dinov2": _dinov2,
+}
 
 
-def known() -> list[str]:
+def feature_set_names() -> list[str]:
     """Every name that `open_features` takes."""
     suffixes = [f":{rule}" if rule else "" for rule in INCEPTION_RULES]
-    return [f"inception-{tap}{suffix}" for tap in inception.TAPS for suffix in suffixes] + sorted(SINGLE)
+    return [f"inception-{tap}{suffix}" for tap in inception.TAPS for suffix in suffixes] + sorted(
+        SINGLE
+    )
 
 
 def default_device() -> torch.device:
@@ -167,11 +197,13 @@ def open_features(
         device: of the network; CUDA when there is one.
     """
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"feature sets {list(names)}: name at least one, none twice; known: {', '.join(known())}")
+        raise ValueError(
+            f"feature sets {list(names)}: name at least one, none twice; known: {', '.join(feature_set_names())}"
+        )
     where = default_device() if device is None else torch.device(device)
     for name in names:
         if not name.startswith("inception-") and name not in SINGLE:
-            raise ValueError(f"unknown feature set {name!r}; {nearest(name, known())}")
+            raise ValueError(f"unknown feature set {name!r}; {suggest(name, feature_set_names())}")
     shared = [name for name in names if name.startswith("inception-")]
     made = {s.name: s for s in (_inception_sets(shared, path, where) if shared else [])}
     return [made[name] if name in made else SINGLE[name](path, where) for name in names]
@@ -180,8 +212,10 @@ def open_features(
 def _own_name(name: str) -> str:
     """`name`, unless it could be taken for another feature set's or for a FID."""
     plain = bool(name) and all(c.isalnum() or c in ".-_" for c in name)
-    if name in known() or not plain or "fid" in name.lower():
-        raise ValueError(f"name {name!r}: letters, digits, dots and dashes, not one of {', '.join(known())}, no 'FID'")
+    if name in feature_set_names() or not plain or "fid" in name.lower():
+        raise ValueError(
+            f"name {name!r}: letters, digits, dots and dashes, not one of {', '.join(feature_set_names())}, no 'FID'"
+        )
     return name
 
 
@@ -204,7 +238,9 @@ def from_module(
             without it: antialiased bicubic to `size`, ImageNet's mean and standard deviation (0.5 for grey).
     """
     if (prepare is None) != (input is None):
-        raise ValueError("give `prepare` and `input` (its description for the card) together, or neither")
+        raise ValueError(
+            "give `prepare` and `input` (its description for the card) together, or neither"
+        )
     if prepare is None:
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
         prepare = normalised(size, mean, std)
@@ -216,7 +252,7 @@ def from_module(
         dims=dims,
         channels=channels,
         input=input,
-        weights=weights.sha256_of_module(module),
+        weights=sha256_of_module(module),
         prepare=prepare,
         network=_Single(module.eval(), dims, name),
     )
@@ -235,7 +271,12 @@ class _ClassToken(nn.Module):
 
 
 def from_hub(
-    repo: str, *, name: str, size: int = 224, revision: str | None = None, device: str | torch.device | None = None
+    repo: str,
+    *,
+    name: str,
+    size: int = 224,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
 ) -> FeatureSet:
     """The class token of a vision transformer on the Hugging Face hub or in a folder; safetensors only, no code.
 
@@ -247,9 +288,13 @@ def from_hub(
     try:
         from transformers import AutoModel
     except ImportError as error:
-        raise ValueError("features of hub models need transformers: pip install 'mezzotint[text]'") from error
+        raise ValueError(
+            "features of hub models need transformers: pip install 'mezzotint[text]'"
+        ) from error
     try:
-        model = AutoModel.from_pretrained(repo, revision=revision, use_safetensors=True, trust_remote_code=False)
+        model = AutoModel.from_pretrained(
+            repo, revision=revision, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{repo} cannot be loaded ({str(error).splitlines()[0]}); fetch it where there is a network "
@@ -257,7 +302,9 @@ def from_hub(
         ) from error
     dims = int(model.config.hidden_size)
     if name == "dinov2" and (dims, size) != (1024, 224):
-        raise ValueError(f"{repo} gives {dims} dimensions at {size} px; DINOv2 ViT-L/14 has 1024 at 224. Choose a name")
+        raise ValueError(
+            f"{repo} gives {dims} dimensions at {size} px; DINOv2 ViT-L/14 has 1024 at 224. Choose a name"
+        )
     where = default_device() if device is None else torch.device(device)
     token = _ClassToken(model.float().eval().requires_grad_(False)).to(where)
     return FeatureSet(
@@ -265,7 +312,7 @@ def from_hub(
         distance="FD-DINOv2" if name == "dinov2" else f"FD-{name}",
         dims=dims,
         input=f"{size} px, antialiased bicubic, ImageNet mean and std",
-        weights=weights.sha256_of_module(model),
+        weights=sha256_of_module(model),
         prepare=normalised(size, IMAGENET_MEAN, IMAGENET_STD),
         network=_Single(token, dims, name),
     )
@@ -279,7 +326,9 @@ def _rebatched(batches: Iterable[Tensor], channels: int) -> Iterator[Tensor]:
         images = as_uint8(batch, channels)
         seen = seen or images.shape[1:]
         if images.shape[1:] != seen:
-            raise ValueError(f"images of {tuple(images.shape[1:])} after images of {tuple(seen)}; give one size")
+            raise ValueError(
+                f"images of {tuple(images.shape[1:])} after images of {tuple(seen)}; give one size"
+            )
         held.append(images)
         count += len(images)
         if count >= NETWORK_BATCH:
@@ -347,10 +396,12 @@ def _device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def features_of(sets: Sequence[FeatureSet], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def compute_features(sets: Sequence[FeatureSet], batches: Iterable[Tensor]) -> dict[str, Tensor]:
     """Features of all images by set name, each (n, dims) float32, on the CPU."""
     parts: dict[str, list[Tensor]] = {s.name: [] for s in sets}
     for found in stream(sets, batches):
         for name, rows in found.items():
             parts[name].append(rows.cpu())
-    return {s.name: torch.cat(parts[s.name]) if parts[s.name] else torch.empty(0, s.dims) for s in sets}
+    return {
+        s.name: torch.cat(parts[s.name]) if parts[s.name] else torch.empty(0, s.dims) for s in sets
+    }

@@ -16,11 +16,25 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.weights import safetensors_source, torch_source
+from mezzotint.core.files import (
+    PublishedFile,
+)
+from mezzotint.core.tensor_files import (
+    open_safetensors,
+    open_torch_file,
+)
 
 BN_EPS = 1e-3  # of the graph's batch norms
 # Channels of each tap, from the image on; see `Inception.forward`.
-TAPS = {"64": 64, "192": 192, "sfid": 17 * 17 * 7, "768": 768, "1280": 1280, "2048": 2048, "logits": 1008}
+TAPS = {
+    "64": 64,
+    "192": 192,
+    "sfid": 17 * 17 * 7,
+    "768": 768,
+    "1280": 1280,
+    "2048": 2048,
+    "logits": 1008,
+}
 PARTIAL_TAPS = ("64", "192", "sfid", "768", "1280")  # what weights that end at Mixed_7a give
 
 
@@ -225,7 +239,8 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if is_unfolded:
             try:
                 gamma, beta, mean, var = (
-                    state[f"{layer}.bn.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
+                    state[f"{layer}.bn.{name}"].double()
+                    for name in ("weight", "bias", "running_mean", "running_var")
                 )
             except KeyError as missing:
                 raise ValueError(f"the weights have {key} but no {missing.args[0]}") from None
@@ -243,7 +258,9 @@ def inception_from(state: Mapping[str, Tensor]) -> Inception:
     Every key is used and every parameter filled, or a ValueError names what is left over or missing.
     """
     weights = folded(state)
-    model = Inception(partial=not any(key.startswith(("Mixed_7b", "Mixed_7c", "fc")) for key in weights))
+    model = Inception(
+        partial=not any(key.startswith(("Mixed_7b", "Mixed_7c", "fc")) for key in weights)
+    )
     own = model.state_dict()
     unused, missing = sorted(weights.keys() - own), sorted(own.keys() - weights)
     wrong = [k for k in own if k in weights and own[k].shape != weights[k].shape]
@@ -263,11 +280,29 @@ def load_inception(path: str | Path) -> Inception:
     path = Path(path)
 
     def state_dict(contents: Any) -> Mapping[str, Tensor]:
-        if not isinstance(contents, dict) or not all(isinstance(v, Tensor) for v in contents.values()):
+        if not isinstance(contents, dict) or not all(
+            isinstance(v, Tensor) for v in contents.values()
+        ):
             raise ValueError(f"{path} holds no state dict of tensors")
         return contents
 
     if not path.is_file():
-        raise ValueError(f"there is no file {path}; give one of Inception's weights, .pth or .safetensors")
-    source = safetensors_source(path) if path.suffix == ".safetensors" else torch_source(path, state_dict)
+        raise ValueError(
+            f"there is no file {path}; give one of Inception's weights, .pth or .safetensors"
+        )
+    source = (
+        open_safetensors(path)
+        if path.suffix == ".safetensors"
+        else open_torch_file(path, state_dict)
+    )
     return inception_from({name: source.read(name) for name in source.claims})
+
+
+# The 2015-12-05 TensorFlow Inception as converted for PyTorch by M. Seitzer; batch norm not folded.
+INCEPTION_FILE = PublishedFile(
+    name="pt_inception-2015-12-05-6726825d.pth",
+    url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    bytes=95_628_359,
+    licence="Apache-2.0",
+)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mezzotint.draws import philox
+from mezzotint.core.rng import philox
 from mezzotint.evaluate.metrics import Array, wide
 
 
@@ -48,7 +48,9 @@ def _jackknife_error(x: Tensor, y: Tensor) -> float:
     return variance.sqrt().item()
 
 
-def kid(real: Array, fake: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 0) -> KID:
+def kid(
+    real: Array, fake: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 0
+) -> KID:
     """Mean unbiased squared MMD over random subsets of both sides, drawn without replacement.
 
     The standard error is the subsets' standard deviation over the root of the number of subsets that could be disjoint,
@@ -63,17 +65,23 @@ def kid(real: Array, fake: Array, subset_size: int = 1000, subsets: int = 100, s
     """
     x, y = wide(real), wide(fake)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 3:
-        raise ValueError(f"features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (images >= 3, d) twice")
+        raise ValueError(
+            f"features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (images >= 3, d) twice"
+        )
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features hold NaN or infinity")
     if subset_size < 2 or subsets < 2:
-        raise ValueError(f"subset_size {subset_size} and subsets {subsets} must be at least 2; e.g. 1000 and 100")
+        raise ValueError(
+            f"subset_size {subset_size} and subsets {subsets} must be at least 2; e.g. 1000 and 100"
+        )
     if min(len(x), len(y)) <= subset_size:
         return KID(squared_mmd(x, y), _jackknife_error(x, y))
     values: list[float] = []
     for i in range(subsets):
         draw = philox("resample", seed, i)
-        rows = [torch.from_numpy(draw.choice(len(side), subset_size, replace=False)) for side in (x, y)]
+        rows = [
+            torch.from_numpy(draw.choice(len(side), subset_size, replace=False)) for side in (x, y)
+        ]
         values.append(squared_mmd(x[rows[0].to(x.device)], y[rows[1].to(y.device)]))
     spread = torch.tensor(values, dtype=torch.float64).std().item()
     disjoint = min(subsets, min(len(x), len(y)) // subset_size)

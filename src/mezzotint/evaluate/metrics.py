@@ -23,7 +23,9 @@ def wide(array: Array) -> Tensor:
     """`array` in float64, on the CUDA device when there is one (other accelerators have no float64), else the CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(array, np.ndarray):
-        array = torch.from_numpy(np.array(array, dtype=np.float64))  # a copy: arrays read from files are read-only
+        array = torch.from_numpy(
+            np.array(array, dtype=np.float64)
+        )  # a copy: arrays read from files are read-only
     return array.detach().to(device=device, dtype=torch.float64)
 
 
@@ -44,7 +46,9 @@ class Moments:
         """Of one batch of features, (n, d) with n >= 1, in any float dtype; ValueError when not all are finite."""
         rows = wide(features)
         if rows.ndim != 2 or len(rows) == 0:
-            raise ValueError(f"features have shape {tuple(rows.shape)}; expected (at least one image, dimensions)")
+            raise ValueError(
+                f"features have shape {tuple(rows.shape)}; expected (at least one image, dimensions)"
+            )
         if not rows.isfinite().all():
             raise ValueError("features hold NaN or infinity; look at the images they came from")
         mean = rows.mean(0)
@@ -53,7 +57,9 @@ class Moments:
 
     def __add__(self, other: Moments) -> Moments:
         if self.mean.shape != other.mean.shape:
-            raise ValueError(f"moments of {len(self.mean)} and of {len(other.mean)} dimensions cannot be merged")
+            raise ValueError(
+                f"moments of {len(self.mean)} and of {len(other.mean)} dimensions cannot be merged"
+            )
         n = self.n + other.n
         step = other.mean - self.mean
         # Chan, Golub, LeVeque 1979, eq. 2.1: scatter = S_a + S_b + (n_a n_b / n) step step^T.
@@ -87,7 +93,9 @@ def root(cov: Array, what: str = "covariance") -> Tensor:
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
     # Statistics saved in float32 may be negative by rounding (1e-7 of the largest); more than 1e-3 is not a covariance.
     if values[0] < -1e-3 * values[-1].clamp_min(0):
-        raise ValueError(f"{what} is not positive semidefinite: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}")
+        raise ValueError(
+            f"{what} is not positive semidefinite: eigenvalues from {values[0]:.3g} to {values[-1]:.3g}"
+        )
     kept = values > len(values) * torch.finfo(torch.float64).eps * values[-1]
     return vectors[:, kept] * values[kept].sqrt()
 
@@ -114,12 +122,16 @@ def frechet_distance(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> float:
     mu1, mu2 = wide(mu1), wide(mu2)
     shapes = [tuple(m.shape) for m in (mu1, mu2)]
     if mu1.ndim != 1 or shapes[0] != shapes[1]:
-        raise ValueError(f"means have shapes {shapes[0]} and {shapes[1]}; expected two vectors of one length")
+        raise ValueError(
+            f"means have shapes {shapes[0]} and {shapes[1]}; expected two vectors of one length"
+        )
     if not (mu1.isfinite().all() and mu2.isfinite().all()):
         raise ValueError("a mean holds NaN or infinity")
     root1, root2 = root(cov1, "the first covariance"), root(cov2, "the second covariance")
     if len(root1) != len(mu1) or len(root2) != len(mu1):
-        raise ValueError(f"covariances of {len(root1)} and {len(root2)} dimensions do not fit means of {len(mu1)}")
+        raise ValueError(
+            f"covariances of {len(root1)} and {len(root2)} dimensions do not fit means of {len(mu1)}"
+        )
     return _frechet_from_roots(mu1, root1, mu2, root2)
 
 
@@ -134,7 +146,9 @@ class Gaussian:
         self.mu, self.n = wide(mu), n
         self.root = root(cov)
         if self.mu.shape != (len(self.root),):
-            raise ValueError(f"mean of shape {tuple(self.mu.shape)}, covariance of {len(self.root)} dimensions: no fit")
+            raise ValueError(
+                f"mean of shape {tuple(self.mu.shape)}, covariance of {len(self.root)} dimensions: no fit"
+            )
 
     @staticmethod
     def of(moments: Moments) -> Gaussian:
@@ -151,7 +165,9 @@ class Gaussian:
     def distance(self, other: Gaussian) -> float:
         """`frechet_distance` between the two."""
         if self.mu.shape != other.mu.shape:
-            raise ValueError(f"features of {len(self.mu)} and of {len(other.mu)} dimensions are not comparable")
+            raise ValueError(
+                f"features of {len(self.mu)} and of {len(other.mu)} dimensions are not comparable"
+            )
         return _frechet_from_roots(self.mu, self.root, other.mu, other.root)
 
 
@@ -174,7 +190,9 @@ def inception_score(logits: Array, split_size: int = 5000) -> InceptionScore:
     """
     logits = wide(logits)
     if logits.ndim != 2 or len(logits) < 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (images, classes), at least two images")
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; expected (images, classes), at least two images"
+        )
     if not logits.isfinite().all():
         raise ValueError("logits hold NaN or infinity")
     scores: list[float] = []
@@ -194,5 +212,7 @@ def fdr(to_train: float, heldout_to_train: float) -> float:
     Below 1, samples are closer to the training images than unseen real images are: a sign of copying.
     """
     if not (to_train >= 0 and heldout_to_train > 0):
-        raise ValueError(f"distances {to_train} and {heldout_to_train}; the first must be >= 0, the second > 0")
+        raise ValueError(
+            f"distances {to_train} and {heldout_to_train}; the first must be >= 0, the second > 0"
+        )
     return to_train / heldout_to_train

@@ -18,18 +18,18 @@ import numpy as np
 from torch import Tensor
 
 from mezzotint import __version__
-from mezzotint.draws import philox
-from mezzotint.evaluate.features import FeatureSet, features_of, stream
+from mezzotint.core.files import sha256_of_file
+from mezzotint.core.rng import philox
+from mezzotint.evaluate.features import FeatureSet, compute_features, stream
+from mezzotint.evaluate.image_source import ImageSource, from_npz, npz_names, read_npz
 from mezzotint.evaluate.inception import TAPS
 from mezzotint.evaluate.metrics import Gaussian, Moments
-from mezzotint.evaluate.pickles import load_arrays
-from mezzotint.evaluate.sources import ImageSource, npz_names, of_npz, read_npz
-from mezzotint.evaluate.weights import sha256_of
+from mezzotint.evaluate.safe_pickle import load_arrays
 
 FORMAT = 1
 KEPT_FEATURES = 10_000  # as many real images as ADM's precision and recall use
 # Whose a file of bare moments may be -> the suffix of the feature set's name, which is its resize.
-MAKERS = {"adm": "", "edm": "", "pytorch-fid": ":pytorch", "clean-fid": ":clean"}
+REFERENCE_SOURCES = {"adm": "", "edm": "", "pytorch-fid": ":pytorch", "clean-fid": ":clean"}
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,25 @@ class Reference:
         if s.name not in self.statistics and s.name not in self.features:
             have = ", ".join(sorted({*self.statistics, *self.features}))
             raise ValueError(f"{self.name} has no statistics of {s.name!r}; it has {have}")
-        dims = len(self.statistics[s.name].mu) if s.name in self.statistics else self.features[s.name].shape[1]
+        dims = (
+            len(self.statistics[s.name].mu)
+            if s.name in self.statistics
+            else self.features[s.name].shape[1]
+        )
         if dims != s.dims:
-            raise ValueError(f"{self.name} has {dims} dimensions of {s.name!r}, the features {s.dims}")
+            raise ValueError(
+                f"{self.name} has {dims} dimensions of {s.name!r}, the features {s.dims}"
+            )
         theirs = self.card.get("features", {}).get(s.name)
         if theirs is not None and theirs != s.card():
-            lines = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in s.card().items() if theirs.get(k) != v]
-            raise ValueError(f"{self.name} was made with other {s.name!r} features ({'; '.join(lines)}); make it anew")
+            lines = [
+                f"{k}: {theirs.get(k)} there, {v} here"
+                for k, v in s.card().items()
+                if theirs.get(k) != v
+            ]
+            raise ValueError(
+                f"{self.name} was made with other {s.name!r} features ({'; '.join(lines)}); make it anew"
+            )
         made_at = self.card.get("resolution")
         if made_at is not None and resolution is not None and tuple(made_at) != tuple(resolution):
             raise ValueError(
@@ -88,7 +100,11 @@ class Reference:
 
 
 def make_reference(
-    source: ImageSource, out: str | Path, sets: Sequence[FeatureSet], keep: int = KEPT_FEATURES, seed: int = 0
+    source: ImageSource,
+    out: str | Path,
+    sets: Sequence[FeatureSet],
+    keep: int = KEPT_FEATURES,
+    seed: int = 0,
 ) -> Reference:
     """Statistics of every image of `source`, written to `out` (.npz) with their card; streaming, in one pass.
 
@@ -123,12 +139,16 @@ def make_reference(
         "features": {s.name: s.card() for s in sets},
         "code_version": __version__,
     }
-    statistics = {name: Statistics(_array(m.mean), _array(m.cov), m.n) for name, m in totals.items()}
-    write_reference(out, statistics, {k: np.concatenate(v) for k, v in kept.items()} if keep else {}, card)
+    statistics = {
+        name: Statistics(_array(m.mean), _array(m.cov), m.n) for name, m in totals.items()
+    }
+    write_reference(
+        out, statistics, {k: np.concatenate(v) for k, v in kept.items()} if keep else {}, card
+    )
     return read_reference(out)
 
 
-def completed(reference: Reference, sets: Sequence[FeatureSet]) -> Reference:
+def complete_reference(reference: Reference, sets: Sequence[FeatureSet]) -> Reference:
     """`reference` with features of its own sample images, for precision, recall and the like, as ADM's evaluator does.
 
     Statistics it has are kept (ADM's are of all images, `arr_0` of 10,000); missing ones are taken from those images.
@@ -137,8 +157,8 @@ def completed(reference: Reference, sets: Sequence[FeatureSet]) -> Reference:
     wanted = [s for s in sets if s.name not in reference.features]
     if not reference.images or not wanted:
         return reference
-    source = of_npz(reference.name)
-    found = features_of(wanted, source.batches(0, source.n))
+    source = from_npz(reference.name)
+    found = compute_features(wanted, source.batches(0, source.n))
     statistics = dict(reference.statistics)
     for s in wanted:
         if s.name not in statistics:
@@ -163,7 +183,10 @@ def _save(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_reference(
-    path: str | Path, statistics: Mapping[str, Statistics], features: Mapping[str, np.ndarray], card: Mapping[str, Any]
+    path: str | Path,
+    statistics: Mapping[str, Statistics],
+    features: Mapping[str, np.ndarray],
+    card: Mapping[str, Any],
 ) -> None:
     """Our format; see the module."""
     arrays: dict[str, np.ndarray] = {"card": np.array(json.dumps(card))}
@@ -172,7 +195,9 @@ def write_reference(
     _save(Path(path), arrays | {f"{name}/features": rows for name, rows in features.items()})
 
 
-def export(reference: Reference, path: str | Path, maker: str, images: np.ndarray | None = None) -> None:
+def export(
+    reference: Reference, path: str | Path, maker: str, images: np.ndarray | None = None
+) -> None:
     """Write another library's file.
 
     Args:
@@ -180,15 +205,19 @@ def export(reference: Reference, path: str | Path, maker: str, images: np.ndarra
             sigma) or "edm2" (.pkl). ValueError when the reference has not the features that library uses.
         images: uint8 (n, h, w, 3), for "adm" only.
     """
-    if maker not in (*MAKERS, "edm2"):
-        raise ValueError(f"maker {maker!r}; allowed: {', '.join(MAKERS)}, edm2")
+    if maker not in (*REFERENCE_SOURCES, "edm2"):
+        raise ValueError(f"maker {maker!r}; allowed: {', '.join(REFERENCE_SOURCES)}, edm2")
     if images is not None and maker != "adm":
         raise ValueError(f"{maker} files hold no images; leave them out")
-    names = {"": f"inception-2048{MAKERS.get(maker, '')}"}
+    names = {"": f"inception-2048{REFERENCE_SOURCES.get(maker, '')}"}
     if maker == "adm":
         names["_s"] = "inception-sfid"
     if maker == "edm2":
-        names = {k: v for k, v in {"fid": "inception-2048", "fd_dinov2": "dinov2"}.items() if v in reference.statistics}
+        names = {
+            k: v
+            for k, v in {"fid": "inception-2048", "fd_dinov2": "dinov2"}.items()
+            if v in reference.statistics
+        }
     missing = [name for name in names.values() if name not in reference.statistics]
     if missing or not names:
         have = ", ".join(reference.statistics)
@@ -200,7 +229,9 @@ def export(reference: Reference, path: str | Path, maker: str, images: np.ndarra
         with open(path, "wb") as file:
             pickle.dump({key: {"mu": s.mu, "sigma": s.sigma} for key, s in found.items()}, file)
         return
-    arrays = {f"mu{key}": s.mu for key, s in found.items()} | {f"sigma{key}": s.sigma for key, s in found.items()}
+    arrays = {f"mu{key}": s.mu for key, s in found.items()} | {
+        f"sigma{key}": s.sigma for key, s in found.items()
+    }
     _save(Path(path), arrays if images is None else arrays | {"arr_0": images})
 
 
@@ -213,14 +244,14 @@ def read_reference(path: str | Path, maker: str | None = None) -> Reference:
     Errors: ValueError for a damaged file, pickled objects, unknown arrays, and shapes that do not fit.
     """
     path = Path(path)
-    if maker is not None and maker not in MAKERS:
-        raise ValueError(f"maker {maker!r}; allowed: {', '.join(MAKERS)}")
+    if maker is not None and maker not in REFERENCE_SOURCES:
+        raise ValueError(f"maker {maker!r}; allowed: {', '.join(REFERENCE_SOURCES)}")
     if path.is_dir():
         raise ValueError(
             f"{path} is a folder; a reference is a file of statistics: mezzotint evaluate --make-reference {path} "
             "ref.npz makes it (--size resizes the pictures)"
         )
-    sha256 = sha256_of(path)
+    sha256 = sha256_of_file(path)
     if path.suffix == ".pkl":
         return Reference(name=str(path), sha256=sha256, maker="edm2", statistics=_edm2(path))
     names = npz_names(path)
@@ -229,7 +260,12 @@ def read_reference(path: str | Path, maker: str | None = None) -> Reference:
     if "card" in arrays:
         statistics, features, card = _ours(path, arrays)
         return Reference(
-            name=str(path), sha256=sha256, maker="mezzotint", statistics=statistics, features=features, card=card
+            name=str(path),
+            sha256=sha256,
+            maker="mezzotint",
+            statistics=statistics,
+            features=features,
+            card=card,
         )
     if {"mu_s", "sigma_s"} <= arrays.keys():
         maker = "adm"
@@ -238,27 +274,42 @@ def read_reference(path: str | Path, maker: str | None = None) -> Reference:
     if maker is None:
         raise ValueError(
             f"{path} holds {', '.join(sorted(arrays)) or 'no arrays'} but does not say how they were made; "
-            f"state the maker: {', '.join(MAKERS)} (their resizes differ)"
+            f"state the maker: {', '.join(REFERENCE_SOURCES)} (their resizes differ)"
         )
     statistics: dict[str, Statistics] = {}
     for key in ("", "_s"):
         if f"mu{key}" in arrays:
             found = _statistics(path, arrays, f"mu{key}", f"sigma{key}")
             statistics[_set_name(path, maker, len(found.mu), sfid=key == "_s")] = found
-    features = {_set_name(path, maker, rows.shape[-1]): rows for key, rows in arrays.items() if key == "feats"}
+    features = {
+        _set_name(path, maker, rows.shape[-1]): rows
+        for key, rows in arrays.items()
+        if key == "feats"
+    }
     if not statistics and not features:
-        raise ValueError(f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma")
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(arrays)) or 'nothing'}; expected mu and sigma"
+        )
     return Reference(
-        name=str(path), sha256=sha256, maker=maker, statistics=statistics, features=features, images=images
+        name=str(path),
+        sha256=sha256,
+        maker=maker,
+        statistics=statistics,
+        features=features,
+        images=images,
     )
 
 
-def _statistics(path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: str, n: int | None = None) -> Statistics:
+def _statistics(
+    path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: str, n: int | None = None
+) -> Statistics:
     if sigma not in arrays or mu not in arrays:
         raise ValueError(f"{path} has only one of {mu} and {sigma}")
     a, b = (np.asarray(arrays[key], np.float64) for key in (mu, sigma))
     if a.ndim != 1 or b.shape != (len(a), len(a)):
-        raise ValueError(f"{path}: {mu} of shape {a.shape} and {sigma} of shape {b.shape} do not fit together")
+        raise ValueError(
+            f"{path}: {mu} of shape {a.shape} and {sigma} of shape {b.shape} do not fit together"
+        )
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ValueError(f"{path}: {mu} or {sigma} holds NaN or infinity")
     return Statistics(a, b, n)
@@ -267,8 +318,10 @@ def _statistics(path: Path, arrays: Mapping[str, np.ndarray], mu: str, sigma: st
 def _set_name(path: Path, maker: str, dims: int, sfid: bool = False) -> str:
     known = {size: tap for tap, size in TAPS.items() if (tap == "sfid") == sfid and tap != "logits"}
     if dims not in known:
-        raise ValueError(f"{path} has {dims} dimensions; {maker} files have {', '.join(map(str, known))}")
-    return f"inception-{known[dims]}{MAKERS[maker]}"
+        raise ValueError(
+            f"{path} has {dims} dimensions; {maker} files have {', '.join(map(str, known))}"
+        )
+    return f"inception-{known[dims]}{REFERENCE_SOURCES[maker]}"
 
 
 def _ours(path: Path, arrays: Mapping[str, np.ndarray]):
@@ -278,8 +331,12 @@ def _ours(path: Path, arrays: Mapping[str, np.ndarray]):
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: its card is damaged ({error!r})") from error
     if version != FORMAT:
-        raise ValueError(f"{path} is of format {version}, this version reads {FORMAT}; make it anew")
-    statistics = {name: _statistics(path, arrays, f"{name}/mu", f"{name}/sigma", n) for name in names}
+        raise ValueError(
+            f"{path} is of format {version}, this version reads {FORMAT}; make it anew"
+        )
+    statistics = {
+        name: _statistics(path, arrays, f"{name}/mu", f"{name}/sigma", n) for name in names
+    }
     features = {name: arrays[f"{name}/features"] for name in names if f"{name}/features" in arrays}
     return statistics, features, card
 
@@ -288,5 +345,9 @@ def _edm2(path: Path) -> dict[str, Statistics]:
     names = {"fid": "inception-2048", "fd_dinov2": "dinov2"}
     stored = load_arrays(path)
     if not isinstance(stored, dict) or not set(stored) & set(names):
-        raise ValueError(f"{path} has none of the keys {', '.join(names)}; is it an EDM2 reference?")
-    return {names[key]: _statistics(path, stored[key], "mu", "sigma") for key in names if key in stored}
+        raise ValueError(
+            f"{path} has none of the keys {', '.join(names)}; is it an EDM2 reference?"
+        )
+    return {
+        names[key]: _statistics(path, stored[key], "mu", "sigma") for key in names if key in stored
+    }

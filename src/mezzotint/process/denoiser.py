@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mezzotint.process.logsnr import beside, per_image
+from mezzotint.process.logsnr import append_dims, to_device_of
 from mezzotint.process.prediction import Prediction, solve
 
 Image = Float[Tensor, "b c h w"]
-Level = Float[Tensor, " b"]  # one log-SNR, or one loss, per image
+PerImage = Float[Tensor, " b"]  # one log-SNR, or one loss, per image
 Schedule = Callable[[Tensor], Tensor]  # u in (0, 1), 0 clean -> log-SNR, decreasing
 
 
@@ -51,7 +51,7 @@ class Denoised(NamedTuple):
 class Denoiser(Protocol):
     """All that samplers and guidance know of a model."""
 
-    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def __call__(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         """The expected image and noise of the variance-preserving state z at log-SNR `logsnr`."""
         ...
 
@@ -78,31 +78,33 @@ class Model(nn.Module):
     Args:
         backbone: module with forward(z, noise, cond) -> list of outputs, coarse to fine, the finest last.
         parameterisation: what those outputs mean.
-        card: everything needed to build the same model again and to say what it is (see `mezzotint.models`).
+        info: everything needed to build the same model again and to say what it is (see `mezzotint.models`).
     """
 
-    def __init__(self, backbone: nn.Module, parameterisation: Parameterisation, card: Any = None):
+    def __init__(self, backbone: nn.Module, parameterisation: Parameterisation, info: Any = None):
         super().__init__()
         self.backbone = backbone
         self.parameterisation = parameterisation
-        self.card = card
+        self.info = info
 
-    def raw(self, z: Image, logsnr: Level, cond: Cond) -> Sequence[Tensor]:
+    def raw(self, z: Image, logsnr: PerImage, cond: Cond) -> Sequence[Tensor]:
         """The backbone's outputs, coarse to fine, in its own dtype; the last has z's height and width."""
         p = self.parameterisation
-        logsnr = beside(logsnr, z)  # samplers give levels on the CPU, where guidance reads them without waiting
+        logsnr = to_device_of(
+            logsnr, z
+        )  # samplers give levels on the CPU, where guidance reads them without waiting
         dtype = next(self.backbone.parameters()).dtype
-        scaled = per_image(p.scale(logsnr), z).to(z.dtype) * z
+        scaled = append_dims(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
 
-    def forward(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def forward(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         """The image and noise implied by the finest output, in float32 or wider."""
         return self.interpret(z, self.raw(z, logsnr, cond)[-1], logsnr)
 
-    def interpret(self, z: Image, out: Tensor, logsnr: Level) -> Denoised:
+    def interpret(self, z: Image, out: Tensor, logsnr: PerImage) -> Denoised:
         """Denoised from a finest output of `raw`."""
         var = None
         if self.parameterisation.learned_variance:
             out, var = out.chunk(2, dim=1)
             var = var.to(torch.promote_types(var.dtype, torch.float32))
-        return Denoised(*solve(self.parameterisation.kind, z, out, beside(logsnr, z)), var)
+        return Denoised(*solve(self.parameterisation.kind, z, out, to_device_of(logsnr, z)), var)

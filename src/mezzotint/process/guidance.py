@@ -19,8 +19,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Level
-from mezzotint.process.logsnr import alpha, beside, per_image, sigma
+from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
+from mezzotint.process.logsnr import alpha, append_dims, sigma, to_device_of
 
 Scale = Callable[[Tensor], Tensor]  # log-SNR (b,) -> guidance scale (b,) in DiT's unit
 Null = Callable[[Cond], Cond]  # a condition -> the empty condition of the same batch
@@ -47,7 +47,9 @@ def interval(scale: Scale, low: float, high: float) -> Scale:
     Errors: ValueError unless low < high; both are natural log-SNRs, low the noisier.
     """
     if not low < high:
-        raise ValueError(f"the interval {low}...{high} is empty; its ends are log-SNRs, the noisier first")
+        raise ValueError(
+            f"the interval {low}...{high} is empty; its ends are log-SNRs, the noisier first"
+        )
     return lambda logsnr: torch.where((logsnr >= low) & (logsnr <= high), scale(logsnr), 1.0)
 
 
@@ -76,7 +78,9 @@ def null_label(num_classes: int) -> Null:
     Errors: ValueError for num_classes 0; later, for a condition without a label, which has nothing to guide towards.
     """
     if num_classes < 1:
-        raise ValueError("an unconditional network cannot be guided by labels; sample it without guidance")
+        raise ValueError(
+            "an unconditional network cannot be guided by labels; sample it without guidance"
+        )
 
     def null(cond: Cond) -> Cond:
         if cond.label is None:
@@ -105,7 +109,7 @@ def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None
     """weak + scale (strong - weak) on the first `channels` channels; the rest, and the variance, from `strong`."""
 
     def mix(c: Tensor, u: Tensor) -> Tensor:
-        s = per_image(beside(scale, c), c).to(c.dtype)
+        s = append_dims(to_device_of(scale, c), c).to(c.dtype)
         # DiT, section 3: eps = eps_u + s (eps_c - eps_u)
         mixed = u[:, :channels] + s * (c[:, :channels] - u[:, :channels])
         return mixed if channels is None else torch.cat([mixed, c[:, channels:]], 1)
@@ -113,7 +117,9 @@ def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None
     return Denoised(mix(strong.x, weak.x), mix(strong.eps, weak.eps), strong.var)
 
 
-def classifier_free(denoise: Denoiser, null: Null, scale: Scale, channels: int | None = None) -> Denoiser:
+def classifier_free(
+    denoise: Denoiser, null: Null, scale: Scale, channels: int | None = None
+) -> Denoiser:
     """Classifier-free guidance (arXiv 2207.12598): away from the empty condition, in one doubled batch.
 
     Args:
@@ -125,7 +131,7 @@ def classifier_free(denoise: Denoiser, null: Null, scale: Scale, channels: int |
     if channels is not None and channels < 1:
         raise ValueError(f"channels {channels} must be at least 1; leave it out to guide all")
 
-    def guided(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def guided(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         empty = null(cond)
         s = scale(logsnr)
         if _unguided(s):
@@ -163,7 +169,7 @@ def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
         scale: in DiT's unit, the paper's w: guess = weak + w (strong - weak).
     """
 
-    def guided(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def guided(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         strong = denoise(z, logsnr, cond)
         s = scale(logsnr)
         return strong if _unguided(s) else _mixed(strong, weak(z, logsnr, cond), s, None)
@@ -171,11 +177,11 @@ def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
     return guided
 
 
-def with_image(z: Image, logsnr: Level, guess: Denoised, x: Image) -> Denoised:
+def with_image(z: Image, logsnr: PerImage, guess: Denoised, x: Image) -> Denoised:
     """`guess` with another image, and the noise that z then implies."""
-    level = beside(logsnr, x)
+    level = to_device_of(logsnr, x)
     # z = alpha x + sigma eps, so deps = -(alpha / sigma) dx; exactly zero where x did not change.
-    ratio = per_image(alpha(level) / sigma(level), x).to(x.dtype)
+    ratio = append_dims(alpha(level) / sigma(level), x).to(x.dtype)
     return Denoised(x, guess.eps + ratio * (guess.x - x), guess.var)
 
 
@@ -184,7 +190,7 @@ def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
     if not low < high:
         raise ValueError(f"clipping to {low}...{high} leaves nothing; the first must be smaller")
 
-    def guess(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def guess(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
         return with_image(z, logsnr, raw, raw.x.clamp(low, high))
 
@@ -199,17 +205,19 @@ def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
     if not 0 < quantile <= 1:
         raise ValueError(f"quantile {quantile} must lie in (0, 1]; Imagen uses 0.995")
 
-    def guess(z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def guess(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
-        magnitude = raw.x.abs().flatten(1).sort(1).values  # torch.quantile refuses more than 16 M elements
+        magnitude = (
+            raw.x.abs().flatten(1).sort(1).values
+        )  # torch.quantile refuses more than 16 M elements
         q = magnitude[:, math.ceil(quantile * magnitude.shape[1]) - 1].clamp(min=1)
-        q = per_image(q, raw.x)
+        q = append_dims(q, raw.x)
         return with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
 
     return guess
 
 
-class Counted:
+class CallCounter:
     """A denoiser that counts: `rows` is how many images it was asked for, a doubled batch counting twice.
 
     Network calls per image, the NFE of papers that count both passes, are rows / images.
@@ -219,7 +227,7 @@ class Counted:
         self.denoise = denoise
         self.rows = 0
 
-    def __call__(self, z: Image, logsnr: Level, cond: Cond) -> Denoised:
+    def __call__(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         """The wrapped denoiser's answer."""
         self.rows += len(z)
         return self.denoise(z, logsnr, cond)

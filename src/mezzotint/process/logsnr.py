@@ -16,14 +16,16 @@ def sigma(logsnr: Tensor) -> Tensor:
     return torch.sigmoid(-logsnr).sqrt()
 
 
-def per_image(level: Tensor, like: Tensor) -> Tensor:
+def append_dims(level: Tensor, like: Tensor) -> Tensor:
     """View a (b,) tensor of one number per image as (b, 1, ..., 1), to broadcast against `like`."""
     return level.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def beside(level: Tensor, like: Tensor) -> Tensor:
+def to_device_of(level: Tensor, like: Tensor) -> Tensor:
     """One number per image on the device of `like`; the host does not wait for the copy."""
-    dtype = torch.float32 if like.device.type == "mps" and level.dtype == torch.float64 else level.dtype
+    dtype = (
+        torch.float32 if like.device.type == "mps" and level.dtype == torch.float64 else level.dtype
+    )
     # Pageable memory is staged before the call returns, so `level` may go out of scope; on MPS that is not promised.
     return level.to(like.device, dtype, non_blocking=like.device.type == "cuda")
 
@@ -37,5 +39,5 @@ def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
         logsnr: (b,) natural log of alpha^2 / sigma^2.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    level = per_image(logsnr, x)
+    level = append_dims(logsnr, x)
     return (alpha(level) * x + sigma(level) * eps).to(wide)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mezzotint.process.logsnr import alpha, per_image, sigma
+from mezzotint.process.logsnr import alpha, append_dims, sigma
 
 Prediction = Callable[[Tensor], tuple[Tensor, Tensor]]  # log-SNR -> (a, b)
 
@@ -39,7 +39,9 @@ def edm(data_std: float = 0.5) -> Prediction:
         data_std: standard deviation of the data, sigma_data of EDM; at 1 the row is exactly -v.
     """
     if not data_std > 0:
-        raise ValueError(f"data_std {data_std} must be positive; EDM uses 0.5 for images in [-1, 1]")
+        raise ValueError(
+            f"data_std {data_std} must be positive; EDM uses 0.5 for images in [-1, 1]"
+        )
 
     def row(logsnr: Tensor) -> tuple[Tensor, Tensor]:
         # (1 - c_skip) / c_out = s / (d sqrt(s^2 + d^2)) and -c_skip s / c_out = -d / sqrt(s^2 + d^2), with
@@ -63,7 +65,9 @@ def named(name: str, data_std: float = 0.5) -> Prediction:
 def target(kind: Prediction, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
     """a x + b eps, the regression target of `kind`; shapes (b, ...), (b, ...), (b,)."""
     a, b = kind(logsnr)
-    return (per_image(a, x) * x + per_image(b, x) * eps).to(torch.promote_types(x.dtype, torch.float32))
+    return (append_dims(a, x) * x + append_dims(b, x) * eps).to(
+        torch.promote_types(x.dtype, torch.float32)
+    )
 
 
 def solve(kind: Prediction, z: Tensor, out: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +92,7 @@ def solve(kind: Prediction, z: Tensor, out: Tensor, logsnr: Tensor) -> tuple[Ten
     z, out = z.to(wide), out.to(wide)
 
     def times(coefficient: Tensor, image: Tensor) -> Tensor:
-        return per_image(coefficient, image).to(wide) * image
+        return append_dims(coefficient, image).to(wide) * image
 
     x = times(b / det, z) - times(S / det, out)
     eps = times(A / det, out) - times(a / det, z)

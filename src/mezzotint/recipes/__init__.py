@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from mezzotint import config
 from mezzotint.config import Ema, Recipe
-from mezzotint.registry import Registry
+from mezzotint.core.registry import Registry
 
 registry: Registry[Callable[[], Recipe]] = Registry("recipe", __name__)
 recipe = registry.register
@@ -29,7 +29,11 @@ def ema_of(decay: float, batch: int) -> Ema:
 def difference(changed: Recipe) -> str:
     """Where a recipe differs from the one its paper (or this library, for laptop presets) states; one line a field."""
     published = config.to_dict(recipe_for(changed.preset))
-    lines = [f"  {k}: {a} -> {b}" for k, a, b in _leaves(published, config.to_dict(changed), "") if a != b]
+    lines = [
+        f"  {k}: {a} -> {b}"
+        for k, a, b in _leaves(published, config.to_dict(changed), "")
+        if a != b
+    ]
     title = f"difference from the recipe of {changed.preset}:"
     return "\n".join([title, *(lines or ["  none"])])
 
@@ -38,4 +42,6 @@ def _leaves(old: object, new: object, path: str) -> list[tuple[str, object, obje
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [(path, old, new)]
     keys = list(dict.fromkeys([*old, *new]))
-    return [leaf for k in keys for leaf in _leaves(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))]
+    return [
+        leaf for k in keys for leaf in _leaves(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
+    ]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mezzotint.config import Data, Ema, Grid, Optim, Recipe, Save, Time
+from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
+from mezzotint.core.registry import Spec
 from mezzotint.recipes import ema_of, recipe
-from mezzotint.registry import Spec
 
 # Iterations: the paper says "200000"; EDM, whose recipe it follows, counts thousands of images (specs section 4).
 EDM_IMAGES = 200_000_000
@@ -29,7 +29,7 @@ def _edm(preset: str, lr: float, batch: int, grid_steps: int, dropout: float = 0
         batch=batch,
         label_drop=0.0,
         log_every_images=50_000,
-        grid=Grid(every_images=1_000_000, sampler="heun", steps=grid_steps),
+        samples=SampleGrid(every_images=1_000_000, sampler="heun", steps=grid_steps),
         save=Save(every_images=1_000_000, keep_every_images=20_000_000),
     )
 
@@ -59,7 +59,9 @@ def _latent(preset: str, lr: float, batch: int) -> Recipe:
         batch=batch,
         label_drop=0.1,
         log_every_images=100 * batch,
-        grid=Grid(every_images=10_000 * batch, sampler="ancestral:variance=learned", steps=250),
+        samples=SampleGrid(
+            every_images=10_000 * batch, sampler="ancestral:variance=learned", steps=250
+        ),
         save=Save(every_images=5_000 * batch, keep_every_images=100_000 * batch),
     )
 
@@ -86,7 +88,7 @@ def diffit_tiny() -> Recipe:
         label_drop=0.1,
         images=200_000,
         log_every_images=3_200,
-        grid=Grid(every_images=50_000, count=40, sampler="heun", steps=18),
+        samples=SampleGrid(every_images=50_000, count=40, sampler="heun", steps=18),
         save=Save(every_images=50_000),
     )
 
@@ -100,6 +102,6 @@ def diffit_latent_tiny() -> Recipe:
         ema=Ema(),
         images=200_000,
         log_every_images=3_200,
-        grid=Grid(every_images=50_000, count=40, steps=50),
+        samples=SampleGrid(every_images=50_000, count=40, steps=50),
         save=Save(every_images=50_000),
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mezzotint.config import Data, Ema, Grid, Optim, Recipe, Save, Time
+from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
+from mezzotint.core.registry import Spec
 from mezzotint.recipes import ema_of, recipe
-from mezzotint.registry import Spec
 
 BATCH = 1024
 
@@ -17,14 +17,16 @@ def _published(preset: str, lr: float, steps: int) -> Recipe:
         preset=preset,
         data=Data(crop="adm", flip=True),
         objective=Spec("pyramid"),
-        optim=Optim(lr=lr, betas=(0.99, 0.99), weight_decay=0.03, warmup_images=5_000 * BATCH, clip=None),
+        optim=Optim(
+            lr=lr, betas=(0.99, 0.99), weight_decay=0.03, warmup_images=5_000 * BATCH, clip=None
+        ),
         ema=ema_of(0.9999, BATCH),
         images=steps * BATCH,
         batch=BATCH,
         label_drop=0.1,
         seed=1234,
         log_every_images=100 * BATCH,
-        grid=Grid(every_images=10_000 * BATCH, sampler="dpmpp_singlestep", steps=50),
+        samples=SampleGrid(every_images=10_000 * BATCH, sampler="dpmpp_singlestep", steps=50),
         save=Save(every_images=5_000 * BATCH, keep_every_images=50_000 * BATCH),
     )
 
@@ -72,7 +74,7 @@ def dimr_tiny() -> Recipe:
         batch=64,
         seed=0,
         log_every_images=3_200,
-        grid=Grid(every_images=50_000, count=40, sampler="dpmpp_2m", steps=50),
+        samples=SampleGrid(every_images=50_000, count=40, sampler="dpmpp_2m", steps=50),
         save=Save(every_images=50_000),
     )
 

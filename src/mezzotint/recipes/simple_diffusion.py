@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mezzotint.config import Data, Grid, Optim, Recipe, Save, Time
+from mezzotint.config import Data, Optim, Recipe, SampleGrid, Save, Time
+from mezzotint.core.registry import Spec
 from mezzotint.recipes import ema_of, recipe
-from mezzotint.registry import Spec
 
 IMAGENET = Data(source="", crop="adm", flip=True)
 
@@ -27,7 +27,7 @@ def _published(preset: str, batch: int, steps: int) -> Recipe:
         batch=batch,
         label_drop=0.1,
         log_every_images=100 * batch,
-        grid=Grid(every_images=10_000 * batch, sampler="ancestral", steps=512),
+        samples=SampleGrid(every_images=10_000 * batch, sampler="ancestral", steps=512),
         save=Save(every_images=5_000 * batch, keep=2, keep_every_images=100_000 * batch),
     )
 
@@ -71,7 +71,9 @@ def uvit_512() -> Recipe:
 def _sid2(preset: str, bias: float) -> Recipe:
     """Batch, steps and EMA of SiD2 are not established; these are its group's later runs (section 7, last line)."""
     return replace(
-        _published(preset, 1024, 1_000_000), objective=Spec("sigmoid", {"bias": bias}), time=Time(measure="logsnr")
+        _published(preset, 1024, 1_000_000),
+        objective=Spec("sigmoid", {"bias": bias}),
+        time=Time(loss_measure="logsnr"),
     )
 
 
@@ -116,7 +118,7 @@ def _laptop(preset: str, lr: float) -> Recipe:
         images=200_000,
         batch=64,
         log_every_images=3_200,
-        grid=Grid(every_images=50_000, count=40, steps=50),
+        samples=SampleGrid(every_images=50_000, count=40, steps=50),
         save=Save(every_images=50_000),
     )
 
@@ -139,5 +141,5 @@ def sid2_tiny() -> Recipe:
     return replace(
         _laptop("sid2-tiny", 2e-3),
         objective=Spec("sigmoid", {"bias": 0.0}),
-        time=Time(sampling="stratified", measure="logsnr"),
+        time=Time(sampling="stratified", loss_measure="logsnr"),
     )

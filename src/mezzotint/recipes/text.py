@@ -1,15 +1,15 @@
 """Text to image with simple diffusion's U-ViT (arXiv 2301.11093, section 4). The paper's data are not public.
 
 Its three models (256x256, 512x512, 384x640 pixels; T5-XXL) are the presets uvit-256 and uvit-512 with
-model.text_dim=4096 model.num_classes=0 and data.text=google/t5-v1_1-xxl; docs/latents.md has the commands. Batch, data
+model.text_dim=4096 model.num_classes=0 and data.text_encoder=google/t5-v1_1-xxl; docs/latents.md has the commands. Batch, data
 and length of their training are not known (section 7, [?]).
 """
 
 from __future__ import annotations
 
-from mezzotint.config import Data, Ema, Grid, Optim, Recipe, Save, Time
+from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
+from mezzotint.core.registry import Spec
 from mezzotint.recipes import recipe
-from mezzotint.registry import Spec
 
 
 @recipe("uvit-text-tiny")
@@ -33,6 +33,6 @@ def uvit_text_tiny() -> Recipe:
         batch=16,
         label_drop=0.1,
         log_every_images=3_200,
-        grid=Grid(every_images=50_000, count=40, steps=50),
+        samples=SampleGrid(every_images=50_000, count=40, steps=50),
         save=Save(every_images=25_000),
     )

@@ -30,7 +30,11 @@ def horizon_event(ema: Ema, images: int) -> dict[str, Any] | None:
     With a ramp the half-life never exceeds a fraction of the images seen; without one, 0.5^(images / half_life) of the
     average is still the initial weights.
     """
-    half_life = ema.half_life_images if ema.rampup is None else min(ema.half_life_images, ema.rampup * images)
+    half_life = (
+        ema.half_life_images
+        if ema.rampup is None
+        else min(ema.half_life_images, ema.rampup * images)
+    )
     if half_life <= images:
         return None
     why = (

@@ -17,12 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mezzotint.bench import machine
+from mezzotint.core.files import atomic_replace
+from mezzotint.core.machine import describe_machine
 from mezzotint.train.setup import Run
-from mezzotint.weights import replace_file
 
 FILE = "environment.json"
-PACKAGES = ("mezzotint", "torch", "numpy", "pillow", "datasets", "safetensors", "diffusers", "transformers")
+PACKAGES = (
+    "mezzotint",
+    "torch",
+    "numpy",
+    "pillow",
+    "datasets",
+    "safetensors",
+    "diffusers",
+    "transformers",
+)
 
 
 def record(run: Run) -> None:
@@ -30,14 +39,14 @@ def record(run: Run) -> None:
 
     Errors: OSError where the folder cannot be written.
     """
-    name = machine(run.world.device.type)["processor"]
+    name = describe_machine(run.world.device.type)["processor"]
     names: list[Any] = [name] * run.world.size
     if run.world.size > 1:
         dist.all_gather_object(names, name)
-    if run.world.main:
+    if run.world.is_rank0:
         path = run.folder / FILE
         text = json.dumps([*read(path), start(run.state.images, names)], indent=1) + "\n"
-        replace_file(path, lambda beside: beside.write_text(text, "utf-8"))
+        atomic_replace(path, lambda beside: beside.write_text(text, "utf-8"))
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -91,12 +100,18 @@ def commit(package: Path) -> str | None:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(package), *words], capture_output=True, text=True, timeout=20, check=True
+            ["git", "-C", str(package), *words],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
         )
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # a checkout around an installation is not its own
+        git(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # a checkout around an installation is not its own
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         pass

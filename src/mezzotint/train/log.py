@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mezzotint.ranks import World, add_ranks
-from mezzotint.weights import replace_file
+from mezzotint.core.distributed import World, sum_over_ranks
+from mezzotint.core.files import atomic_replace
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)
@@ -46,14 +46,14 @@ def add(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: Wo
     window[1] += len(losses)
     window[HEAD : HEAD + BINS].index_add_(0, bins, losses)
     window[HEAD + BINS : HEAD + 2 * BINS].index_add_(0, bins, torch.ones_like(losses))
-    if world.main:
+    if world.is_rank0:
         window[2] += 1
         window[HEAD + 2 * BINS :] += norms
 
 
 def summary(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any]:
     """The window's means, over all ranks; resets it. Empty bins are left out."""
-    total = add_ranks(window.clone(), world).tolist()
+    total = sum_over_ranks(window.clone(), world).tolist()
     window.zero_()
     between = [f"{a:.0f}..{b:.0f}" for a, b in pairwise(EDGES.tolist())]
     names = [f"<{EDGES[0]:.0f}", *between, f">{EDGES[-1]:.0f}"]
@@ -67,13 +67,15 @@ def summary(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any
     }
 
 
-def measured(images: int, seconds: float, flop_per_image: float, ceiling_tflops: float | None, world: World) -> dict:
+def measure_speed(
+    images: int, seconds: float, flop_per_image: float, peak_tflops: float | None, world: World
+) -> dict:
     """Speed and memory: images per second and 1e12 floating-point operations per second of all ranks together.
 
     Args:
         images: seen by all ranks in `seconds`.
         flop_per_image: of forward and backward pass, without recomputation.
-        ceiling_tflops: of one device; with it, the fraction reached is added.
+        peak_tflops: of one device; with it, the fraction reached is added.
     """
     speed = images / max(seconds, 1e-9)
     tflops = speed * flop_per_image / 1e12
@@ -81,10 +83,12 @@ def measured(images: int, seconds: float, flop_per_image: float, ceiling_tflops:
     result = {
         "images_per_second": round(speed, 2),
         "tflops": float(f"{tflops:.4g}"),
-        "peak_memory_gib": round((torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()) / 2**30, 3),
+        "peak_memory_gib": round(
+            (torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()) / 2**30, 3
+        ),
     }
-    if ceiling_tflops is not None:
-        result["utilisation"] = float(f"{tflops / (ceiling_tflops * world.size):.4g}")
+    if peak_tflops is not None:
+        result["utilisation"] = float(f"{tflops / (peak_tflops * world.size):.4g}")
     return result
 
 
@@ -102,7 +106,7 @@ class Log:
         text = path.read_text() if path.exists() else ""
         kept = "".join(f"{line}\n" for line in text.splitlines() if _images(line) <= images)
         if kept != text:
-            replace_file(path, lambda beside: beside.write_text(kept))
+            atomic_replace(path, lambda beside: beside.write_text(kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record; "images" says where it belongs."""
@@ -132,11 +136,20 @@ def _whole(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if _images(line) < math.inf]
 
 
-def quarantine(path: Path, found: dict[str, str]) -> int:
+def append_unreadable(path: Path, found: dict[str, str]) -> int:
     """Add pictures that could not be read to the list at `path`, name and reason a line; returns how many are new."""
     lines = path.read_text().splitlines() if path.exists() else []
     listed = {line.partition("\t")[0] for line in lines}
-    new = [f"{name}\t{' '.join(reason.split())}" for name, reason in found.items() if name not in listed]
+    new = [
+        f"{name}\t{' '.join(reason.split())}"
+        for name, reason in found.items()
+        if name not in listed
+    ]
     if new:
-        replace_file(path, lambda beside: beside.write_text("".join(f"{line}\n" for line in sorted([*lines, *new]))))
+        atomic_replace(
+            path,
+            lambda beside: beside.write_text(
+                "".join(f"{line}\n" for line in sorted([*lines, *new]))
+            ),
+        )
     return len(new)

@@ -13,7 +13,9 @@ from mezzotint.config import Optim
 def learning_rate(optim: Optim, images: int, total: int) -> float:
     """Rate of the update that starts when `images` have been seen: linear warm-up from 0, then constant or cosine."""
     warm = min(1.0, images / optim.warmup_images) if optim.warmup_images else 1.0
-    fall = 0.5 * (1 + math.cos(math.pi * min(1.0, images / total))) if optim.decay == "cosine" else 1.0
+    fall = (
+        0.5 * (1 + math.cos(math.pi * min(1.0, images / total))) if optim.decay == "cosine" else 1.0
+    )
     return optim.lr * warm * fall
 
 
@@ -45,10 +47,14 @@ def make_optimisers(optim: Optim, backbone: nn.Module, fused: bool) -> list[torc
         for linear in module.modules()
         if isinstance(linear, nn.Linear)
     }
-    decayed, *spared = groups(backbone, optim.weight_decay)  # what the backbone spares from decay is no hidden matrix
+    decayed, *spared = groups(
+        backbone, optim.weight_decay
+    )  # what the backbone spares from decay is no hidden matrix
     hidden = [p for p in decayed["params"] if id(p) in inside]
     if not hidden:
-        raise ValueError("optim.name=muon needs 2-D weights inside repeated blocks; this backbone has none; use adamw")
+        raise ValueError(
+            "optim.name=muon needs 2-D weights inside repeated blocks; this backbone has none; use adamw"
+        )
     rest = [{**decayed, "params": [p for p in decayed["params"] if id(p) not in inside]}, *spared]
     muon = torch.optim.Muon(
         # "match_rms_adamw" scales Muon's update to AdamW's size, so that one learning rate serves both.

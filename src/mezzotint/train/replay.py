@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.data.loader import batches
-from mezzotint.models import build_model, preset_card
+from mezzotint.core.distributed import World
+from mezzotint.core.registry import build
+from mezzotint.data.loader import load_batches
+from mezzotint.models import build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
-from mezzotint.ranks import World
-from mezzotint.registry import build
-from mezzotint.train import log, sentinel, state
-from mezzotint.train.data import open_data
-from mezzotint.train.setup import Run, parts_of, shell_of
+from mezzotint.train import checkpoint, log, nonfinite
+from mezzotint.train.dataset import open_data
+from mezzotint.train.setup import Run, parameters_by_module
 from mezzotint.train.step import gradient, make_batch
 
 
@@ -48,7 +48,12 @@ class Replayed:
 
     def __str__(self) -> str:
         apart = max(
-            (abs(a - b) for a, b in zip(self.loss, self.recorded, strict=True) if math.isfinite(a - b)), default=0
+            (
+                abs(a - b)
+                for a, b in zip(self.loss, self.recorded, strict=True)
+                if math.isfinite(a - b)
+            ),
+            default=0,
         )
         bad = [n for n, v in zip(self.numbers, self.loss, strict=True) if not math.isfinite(v)]
         lines = [
@@ -71,27 +76,33 @@ def replay(bundle: Path, source: str | None = None, device: torch.device | None 
 
     Errors: ValueError for a damaged bundle or other data.
     """
-    wrong = state.damage(bundle)
+    wrong = checkpoint.find_damage(bundle)
     if wrong is not None:
-        raise ValueError(f"{bundle} is no intact bundle: {wrong}; runs write theirs to RUN/bundles/IMAGES")
-    recipe = config.from_yaml(bundle / sentinel.RECIPE)
-    facts = json.loads((bundle / sentinel.FACTS).read_text())
+        raise ValueError(
+            f"{bundle} is no intact bundle: {wrong}; runs write theirs to RUN/bundles/IMAGES"
+        )
+    recipe = config.from_yaml(bundle / nonfinite.RECIPE)
+    facts = json.loads((bundle / nonfinite.FACTS).read_text())
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = run_of(recipe, bundle, source, facts["data"], device)
-    weights = [name for name, p in run.state.backbone.named_parameters() if not torch.isfinite(p).all()]
+    run = rebuild_run(recipe, bundle, source, facts["data"], device)
+    weights = [
+        name for name, p in run.state.backbone.named_parameters() if not torch.isfinite(p).all()
+    ]
     loss: list[float] = []
     numbers: list[int] = []
-    with watched(run.state.backbone) as found:
+    with find_nonfinite(run.state.backbone) as found:
         for rank in range(facts["ranks"]):
-            feed = batches(
+            feed = load_batches(
                 run.images, seed=recipe.seed, start_image=facts["images"], batch=recipe.batch, rank=rank,
                 world=facts["ranks"],
             )  # fmt: skip
-            batch = make_batch(recipe, run.images, run.card.config.num_classes, next(feed), device)
+            batch = make_batch(recipe, run.images, run.info.config.num_classes, next(feed), device)
             loss += gradient(run, batch).loss.tolist()
             numbers += batch.numbers
     if numbers != facts["numbers"]:
-        raise ValueError(f"{bundle}: the data order gives other images than recorded; was the bundle edited?")
+        raise ValueError(
+            f"{bundle}: the data order gives other images than recorded; was the bundle edited?"
+        )
     finite = all(math.isfinite(v) for v in loss) and found["backward"] is None
     return Replayed(
         fails=not finite,
@@ -104,40 +115,48 @@ def replay(bundle: Path, source: str | None = None, device: torch.device | None 
     )
 
 
-def run_of(recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, device: torch.device) -> Run:
+def rebuild_run(
+    recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, device: torch.device
+) -> Run:
     """The run that a bundle is of, with its weights, in one process and without anything it would write."""
     from safetensors.torch import load_file
 
-    card = preset_card(recipe.preset, **recipe.model)
+    card = preset_info(recipe.preset, **recipe.model)
     card = dataclasses.replace(card, schedule=recipe.schedule or card.schedule)
     images = open_data(recipe, World(rank=0, size=1, device=device), source)
     if images.fingerprint != fingerprint:
-        raise ValueError(f"{source or recipe.data.source} is not the data that {bundle} was made with; give --data")
+        raise ValueError(
+            f"{source or recipe.data.source} is not the data that {bundle} was made with; give --data"
+        )
     model = build_model(card).to(device).train()
-    model.backbone.load_state_dict(load_file(bundle / sentinel.WEIGHTS), strict=False)
+    model.backbone.load_state_dict(load_file(bundle / nonfinite.WEIGHTS), strict=False)
     setattr(model.backbone, "checkpointing", recipe.engine.checkpointing)  # noqa: B010
     world = World(rank=0, size=1, device=device)
-    parts = parts_of(model.backbone)
-    current = state.State(model.backbone, [], {}, log.new_window(device, len(parts)))
+    parts = parameters_by_module(model.backbone)
+    current = checkpoint.TrainingState(model.backbone, [], {}, log.new_window(device, len(parts)))
     return Run(
-        recipe=recipe, folder=bundle, world=world, images=images, card=card, model=model, shell=shell_of(card),
+        recipe=recipe, folder=bundle, world=world, images=images, info=card, model=model, shell=meta_model(card),
         parts=parts, objective=build(objectives.registry, recipe.objective),
-        schedule=build(schedules.registry, card.schedule), state=current, writer=state.Writer(world),
+        schedule=build(schedules.registry, card.schedule), state=current, writer=checkpoint.CheckpointWriter(world),
     )  # fmt: skip
 
 
 @contextmanager
-def watched(backbone: nn.Module) -> Iterator[dict[str, str | None]]:
+def find_nonfinite(backbone: nn.Module) -> Iterator[dict[str, str | None]]:
     """Within the block, note the first module whose output and the first parameter whose gradient is not finite."""
     found: dict[str, str | None] = {"forward": None, "backward": None}
 
     def output(name: str, module: nn.Module, given: Any, out: Any) -> None:
-        if found["forward"] is None and not finite(out):
-            inside = "" if finite(given) else ", whose input was not finite either"
+        if found["forward"] is None and not is_finite(out):
+            inside = "" if is_finite(given) else ", whose input was not finite either"
             found["forward"] = f"{name or '(itself)'} ({type(module).__name__}){inside}"
 
     def accumulated(name: str, parameter: Tensor) -> None:
-        if found["backward"] is None and parameter.grad is not None and not finite(parameter.grad):
+        if (
+            found["backward"] is None
+            and parameter.grad is not None
+            and not is_finite(parameter.grad)
+        ):
             found["backward"] = name
 
     hooks = [m.register_forward_hook(partial(output, name)) for name, m in backbone.named_modules()]
@@ -153,10 +172,10 @@ def watched(backbone: nn.Module) -> Iterator[dict[str, str | None]]:
             hook.remove()
 
 
-def finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether every number is finite in a tensor, or in the tensors of a list, tuple or dict."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, dict):
-        return all(finite(v) for v in value.values())
-    return all(finite(v) for v in value) if isinstance(value, (list, tuple)) else True
+        return all(is_finite(v) for v in value.values())
+    return all(is_finite(v) for v in value) if isinstance(value, (list, tuple)) else True

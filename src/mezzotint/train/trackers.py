@@ -22,7 +22,9 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             how = "pip install wandb" if name == "wandb" else "pip install mezzotint[track]"
-            raise ValueError(f"track={name} needs a package that is not installed: {how}, or leave it out of track")
+            raise ValueError(
+                f"trackers={name} needs a package that is not installed: {how}, or leave it out of track"
+            )
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
@@ -65,7 +67,9 @@ def wandb(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
         config=config.to_dict(run.recipe), mode=None if known else "offline",
     )  # fmt: skip
     try:
-        yield lambda record: session.log({**scalars(record), "images": record["images"]}, step=record["images"])
+        yield lambda record: session.log(
+            {**scalars(record), "images": record["images"]}, step=record["images"]
+        )
     finally:
         session.finish()
 
@@ -80,7 +84,9 @@ def trackio(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
         auto_log_gpu=False, auto_log_cpu=False,
     )  # fmt: skip
     try:
-        yield lambda record: session.log({**scalars(record), "images": record["images"]}, step=record["images"])
+        yield lambda record: session.log(
+            {**scalars(record), "images": record["images"]}, step=record["images"]
+        )
     finally:
         session.finish()
 
@@ -96,4 +102,4 @@ def opened(run: Run) -> Iterator[Trackers]:
     """The recipe's trackers, each a function of a log line; closed when the block ends."""
     known = {"tensorboard": tensorboard, "wandb": wandb, "trackio": trackio}
     with ExitStack() as stack:
-        yield [stack.enter_context(known[name](run)) for name in run.recipe.track]
+        yield [stack.enter_context(known[name](run)) for name in run.recipe.trackers]

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mezzotint import draws
-from mezzotint.data.images import Images, to_model_range
+from mezzotint.core import rng
+from mezzotint.data.image_dataset import ImageDataset
+from mezzotint.data.transforms import to_model_range
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.logsnr import diffuse
 
@@ -17,7 +18,12 @@ LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # natural log-SNR, from nearly noise to ne
 
 @torch.no_grad()
 def eps_mse_by_level(
-    model: Model, images: Images, levels: Sequence[float] = LEVELS, count: int = 256, seed: int = 0, batch: int = 64
+    model: Model,
+    images: ImageDataset,
+    levels: Sequence[float] = LEVELS,
+    count: int = 256,
+    seed: int = 0,
+    batch: int = 64,
 ) -> dict[float, float]:
     """Mean squared error of the implied noise, per log-SNR, on `count` images spread over the set, with fixed noise.
 
@@ -33,8 +39,8 @@ def eps_mse_by_level(
         numbers = spread[start : start + batch]
         pixels, labels = images.batch(numbers)
         x = to_model_range(pixels.to(device))
-        eps = draws.normal("noise", seed, numbers, tuple(pixels.shape[1:])).to(device)
-        conditional = model.card.config.num_classes > 0
+        eps = rng.normal("noise", seed, numbers, tuple(pixels.shape[1:])).to(device)
+        conditional = model.info.config.num_classes > 0
         cond = Cond(label=labels.to(device)) if conditional and labels is not None else Cond()
         for i, level in enumerate(levels):
             logsnr = torch.full((len(numbers),), level, device=device)

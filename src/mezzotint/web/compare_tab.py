@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from mezzotint.web import making, markup
-from mezzotint.web.generate_tab import gallery, how, kept_or, model_and_class, slow, stops, take_up
+from mezzotint.web import handlers, html
+from mezzotint.web.generate_tab import (
+    cancel_on_click,
+    gallery,
+    keep_if_none,
+    model_and_class,
+    network_event,
+    sampler_fields,
+    use_seed_on_click,
+)
+from mezzotint.web.request import Request
 from mezzotint.web.studio import Studio
-from mezzotint.web.wish import Wish
 
 WAITING = "The same seeds from both sides will stand here, column by column."
 
@@ -23,7 +31,7 @@ def compare_tab(studio: Studio) -> None:
         for i, name in enumerate("AB"):
             with gr.Column(min_width=280):
                 fields = model_and_class(studio, names, i, f"Model {name}")
-                fields |= how(studio)
+                fields |= sampler_fields(studio)
                 if i == 1 and len(names) < 2:
                     fields["steps"].value = 8  # one model: compare few steps with many
                 sides.append(fields)
@@ -31,13 +39,20 @@ def compare_tab(studio: Studio) -> None:
     with gr.Row():
         start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=140, scale=2)
         stop = gr.Button("Stop", min_width=90)
-    status = gr.HTML(markup.note(""), apply_default_css=False, elem_id="compare-status")
-    pictures = gallery(markup.empty(WAITING), elem_id="pairs")
+    status = gr.HTML(html.note(""), apply_default_css=False, elem_id="compare-status")
+    pictures = gallery(html.empty(WAITING), elem_id="pairs")
 
-    def run(values: dict[Any, Any]) -> Iterator[making.Step]:
-        wishes = [Wish(seeds=values[seeds], **{k: values[c] for k, c in fields.items()}) for fields in sides]
-        yield from kept_or(making.told(making.compared(studio, wishes[0], wishes[1])))
+    def run(values: dict[Any, Any]) -> Iterator[handlers.Step]:
+        wishes = [
+            Request(seeds=values[seeds], **{k: values[c] for k, c in fields.items()})
+            for fields in sides
+        ]
+        yield from keep_if_none(
+            handlers.report_errors(handlers.comparison(studio, wishes[0], wishes[1]))
+        )
 
-    event = start.click(run, {seeds, *(c for f in sides for c in f.values())}, [pictures, status], **slow())
-    take_up([pictures], seeds)
-    stops(stop, [event], status)
+    event = start.click(
+        run, {seeds, *(c for f in sides for c in f.values())}, [pictures, status], **network_event()
+    )
+    use_seed_on_click([pictures], seeds)
+    cancel_on_click(stop, [event], status)

@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mezzotint.generate import open_model
-from mezzotint.models import WEIGHTS
+from mezzotint.core.registry import suggest
+from mezzotint.models import WEIGHTS, open_model
 from mezzotint.process.denoiser import Model
-from mezzotint.registry import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,24 +68,32 @@ class Studio:
     def model(self, name: str) -> Model:
         """The model of that name; ValueError lists those there are."""
         if not self.models:
-            raise ValueError("no model was given: start with `mezzotint serve RUN` or a model's folder")
+            raise ValueError(
+                "no model was given: start with `mezzotint serve RUN` or a model's folder"
+            )
         if name not in self.models:
-            raise ValueError(f"there is no model {str(name)[:80]!r}; {nearest(str(name)[:80], self.models)}")
+            raise ValueError(
+                f"there is no model {str(name)[:80]!r}; {suggest(str(name)[:80], self.models)}"
+            )
         return self.models[name].current()
 
     def run(self, name: str) -> Path:
         """The run of that name; ValueError lists those there are."""
         if name not in self.runs:
-            raise ValueError(f"there is no run {str(name)[:80]!r}; {nearest(str(name)[:80], self.runs)}")
+            raise ValueError(
+                f"there is no run {str(name)[:80]!r}; {suggest(str(name)[:80], self.runs)}"
+            )
         return self.runs[name]
 
     def reads(self, name: object) -> bool:
         """Whether the model of that name reads prompts."""
-        return name in self.models and "text" in self.models[str(name)].model.card.extra
+        return name in self.models and "text" in self.models[str(name)].model.info.extra
 
     def of(self, *backbones: str) -> list[str]:
         """Names of the models with one of these backbones."""
-        return [name for name, opened in self.models.items() if opened.model.card.backbone in backbones]
+        return [
+            name for name, opened in self.models.items() if opened.model.info.backbone in backbones
+        ]
 
 
 def open_studio(sources: Sequence[str], limits: Limits | None = None) -> Studio:

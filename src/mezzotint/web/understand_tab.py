@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from mezzotint.models import presets
-from mezzotint.web import inside, making, markup, noising
-from mezzotint.web.generate_tab import kept_or, slow
+from mezzotint.web import handlers, html, internals, noise_demo
+from mezzotint.web.generate_tab import keep_if_none, network_event
+from mezzotint.web.request import parse_integer, parse_number
 from mezzotint.web.studio import Studio
-from mezzotint.web.wish import number, whole
 
 # The browser cuts the photo to a square of at most 512 pixels; only that travels, as text, and nothing is stored.
 PHOTO_HTML = """<div class="mz-drop">${value ? `<img src="${value}" alt="your photo">` : ''}
@@ -59,38 +59,71 @@ def noise_part(studio: Studio) -> None:
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            photo = gr.HTML("", html_template=PHOTO_HTML, js_on_load=PHOTO_JS, apply_default_css=False, elem_id="photo")
-            u = gr.Slider(0, 1, value=0.5, step=0.01, label="u", info="how far along the schedule: 0 clean, 1 noise")
+            photo = gr.HTML(
+                "",
+                html_template=PHOTO_HTML,
+                js_on_load=PHOTO_JS,
+                apply_default_css=False,
+                elem_id="photo",
+            )
+            u = gr.Slider(
+                0,
+                1,
+                value=0.5,
+                step=0.01,
+                label="u",
+                info="how far along the schedule: 0 clean, 1 noise",
+            )
             reference = gr.Radio([32, 64, 128], value=64, label="Shift to (reference side, pixels)")
-            others = gr.CheckboxGroup(list(noising.OTHERS), value=[], label="Other schedules in the plot")
-            drawn = gr.HTML(noising.curves(0.5, 64, []), apply_default_css=False)
+            others = gr.CheckboxGroup(
+                list(noise_demo.OTHERS), value=[], label="Other schedules in the plot"
+            )
+            drawn = gr.HTML(noise_demo.curves(0.5, 64, []), apply_default_css=False)
         with gr.Column(scale=3, min_width=300):
-            shown = gr.HTML(noising.sizes(noising.own_picture(), 0.5, 64), apply_default_css=False, elem_id="noised")
-    side = gr.Radio(list(noising.SIDES), value=64, label="Log-SNR by eye, at (pixels)")
-    strip = gr.HTML(noising.levels(noising.own_picture(), 64), apply_default_css=False)
+            shown = gr.HTML(
+                noise_demo.sizes(noise_demo.own_picture(), 0.5, 64),
+                apply_default_css=False,
+                elem_id="noised",
+            )
+    side = gr.Radio(list(noise_demo.SIDES), value=64, label="Log-SNR by eye, at (pixels)")
+    strip = gr.HTML(noise_demo.levels(noise_demo.own_picture(), 64), apply_default_css=False)
 
     def pictures(text: Any, at: Any, pixels: Any) -> str:
         try:
-            image = noising.photo_of(str(text or ""), studio.limits)
-            return noising.sizes(image, number("u", at, 0, 1), whole("reference side", pixels, 1, 4096))
+            image = noise_demo.photo_of(str(text or ""), studio.limits)
+            return noise_demo.sizes(
+                image, parse_number("u", at, 0, 1), parse_integer("reference side", pixels, 1, 4096)
+            )
         except ValueError as error:
-            return markup.problem(str(error))
+            return html.problem(str(error))
 
     def by_level(text: Any, pixels: Any) -> str:
         try:
-            if pixels not in noising.SIDES:
-                raise ValueError(f"choose one of {noising.SIDES}")
-            return noising.levels(noising.photo_of(str(text or ""), studio.limits), pixels)
+            if pixels not in noise_demo.SIDES:
+                raise ValueError(f"choose one of {noise_demo.SIDES}")
+            return noise_demo.levels(noise_demo.photo_of(str(text or ""), studio.limits), pixels)
         except ValueError as error:
-            return markup.problem(str(error))
+            return html.problem(str(error))
 
     def plotted(at: Any, pixels: Any, names: Any) -> str:
-        return noising.curves(number("u", at, 0, 1), whole("reference side", pixels, 1, 4096), list(names or []))
+        return noise_demo.curves(
+            parse_number("u", at, 0, 1),
+            parse_integer("reference side", pixels, 1, 4096),
+            list(names or []),
+        )
 
     latest: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
-    gr.on([photo.change, u.change, reference.change], pictures, [photo, u, reference], shown, **latest)
+    gr.on(
+        [photo.change, u.change, reference.change], pictures, [photo, u, reference], shown, **latest
+    )
     gr.on([photo.change, side.change], by_level, [photo, side], strip, **latest)
-    gr.on([u.change, reference.change, others.change], plotted, [u, reference, others], drawn, **latest)
+    gr.on(
+        [u.change, reference.change, others.change],
+        plotted,
+        [u, reference, others],
+        drawn,
+        **latest,
+    )
 
 
 def network_part() -> None:
@@ -99,13 +132,13 @@ def network_part() -> None:
 
     first = "unet-tiny"
     preset = gr.Dropdown(presets(), value=first, label="Preset", interactive=True)
-    counted = gr.HTML(inside.network_table(first), apply_default_css=False, elem_id="network")
+    counted = gr.HTML(internals.network_table(first), apply_default_css=False, elem_id="network")
 
     def table(name: Any) -> str:
         try:
-            return inside.network_table(str(name)[:80])
+            return internals.network_table(str(name)[:80])
         except ValueError as error:
-            return markup.problem(str(error))
+            return html.problem(str(error))
 
     preset.change(table, preset, counted, show_progress="minimal", api_visibility="private")
 
@@ -128,17 +161,19 @@ def branch_part(studio: Studio) -> None:
     names = studio.of("dimr")
     if not names:
         words = "No DiMR model was given. Start with one, such as: mezzotint serve runs/dimr-tiny"
-        gr.HTML(markup.empty(words), apply_default_css=False)
+        gr.HTML(html.empty(words), apply_default_css=False)
         return
     inputs = chooser(names)
     start = gr.Button("Show the branches", variant="primary", elem_id="branches-start")
-    status = gr.HTML(markup.note(""), apply_default_css=False)
+    status = gr.HTML(html.note(""), apply_default_css=False)
     shown = gr.HTML("", apply_default_css=False, elem_id="branches")
 
-    def run(model: Any, seed: Any, steps: Any) -> Iterator[making.Step]:
-        yield from kept_or(making.told(inside.branches(studio, model, seed, steps)))
+    def run(model: Any, seed: Any, steps: Any) -> Iterator[handlers.Step]:
+        yield from keep_if_none(
+            handlers.report_errors(internals.branches(studio, model, seed, steps))
+        )
 
-    start.click(run, list(inputs), [shown, status], **slow())
+    start.click(run, list(inputs), [shown, status], **network_event())
 
 
 def attention_part(studio: Studio) -> None:
@@ -147,8 +182,10 @@ def attention_part(studio: Studio) -> None:
 
     names = studio.of("diffit", "diffit_image")
     if not names:
-        words = "No DiffiT model was given. Start with one, such as: mezzotint serve runs/diffit-tiny"
-        gr.HTML(markup.empty(words), apply_default_css=False)
+        words = (
+            "No DiffiT model was given. Start with one, such as: mezzotint serve runs/diffit-tiny"
+        )
+        gr.HTML(html.empty(words), apply_default_css=False)
         return
     inputs = chooser(names)
     with gr.Row():
@@ -156,12 +193,14 @@ def attention_part(studio: Studio) -> None:
         row = gr.Slider(0, 1, value=0.5, step=0.05, label="Token: top to bottom", min_width=160)
         column = gr.Slider(0, 1, value=0.5, step=0.05, label="left to right", min_width=160)
     start = gr.Button("Show its attention", variant="primary", elem_id="attention-start")
-    status = gr.HTML(markup.note(""), apply_default_css=False)
+    status = gr.HTML(html.note(""), apply_default_css=False)
     shown = gr.HTML("", apply_default_css=False, elem_id="attention")
 
-    def run(values: dict[Any, Any]) -> Iterator[making.Step]:
+    def run(values: dict[Any, Any]) -> Iterator[handlers.Step]:
         model, seed, steps, which = (values[c] for c in (*inputs, layer))
         place = (values[row], values[column])
-        yield from kept_or(making.told(inside.attention(studio, model, seed, steps, which, place)))
+        yield from keep_if_none(
+            handlers.report_errors(internals.attention(studio, model, seed, steps, which, place))
+        )
 
-    start.click(run, {*inputs, layer, row, column}, [shown, status], **slow())
+    start.click(run, {*inputs, layer, row, column}, [shown, status], **network_event())

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image as Pillow
 
 from mezzotint.train import log
-from mezzotint.web import markup
-from mezzotint.web.markup import COLOURS, Line
+from mezzotint.web import html
+from mezzotint.web.html import COLOURS, Line
 from mezzotint.web.studio import Studio
 
 REFRESH_SECONDS = 2.0
@@ -52,27 +52,49 @@ def curves(run: Path, size: int) -> str:
     """Loss, loss by log-SNR, speed, memory, evaluations; the answer is kept while `size`, of the log, is the same."""
     rows = thinned(records(run))
     if not rows:
-        return markup.empty("This run has logged nothing yet; the curves come with its first line.")
+        return html.empty("This run has logged nothing yet; the curves come with its first line.")
     latest: dict[str, float] = {}
     for row in rows:
         latest |= dict.fromkeys(row.get("loss_by_logsnr", {}), 0.0)
     by_level = []
     for i, name in enumerate(latest):
-        found = [(r["images"], r["loss_by_logsnr"][name]) for r in rows if name in r.get("loss_by_logsnr", {})]
-        by_level.append(Line([x for x, _ in found], [y for _, y in found], name, COLOURS[i % len(COLOURS)]))
+        found = [
+            (r["images"], r["loss_by_logsnr"][name])
+            for r in rows
+            if name in r.get("loss_by_logsnr", {})
+        ]
+        by_level.append(
+            Line([x for x, _ in found], [y for _, y in found], name, COLOURS[i % len(COLOURS)])
+        )
     plots = [
-        ("Loss", markup.plot([curve(rows, "loss")], "images seen", "loss", log_y=spans_decades(rows, "loss"))),
-        ("Loss by log-SNR", markup.plot(by_level, "images seen", "loss", log_y=True)),
+        (
+            "Loss",
+            html.plot(
+                [curve(rows, "loss")], "images seen", "loss", log_y=spans_decades(rows, "loss")
+            ),
+        ),
+        ("Loss by log-SNR", html.plot(by_level, "images seen", "loss", log_y=True)),
         (
             "Throughput",
-            markup.plot([curve(rows, "images_per_second")], "images seen", "images per second", from_zero=True),
+            html.plot(
+                [curve(rows, "images_per_second")],
+                "images seen",
+                "images per second",
+                from_zero=True,
+            ),
         ),
     ]
     if any("peak_memory_gib" in r for r in rows):
-        memory = markup.plot([curve(rows, "peak_memory_gib")], "images seen", "peak GiB", from_zero=True)
+        memory = html.plot(
+            [curve(rows, "peak_memory_gib")], "images seen", "peak GiB", from_zero=True
+        )
         plots.append(("Memory", memory))
     plots += evaluated(run)
-    return '<div class="mz-plots">' + "".join(f"<section><h3>{t}</h3>{p}</section>" for t, p in plots) + "</div>"
+    return (
+        '<div class="mz-plots">'
+        + "".join(f"<section><h3>{t}</h3>{p}</section>" for t, p in plots)
+        + "</div>"
+    )
 
 
 def evaluated(run: Path) -> list[tuple[str, str]]:
@@ -80,9 +102,11 @@ def evaluated(run: Path) -> list[tuple[str, str]]:
     judged = log.read_evaluations(run / "log.jsonl")
     plots = []
     for metric in dict.fromkeys(name for record in judged for name in record["evaluation"]):
-        found = [(r["images"], r["evaluation"][metric]) for r in judged if metric in r["evaluation"]]
+        found = [
+            (r["images"], r["evaluation"][metric]) for r in judged if metric in r["evaluation"]
+        ]
         line = Line([x for x, _ in found], [y for _, y in found], style="o-")
-        plots.append((f"Evaluation: {metric}", markup.plot([line], "images seen", metric)))
+        plots.append((f"Evaluation: {metric}", html.plot([line], "images seen", metric)))
     return plots
 
 
@@ -96,23 +120,25 @@ def headline(run: Path) -> str:
     """Where the run is, in one line."""
     rows = records(run)
     if not rows:
-        return markup.note("waiting for the first line of log.jsonl")
+        return html.note("waiting for the first line of log.jsonl")
     last = rows[-1]
     speed = f" · {last['images_per_second']:,.0f} images/s" if "images_per_second" in last else ""
-    return markup.note(f"{last['images']:,} images seen · loss {last.get('loss', float('nan')):.4g}{speed}")
+    return html.note(
+        f"{last['images']:,} images seen · loss {last.get('loss', float('nan')):.4g}{speed}"
+    )
 
 
 def sheet(run: Path, which: int) -> str:
     """Sample grid number `which`, clamped to those there are."""
     found = grids(run)
     if not found:
-        return markup.empty("No sample grid yet; the run writes one at each milestone.")
+        return html.empty("No sample grid yet; the run writes one at each milestone.")
     path = found[min(max(which, 0), len(found) - 1)]
     words = f"after {int(path.stem):,} images"
     with Pillow.open(path) as picture:
         picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
-        data = markup.png(picture)
-    return f'<div class="mz-sheet">{markup.figure(markup.Figure(data, words))}</div>'
+        data = html.png(picture)
+    return f'<div class="mz-sheet">{html.figure(html.Figure(data, words))}</div>'
 
 
 def watch_tab(studio: Studio, tab: Any) -> None:
@@ -120,11 +146,14 @@ def watch_tab(studio: Studio, tab: Any) -> None:
     import gradio as gr
 
     if not studio.runs:
-        gr.HTML(markup.empty("No run was given. Start with: mezzotint serve runs/NAME"), apply_default_css=False)
+        gr.HTML(
+            html.empty("No run was given. Start with: mezzotint serve runs/NAME"),
+            apply_default_css=False,
+        )
         return
     names = list(studio.runs)
     name = gr.Dropdown(names, value=names[0], label="Run", interactive=True)
-    status = gr.HTML(markup.note(""), apply_default_css=False, elem_id="watch-status")
+    status = gr.HTML(html.note(""), apply_default_css=False, elem_id="watch-status")
     drawn = gr.HTML("", apply_default_css=False, elem_id="curves")
     gr.HTML("<h3>Samples over time</h3>", apply_default_css=False)
     which = gr.Slider(0, 1, value=0, step=1, label="Milestone", elem_id="milestone")

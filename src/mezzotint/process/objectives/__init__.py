@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mezzotint.process.denoiser import Cond, Image, Level, Model
-from mezzotint.registry import Registry
+from mezzotint.core.registry import Registry
+from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 
-Objective = Callable[[Model, Image, Image, Level, Cond], Level]
+Objective = Callable[[Model, Image, Image, PerImage, Cond], PerImage]
 Weight = Callable[[Tensor], Tensor]  # log-SNR -> factor on a squared error, same shape
 
 registry: Registry[Callable[..., Objective]] = Registry("objective", __name__)
@@ -24,7 +24,12 @@ objective = registry.register
 # The promised names, below what their files import from here. The scan needs none of these lines.
 from mezzotint.process.objectives.multiscale import multiscale_mse  # noqa: E402
 from mezzotint.process.objectives.pyramid import pyramid_loss, pyramid_targets  # noqa: E402
-from mezzotint.process.objectives.regression import min_snr_weight, residual, sigmoid_weight, weighted  # noqa: E402
+from mezzotint.process.objectives.regression import (  # noqa: E402
+    min_snr_weight,
+    residual,
+    sigmoid_weight,
+    weighted,
+)
 from mezzotint.process.objectives.variational import variational_bound  # noqa: E402
 
 __all__ = [

@@ -6,12 +6,12 @@ import torch
 from torch.nn.functional import avg_pool2d
 
 from mezzotint.process import prediction
-from mezzotint.process.denoiser import Cond, Image, Level, Model
+from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.objectives import Objective, objective
 from mezzotint.process.objectives.regression import mean_square, residual
 
 
-def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> Level:
+def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> PerImage:
     """Sum over scales s of (1/s) times the mean squared error of both images average-pooled to side s.
 
     Args:
@@ -24,7 +24,9 @@ def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> Level:
         (b,), mean over channels and pixels; the paper's norm sums the channels. Weights are not normalised.
     """
     if smallest < 1:
-        raise ValueError(f"smallest scale {smallest} must be at least 1 pixel; the paper starts at 32")
+        raise ValueError(
+            f"smallest scale {smallest} must be at least 1 pixel; the paper starts at 32"
+        )
     error = output - target
     error = error.to(torch.promote_types(error.dtype, torch.float32))
     # sum over s in {32, 64, ..., d} of (1/s) L^s, with L^s = (1/s^2) ||D^s[eps] - D^s[eps_hat]||^2
@@ -39,7 +41,7 @@ def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> Level:
 def multiscale(smallest: int = 32) -> Objective:
     """`multiscale_mse` of eps, in pixels, whatever the network predicts; helps above 256 pixels."""
 
-    def loss(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond) -> Level:
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         error = residual(model, x, eps, logsnr, cond, prediction.eps)
         return multiscale_mse(torch.zeros_like(error), error, smallest)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from mezzotint.process.denoiser import Cond, Image, Level, Model
+from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.logsnr import diffuse
 from mezzotint.process.objectives import Objective, objective
 from mezzotint.process.objectives.regression import mean_square
@@ -40,7 +40,9 @@ def pyramid_targets(eps: Image, levels: int) -> list[Tensor]:
     return [_pooled(eps, 2**i) for i in reversed(range(levels))]
 
 
-def pyramid_loss(outputs: Sequence[Tensor], truth: Image, coefficients: Sequence[float] | None = None) -> Level:
+def pyramid_loss(
+    outputs: Sequence[Tensor], truth: Image, coefficients: Sequence[float] | None = None
+) -> PerImage:
     """Sum over branches of c_i times the mean squared error against `truth` pooled to the branch's size.
 
     Args:
@@ -59,10 +61,13 @@ def pyramid_loss(outputs: Sequence[Tensor], truth: Image, coefficients: Sequence
     if coefficients is None:
         coefficients = [1 / ratio**2 for ratio in ratios]
     if len(coefficients) != len(outputs):
-        raise ValueError(f"{len(coefficients)} coefficients for {len(outputs)} branches; give one each, coarse to fine")
+        raise ValueError(
+            f"{len(coefficients)} coefficients for {len(outputs)} branches; give one each, coarse to fine"
+        )
     # L = sum_i c_i mean (out_i - target_i)^2
     losses = [
-        c * mean_square(out.to(torch.promote_types(out.dtype, torch.float32)) - _pooled(truth, ratio))
+        c
+        * mean_square(out.to(torch.promote_types(out.dtype, torch.float32)) - _pooled(truth, ratio))
         for c, out, ratio in zip(coefficients, outputs, ratios, strict=True)
     ]
     return torch.stack(losses).sum(0)
@@ -77,10 +82,14 @@ def pyramid(coefficients: tuple[float, ...] | None = None) -> Objective:
             for three.
     """
 
-    def loss(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond) -> Level:
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if model.parameterisation.learned_variance:
-            raise ValueError("the pyramid objective has no use for a learned variance; take 'hybrid'")
+            raise ValueError(
+                "the pyramid objective has no use for a learned variance; take 'hybrid'"
+            )
         outputs = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
-        return pyramid_loss(outputs, target(model.parameterisation.kind, x, eps, logsnr), coefficients)
+        return pyramid_loss(
+            outputs, target(model.parameterisation.kind, x, eps, logsnr), coefficients
+        )
 
     return loss

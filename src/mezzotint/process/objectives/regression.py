@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from mezzotint.process import prediction
-from mezzotint.process.denoiser import Cond, Image, Level, Model
-from mezzotint.process.logsnr import alpha, diffuse, per_image, sigma
+from mezzotint.process.denoiser import Cond, Image, Model, PerImage
+from mezzotint.process.logsnr import alpha, append_dims, diffuse, sigma
 from mezzotint.process.objectives import Objective, Weight, objective
 from mezzotint.process.prediction import Prediction, target
 
 
-def mean_square(error: Image) -> Level:
+def mean_square(error: Image) -> PerImage:
     """Mean over an image's elements of error^2; (b, c, h, w) to (b,)."""
     return error.square().mean((1, 2, 3))
 
@@ -28,7 +28,9 @@ def determinant(row: Prediction, logsnr: Tensor) -> Tensor:
     return alpha(logsnr) * b - sigma(logsnr) * a
 
 
-def residual(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond, row: Prediction | None = None) -> Image:
+def residual(
+    model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond, row: Prediction | None = None
+) -> Image:
     """Prediction minus truth in `row` (the model's own by default) of the finest output; float32 or wider.
 
     The state z is known, so the errors of x and eps cancel in it: alpha dx + sigma deps = 0. Hence an error in one row
@@ -40,13 +42,13 @@ def residual(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond, row:
     if row is None:
         return error
     ratio = determinant(row, logsnr) / determinant(own, logsnr)
-    return per_image(ratio, error).to(error.dtype) * error
+    return append_dims(ratio, error).to(error.dtype) * error
 
 
 def weighted(row: Prediction | None, weight: Weight | None = None) -> Objective:
     """weight(logsnr) times the mean squared error in `row`, or in the model's own row where it is None."""
 
-    def loss(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond) -> Level:
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         error = mean_square(residual(model, x, eps, logsnr, cond, row))
         return error if weight is None else error * weight(logsnr).to(error.dtype)
 
@@ -80,8 +82,12 @@ def regression(row: str | None = None, data_std: float | None = None) -> Objecti
     Errors: ValueError for data_std with another row.
     """
     if data_std is not None and row != "edm":
-        raise ValueError(f"data_std {data_std} is of row=edm alone; row is {row or 'that of the network'}")
-    return weighted(None if row is None else prediction.named(row, 0.5 if data_std is None else data_std))
+        raise ValueError(
+            f"data_std {data_std} is of row=edm alone; row is {row or 'that of the network'}"
+        )
+    return weighted(
+        None if row is None else prediction.named(row, 0.5 if data_std is None else data_std)
+    )
 
 
 @objective("eps_mse")

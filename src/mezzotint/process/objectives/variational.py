@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from mezzotint.process.denoiser import Cond, Image, Level, Model
-from mezzotint.process.logsnr import alpha, beside, diffuse, per_image
+from mezzotint.process.denoiser import Cond, Image, Model, PerImage
+from mezzotint.process.logsnr import alpha, append_dims, diffuse, to_device_of
 from mezzotint.process.objectives import Objective, objective
 from mezzotint.process.objectives.regression import mean_square, regressed
 from mezzotint.process.prediction import target
@@ -33,7 +33,9 @@ def _log_bin(x: Image, mean: Image, log_var: Image) -> Image:
     return (upper - lower).clamp(min=1e-12).log()
 
 
-def variational_bound(x: Image, x_hat: Image, var: Image, logsnr_t: Level, logsnr_s: Level, smallest: float) -> Level:
+def variational_bound(
+    x: Image, x_hat: Image, var: Image, logsnr_t: PerImage, logsnr_s: PerImage, smallest: float
+) -> PerImage:
     """Bits per element of one ancestral step t -> s; the negative log-likelihood of x where s is clean.
 
     Args:
@@ -55,7 +57,7 @@ def variational_bound(x: Image, x_hat: Image, var: Image, logsnr_t: Level, logsn
     log_large = c.log() + logsigmoid(-t)
 
     def wide(coefficient: Tensor) -> Tensor:
-        return per_image(coefficient, x).to(torch.promote_types(x.dtype, torch.float32))
+        return append_dims(coefficient, x).to(torch.promote_types(x.dtype, torch.float32))
 
     # Improved DDPM eq. 15, with (var + 1) / 2 for their v
     log_var = wide(log_small) + (var + 1) / 2 * wide(log_large - log_small)
@@ -64,7 +66,7 @@ def variational_bound(x: Image, x_hat: Image, var: Image, logsnr_t: Level, logsn
     # KL of two Gaussians
     log_ratio = wide(log_small) - log_var
     kl = (log_ratio.exp() - 1 - log_ratio + gap.square() * torch.exp(-log_var)) / 2
-    nats = torch.where(per_image(clean, x), -_log_bin(x, x_hat, log_var), kl)
+    nats = torch.where(append_dims(clean, x), -_log_bin(x, x_hat, log_var), kl)
     return nats.mean((1, 2, 3)) / math.log(2)
 
 
@@ -76,21 +78,27 @@ def hybrid_loss(table: Table) -> Objective:
     """
     entries = table.logsnr
     if len(entries) < 2:
-        raise ValueError("a table of one step has no posterior variance to learn; take 2 steps or more")
+        raise ValueError(
+            "a table of one step has no posterior variance to learn; take 2 steps or more"
+        )
     cleaner = torch.cat([torch.full_like(entries[:1], torch.inf), entries[:-1]])
     # c sigma_s^2 at the second step
     smallest = float(torch.log(-torch.expm1(entries[1] - entries[0])) + logsigmoid(-entries[0]))
 
-    def loss(model: Model, x: Image, eps: Image, logsnr: Level, cond: Cond) -> Level:
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if not model.parameterisation.learned_variance:
-            raise ValueError("the hybrid objective needs a network that learns the variance; take 'regression'")
+            raise ValueError(
+                "the hybrid objective needs a network that learns the variance; take 'regression'"
+            )
         z = diffuse(x, eps, logsnr)
         out = model.raw(z, logsnr, cond)[-1]
-        simple = mean_square(regressed(model, out) - target(model.parameterisation.kind, x, eps, logsnr))
+        simple = mean_square(
+            regressed(model, out) - target(model.parameterisation.kind, x, eps, logsnr)
+        )
         denoised = model.interpret(z, out, logsnr)
         assert denoised.var is not None, "learned_variance gives one"
         n = table.index(logsnr).round().long()
-        t, s = (beside(levels, logsnr).to(logsnr.dtype)[n] for levels in (entries, cleaner))
+        t, s = (to_device_of(levels, logsnr).to(logsnr.dtype)[n] for levels in (entries, cleaner))
         return simple + variational_bound(x, denoised.x.detach(), denoised.var, t, s, smallest)
 
     return loss

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mezzotint.process.denoiser import Image, Level
-from mezzotint.registry import Registry
+from mezzotint.core.registry import Registry
+from mezzotint.process.denoiser import Image, PerImage
 
 Noise = Callable[[int, Image], Image]
 Sampler = Callable[..., Image]
@@ -43,7 +43,9 @@ def points(grid: Grid) -> list[Tensor]:
     if len(values) < 2:
         raise ValueError(f"a grid of {len(values)} log-SNRs has no step; it needs two or more")
     if not values[0].isfinite() or not bool((values[1:] > values[:-1]).all()):
-        raise ValueError(f"a grid must rise from a finite log-SNR, and only its last may be inf; given {grid}")
+        raise ValueError(
+            f"a grid must rise from a finite log-SNR, and only its last may be inf; given {grid}"
+        )
     return list(values.unbind())
 
 
@@ -52,7 +54,7 @@ def intervals(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     return pairwise(points(grid))
 
 
-def level(logsnr: Tensor, z: Image) -> Level:
+def level(logsnr: Tensor, z: Image) -> PerImage:
     """One log-SNR as the (b,) tensor that a denoiser takes.
 
     float64, so that a table's entries are met exactly; on the CPU whatever z's device, so that guidance can look at it

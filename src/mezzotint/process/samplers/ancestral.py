@@ -48,7 +48,9 @@ def ancestral(
     """
     mix = MIX.get(variance, variance) if isinstance(variance, str) else variance
     if mix != "learned" and (isinstance(mix, str) or not 0 <= mix <= 1):
-        raise ValueError(f"variance {variance!r} must be posterior, upper, learned or a number between 0 and 1")
+        raise ValueError(
+            f"variance {variance!r} must be posterior, upper, learned or a number between 0 and 1"
+        )
     for i, (t, s) in enumerate(intervals(grid)):
         x, _, var = denoise(z, level(t, z), cond)
         if s.isinf():
@@ -56,7 +58,9 @@ def ancestral(
         z, low, high = mean_and_bounds(z, x, t, s)
         if isinstance(mix, str):
             if var is None:
-                raise ValueError("variance 'learned' needs a denoiser that predicts one; try 'posterior' or 'upper'")
+                raise ValueError(
+                    "variance 'learned' needs a denoiser that predicts one; try 'posterior' or 'upper'"
+                )
             # Improved DDPM eq. 15: the network's answer in -1 ... 1 moves between the logs.
             fraction = (var + 1) / 2
         else:

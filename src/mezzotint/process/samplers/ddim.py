@@ -10,7 +10,15 @@ from mezzotint.process.samplers import Grid, Noise, gaussian, intervals, level, 
 
 
 @sampler("ddim")
-def ddim(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, eta: float = 0.0, noise: Noise = gaussian) -> Image:
+def ddim(
+    denoise: Denoiser,
+    z: Image,
+    grid: Grid,
+    cond: Cond,
+    *,
+    eta: float = 0.0,
+    noise: Noise = gaussian,
+) -> Image:
     """First order; one network call per step.
 
     Args:

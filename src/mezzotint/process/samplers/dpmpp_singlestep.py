@@ -21,7 +21,9 @@ def fast_plan(calls: int, order: int) -> list[int]:
 
 
 @sampler("dpmpp_singlestep")
-def dpmpp_singlestep(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
+def dpmpp_singlestep(
+    denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
+) -> Image:
     """Runge-Kutta steps in data prediction; one network call per interval of the grid.
 
     A step of order k jumps over k intervals and calls the network at the points between; k = 3 is third order where

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mezzotint.core.registry import Registry
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.samplers import points
 from mezzotint.process.schedules import Table, continuous
-from mezzotint.registry import Registry
 
 # The samplers' folder is what is scanned: a sampler that wants a grid of its own registers it in its own file.
 registry: Registry[Callable[..., Tensor]] = Registry("grid", "mezzotint.process.samplers")
@@ -38,7 +38,9 @@ def _ends(schedule: Schedule) -> tuple[float, float]:
 def _finished(logsnr: Tensor, clean: bool) -> Tensor:
     """The grid with +inf appended if it is to end clean, checked."""
     if not logsnr[0].isfinite():
-        raise ValueError(f"a grid cannot start at log-SNR {logsnr[0]}; start inside the schedule (start, logsnr_min)")
+        raise ValueError(
+            f"a grid cannot start at log-SNR {logsnr[0]}; start inside the schedule (start, logsnr_min)"
+        )
     if clean:
         logsnr = torch.cat([logsnr, torch.tensor([math.inf], dtype=torch.float64)])
     points(logsnr)
@@ -52,11 +54,15 @@ def _check_steps(steps: int) -> None:
 
 def _check_table(schedule: Schedule, steps: int) -> None:
     if isinstance(schedule, Table) and steps > len(schedule):
-        raise ValueError(f"{steps} steps are more than the table's {len(schedule)}; give {len(schedule)} or fewer")
+        raise ValueError(
+            f"{steps} steps are more than the table's {len(schedule)}; give {len(schedule)} or fewer"
+        )
 
 
 @grid("even")
-def even(schedule: Schedule, steps: int, *, start: float = 1.0, end: float = 0.0, clean: bool = True) -> Tensor:
+def even(
+    schedule: Schedule, steps: int, *, start: float = 1.0, end: float = 0.0, clean: bool = True
+) -> Tensor:
     """Even in u from `start` to `end` (simple diffusion section 2); a table is read between its entries.
 
     Args:
@@ -121,7 +127,9 @@ def karras(
     first = min(80.0, math.exp(-noisy / 2)) if sigma_max is None else sigma_max
     last = max(0.002, math.exp(-cleanest / 2)) if sigma_min is None else sigma_min
     if not 0 < last < first or not rho > 0:
-        raise ValueError(f"sigma_min {last}, sigma_max {first} and rho {rho} must be positive, sigma_min < sigma_max")
+        raise ValueError(
+            f"sigma_min {last}, sigma_max {first} and rho {rho} must be positive, sigma_min < sigma_max"
+        )
     sigma = _line(first ** (1 / rho), last ** (1 / rho), steps if clean else steps + 1) ** rho
     return _finished(-2 * sigma.log(), clean)
 
@@ -136,7 +144,9 @@ def respaced(schedule: Schedule, steps: int) -> Tensor:
     """
     _check_steps(steps)
     if not isinstance(schedule, Table):
-        raise ValueError("a respaced grid needs a discrete table (ddpm, scaled_linear ...); try the grid 'even'")
+        raise ValueError(
+            "a respaced grid needs a discrete table (ddpm, scaled_linear ...); try the grid 'even'"
+        )
     _check_table(schedule, steps)
     stride = (len(schedule) - 1) / max(steps - 1, 1)
     kept = [round(i * stride) for i in range(steps)] if steps > 1 else [len(schedule) - 1]

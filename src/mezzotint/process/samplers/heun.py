@@ -36,7 +36,9 @@ def heun(
         noise: draws, used when s_churn > 0.
     """
     if min(s_churn, s_min, s_noise) < 0 or s_max < s_min:
-        raise ValueError(f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be positive")
+        raise ValueError(
+            f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be positive"
+        )
     steps = len(grid) - 1
     for i, (t, s) in enumerate(intervals(grid)):
         y = z / alpha(t)

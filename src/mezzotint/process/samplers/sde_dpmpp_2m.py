@@ -10,7 +10,9 @@ from mezzotint.process.samplers import Grid, Noise, gaussian, intervals, level, 
 
 
 @sampler("sde_dpmpp_2m")
-def sde_dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, noise: Noise = gaussian) -> Image:
+def sde_dpmpp_2m(
+    denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, noise: Noise = gaussian
+) -> Image:
     """Stochastic, multistep; one network call per step. A step to +inf returns x and draws no noise.
 
     On Gaussian data the variance of what it makes is of second order, where `ancestral` is of first.
@@ -29,6 +31,10 @@ def sde_dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, noise: 
         d = x if past is None else x + h / (2 * h_past) * (x - past)
         # SDE-DPM-Solver++(2M), midpoint form: twice the data term's exponent, exp(-h) more of z lost to fresh noise.
         fresh = -torch.expm1(-2 * h)
-        z = sigma(s) / sigma(t) * torch.exp(-h) * z + alpha(s) * fresh * d + sigma(s) * fresh.sqrt() * noise(i, z)
+        z = (
+            sigma(s) / sigma(t) * torch.exp(-h) * z
+            + alpha(s) * fresh * d
+            + sigma(s) * fresh.sqrt() * noise(i, z)
+        )
         past, h_past = x, h
     return z

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mezzotint.core.registry import Registry
 from mezzotint.process.denoiser import Schedule
-from mezzotint.registry import Registry
 
 registry: Registry[Callable[..., Schedule]] = Registry("schedule", __name__)
 schedule = registry.register

@@ -12,7 +12,9 @@ from mezzotint.process.schedules import in_float64, schedule
 
 
 @schedule("cosine")
-def cosine(image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logsnr_max: float = 15.0) -> Schedule:
+def cosine(
+    image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logsnr_max: float = 15.0
+) -> Schedule:
     """Cosine schedule that keeps at image_d pixels the log-SNR which noise_d pixels would have (simple diffusion).
 
     Args:
@@ -25,7 +27,9 @@ def cosine(image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logs
     if min(image_d, noise_d) < 1:
         raise ValueError(f"image_d {image_d} and noise_d {noise_d} must be at least 1 pixel")
     if not logsnr_min < logsnr_max:
-        raise ValueError(f"logsnr_min {logsnr_min} must be below logsnr_max {logsnr_max}, e.g. -15 and 15")
+        raise ValueError(
+            f"logsnr_min {logsnr_min} must be below logsnr_max {logsnr_max}, e.g. -15 and 15"
+        )
     if max(abs(logsnr_min), abs(logsnr_max)) > 1000:
         raise ValueError(
             f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -1000...1000, e.g. -15, 15"

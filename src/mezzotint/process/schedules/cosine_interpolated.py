@@ -31,7 +31,9 @@ def cosine_interpolated(
     Errors: ValueError as for `cosine`, and for noise_d_low above noise_d_high.
     """
     if noise_d_low > noise_d_high:
-        raise ValueError(f"noise_d_low {noise_d_low} must not exceed noise_d_high {noise_d_high}; try them exchanged")
+        raise ValueError(
+            f"noise_d_low {noise_d_low} must not exceed noise_d_high {noise_d_high}; try them exchanged"
+        )
     low = cosine(image_d, noise_d_low, logsnr_min, logsnr_max)
     high = cosine(image_d, noise_d_high, logsnr_min, logsnr_max)
 

@@ -12,7 +12,9 @@ from mezzotint.process.schedules import in_float64, schedule
 
 def _check(beta_min: float, beta_max: float) -> None:
     if not 0 < beta_min <= beta_max:
-        raise ValueError(f"beta_min {beta_min} and beta_max {beta_max} must be positive and rise, e.g. 0.1 and 20")
+        raise ValueError(
+            f"beta_min {beta_min} and beta_max {beta_max} must be positive and rise, e.g. 0.1 and 20"
+        )
 
 
 @schedule("linear_vp")
@@ -40,6 +42,10 @@ def linear_vp_time(logsnr: Tensor, beta_min: float = 0.1, beta_max: float = 20.0
     def time(logsnr: Tensor) -> Tensor:
         # B = softplus(-logsnr); the quadratic's root in the form that does not cancel at small t.
         integral = softplus(-logsnr, threshold=40.0)
-        return 2 * integral / (beta_min + torch.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * integral))
+        return (
+            2
+            * integral
+            / (beta_min + torch.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * integral))
+        )
 
     return time(logsnr)

@@ -1,5 +1,0 @@
-"""python -m mezzotint.cli"""
-
-from mezzotint.cli import main
-
-main()

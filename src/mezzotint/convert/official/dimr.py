@@ -1,0 +1,203 @@
+"""Official DiMR checkpoints (github.com/qihao067/DiMR), `.pth` state dicts; names as in the published code."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from mezzotint.backbones.dimr import DiMRConfig
+from mezzotint.backbones.dimr_blocks import NORMS
+from mezzotint.convert.official import Official, Rows, registry
+
+TDP = (
+    "param0",
+    "param1",
+    "nodecay_weight",
+    "nodecay_bias",
+)  # leaves of a time-dependent vector, as TIME
+TIME = ("time.p0", "time.p1", "time.w_minus_1", "time.b")
+NORM_VECTORS = {"TDRMSN": ("scale",), "LN": ("weight", "bias"), "RMSN": (), "ADARMSN": ()}
+NORM_OWN = {
+    "RMSN": ("scale", "gain"),
+    "ADARMSN": ("linear.weight", "linear.weight"),
+}  # official leaf, ours
+
+_LEAF = r"(\.(param0|param1|nodecay_weight|nodecay_bias))"
+_NORM = rf"norm\.(linear\.weight|(scale|weight|bias){_LEAF}?)"
+PATTERN = (
+    r"stages\.\d+\.(input_layer\.1\.(weight|bias)|input_layer\.3\.position_embeddings\.weight|class_embeds\.weight"
+    rf"|upsample\.(1\.kernel\.(weight|bias)|[02]\.(weight|bias){_LEAF})"
+    rf"|blocks\.\d+\.(block[12]\.{_NORM}|block1\.(query_key_value\.weight|dense\.(weight|bias)|1\.(weight|bias))"
+    r"|block2\.w[012]\.(weight|bias))"
+    rf"|skip_denses\.\d+\.(weight|bias)|output_layer\.(0\.(weight|bias){_LEAF}|2\.(weight|bias)))"
+)
+
+
+def config(
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    heads: int = 16,
+    null_label: bool | None = None,
+    time: str | None = None,
+) -> DiMRConfig:
+    """The config of a state dict.
+
+    Hints:
+        heads: of the attention; both released models have 16.
+        null_label: whether the last row of the class embedding means "no class". By default it does, except in a table
+            of 1000 rows, which are ImageNet's classes alone.
+        time: "scaled_linear" (default with 4 channels: latents) or "linear_vp" (default otherwise: pixels).
+    """
+    branches = 1 + max(
+        (int(m[1]) for m in map(re.compile(r"stages\.(\d+)\.").match, shapes) if m), default=0
+    )
+    indices = range(branches)
+    patches = tuple(shapes[f"stages.{i}.input_layer.1.weight"][2] for i in indices)
+    tables = [shapes[f"stages.{i}.input_layer.3.position_embeddings.weight"][0] for i in indices]
+    sizes = {math.isqrt(rows) * patch for rows, patch in zip(tables, patches, strict=True)}
+    if len(sizes) != 1 or any(math.isqrt(rows) ** 2 != rows for rows in tables):
+        raise ValueError(
+            f"position tables of {tables} rows for patches {patches} are not those of one square input"
+        )
+    stages = tuple(
+        "transformer"
+        if f"stages.{i}.blocks.0.block1.query_key_value.weight" in shapes
+        else "convnext"
+        for i in indices
+    )
+    rows = [
+        shapes[f"stages.{i}.class_embeds.weight"][0] for i in indices if stages[i] == "transformer"
+    ]
+    if len(set(rows)) > 1:
+        raise ValueError(f"class embeddings of different lengths {rows}")
+    if null_label is None:
+        null_label = rows != [1000] * len(rows)
+    channels = shapes["stages.0.input_layer.1.weight"][1]
+    depthwise = [
+        shapes[f"stages.{i}.blocks.0.block1.1.weight"][2]
+        for i in indices
+        if stages[i] == "convnext"
+    ]
+    if len(set(depthwise)) > 1:
+        raise ValueError(f"depthwise kernels of different widths {depthwise}")
+    return DiMRConfig(
+        size=sizes.pop(),
+        channels=channels,
+        num_classes=rows[0] - null_label if rows else 0,
+        null_label=null_label,
+        patches=patches,
+        dims=tuple(shapes[f"stages.{i}.input_layer.1.weight"][0] for i in indices),
+        hidden_dims=tuple(shapes[f"stages.{i}.blocks.0.block2.w0.weight"][0] for i in indices),
+        depths=tuple(depth(shapes, i) for i in indices),
+        stages=stages,
+        heads=heads,
+        kernel_size=depthwise[0] if depthwise else 7,
+        norm=norm(shapes),
+        time=time or ("scaled_linear" if channels == 4 else "linear_vp"),
+    )
+
+
+def depth(shapes: Mapping[str, tuple[int, ...]], i: int) -> int:
+    """Blocks of branch i: as many as the highest number of a block or long skip says, so that a gap is an error."""
+    found = [re.match(rf"stages\.{i}\.(blocks|skip_denses)\.(\d+)\.", key) for key in shapes]
+    counts = [1 + int(m[2]) // 2 * 2 if m[1] == "blocks" else 2 * int(m[2]) + 3 for m in found if m]
+    return max(counts, default=1)
+
+
+def norm(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The block norm, from the names of its parameters."""
+    prefix = "stages.0.blocks.0.block2.norm."
+    for name, leaf in {"TDRMSN": "scale.param0", "LN": "weight.param0", "RMSN": "scale"}.items():
+        if prefix + leaf in shapes:
+            return name
+    shapes[prefix + "linear.weight"]  # the last that is known; missing is the error
+    return "ADARMSN"
+
+
+def keys(c: DiMRConfig) -> dict[str, tuple[Rows, ...]]:
+    """Official key -> rows of ours."""
+    result: dict[str, tuple[Rows, ...]] = {}
+    start = 0
+    for i, (stage, hidden) in enumerate(zip(c.stages, c.hidden_dims, strict=True)):
+        theirs, ours = f"stages.{i}.", f"branches.{i}."
+        for name, width in vectors(c, i):
+            for leaf, own in zip(TDP, TIME, strict=True):
+                result[f"{theirs}{name}.{leaf}"] = (Rows(own, start, start + width),)
+            start += width
+        result |= pairs(f"{theirs}input_layer.1", f"{ours}patch", ("weight", "bias"))
+        result[f"{theirs}input_layer.3.position_embeddings.weight"] = (Rows(f"{ours}positions"),)
+        if stage == "transformer":
+            result[f"{theirs}class_embeds.weight"] = (Rows(f"{ours}classes"),)
+        if i > 0:
+            result |= pairs(
+                f"{theirs}upsample.1.kernel", f"{ours}cascade.project", ("weight", "bias")
+            )
+        for j in range(c.depths[i]):
+            result |= block(f"{theirs}blocks.{j}.", f"{ours}blocks.{j}.", stage, hidden, c.norm)
+        for j in range(c.depths[i] // 2):
+            result |= pairs(
+                f"{theirs}skip_denses.{j}", f"{ours}skips.{j}.linear", ("weight", "bias")
+            )
+        result |= pairs(f"{theirs}output_layer.2", f"{ours}head", ("weight", "bias"))
+    return result
+
+
+def vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
+    """Official name and width of branch i's time-dependent vectors, in the order of ours (`Branch`)."""
+    dim = c.dims[i]
+    if i > 0:
+        joined = c.dims[i - 1] * (c.depths[i - 1] + 1)
+        yield from [("upsample.0.weight", joined), ("upsample.0.bias", joined)]
+        yield from [("upsample.2.weight", dim), ("upsample.2.bias", dim)]
+    parts = ("block1", "block2") if c.stages[i] == "transformer" else ("block2",)
+    for j in range(c.depths[i]):
+        yield from (
+            (f"blocks.{j}.{part}.norm.{leaf}", dim)
+            for part in parts
+            for leaf in NORM_VECTORS[c.norm]
+        )
+    yield from [("output_layer.0.weight", dim), ("output_layer.0.bias", dim)]
+
+
+def pairs(theirs: str, ours: str, leaves: tuple[str, ...]) -> dict[str, tuple[Rows, ...]]:
+    """Whole tensors under two prefixes."""
+    return {f"{theirs}.{leaf}": (Rows(f"{ours}.{leaf}"),) for leaf in leaves}
+
+
+def block(
+    theirs: str, ours: str, stage: str, hidden: int, norm: str
+) -> dict[str, tuple[Rows, ...]]:
+    """One block; our `up` stacks w0 (the gated half) and w1."""
+    result: dict[str, tuple[Rows, ...]] = {}
+    if stage == "transformer":
+        result |= pairs(f"{theirs}block1.query_key_value", f"{ours}attention.qkv", ("weight",))
+        result |= pairs(f"{theirs}block1.dense", f"{ours}attention.out", ("weight", "bias"))
+    else:
+        result |= pairs(f"{theirs}block1.1", f"{ours}depthwise", ("weight", "bias"))
+    for leaf in ("weight", "bias"):
+        result[f"{theirs}block2.w0.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", 0, hidden),)
+        result[f"{theirs}block2.w1.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", hidden, 2 * hidden),)
+    result |= pairs(f"{theirs}block2.w2", f"{ours}mlp.down", ("weight", "bias"))
+    if norm in NORM_OWN:
+        official, own = NORM_OWN[norm]
+        if stage == "transformer":
+            result[f"{theirs}block1.norm.{official}"] = (Rows(f"{ours}attention.norm.{own}"),)
+        result[f"{theirs}block2.norm.{official}"] = (Rows(f"{ours}mlp.norm.{own}"),)
+    return result
+
+
+assert set(NORM_VECTORS) == set(NORMS)
+
+registry.add(
+    "dimr",
+    Official(
+        backbone="dimr",
+        pattern=PATTERN,
+        config=config,
+        keys=keys,
+        codec=lambda c: "sd-vae-ft-ema" if c.time == "scaled_linear" else "pixels",
+        licence="research purposes only, as its authors' README says; their code is Apache-2.0",
+        where="huggingface.co/QHL067/DiMR: DiMR-XL_2R_800epochs.pth and DiMR-G_2R_800epochs.pth, ImageNet 256x256",
+    ),
+)

@@ -1,0 +1,377 @@
+"""Official files to models and back, through the total key maps of this folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mezzotint.backbones as backbones
+import mezzotint.models as models
+from mezzotint.convert.official import Official, registry
+from mezzotint.core.files import atomic_replace
+from mezzotint.core.registry import check_options, suggest
+from mezzotint.core.tensor_files import (
+    TensorSource,
+    TensorSpec,
+    list_names,
+    open_safetensors,
+    open_torch_file,
+    state_dict_specs,
+)
+from mezzotint.process.denoiser import Model
+
+HALVES = (torch.float16, torch.bfloat16)
+# Hints that every family takes, beside those of its own `config`.
+COMMON = {"entry": None, "widen": False}
+
+
+class Shapes(dict[str, tuple[int, ...]]):
+    """Official key -> shape, whose missing keys are the user's error; `unknown` are keys of no known meaning."""
+
+    unknown: tuple[str, ...] = ()
+
+    def __missing__(self, key: str) -> tuple[int, ...]:
+        raise ValueError(f"unused keys {list_names([*self.unknown])}; missing [{key}]")
+
+
+def load_official(
+    source: str | Path | Mapping[str, Any], family: str | None = None, **hints: Any
+) -> Model:
+    """A model from an official checkpoint; sizes are inferred from shapes, and all is checked before weights are read.
+
+    Args:
+        source: a .safetensors or .pth/.pt/.ckpt/.bin file, or a state dict.
+        family: registered official family, e.g. "dimr"; None recognises it by its keys.
+        hints: what shapes cannot tell, e.g. heads=16 for DiMR (each family's in docs/checkpoints.md); for all
+            families entry="ema" picks a state dict inside a training checkpoint, and widen=True accepts float16 and
+            bfloat16 weights and makes them float32, which is lossless.
+
+    Errors: ValueError for another family's keys (says which), unused and missing keys (lists both), wrong shapes,
+    half precision without `widen`, files that are cut, lie about their sizes or contain code.
+    """
+    common = {name: hints.pop(name, default) for name, default in COMMON.items()}
+    opened = open_source(source, common["entry"])
+    family = identify(opened, family)
+    official = registry[family]
+    shapes = Shapes({name: claim.shape for name, claim in opened.claims.items()})
+    shapes.unknown = tuple(name for name in shapes if not re.fullmatch(official.pattern, name))
+    try:
+        infer = partial(official.config, shapes)
+        config = infer(**check_options(f"family {family}", infer, hints))
+        own = models.tensor_specs(official.backbone, config)
+        dtype = check(opened, official, config, own, common["widen"])
+    except ValueError as error:
+        raise ValueError(f"{opened.what} as a {family} checkpoint: {error}") from None
+    entry = backbones.registry[official.backbone]
+    same = [n for n, p in entry.presets.items() if p.config == config]
+    card = models.ModelInfo(
+        backbone=official.backbone,
+        config=config,
+        schedule=entry.schedule(config),
+        codec=official.codec(config),
+        preset=same[0] if same else None,
+        licence=official.licence,
+        extra={"official": {"family": family, "dtype": str(dtype).removeprefix("torch.")}},
+    )
+    print(f"{family} weights of {opened.what}: {official.licence}", file=sys.stderr)
+    return models.model_from_state_dict(card, to_ours(opened, official, config, own))
+
+
+def open_source(source: str | Path | Mapping[str, Any], entry: str | None) -> TensorSource:
+    """The state dict of `source`, not read yet."""
+    if isinstance(source, Mapping):
+        state = choose("the state dict", source, entry)
+        return TensorSource(
+            "the state dict", state_dict_specs("the state dict", state), state.__getitem__
+        )
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder; official checkpoints are files, and mezzotint's own folders open with load_model"
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"there is no file {path}; docs/checkpoints.md says where each official file is found"
+        )
+    if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        return open_torch_file(path, lambda contents: choose(str(path), contents, entry))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} is neither .safetensors nor .pth, .pt, .ckpt, .bin")
+    whole = open_safetensors(path)
+    inside = flat_entries(whole.claims)
+    if entry is None and not inside:
+        return whole
+    prefix = f"{pick(whole.what, inside, entry)}."
+    claims = {
+        name.removeprefix(prefix): c for name, c in whole.claims.items() if name.startswith(prefix)
+    }
+    return TensorSource(whole.what, claims, lambda name: whole.read(prefix + name))
+
+
+def choose(what: str, contents: Any, entry: str | None) -> Mapping[str, Tensor]:
+    """The state dict itself, or the `entry` of a training checkpoint that holds it."""
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{what} holds a {type(contents).__name__}, not a state dict")
+    nested = [str(k) for k, v in contents.items() if is_state_dict(v)]
+    if nested:
+        return contents[pick(what, nested, entry)]
+    if not is_state_dict(contents):
+        wrong = [str(k) for k, v in contents.items() if not isinstance(v, Tensor)]
+        raise ValueError(f"{what} is no state dict: {list_names(wrong)} are no tensors")
+    inside = flat_entries(contents)
+    if entry is None and not inside:
+        return contents
+    prefix = f"{pick(what, inside, entry)}."
+    return {name.removeprefix(prefix): t for name, t in contents.items() if name.startswith(prefix)}
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether `value` maps names to tensors and nothing else."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    )
+
+
+def flat_entries(names: Mapping[str, Any]) -> list[str]:
+    """Prefixes under which a flat state dict of no family as it stands holds one that is, e.g. "ema"."""
+    if any(scores(names).values()):
+        return []
+    prefixes = {name.split(".", 1)[0] for name in names}
+    return sorted(
+        p for p in prefixes if any(scores([n.removeprefix(f"{p}.") for n in names]).values())
+    )
+
+
+def pick(what: str, entries: list[str], entry: str | None) -> str:
+    """`entry` after checking it, or an error that offers the entries by name."""
+    offer = " or ".join(f"entry={name!r}" for name in entries) or "none: it is a plain state dict"
+    if entry is None:
+        raise ValueError(
+            f"{what} is a training checkpoint holding several things; choose one: {offer}"
+        )
+    if entry not in entries:
+        raise ValueError(f"{what} has no entry {entry!r}; it offers {offer}")
+    return entry
+
+
+def scores(names: Any) -> dict[str, int]:
+    """How many of the keys each family knows."""
+    return {
+        f: sum(re.fullmatch(registry[f].pattern, name) is not None for name in names)
+        for f in registry
+    }
+
+
+def identify(source: TensorSource, family: str | None) -> str:
+    """The family whose keys these are; ValueError if none, or another than `family`."""
+    known = scores(source.claims)
+    likely = max(known, key=known.__getitem__)
+    if family is not None and family not in known:
+        raise ValueError(f"unknown official family {family!r}; {suggest(family, known)}")
+    if not known[likely]:
+        first = list_names([*source.claims], 4)
+        raise ValueError(
+            f"{source.what} is of no known family ({', '.join(known)}): its keys are {first}"
+        )
+    if family is not None and known[family] < known[likely]:
+        raise ValueError(f"{source.what} looks like {likely}, not {family}")
+    return family or likely
+
+
+def layout(official: Official, config: Any, own: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The official tensors of a config: key -> dtype and shape."""
+    claims = {}
+    for key, parts in official.keys(config).items():
+        rows = sum(span(part, own)[1] - span(part, own)[0] for part in parts)
+        first = own[parts[0].name]
+        claims[key] = TensorSpec(first.dtype, (rows, *first.shape[1:]))
+    constants = {
+        k: TensorSpec(t.dtype, tuple(t.shape)) for k, t in official.constants(config).items()
+    }
+    return {**claims, **constants}
+
+
+def span(part: Any, own: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """First and last-plus-one row of a part."""
+    return part.start, own[part.name].shape[0] if part.stop is None else part.stop
+
+
+def check(
+    source: TensorSource,
+    official: Official,
+    config: Any,
+    own: Mapping[str, TensorSpec],
+    widen: bool,
+) -> torch.dtype:
+    """ValueError unless keys, shapes and dtypes are exactly those of the config; returns the weights' dtype."""
+    expected = layout(official, config, own)
+    unused, missing = set(source.claims) - set(expected), set(expected) - set(source.claims)
+    if unused or missing:
+        raise ValueError(f"unused keys {list_names(unused)}; missing {list_names(missing)}")
+    wrong = {k for k, claim in expected.items() if source.claims[k].shape != claim.shape}
+    if wrong:
+        raise ValueError(
+            "wrong shapes: "
+            + list_names(
+                [f"{k} {source.claims[k].shape} instead of {expected[k].shape}" for k in wrong]
+            )
+        )
+    kinds = {
+        source.claims[k].dtype for k, claim in expected.items() if claim.dtype.is_floating_point
+    }
+    whole = {
+        k
+        for k, c in expected.items()
+        if not c.dtype.is_floating_point and source.claims[k].dtype != c.dtype
+    }
+    if whole or len(kinds) != 1 or not all(k.is_floating_point for k in kinds):
+        raise ValueError(f"mixed or wrong dtypes: {sorted(map(str, kinds))}, {list_names(whole)}")
+    (dtype,) = kinds
+    if dtype in HALVES and not widen:
+        raise ValueError(
+            f"the weights are {dtype}; published ones are float32. widen=True loads them as float32"
+        )
+    return dtype
+
+
+def to_ours(
+    source: TensorSource, official: Official, config: Any, own: Mapping[str, TensorSpec]
+) -> dict[str, Tensor]:
+    """Our tensors, each a copy put together from the official ones; the map must fill every row exactly once."""
+    for key, constant in official.constants(config).items():
+        if not torch.equal(source.read(key), constant):
+            raise ValueError(f"{source.what}: {key} is not the table that its config implies")
+    pieces: dict[str, list[tuple[int, int, str, int]]] = {name: [] for name in own}
+    for key, parts in official.keys(config).items():
+        offset = 0
+        for part in parts:
+            start, stop = span(part, own)
+            pieces[part.name].append((start, stop, key, offset))
+            offset += stop - start
+    state = {}
+    for name, found in pieces.items():
+        found.sort()
+        ends = [0, *(stop for _, stop, _, _ in found)]
+        assert [*(start for start, _, _, _ in found), own[name].shape[0]] == ends, (
+            f"the map does not tile {name}"
+        )
+        state[name] = torch.cat(
+            [source.read(key)[at : at + stop - start] for start, stop, key, at in found]
+        )
+    return state
+
+
+def to_official(model: Model, family: str | None = None) -> dict[str, Tensor]:
+    """The official state dict of a model, bit for bit what it was loaded from; float32 unless it came as another dtype.
+
+    Errors: ValueError where no official release has such a backbone.
+    """
+    families = [f for f in registry if registry[f].backbone == model.info.backbone]
+    if not families or (family is not None and family not in families):
+        raise ValueError(
+            f"no official family {f'{family} ' if family else ''}of backbone {model.info.backbone}; "
+            f"known: {', '.join(registry)}"
+        )
+    official = registry[family or families[0]]
+    config, state = model.info.config, model.backbone.state_dict()
+    own = models.tensor_specs(model.info.backbone, config)
+    made = getattr(torch, model.info.extra.get("official", {}).get("dtype", "float32"))
+    result = {}
+    for key, parts in official.keys(config).items():
+        rows = torch.cat([state[p.name].cpu()[slice(*span(p, own))] for p in parts])
+        result[key] = rows.to(made) if rows.is_floating_point() else rows
+    return {**result, **official.constants(config)}
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: str = "mezzotint",
+    check: bool = False,
+    family: str | None = None,
+    hints: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Official file to model folder, or a model (folder or hub name) to an official file.
+
+    Args:
+        source, out: where from and where to; an official file ends in .safetensors or .pth.
+        to: "mezzotint" or "official".
+        check: read back what was written, convert it back and compare every tensor bit for bit.
+        family, hints: as for `load_official`.
+
+    Returns: lines that say what was done. Errors: ValueError as of `load_official`, and where the check fails.
+    """
+    if to == "mezzotint":
+        model = load_official(source, family, **dict(hints or {}))
+        models.save_model(model, out)
+    elif to == "official":
+        if hints:
+            raise ValueError(
+                f"hints {dict(hints)} are for reading official files; a mezzotint model needs none"
+            )
+        model = models.load_model(source)
+        write_official(to_official(model, family), Path(out))
+    else:
+        raise ValueError(f"to={to!r} must be mezzotint or official")
+    config = {k: v for k, v in dataclasses.asdict(model.info.config).items() if k != "prediction"}
+    lines = [
+        f"{source} -> {out}",
+        f"{model.info.backbone} {config}",
+        f"licence of the weights: {model.info.licence}",
+    ]
+    if check:
+        again = models.load_model(out) if to == "mezzotint" else None
+        written = to_official(again) if again is not None else read_all(open_source(out, None))
+        original = (
+            read_all(open_source(source, (hints or {}).get("entry")))
+            if again is not None
+            else to_official(model, family)
+        )
+        differing = {k for k in original if not bitwise_equal(original[k], written.get(k))} | (
+            set(written) - set(original)
+        )
+        if differing:
+            raise ValueError(f"{out} differs from {source} in {list_names(differing)}")
+        lines.append(f"checked: {len(original)} tensors equal bit for bit")
+    return lines
+
+
+def read_all(source: TensorSource) -> dict[str, Tensor]:
+    """Every tensor of a source."""
+    return {name: source.read(name) for name in source.claims}
+
+
+def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
+    """Equal shape, dtype and bits (so that a NaN equals itself and -0 is not 0)."""
+    if b is None or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(
+        a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+    )
+
+
+def write_official(state: dict[str, Tensor], out: Path) -> None:
+    """A state dict as .safetensors or .pth, written beside and renamed."""
+    from safetensors.torch import save_file
+
+    if out.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"{out}: an official file ends in .safetensors or .pth")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = {name: t.contiguous() for name, t in state.items()}
+    atomic_replace(
+        out,
+        lambda path: (
+            save_file(state, path) if out.suffix == ".safetensors" else torch.save(state, path)
+        ),
+    )

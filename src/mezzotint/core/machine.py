@@ -1,0 +1,36 @@
+"""The machine: processor, threads, versions, load."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """What a result depends on beside the code: processor, threads, versions, other load."""
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = {
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            }
+            file.seek(0)
+            flags = next((line.split() for line in file if line.startswith("flags")), [])
+    except OSError:
+        return platform.processor() or platform.machine()
+    extensions = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{' / '.join(sorted(names))} ({', '.join(extensions)})"

@@ -1,0 +1,112 @@
+"""Names to builders, found by scanning a folder: adding a variant is adding a file.
+
+Lowest room of the house; it imports nothing of mezzotint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Words for an error about an unknown name: its nearest neighbours first, else everything known."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """A read-only mapping that imports every module of `package` on its first look-up.
+
+    Args:
+        what: the singular noun used in errors, e.g. "sampler".
+        package: dotted name of the package whose modules register themselves when imported.
+    """
+
+    def __init__(self, what: str, package: str):
+        self.what = what
+        self.package = package
+        self._entries: dict[str, T] = {}
+        self._scanned = False
+
+    def add(self, name: str, entry: T) -> T:
+        """Register `entry`; a name taken twice is a ValueError, since one of the two would be lost."""
+        if name in self._entries:
+            raise ValueError(f"{self.what} {name!r} is registered twice")
+        self._entries[name] = entry
+        return entry
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of `add`."""
+        return lambda entry: self.add(name, entry)
+
+    def _scan(self) -> None:
+        if self._scanned:
+            return
+        self._scanned = True
+        package = importlib.import_module(self.package)
+        # A module that fails to import fails the scan loudly: a variant that vanished is worse than an error.
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self.package}.{module.name}")
+
+    def __getitem__(self, name: str) -> T:
+        self._scan()
+        if name not in self._entries:
+            raise ValueError(f"unknown {self.what} {name!r}; {suggest(name, self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._scan()
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        self._scan()
+        return iter(sorted(self._entries))
+
+    def __len__(self) -> int:
+        self._scan()
+        return len(self._entries)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A registered function by name with its keyword options: the form in which recipes and configs hold one."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.options.items())})"
+
+
+def check_options(
+    what: str, function: Callable[..., Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """`options` as given, after a ValueError for any that `function` does not take by keyword."""
+    allowed = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    for name in options:
+        if name not in allowed:
+            raise ValueError(f"{what} takes no option {name!r}; {suggest(name, allowed)}")
+    return dict(options)
+
+
+def build(registry: Registry[Callable[..., T]], spec: Spec) -> T:
+    """Call the builder that `spec` names with its options, after checking the options' names.
+
+    Lists, as YAML and JSON give them, arrive as tuples.
+    """
+    builder = registry[spec.name]
+    options = check_options(f"{registry.what} {spec.name}", builder, spec.options)
+    return builder(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

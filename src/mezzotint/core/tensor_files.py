@@ -1,0 +1,205 @@
+"""Files of weights, looked at before anything is allocated: safetensors headers, and .pth without its code.
+
+A file's claims (names, dtypes, shapes, bytes) are checked against its size first; only then are tensors read, one by
+one. Every failure is a ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mezzotint.core.files import format_bytes
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a file says of one tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor's data."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Named tensors that are not read yet.
+
+    what: the file, for errors. claims: name -> dtype and shape, already known to fit into the file.
+    read: name -> the tensor, on the CPU; it may share memory with what it was read from.
+    """
+
+    what: str
+    claims: Mapping[str, TensorSpec]
+    read: Callable[[str], Tensor]
+
+
+def open_safetensors(path: Path) -> TensorSource:
+    """A safetensors file whose header has been checked; ValueError for one that lies or is cut."""
+    from safetensors import safe_open
+
+    claims = read_safetensors_header(path)
+
+    def read(name: str) -> Tensor:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    return TensorSource(str(path), claims, read)
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
+    """The claims of a safetensors file, checked against one another and against the file's size.
+
+    Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}}, then the data without
+    holes (huggingface/safetensors, README).
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(HEADER_LIMIT, size - 8):
+            raise ValueError(
+                f"{path} is no intact safetensors file: of {format_bytes(size)} it says {format_bytes(length)} are header"
+            )
+        try:
+            header = json.loads(file.read(length))
+            entries = {k: v for k, v in header.items() if k != "__metadata__"}
+            claims = {
+                k: TensorSpec(DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in entries.items()
+            }
+            spans = sorted((*v["data_offsets"], k) for k, v in entries.items())
+            numbers = [n for v in entries.values() for n in (*v["shape"], *v["data_offsets"])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no intact safetensors file: its header does not read ({error!r})"
+            ) from error
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{path}: a size or offset in the header is not a whole number")
+    end, held = 0, size - 8 - length
+    for start, stop, name in spans:
+        if stop > held:
+            raise ValueError(
+                f"{path} is cut or lies: {name} claims data up to {format_bytes(stop)}, there are {format_bytes(held)}"
+            )
+        if start != end or stop - start != claims[name].bytes:
+            raise ValueError(
+                f"{path}: the header lies about {name}: shape {claims[name].shape} needs "
+                f"{format_bytes(claims[name].bytes)}, the header gives it bytes {start} to {stop} after {end}"
+            )
+        end = stop
+    if end != held:
+        raise ValueError(
+            f"{path} lies: the header claims {format_bytes(end)} of data, the file holds {format_bytes(held)}"
+        )
+    return claims
+
+
+def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -> TensorSource:
+    """A file of torch.save, read without running code from it.
+
+    The first reading is on the meta device and allocates nothing; `choose` picks the state dict out of its contents.
+    """
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > size:
+            raise ValueError(
+                f"{path} unpacks from {format_bytes(size)} to {format_bytes(unpacked)}; refused"
+            )
+    state = choose(_torch_load(path, "meta"))
+    claims = state_dict_specs(str(path), state, limit=size)
+    loaded: dict[str, Tensor] = {}
+
+    def read(name: str) -> Tensor:
+        if not loaded:
+            loaded.update(choose(_torch_load(path, "cpu")))
+        return loaded[name]
+
+    return TensorSource(str(path), claims, read)
+
+
+def _torch_load(path: Path, device: str) -> Any:
+    mmap = device == "cpu" and zipfile.is_zipfile(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # torch's about old pickle protocols; the error that follows is enough
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+    except (
+        Exception
+    ) as error:  # torch.load fails in too many types to list: all mean that the file is not usable
+        if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            raise ValueError(
+                f"{path} contains code ({found[1] if found else 'or objects of unknown kind'}) and was refused: "
+                "mezzotint reads weights only and runs nothing from a file. Whoever made it can save its state dict "
+                "alone, best as .safetensors"
+            ) from None
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(
+            error, pickle.UnpicklingError
+        ):  # torch's words advise to run whatever is in the file
+            first = "it does not begin as torch.save's do"
+        raise ValueError(f"{path} is damaged, cut or not a file of weights: {first}") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as torch.save's do: a zip, or a pickle of protocol 2 or later."""
+    with path.open("rb") as file:
+        return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+def state_dict_specs(
+    what: str, state: Mapping[str, Tensor], limit: int | None = None
+) -> dict[str, TensorSpec]:
+    """The claims of a state dict in memory, after checking that its tensors have as many bytes as they say.
+
+    limit: bytes of the file they come from; None if their storages are real.
+    """
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()}
+    held, claimed = sum(storages.values()), sum(t.numel() * t.itemsize for t in state.values())
+    held = held if limit is None else min(held, limit)
+    if claimed > held:
+        raise ValueError(
+            f"{what}: its tensors claim {format_bytes(claimed)}, there are {format_bytes(held)}"
+        )
+    return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in state.items()}
+
+
+def list_names(names: Mapping[str, Any] | set[str] | list[str], most: int = 12) -> str:
+    """A list of names for an error, cut after `most`."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return "[" + ", ".join(ordered[:most]) + "]" + more
+
+
+def sha256_of_module(module: nn.Module) -> str:
+    """Hex SHA-256 of a module's parameters and buffers: names, dtypes, shapes, bytes, in the order of names."""
+    h = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        h.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()

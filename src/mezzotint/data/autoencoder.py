@@ -1,0 +1,402 @@
+"""Codecs: the spaces that networks work in, pixels or the latents of an autoencoder. Every scaling constant is here.
+
+A codec's latents are in the model's units: what the autoencoder says, shifted and scaled. Its random part is stated as
+mean and log-variance, so that whoever holds the two draws latents without the autoencoder: `draw_latents`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mezzotint.core.files import cache_dir
+from mezzotint.core.registry import suggest
+from mezzotint.core.tensor_files import sha256_of_module
+
+ImageBatch = Float[Tensor, "b c h w"]
+LatentBatch = Float[Tensor, "b d i j"]
+
+SD_SCALE = 0.18215  # Stable Diffusion's first stage to unit standard deviation (DiT, DiffiT and DiMR use the same)
+# Largest side decoded in one piece. On a GPU 512 px of Stable Diffusion's, as the authors decode; on a CPU, whose
+# convolutions copy their input nine times over, 256 px.
+TILE_CELLS, TILE_CELLS_CPU = 64, 32
+KINDS = (
+    "AutoencoderKL",
+    "AsymmetricAutoencoderKL",
+    "AutoencoderTiny",
+    "AutoencoderDC",
+)  # of diffusers, for images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A published autoencoder: repository on the hub, its files, approximate size, licence."""
+
+    repo: str
+    files: tuple[str, ...]
+    megabytes: int
+    licence: str
+    scale: float | None = None  # None: what its config says
+
+
+_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
+_TAESD = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
+RELEASES = {
+    "sd-vae-ft-ema": Release(
+        repo="stabilityai/sd-vae-ft-ema",
+        files=_DIFFUSERS,
+        megabytes=335,
+        licence="MIT",
+        scale=SD_SCALE,
+    ),
+    "sd-vae-ft-mse": Release(
+        repo="stabilityai/sd-vae-ft-mse",
+        files=_DIFFUSERS,
+        megabytes=335,
+        licence="MIT",
+        scale=SD_SCALE,
+    ),
+    "taesd": Release(repo="madebyollin/taesd", files=_TAESD, megabytes=5, licence="MIT"),
+}
+SD_LATENTS = tuple(
+    RELEASES
+)  # these three share one latent space, so that TAESD may decode what the others encode
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Images in [-1, 1] to latents and back.
+
+    name: what `codec` was called with; a folder as an absolute path. factor: pixels per cell, on each side.
+    channels: of the latents. scale, shift: latent = scale (autoencoder's number - shift). hash: SHA-256 of the weights.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def factor(self) -> int: ...  # noqa: D102
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+    @property
+    def scale(self) -> float: ...  # noqa: D102
+    @property
+    def shift(self) -> float: ...  # noqa: D102
+    @property
+    def hash(self) -> str: ...  # noqa: D102
+
+    def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
+        """Mean and log-variance of the latents of images in [-1, 1]; a deterministic codec's log-variance is -inf."""
+        ...
+
+    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
+        """Latents drawn with standard normal `noise`."""
+        ...
+
+    def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
+        """Images in [-1, 1], one at a time; sides above `tile` cells in overlapping tiles."""
+        ...
+
+
+def draw_latents(
+    mean: Float[Tensor, "*shape"], logvar: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """z = mean + exp(logvar / 2) noise (Kingma and Welling 2013, section 2.4); float32 or wider."""
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    return torch.addcmul(mean.to(wide), (logvar.to(wide) / 2).exp(), noise.to(wide))
+
+
+@final
+@dataclass(frozen=True)
+class Pixels:
+    """The codec that does nothing: networks that work on pixels."""
+
+    name: str = "pixels"
+    factor: int = 1
+    channels: int = 3
+    scale: float = 1.0
+    shift: float = 0.0
+    hash: str = "pixels"
+
+    def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
+        """The images, without variance."""
+        return images, torch.full_like(images, -torch.inf)
+
+    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
+        """The mean where the log-variance is -inf; see `draw_latents`."""
+        return draw_latents(mean, logvar, noise)
+
+    def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
+        """The latents, clamped to -1...1."""
+        return latents.clamp(-1, 1)
+
+
+@final
+class Autoencoder:
+    """A codec around an autoencoder of diffusers, in float32 and eval mode; see `Codec`.
+
+    Images are encoded and decoded one at a time: what becomes of one then depends on no other, bit for bit, and memory
+    is that of one.
+    """
+
+    def __init__(self, name: str, vae: nn.Module, device: torch.device, scale: float | None = None):
+        config: Any = vae.config
+        widths = config[
+            "block_out_channels" if "block_out_channels" in config else "encoder_block_out_channels"
+        ]
+        if config["in_channels"] != 3:
+            raise ValueError(
+                f"{name} encodes {config['in_channels']} channels; a codec of RGB images has 3"
+            )
+        self.name = name
+        self.vae: Any = vae.to(device).eval().requires_grad_(False)
+        self.device = device
+        self._hash: str | None = None
+        self.factor = 2 ** (len(widths) - 1)
+        self.channels = int(config["latent_channels"])
+        self.scale = float(config.get("scaling_factor") or 1.0) if scale is None else scale
+        self.shift = float(config.get("shift_factor") or 0.0)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of all weights: names, shapes, bytes."""
+        if self._hash is None:
+            self._hash = sha256_of_module(self.vae)
+        return self._hash
+
+    @torch.no_grad()
+    def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
+        """(b, 3, h, w) in [-1, 1] to mean and log-variance, both (b, channels, h / factor, w / factor) float32.
+
+        Errors: ValueError for sides that are no multiple of `factor`, and for latents that are not finite.
+        """
+        if images.shape[1] != 3 or images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise ValueError(
+                f"images {tuple(images.shape[1:])} do not fit codec {self.name}: it takes 3 channels and sides that "
+                f"are multiples of {self.factor}"
+            )
+        moments = [self._moments(image[None].to(self.device, torch.float32)) for image in images]
+        mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
+        if not torch.isfinite(mean).all() or torch.isnan(logvar).any():
+            raise ValueError(
+                f"codec {self.name} made latents that are not finite; are its weights whole?"
+            )
+        return mean, logvar
+
+    def _moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.vae.encode(image)
+        if "latent_dist" in made:
+            posterior = made.latent_dist
+            mean, logvar = posterior.mean, posterior.logvar + 2 * torch.tensor(self.scale).log()
+        else:  # diffusers calls it "latents" here and "latent" there
+            (mean,) = made.values()
+            logvar = torch.full_like(mean, -torch.inf)
+        return self.scale * (mean - self.shift), logvar
+
+    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
+        """Latents drawn with standard normal `noise`; see `draw_latents`."""
+        return draw_latents(mean, logvar, noise)
+
+    @torch.no_grad()
+    def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
+        """(b, channels, h, w) latents to (b, 3, h factor, w factor) images in [-1, 1], float32.
+
+        tile: sides above so many cells are decoded in tiles of this side, a quarter overlapping and blended, which
+        bounds memory and changes pixels slightly. None: 64 cells, on a CPU 32.
+
+        Errors: ValueError for another number of channels.
+        """
+        if latents.shape[1] != self.channels:
+            raise ValueError(
+                f"latents of {latents.shape[1]} channels do not fit codec {self.name}, which has {self.channels}"
+            )
+        if tile is None:
+            tile = TILE_CELLS_CPU if self.device.type == "cpu" else TILE_CELLS
+        if tile < 4:
+            raise ValueError(f"tile {tile}: at least 4 cells, e.g. 32")
+
+        def one(z: Tensor) -> Tensor:
+            return self.vae.decode(z / self.scale + self.shift).sample
+
+        images = []
+        for z in latents.to(self.device, torch.float32).split(1):
+            whole = max(z.shape[2:]) <= tile
+            images.append(
+                (one(z) if whole else decode_tiled(one, z, tile, self.factor)).clamp(-1, 1)
+            )
+        side = [n * self.factor for n in latents.shape[2:]]
+        return torch.cat(images) if images else torch.empty(0, 3, *side, device=self.device)
+
+
+def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, tile: int, factor: int) -> Tensor:
+    """decode(z) from overlapping tiles, each weighted by its distance from its own edges; z is (1, c, h, w)."""
+
+    def starts(side: int) -> list[int]:
+        return [*range(0, max(side - tile, 0), tile - tile // 4), max(side - tile, 0)]
+
+    height, width = (n * factor for n in z.shape[2:])
+    total, weight = z.new_zeros(1, 3, height, width), z.new_zeros(height, width)
+    for top in starts(z.shape[2]):
+        for left in starts(z.shape[3]):
+            image = decode(z[:, :, top : top + tile, left : left + tile])
+            rows, columns = (_tent(n, tile // 4 * factor, image) for n in image.shape[2:])
+            share = rows[:, None] * columns
+            here = (..., slice(top * factor, None), slice(left * factor, None))
+            total[here][..., : image.shape[2], : image.shape[3]] += image * share
+            weight[here][..., : image.shape[2], : image.shape[3]] += share
+    return total / weight
+
+
+def _tent(length: int, ramp: int, like: Tensor) -> Tensor:
+    """Weights along one side: rising over `ramp` pixels, level, falling."""
+    i = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
+    return torch.minimum(torch.minimum(i, length - i) / ramp, torch.ones_like(i))
+
+
+def open_codec(name: str | Path, device: torch.device | str = "cpu") -> Codec:
+    """The codec called `name`.
+
+    Args:
+        name: "pixels"; "sd-vae-ft-ema", "sd-vae-ft-mse" or "taesd"; an autoencoder of diffusers as a folder or as
+            OWNER/NAME on the hub; or a folder with taesd_encoder.safetensors and taesd_decoder.safetensors.
+        device: where it computes.
+
+    Errors: ValueError for an unknown name, a folder that holds no autoencoder, damaged weights, and one that is not on
+        this machine and cannot be fetched, saying what to fetch and where to put it.
+    """
+    if str(name) == "pixels":
+        return Pixels()
+    folder = find_autoencoder(str(name))
+    known = RELEASES.get(str(name))
+    own_name = str(name) if not Path(name).expanduser().is_dir() else str(folder)
+    vae = _taesd(folder) if (folder / _TAESD[0]).is_file() else _diffusers(folder)
+    return Autoencoder(own_name, vae, torch.device(device), known.scale if known else None)
+
+
+def find_autoencoder(name: str, fetch: bool = True) -> Path:
+    """The folder with the files of an autoencoder: `name` itself, our cache, the hub's cache, or fetched from the hub.
+
+    fetch: whether the network may be asked. Errors: ValueError as `codec`.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    ours = cache_dir() / "codecs" / name
+    if name in RELEASES and ours.is_dir():
+        return ours
+    if name not in RELEASES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+        raise ValueError(
+            f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; {suggest(name, ['pixels', *RELEASES])}"
+        )
+    release = RELEASES.get(name) or Release(repo=name, files=_DIFFUSERS, megabytes=0, licence="")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = list(release.files)
+        return Path(
+            snapshot_download(release.repo, allow_patterns=patterns, local_files_only=not fetch)
+        )
+    except Exception as error:  # the hub, the network and the cache raise their own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        size = f" ({release.megabytes} MB, {release.licence})" if release.megabytes else ""
+        place = ours if name in RELEASES else "any folder"
+        raise ValueError(
+            f"codec {name} is not on this machine and could not be fetched: {first}. Fetch "
+            f"{' and '.join(release.files)} of the hub's {release.repo}{size} on a machine with a network (mezzotint "
+            f"prefetch {name}), put them into {place}, or give the folder that holds them as the codec"
+        ) from None
+
+
+def if_cached(name: str, device: torch.device | str = "cpu") -> Codec | None:
+    """The codec, if its files are on this machine; the network is not asked."""
+    try:
+        find_autoencoder(name, fetch=False)
+    except ValueError:
+        return None
+    return open_codec(name, device)
+
+
+def _diffusers(folder: Path) -> nn.Module:
+    """The autoencoder of a folder written by diffusers' `save_pretrained`, or of its subfolder "vae"."""
+    diffusers = _import_diffusers()
+    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        folder = folder / "vae"
+    try:
+        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} holds no autoencoder: {error!r}; give a folder with {' and '.join(_DIFFUSERS)}, or with "
+            f"{' and '.join(_TAESD)}"
+        ) from None
+    if kind not in KINDS:
+        raise ValueError(
+            f"{folder} holds a {kind}; codecs are autoencoders of images: {', '.join(KINDS)}"
+        )
+    try:
+        loaded, report = getattr(diffusers, kind).from_pretrained(
+            str(folder),
+            torch_dtype=torch.float32,
+            output_loading_info=True,
+            low_cpu_mem_usage=False,
+        )
+    except Exception as error:  # safetensors, pickle, json, shape errors of torch
+        raise ValueError(
+            f"the weights of {folder} cannot be read: {str(error).splitlines()[0]}"
+        ) from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{folder} lacks the weights {', '.join(report['missing_keys'][:4])}, ...; fetch it again"
+        )
+    return loaded
+
+
+def _taesd(folder: Path) -> nn.Module:
+    """TAESD from its author's two files.
+
+    The author's modules are plain sequences. diffusers' encoder has the same places; its decoder clamps, tanh(x / 3) 3,
+    in `forward` rather than as place 0, so that every later place is one less.
+    """
+    from safetensors.torch import load_file
+
+    vae = _import_diffusers().AutoencoderTiny()
+    state: dict[str, Tensor] = {}
+    for part, file, shift in (("encoder", _TAESD[0], 0), ("decoder", _TAESD[1], 1)):
+        try:
+            theirs = load_file(folder / file)
+        except Exception as error:  # safetensors raises its own
+            raise ValueError(f"{folder / file} cannot be read: {error}; fetch it again") from None
+        for key, tensor in theirs.items():
+            place, _, rest = key.partition(".")
+            if not place.isdigit():
+                raise ValueError(f"{folder / file} is no TAESD {part}: unexpected key {key!r}")
+            state[f"{part}.layers.{int(place) - shift}.{rest}"] = tensor
+    try:
+        vae.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder} holds no TAESD: {str(error).splitlines()[1].strip()[:200]}"
+        ) from None
+    return vae
+
+
+def _import_diffusers() -> Any:
+    try:
+        import diffusers
+    except ImportError as error:
+        raise ValueError("autoencoders need diffusers: pip install 'mezzotint[latent]'") from error
+    return diffusers
+
+
+def check_codec_fits(codec: Codec, channels: int, what: str) -> None:
+    """ValueError unless a network of `channels` input channels, called `what`, works in the codec's space."""
+    if codec.channels != channels:
+        raise ValueError(
+            f"codec {codec.name} has latents of {codec.channels} channels, {what} takes {channels}; use a codec of "
+            f"{channels} channels or set model.channels={codec.channels}"
+        )

@@ -1,0 +1,273 @@
+"""Captions to embeddings: a T5 encoder by name or folder, and a cache of its float16 outputs on disk.
+
+The encoder reads each distinct caption once, alone, so that an embedding depends on no other caption. What is cached is
+known by the encoder's weights, its tokenizer and the captions; a change of any of them is another cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mezzotint.core.files import cache_dir
+from mezzotint.core.tensor_files import sha256_of_module
+from mezzotint.data.caption_embeddings import EMBEDDINGS_CARD, CaptionEmbeddings
+from mezzotint.data.sources import digest
+
+MAX_TOKENS = 128  # Imagen's and its successors' usual length; longer captions are cut and counted
+XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
+FILES = ("*.json", "*.safetensors", "*.model")
+
+
+@final
+class TextEncoder:
+    """A T5 encoder with its tokenizer, in eval mode.
+
+    name: what it was opened with; a folder as an absolute path. width: of an embedding. max_tokens: longer captions
+    are cut. hash: of the weights; tokenizer_hash: of its files.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, tokenizer_hash: str, max_tokens: int):
+        if max_tokens < 1:
+            raise ValueError(f"max_tokens {max_tokens}; at least 1, e.g. {MAX_TOKENS}")
+        self.name, self.model, self.tokenizer, self.max_tokens = name, model, tokenizer, max_tokens
+        self.tokenizer_hash = tokenizer_hash
+        self.width = int(model.config.d_model)
+        self._hash: str | None = None
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the weights."""
+        if self._hash is None:
+            self._hash = sha256_of_module(self.model)
+        return self._hash
+
+    def tokens(self, caption: str) -> tuple[list[int], bool]:
+        """Token ids of one caption with the end token, cut to max_tokens, and whether it was cut."""
+        ids = self.tokenizer(caption, truncation=False)["input_ids"]
+        if len(ids) <= self.max_tokens:
+            return ids, False
+        return [*ids[: self.max_tokens - 1], ids[-1]], True  # the end token stays at the end
+
+    @torch.no_grad()
+    def encode(self, caption: str) -> Float[Tensor, "t d"]:
+        """One state per token, float32 on the CPU; an empty caption has none."""
+        if not caption.strip():
+            return torch.zeros(0, self.width)
+        ids = torch.tensor([self.tokens(caption)[0]], device=self.model.device)
+        return (
+            self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+            .last_hidden_state[0]
+            .float()
+            .cpu()
+        )
+
+    def conditions(
+        self, captions: Sequence[str]
+    ) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+        """Embeddings rounded to float16, as training reads them, padded to max_tokens, with their mask."""
+        text = torch.zeros(len(captions), self.max_tokens, self.width, dtype=torch.float16)
+        mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
+        for row, caption in enumerate(captions):
+            states = self.encode(caption)
+            text[row, : len(states)], mask[row, : len(states)] = states.half(), True
+        return text, mask
+
+
+def open_text_encoder(
+    name: str, device: torch.device | str = "cpu", max_tokens: int = MAX_TOKENS
+) -> TextEncoder:
+    """A T5 encoder.
+
+    Args:
+        name: a folder with a saved T5 (or T5 encoder) and its tokenizer, or OWNER/NAME on the hub: google/t5-v1_1-xxl
+            as in the paper, google-t5/t5-small, ... device: where it computes. max_tokens: longer captions are cut.
+
+    Errors: ValueError for an encoder that is not on this machine and cannot be fetched, saying what to fetch and where
+        to put it, and for a folder that holds none.
+    """
+    try:
+        from transformers import AutoTokenizer, T5EncoderModel
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ValueError("text needs transformers: pip install 'mezzotint[text]'") from error
+    folder = find_text_encoder(name)
+    try:
+        kind = json.loads((folder / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder} holds no encoder: {error!r}; give a folder that transformers saved"
+        ) from None
+    if kind not in ("t5", "mt5", "umt5"):
+        raise ValueError(
+            f"{folder} holds a {kind!r} model; text encoders are T5's, e.g. google-t5/t5-small"
+        )
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of reading a file from disk
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        model = T5EncoderModel.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers, tokenizers and safetensors raise their own
+        raise ValueError(
+            f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs config.json, weights in "
+            "safetensors, and tokenizer.json (a spiece.model alone needs: pip install sentencepiece)"
+        ) from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    own = str(folder) if Path(name).expanduser().is_dir() else name
+    model: Any = model.eval().requires_grad_(False)
+    model.to(torch.device(device))
+    return TextEncoder(own, model, tokenizer, _tokenizer_hash(folder), max_tokens)
+
+
+def find_text_encoder(name: str, fetch: bool = True) -> Path:
+    """The folder of an encoder: `name` itself, our cache, the hub's cache, or fetched; ValueError as `encoder`."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    ours = cache_dir() / "text" / name
+    if ours.is_dir():
+        return ours
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; the paper's is {XXL}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=not fetch))
+    except Exception as error:  # the hub, the network and the cache raise their own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"text encoder {name} is not on this machine and could not be fetched: {first}. Fetch its config.json, "
+            f"tokenizer and *.safetensors on a machine with a network (mezzotint prefetch {name}), put them into "
+            f"{ours}, or give the folder that holds them"
+        ) from None
+
+
+def _tokenizer_hash(folder: Path) -> str:
+    h = hashlib.sha256()
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "spiece.model",
+        "special_tokens_map.json",
+    ):
+        if (folder / name).is_file():
+            h.update(name.encode() + (folder / name).read_bytes())
+    return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class UniqueCaptions:
+    """The captions of a set: the distinct ones, and for every sample the number of its own (-1 for none)."""
+
+    distinct: tuple[str, ...]
+    of_sample: np.ndarray
+    empty: int
+
+
+def unique_captions(texts: Sequence[str | None]) -> UniqueCaptions:
+    """Captions by first appearance; None and white space are no caption."""
+    numbers: dict[str, int] = {}
+    said = [(text or "").strip() for text in texts]
+    rows = [numbers.setdefault(text, len(numbers)) if text else -1 for text in said]
+    of_sample = np.array(rows, dtype=np.int64)
+    return UniqueCaptions(tuple(numbers), of_sample, int((of_sample < 0).sum()))
+
+
+def embed_captions(
+    texts: Sequence[str | None], reader: TextEncoder, *, progress: bool = False
+) -> CaptionEmbeddings:
+    """Embeddings of every sample's caption, from the cache or written there.
+
+    Errors: ValueError if no sample has a caption.
+    """
+    captions = unique_captions(texts)
+    if not captions.distinct:
+        raise ValueError(
+            "no picture has a caption; put a .txt beside each, a metadata.jsonl, or a column 'text'"
+        )
+    key = digest([reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct])
+    folder = cache_dir() / "words" / key
+    if not (folder / EMBEDDINGS_CARD).is_file():
+        _write_embeddings(folder, key, captions, reader, progress)
+    return CaptionEmbeddings(folder, captions.of_sample)
+
+
+def _write_embeddings(
+    folder: Path, key: str, captions: UniqueCaptions, reader: TextEncoder, progress: bool
+) -> None:
+    """Token by token into one file; the folder appears when it is whole."""
+    from rich.console import Console
+    from rich.progress import track
+
+    beside = folder.with_name(f".{key}.{os.getpid()}.partial")
+    beside.mkdir(parents=True, exist_ok=True)
+    try:
+        lengths, cut = [], 0
+        for caption in captions.distinct:
+            ids, was_cut = reader.tokens(caption)
+            lengths.append(len(ids))
+            cut += was_cut
+        starts = np.cumsum([0, *lengths])
+        shape = (int(starts[-1]), reader.width)
+        tokens = np.lib.format.open_memmap(
+            beside / "tokens.npy", mode="w+", dtype=np.float16, shape=shape
+        )
+        console = Console(stderr=True)
+        for k, caption in track(
+            enumerate(captions.distinct),
+            "reading captions",
+            len(lengths),
+            console=console,
+            disable=not progress,
+        ):
+            states = reader.encode(caption).numpy()
+            if not np.isfinite(states.astype(np.float16)).all():
+                raise ValueError(
+                    f"encoder {reader.name} made no finite float16 states of {caption[:80]!r}"
+                )
+            tokens[starts[k] : starts[k + 1]] = states
+        tokens.flush()
+        del tokens
+        np.save(beside / "starts.npy", starts)
+        card = {
+            "format": 1, "key": key, "encoder": reader.name, "encoder_hash": reader.hash,
+            "tokenizer_hash": reader.tokenizer_hash, "width": reader.width, "max_tokens": reader.max_tokens,
+            "longest": max(lengths), "captions": len(captions.distinct), "cut": cut,
+        }  # fmt: skip
+        (beside / EMBEDDINGS_CARD).write_text(json.dumps(card, indent=1))
+        try:
+            os.replace(beside, folder)
+        except OSError:
+            if not (folder / EMBEDDINGS_CARD).is_file():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def describe_captions(words: CaptionEmbeddings) -> list[str]:
+    """What a reader should know of a set's captions: how many, how many are missing, how many were cut."""
+    card = words.card
+    missing = int((words.captions < 0).sum())
+    lines = [
+        f"{card['captions']:,} distinct captions for {len(words):,} pictures, embedded by {card['encoder']}"
+    ]
+    if missing:
+        lines.append(f"{missing:,} pictures have no caption and train the empty condition")
+    if card["cut"]:
+        lines.append(f"{card['cut']:,} captions were cut to {card['max_tokens']} tokens")
+    return lines

@@ -1,0 +1,1 @@
+"""Images from a trained model: settings, conditions, samplers' loop, writers."""

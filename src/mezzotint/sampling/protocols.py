@@ -1,0 +1,250 @@
+"""How published samples were made, by name; which label an image gets; and settings written as one word.
+
+`docs/protocols.md` lists the differences and what the papers leave open.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mezzotint.core import rng
+from mezzotint.core.registry import Spec, check_options, suggest
+from mezzotint.process import samplers
+from mezzotint.process.samplers import grids
+from mezzotint.sampling.settings import CLIPS, Guidance, SamplingSettings
+
+PER_CLASS = (
+    50  # images in a row of one class under the law "balanced": 50 x 1000 is ImageNet's 50,000
+)
+
+# How image number i gets its class out of a pool of K classes; functions of i alone, so that any part can be made.
+LABEL_ORDERS: dict[str, Callable[[int, int], int]] = {
+    "turn": lambda i, k: i % k,
+    "random": lambda i, k: int(rng.philox("label", 0, i).integers(k)),
+    "balanced": lambda i, k: i // PER_CLASS % k,
+}
+LABEL_ORDER_RULES = {
+    "turn": "image i: class i mod K of the pool of K",
+    "random": "image i: uniform over the pool, Philox keyed by (label, 0, i)",
+    "balanced": f"image i: class floor(i / {PER_CLASS}) mod K of the pool of K",
+}
+SEED_RULE = (
+    "image i starts from float32 normals of Philox keyed by (sample, 0, i); draw d of a stochastic sampler is keyed by "
+    "(sampler, 0, i, d)"
+)
+
+
+def choose_labels(law: str, numbers: Sequence[int], pool: Sequence[int]) -> list[int]:
+    """The classes of images by number; `pool` is what to choose from, e.g. range(1000)."""
+    if law not in LABEL_ORDERS:
+        raise ValueError(f"unknown label law {law!r}; {suggest(law, LABEL_ORDERS)}")
+    return [pool[LABEL_ORDERS[law](i, len(pool))] for i in numbers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Protocol:
+    """How a paper's images were made.
+
+    settings: sampler, grid, steps, guidance, clipping, dtype. label_law: of `LABEL_LAWS`. uint8_rule: see
+    `mezzotint.data.transforms.to_uint8`. codec: of the paper's model. source: where this is published. chosen: what is not
+    published, and what we took.
+    """
+
+    settings: SamplingSettings
+    label_law: str
+    uint8_rule: str
+    codec: str
+    source: str
+    chosen: str
+
+
+_RESPACED = {
+    "sampler": Spec("ancestral", {"variance": "learned"}),
+    "grid": Spec("respaced"),
+    "steps": 250,
+}
+
+PROTOCOLS: dict[str, Protocol] = {
+    # specs/simple-diffusion.md section 2: x clipped after guidance, u even from 1 to 0, the last step gives x.
+    "simple-diffusion-512steps": Protocol(
+        settings=SamplingSettings(
+            sampler=Spec("ancestral", {"variance": "posterior"}),
+            grid=Spec("even"),
+            steps=512,
+            clip=Spec("static"),
+        ),
+        label_law="random",
+        uint8_rule="round",
+        codec="pixels",
+        source="simple diffusion, arXiv 2301.11093, section 2 and appendix; 512 steps as in its ablations",
+        chosen="the smaller (posterior) variance, no guidance (guided rows: simple_diffusion_w=0.1), labels, dtype, "
+        "the rule to eight bits",
+    ),
+    # specs/diffit.md 2.1 and section 5.
+    "diffit-256": Protocol(
+        settings=SamplingSettings(
+            **_RESPACED, guidance=Guidance(dit_s=4.4, power=4.0, time="index", channels=3)
+        ),
+        label_law="random",
+        uint8_rule="round",
+        codec="sd-vae-ft-ema",
+        source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 says 4.6)",
+        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
+    ),
+    "diffit-512": Protocol(
+        settings=SamplingSettings(**_RESPACED, guidance=Guidance(dit_s=1.49, channels=3)),
+        label_law="random",
+        uint8_rule="round",
+        codec="sd-vae-ft-ema",
+        source="DiffiT, arXiv 2312.02139, section 5.8",
+        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
+    ),
+    # specs/dimr.md 6.1 to 6.3.
+    "dimr-256": Protocol(
+        settings=SamplingSettings(
+            sampler=Spec("dpmpp_singlestep", {"order": 3}),
+            grid=Spec("even", {"end": 1e-3, "clean": False}),
+            steps=250,
+            guidance=Guidance(dimr_s=0.4),
+        ),
+        label_law="balanced",
+        uint8_rule="round",
+        codec="sd-vae-ft-ema",
+        source="DiMR, arXiv 2406.09416, with the defaults of its released command",
+        chosen="which guidance gave which FID is not stated; float32 where the released code runs under fp16 autocast",
+    ),
+    # ADM (arXiv 2105.05233), its released image_sample.py: 250 respaced steps, x clipped, fp16 network.
+    "adm": Protocol(
+        settings=SamplingSettings(**_RESPACED, clip=Spec("static"), dtype="float16"),
+        label_law="random",
+        uint8_rule="truncate",
+        codec="pixels",
+        source="ADM, arXiv 2105.05233, and its released sampling script",
+        chosen="unguided, since ADM guides by a classifier",
+    ),
+    # EDM2 (arXiv 2312.02696), its released generate_images.py: algorithm 1 of EDM, 32 steps, fp16 network.
+    "edm2": Protocol(
+        settings=SamplingSettings(
+            sampler=Spec("heun"),
+            grid=Spec("karras", {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}),
+            steps=32,
+            dtype="float16",
+        ),
+        label_law="random",
+        uint8_rule="truncate",  # as its autoencoder's decoding ends; its pixel models round
+        codec="sd-vae-ft-mse",
+        source="EDM2, arXiv 2312.02696, and its released sampling script",
+        chosen="no guidance; the guided presets differ by size: --guidance dit_s=... with --guide",
+    ),
+}
+
+
+def get_protocol(name: str) -> Protocol:
+    """The protocol of that name; ValueError lists near names."""
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; {suggest(name, PROTOCOLS)}")
+    return PROTOCOLS[name]
+
+
+def find_deviations(
+    name: str, used: SamplingSettings, label_law: str, uint8_rule: str, codec: str
+) -> list[str]:
+    """What is not as the protocol says, as "steps: 50 instead of 250"; for the card."""
+    published = get_protocol(name)
+    fields = ("sampler", "grid", "steps", "guidance", "clip", "size", "dtype")
+    pairs = {field: (getattr(used, field), getattr(published.settings, field)) for field in fields}
+    pairs |= {
+        "label_law": (label_law, published.label_law),
+        "uint8_rule": (uint8_rule, published.uint8_rule),
+    }
+    pairs |= {"codec": (codec, published.codec)}
+    return [
+        f"{field}: {ours} instead of {theirs}"
+        for field, (ours, theirs) in pairs.items()
+        if ours != theirs
+    ]
+
+
+def parse_sampler(text: str) -> Spec:
+    """A sampler with options, e.g. "heun" or "heun:s_churn=40,s_noise=1.007"."""
+    return _parse_spec("sampler", text, samplers.registry)
+
+
+def parse_discretization(text: str) -> Spec:
+    """A grid with options, e.g. "karras:rho=5"."""
+    return _parse_spec("grid", text, grids.registry)
+
+
+def parse_clip(text: str) -> Spec | None:
+    """ "none", "static", "dynamic", or one with options, e.g. "dynamic:quantile=0.99"."""
+    return None if text == "none" else _parse_spec("clipping", text, CLIPS)
+
+
+def parse_guidance(text: str) -> Guidance:
+    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "dimr_s=0.4"; both may go on, "4.4,power=4"."""
+    named = "=" in text.partition(",")[0]
+    return Guidance(**_parse_options("guidance", Guidance, text if named else f"dit_s={text}"))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """(height, width) of "64" or "48x64", height first."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"size {text!r} is neither a number nor HEIGHTxWIDTH, e.g. 64 or 48x64")
+    return int(sides[0]), int(sides[-1])
+
+
+def _parse_spec(what: str, text: str, known: Mapping[str, Callable[..., Any]]) -> Spec:
+    name, _, options = text.partition(":")
+    if name not in known:
+        raise ValueError(f"unknown {what} {name!r}; {suggest(name, known)}")
+    return Spec(name, _parse_options(f"{what} {name}", known[name], options))
+
+
+def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str, Any]:
+    """ "a=1,b=x" as keyword options of `taker`, each of the type that its annotation asks for."""
+    pairs = [assignment.partition("=") for assignment in text.split(",") if assignment]
+    for key, equals, _ in pairs:
+        if not equals:
+            raise ValueError(f"{key!r} in the options of {what} is not of the form name=value")
+    given = check_options(what, taker, {key.strip(): value.strip() for key, _, value in pairs})
+    hints = typing.get_type_hints(taker)
+    for key in given:
+        if not any(
+            kind in (int, float, str, bool) for kind in typing.get_args(hints[key]) or (hints[key],)
+        ):
+            raise ValueError(f"{key} of {what} is no option that can be written as text")
+    return {
+        key: _parse_value(f"{key} of {what}", value, hints[key]) for key, value in given.items()
+    }
+
+
+def _parse_value(what: str, text: str, hint: Any) -> Any:
+    kinds = typing.get_args(hint) or (hint,)
+    words = {"true": True, "false": False}
+    if bool in kinds and text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float, str):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    wanted = (
+        "true or false" if bool in kinds else "a whole number" if float not in kinds else "a number"
+    )
+    raise ValueError(f"{what} is {text!r}; {wanted} is needed")
+
+
+def to_plain(value: Any) -> Any:
+    """Settings as JSON values: specs and dataclasses as mappings without what is unset."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {k: to_plain(v) for k, v in fields.items() if v is not None}
+    if isinstance(value, Mapping):
+        return {k: to_plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value

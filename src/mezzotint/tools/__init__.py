@@ -1,0 +1,1 @@
+"""Tools that look: counts, memory, plans, benchmarks, the doctor, downloads, reproduction."""

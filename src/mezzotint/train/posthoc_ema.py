@@ -1,0 +1,147 @@
+"""Averages of any width after the run, from snapshots of power-function averages: EDM2 section 3.2 and appendix C."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mezzotint.core.files import atomic_replace
+from mezzotint.models import load_model, save_model
+from mezzotint.process.denoiser import Model
+from mezzotint.train.ema import Weights, power_gamma
+
+
+class Snapshot(NamedTuple):
+    """A power-function average on disk: of relative width `std`, up to `images` seen."""
+
+    images: int
+    std: float
+    path: Path
+
+
+def write_snapshot(run: Path, weights: Weights, images: int, std: float) -> None:
+    """Write ema/IMAGES-STD.safetensors, float32, in one rename."""
+    from safetensors.torch import save_file
+
+    (run / "ema").mkdir(exist_ok=True)
+    atomic_replace(snapshot_path(run, images, std), lambda beside: save_file(weights, beside))
+
+
+def snapshot_path(run: Path, images: int, std: float) -> Path:
+    """Where a run keeps the snapshot of relative width `std` at `images` seen."""
+    return run / "ema" / f"{images:012d}-{std:g}.safetensors"
+
+
+def snapshots(run: Path) -> list[Snapshot]:
+    """A run's snapshots, oldest first."""
+    found = []
+    for path in sorted((run / "ema").glob("*-*.safetensors")):
+        images, _, std = path.stem.partition("-")
+        found.append(Snapshot(int(images), float(std), path))
+    return found
+
+
+def profile_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
+    """Inner product of the profiles p(t; t_a, gamma_a) and p(t; t_b, gamma_b) over t; all broadcast, float64.
+
+    p(t; T, gamma) = (gamma + 1) t^gamma / T^(gamma + 1) up to T, then 0: how much of the average at T is the weights
+    of time t (EDM2 eq. 3 normalised to integral 1).
+    """
+    # EDM2 appendix C: the integral to min(t_a, t_b) of the product of two powers
+    first = torch.minimum(t_a, t_b)
+    powers = gamma_b * torch.log(first / t_b) + gamma_a * torch.log(first / t_a)
+    shorter = first / (t_a * t_b)
+    return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter * powers.exp()
+
+
+def coefficients(kept: list[tuple[int, float]], images: int, std: float) -> tuple[Tensor, float]:
+    """Factors on the snapshots `kept`, (images, std) each, whose sum is nearest to the average (images, std).
+
+    Returns:
+        (n,) float64, and the distance of the profiles relative to the length of the one wanted.
+    """
+    t = torch.tensor([float(i) for i, _ in kept], dtype=torch.float64)
+    gamma = torch.tensor([power_gamma(s) for _, s in kept], dtype=torch.float64)
+    target_t = torch.tensor(float(images), dtype=torch.float64)
+    target_gamma = torch.tensor(power_gamma(std), dtype=torch.float64)
+    # EDM2 appendix C: min over x of || p - sum_i x_i p_i ||^2 is A x = b with A_ij = <p_i, p_j>, b_i = <p_i, p>
+    A = profile_product(t[:, None], gamma[:, None], t, gamma)
+    b = profile_product(t, gamma, target_t, target_gamma)
+    # Scaled to a unit diagonal, then by singular values: neighbouring snapshots are nearly parallel.
+    length = A.diagonal().sqrt()
+    x = (
+        torch.linalg.lstsq(
+            A / (length[:, None] * length), (b / length)[:, None], driver="gelsd"
+        ).solution[:, 0]
+        / length
+    )
+    wanted = profile_product(target_t, target_gamma, target_t, target_gamma)
+    square = wanted - 2 * (x @ b) + x @ A @ x
+    return x, float((square.clamp(min=0) / wanted).sqrt())
+
+
+class Reconstruction(NamedTuple):
+    """An average rebuilt: weights, images seen, the snapshots it is of, the profiles' relative distance."""
+
+    weights: Weights
+    images: int
+    sources: list[Snapshot]
+    distance: float
+
+
+def reconstruct(run: Path, std: float, images: int | None = None) -> Reconstruction:
+    """The power-function average of relative width `std` at `images` seen (the newest snapshot's by default).
+
+    Errors: ValueError for a run without snapshots, none early enough, or a width outside (0, 0.2887).
+    """
+    from safetensors import safe_open
+
+    power_gamma(std)
+    every = snapshots(run)
+    if not every:
+        raise ValueError(
+            f"{run} has no snapshots in ema/; train with e.g. ema.power_stds=[0.05,0.10]"
+        )
+    images = every[-1].images if images is None else images
+    kept = [s for s in every if s.images <= images]
+    if not kept or images > every[-1].images:
+        raise ValueError(
+            f"{run} has snapshots from {every[0].images:,} to {every[-1].images:,} images, not {images:,}"
+        )
+    x, distance = coefficients([(s.images, s.std) for s in kept], images, std)
+    weights: dict[str, Any] = {}
+    for factor, snapshot in zip(x.tolist(), kept, strict=True):
+        with safe_open(snapshot.path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                part = factor * file.get_tensor(name).double()
+                weights[name] = part if name not in weights else weights[name] + part
+    return Reconstruction({k: w.float() for k, w in weights.items()}, images, kept, distance)
+
+
+def reconstruct_model(
+    run: Path, std: float, images: int | None = None
+) -> tuple[Model, Reconstruction]:
+    """The run's model with a reconstructed average as its weights."""
+    rebuilt = reconstruct(run, std, images)
+    model = load_model(run / "model")
+    # Coefficients do not sum to exactly 1, which would scale what is not trained (fixed positions).
+    trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
+    averaged = {name: weight for name, weight in rebuilt.weights.items() if name in trained}
+    model.backbone.load_state_dict({**model.backbone.state_dict(), **averaged})
+    extra = {**model.info.extra, "ema_width": std}
+    model.info = dataclasses.replace(model.info, images=rebuilt.images, extra=extra)
+    return model, rebuilt
+
+
+def save_reconstruction(
+    run: Path, std: float, images: int | None = None, out: Path | None = None
+) -> tuple[Path, Reconstruction]:
+    """Write `rebuilt_model` as a model folder, RUN/model-STD by default; returns where, and what it was made from."""
+    model, rebuilt = reconstruct_model(run, std, images)
+    folder = out or run / f"model-{std:g}"
+    save_model(model, folder)
+    return folder, rebuilt

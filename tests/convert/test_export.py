@@ -1,0 +1,285 @@
+"""Models elsewhere: the same numbers from torch.export, ONNX and diffusers; cards and pushes to the hub."""
+
+from __future__ import annotations
+
+import functools
+import json
+import warnings
+
+import jaxtyping
+import pytest
+import torch
+import yaml
+
+import mezzotint as mz
+from mezzotint import config
+from mezzotint.convert import export, model_card
+from mezzotint.evaluate.results import Evaluation, Number, Protocol
+from mezzotint.recipes import recipe_for
+
+NARROW = {
+    "unet-tiny": {"num_classes": 10, "size": 16},
+    "uvit-tiny": {"num_classes": 10},
+    "dimr-tiny": {
+        "dims": (16, 8, 8),
+        "hidden_dims": (32, 16, 16),
+        "depths": (3, 1, 1),
+        "size": 16,
+        "heads": 2,
+    },
+    "diffit-tiny": {},
+    "diffit-latent-tiny": {},
+}
+
+
+def trained(preset, **overrides):
+    """A network none of whose outputs is zero, as after training."""
+    torch.manual_seed(0)
+    model = mz.create_model(preset, **{**NARROW[preset], **overrides}).eval().requires_grad_(False)
+    for weight in model.backbone.parameters():
+        if not weight.any():
+            weight.normal_(0, 0.02)
+    return model
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return trained("unet-tiny")
+
+
+@pytest.fixture
+def folder(unet, tmp_path):
+    mz.save_model(unet, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def traceable():
+    """Shape checks off: they read sizes as numbers, and a tracer then takes the batch for a constant."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+LARGER = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("dimr-tiny", "diffit-tiny", "diffit-latent-tiny")
+]
+
+
+@pytest.mark.parametrize("preset", ["unet-tiny", *LARGER])
+@pytest.mark.usefixtures("traceable")
+def test_torch_export_gives_the_same_numbers_at_any_batch(preset, tmp_path):
+    model = trained(preset)
+    assert export.save_torch(model, tmp_path / "denoiser.pt2") < 1e-5
+    with (tmp_path / "denoiser.pt2").open("rb") as file:
+        kept = {"config.json": ""}
+        back = torch.export.load(file, extra_files=kept).module()
+    assert json.loads(kept["config.json"])["backbone"] == model.info.backbone
+    for batch in (1, 5):
+        inputs = export.example(model, batch)
+        ours = model(inputs[0], inputs[1], mz.Cond(label=inputs[2] if len(inputs) == 3 else None))
+        for a, b in zip([t for t in ours if t is not None], back(*inputs), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["denoiser.pt2"]
+
+
+@pytest.mark.parametrize("preset", ["unet-tiny", *LARGER])
+@pytest.mark.usefixtures("traceable")
+def test_onnx_gives_the_same_numbers(preset, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    model = trained(preset)
+    assert export.save_onnx(model, tmp_path / "denoiser.onnx") < 1e-5
+    graph = onnx.load(tmp_path / "denoiser.onnx")
+    inputs, outputs = export.names(model)
+    assert [i.name for i in graph.graph.input] == inputs
+    assert [o.name for o in graph.graph.output] == outputs
+    assert {o.version for o in graph.opset_import if o.domain == ""} == {export.OPSET}
+    assert not graph.graph.input[0].type.tensor_type.shape.dim[0].HasField("dim_value"), (
+        "the batch is free"
+    )
+    (card,) = [json.loads(p.value) for p in graph.metadata_props if p.key == "mezzotint"]
+    assert card["backbone"] == model.info.backbone
+
+
+def test_names_say_what_a_model_has():
+    assert export.names(trained("diffit-latent-tiny"))[1] == ["x", "eps", "var"]
+    assert export.names(trained("unet-tiny", num_classes=0)) == (["z", "logsnr"], ["x", "eps"])
+
+
+def test_a_difference_is_seen(unet):
+    assert export.difference(unet, lambda *a: export.Flat(unet)(*a)) == 0
+    assert export.difference(unet, lambda z, t, y: export.Flat(unet)(z, t, y.flip(0))) > 1e-6
+
+
+def test_what_cannot_be_traced_is_told(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="multiples of"):
+        export.export(folder, tmp_path / "x.pt2", "torch", size=15)
+    with pytest.raises(ValueError, match="leave --size out"):
+        export.export(folder, tmp_path / "x", "diffusers", size=16)
+
+    def impossible(*args, **kwargs):
+        raise RuntimeError("data-dependent branch\nand a long trace")
+
+    monkeypatch.setattr(torch.export, "export", impossible)
+    with pytest.raises(
+        ValueError,
+        match=r"torch.export cannot take the backbone unet: data-dependent branch \(--to",
+    ):
+        export.export(folder, tmp_path / "x.pt2", "torch")
+    assert not (tmp_path / "x.pt2").exists()
+
+
+def load_pipeline(folder):
+    diffusers = pytest.importorskip("diffusers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers and what it imports
+        return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_diffusers_draws_the_same_picture(unet, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    assert "from_pretrained" in export.export(folder, tmp_path / "pipe", "diffusers")[0]
+    pipe = load_pipeline(tmp_path / "pipe")
+    ours = mz.sample(unet, [3, 8], label=[1, 2], steps=3, guidance=2.0, sampler="heun")
+    how = {"num_inference_steps": 3, "guidance_scale": 2.0, "sampler": "heun"}
+    theirs = pipe(seeds=[3, 8], label=[1, 2], output_type="latent", **how).images
+    assert torch.equal(ours, theirs)
+    pictures = pipe(seeds=[3, 8], label=[1, 2], **how).images
+    assert [p.size for p in pictures] == [(16, 16), (16, 16)]
+    array = pipe(seeds=3, label=1, output_type="np", **how).images
+    assert array.shape == (1, 16, 16, 3)
+    assert 0 <= array.min() <= array.max() <= 1
+    with pytest.raises(ValueError, match="pil, np, pt or latent"):
+        pipe(output_type="jpg")
+    pipe.to("cpu").save_pretrained(tmp_path / "again")
+    again = load_pipeline(tmp_path / "again")
+    assert torch.equal(again(seeds=[3, 8], label=[1, 2], output_type="latent", **how).images, ours)
+
+
+def test_another_pipelines_folder_is_left_alone(unet, tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(ValueError, match="another pipeline"):
+        export.save_diffusers(unet, tmp_path)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures on cards of few seeds and steps."""
+    monkeypatch.setattr(
+        model_card, "draw_grid", functools.partial(model_card.draw_samples, count=2, steps=2)
+    )
+
+
+@pytest.fixture
+def run(unet, tmp_path, quick):
+    """A run's folder as training leaves it, with an evaluation in it."""
+    folder = tmp_path / "runs" / "flowers"
+    mz.save_model(unet, folder / "model")
+    recipe = config.override(
+        recipe_for("unet-tiny"), ["data.source='/home/someone/flowers'", "images=640", "batch=64"]
+    )
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe))
+    (folder / "log.jsonl").write_text('{"images": 640, "loss": 0.125}\n')
+    number = Number(
+        metric="FID",
+        value=12.5,
+        features={"name": "inception-2048", "hash": "a" * 64},
+        low=12.0,
+        high=13.0,
+    )
+    protocol = Protocol(
+        source="/home/someone/runs/flowers", n=5000, code_version="0.1.0", sampler="ddim", steps=50
+    )
+    Evaluation(protocol=protocol, numbers=(number,)).save(folder / "evaluation.json")
+    (folder / "other.json").write_text("{}")
+    return folder
+
+
+def test_the_card_says_how_the_model_was_made(run):
+    place = model_card.write_card(run, licence="cc-by-4.0")
+    assert place == run / "model"
+    text = (place / "README.md").read_text()
+    _, head, body = text.split("---\n", 2)
+    meta = yaml.safe_load(head)
+    assert meta["license"] == "cc-by-4.0"
+    assert meta["library_name"] == "mezzotint"
+    (result,) = meta["model-index"][0]["results"]
+    assert result["metrics"][0] == {"name": "FID", "type": "fid", "value": 12.5}
+    for words in (
+        "batches of 64",
+        "loss over the last",
+        "0.125",
+        "| FID | 12.5 (12 to 13)",
+        "steps: 50",
+        "samples.png",
+    ):
+        assert words in body
+    assert "/home/someone" not in text, "where the data lay is nobody's business"
+    assert (place / "samples.png").stat().st_size > 100
+
+
+def test_the_newest_grid_is_the_picture(run):
+    (run / "samples").mkdir()
+    for images in (64, 640):
+        (run / "samples" / f"{images:012d}.png").write_bytes(f"grid {images}".encode())
+    model_card.write_card(run)
+    assert (run / "model" / "samples.png").read_bytes() == b"grid 640"
+    model_card.write_card(run, fresh=True)
+    assert (run / "model" / "samples.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_model_folder_has_a_card_without_a_run(folder, quick):
+    assert model_card.write_card(folder) == folder
+    text = (folder / "README.md").read_text()
+    assert "was not evaluated" in text
+    assert "not stated" in text
+    assert "## Training" not in text
+    with pytest.raises(ValueError, match="no folder"):
+        model_card.write_card(folder / "nothing")
+
+
+class Hub:
+    """Takes what is pushed to it, or fails as it is told."""
+
+    def __init__(self, error=None):
+        self.error = error
+        self.calls = []
+
+    def create_repo(self, repo_id, *, private=None, exist_ok=False):
+        if self.error is not None:
+            raise self.error
+        self.calls.append(("create", repo_id, private, exist_ok))
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, allow_patterns):
+        self.calls.append(("upload", repo_id, folder_path, sorted(allow_patterns)))
+        return type("Commit", (), {"commit_url": f"https://hub/{repo_id}/commit/1"})()
+
+
+def test_push_sends_the_model_and_nothing_else(folder):
+    api = Hub()
+    assert (
+        model_card.push_to_hub(folder, "someone/flowers", private=True, api=api)
+        == "https://hub/someone/flowers/commit/1"
+    )
+    files = ["README.md", "config.json", "model.safetensors", "samples.png"]
+    assert api.calls == [
+        ("create", "someone/flowers", True, True),
+        ("upload", "someone/flowers", folder, files),
+    ]
+
+
+def test_a_push_that_cannot_be_is_told(folder, tmp_path):
+    with pytest.raises(ValueError, match="owner/name"):
+        model_card.push_to_hub(folder, "flowers", api=Hub())
+    with pytest.raises(ValueError, match="no name of a repository"):
+        model_card.push_to_hub(folder, "someone/--flowers..", api=Hub())
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        model_card.push_to_hub(tmp_path, "someone/flowers", api=Hub())
+    with pytest.raises(ValueError, match=r"did not take .*: no route"):
+        model_card.push_to_hub(folder, "someone/flowers", api=Hub(ConnectionError("no route")))
+    with pytest.raises(
+        ValueError, match="HF_HUB_OFFLINE"
+    ):  # the tests run offline, and the real hub says so
+        model_card.push_to_hub(folder, "someone/flowers")

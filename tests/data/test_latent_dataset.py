@@ -1,0 +1,509 @@
+"""Latent space: codecs against diffusers, sets of latents against the pictures they are of, training from either."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from mezzotint import config
+from mezzotint.data import autoencoder
+from mezzotint.data import encode_latents as encode_module
+from mezzotint.data.autoencoder import draw_latents, open_codec
+from mezzotint.data.encode_latents import WorkShare, encode_latents
+from mezzotint.data.image_dataset import open_images
+from mezzotint.data.latent_dataset import (
+    EncodedDataset,
+    LatentDataset,
+    encode_moments,
+    open_dataset,
+)
+from mezzotint.data.prepare import prepare_latents
+from mezzotint.data.transforms import to_model_range
+from mezzotint.recipes import recipe_for
+from mezzotint.train.loop import train
+from mezzotint.train.sample_grid import preview_codec, to_visible
+
+diffusers = pytest.importorskip("diffusers")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
+    preview_codec.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def vae_folder(tmp_path_factory) -> Path:
+    """A tiny random AutoencoderKL with factor 2, 4 channels, scale 0.7 and shift 0.1, as diffusers saves it."""
+    return _saved_vae(tmp_path_factory.mktemp("vae"), seed=0)
+
+
+def _saved_vae(folder: Path, seed: int, **changes) -> Path:
+    torch.manual_seed(seed)
+    options = {
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "scaling_factor": 0.7, "shift_factor": 0.1,
+        "layers_per_block": 1,
+    }  # fmt: skip
+    diffusers.AutoencoderKL(**{**options, **changes}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """11 pictures in two classes, one damaged, one captioned."""
+    rng = np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    for i in range(11):
+        folder = root / "ab"[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(
+            folder / f"{i:02d}.png"
+        )
+    bad = root / "a" / "04.png"
+    bad.write_bytes(bad.read_bytes()[:200])
+    (root / "b" / "01.txt").write_text("the first of b")
+    return root
+
+
+# --- codecs
+
+
+def test_moments_are_those_of_diffusers_scaled(vae_folder):
+    own, theirs = open_codec(vae_folder), diffusers.AutoencoderKL.from_pretrained(vae_folder).eval()
+    x = torch.rand(3, 3, 16, 12) * 2 - 1
+    mean, logvar = own.encode_moments(x)
+    with torch.no_grad():
+        posterior = theirs.encode(x).latent_dist
+    assert mean.shape == (3, 4, 8, 6)
+    torch.testing.assert_close(mean, 0.7 * (posterior.mean - 0.1))
+    noise = torch.randn_like(mean)
+    expected = 0.7 * (
+        posterior.mean + posterior.std * noise - 0.1
+    )  # pipelines' (sample - shift) * scale
+    torch.testing.assert_close(own.sample(mean, logvar, noise), expected)
+    with torch.no_grad():
+        back = theirs.decode(mean / 0.7 + 0.1).sample.clamp(-1, 1)
+    torch.testing.assert_close(own.decode(mean), back)
+
+
+def test_an_image_alone_or_among_others_is_the_same_bit_for_bit(vae_folder):
+    own = open_codec(vae_folder)
+    x = torch.rand(5, 3, 16, 16) * 2 - 1
+    mean, logvar = own.encode_moments(x)
+    for i in range(5):
+        alone = own.encode_moments(x[i : i + 1])
+        assert torch.equal(alone[0][0], mean[i])
+        assert torch.equal(alone[1][0], logvar[i])
+        assert torch.equal(own.decode(mean[i : i + 1])[0], own.decode(mean)[i])
+
+
+def test_pixels_are_a_codec():
+    own = open_codec("pixels")
+    x = torch.rand(2, 3, 4, 4) * 2 - 1
+    mean, logvar = own.encode_moments(x)
+    assert torch.equal(own.sample(mean, logvar, torch.randn_like(x)), x)
+    assert torch.equal(own.decode(x), x)
+    assert (own.factor, own.channels, own.scale) == (1, 3, 1.0)
+
+
+def test_constants():
+    assert autoencoder.SD_SCALE == 0.18215
+    assert {autoencoder.RELEASES[name].scale for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")} == {
+        0.18215
+    }
+
+
+def test_the_published_scale_wins_over_a_config_that_lacks_it(tmp_path):
+    _saved_vae(
+        tmp_path / "cache" / "codecs" / "sd-vae-ft-ema",
+        seed=0,
+        scaling_factor=None,
+        shift_factor=None,
+    )
+    found = open_codec("sd-vae-ft-ema")
+    assert (found.name, found.scale, found.shift) == ("sd-vae-ft-ema", 0.18215, 0.0)
+
+
+def test_hash_tells_weights_apart(vae_folder, tmp_path):
+    assert open_codec(vae_folder).hash == open_codec(str(vae_folder)).hash
+    assert open_codec(vae_folder).hash != open_codec(_saved_vae(tmp_path / "other", seed=1)).hash
+
+
+def test_log_variance_of_minus_infinity_is_no_noise():
+    mean = torch.randn(2, 3)
+    assert torch.equal(
+        draw_latents(mean, torch.full_like(mean, -torch.inf), torch.randn(2, 3)), mean
+    )
+
+
+def test_drawn_latents_have_the_stated_moments():
+    mean, logvar = torch.tensor([1.5, -2.0]), torch.tensor([0.5, -3.0])
+    drawn = draw_latents(
+        mean.expand(200_000, 2), logvar.expand(200_000, 2), torch.randn(200_000, 2)
+    )
+    torch.testing.assert_close(drawn.mean(0), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn.var(0), logvar.exp(), atol=0.02, rtol=0)
+
+
+def test_tiles_of_a_local_decoder_are_the_whole_picture():
+    def decode(z):  # each cell becomes 2x2 pixels, alone
+        return z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    for height, width, tile in [(9, 14, 5), (16, 4, 8), (7, 7, 7), (20, 33, 8)]:
+        z = torch.randn(1, 4, height, width)
+        torch.testing.assert_close(autoencoder.decode_tiled(decode, z, tile, 2), decode(z))
+
+
+def test_tiles_bound_what_is_decoded_at_once(vae_folder):
+    own = open_codec(vae_folder)
+    z = torch.randn(1, 4, 24, 40)
+    seen: list[tuple[int, ...]] = []
+    whole = own.vae.decode
+    own.vae.decode = lambda part: seen.append(part.shape) or whole(part)
+    assert own.decode(z, tile=8).shape == (1, 3, 48, 80)
+    assert max(max(shape[2:]) for shape in seen) == 8
+    own.decode(z, tile=40)
+    assert seen[-1] == (1, 4, 24, 40)
+    own.decode(z)
+    assert seen[-1] == (1, 4, 24, 32)  # a CPU's default
+    with pytest.raises(ValueError, match="at least 4 cells"):
+        own.decode(z, tile=0)
+
+
+def test_taesd_reconstructs_photographs(shared):
+    own = open_codec(shared("data/taesd"))
+    assert (own.factor, own.channels, own.scale) == (8, 4, 1.0)
+    pictures = open_images(shared("data/photos"), size=128)
+    x = to_model_range(pictures.batch([0, 20, 40])[0])
+    mean, logvar = own.encode_moments(x)
+    assert (logvar == -torch.inf).all()
+    error = ((own.decode(mean) - x) / 2).square().flatten(1).mean(1)
+    psnr = -10 * error.log10()
+    assert psnr.min() > 17
+    assert psnr.mean() > 24
+    assert 0.4 < mean.std() < 1.6  # Stable Diffusion's latents after 0.18215
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_damaged_taesd_is_told(shared, tmp_path, part):
+    shutil.copytree(shared("data/taesd"), tmp_path / "taesd")
+    file = tmp_path / "taesd" / f"taesd_{part}.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if not k.startswith("12.")}, file)
+    with pytest.raises(ValueError, match="holds no TAESD"):
+        open_codec(tmp_path / "taesd")
+    file.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_codec(tmp_path / "taesd")
+
+
+def test_a_codec_that_is_not_here_says_what_to_fetch_and_where_to_put_it(tmp_path):
+    with pytest.raises(ValueError) as error:
+        open_codec("sd-vae-ft-mse")
+    words = str(error.value)
+    for part in (
+        "stabilityai/sd-vae-ft-mse",
+        "diffusion_pytorch_model.safetensors",
+        "335 MB",
+        "mezzotint prefetch",
+    ):
+        assert part in words
+    assert str(tmp_path / "cache" / "codecs" / "sd-vae-ft-mse") in words
+    with pytest.raises(ValueError, match="did you mean sd-vae-ft"):
+        open_codec("sd-vae-ft-em")
+    assert autoencoder.if_cached("taesd") is None
+
+
+def test_folders_that_are_no_codec(tmp_path, vae_folder):
+    with pytest.raises(ValueError, match="holds no autoencoder"):
+        open_codec(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(vae_folder, other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**values, "_class_name": "UNet2DModel"}))
+    with pytest.raises(ValueError, match="holds a UNet2DModel; codecs are"):
+        open_codec(other)
+    (other / "config.json").write_text(json.dumps(values))
+    (other / "diffusion_pytorch_model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_codec(other)
+
+
+def test_images_and_latents_that_do_not_fit_a_codec(vae_folder):
+    own = open_codec(vae_folder)
+    with pytest.raises(ValueError, match="multiples of 2"):
+        own.encode_moments(torch.zeros(1, 3, 15, 16))
+    with pytest.raises(ValueError, match="latents of 3 channels do not fit"):
+        own.decode(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="not finite"):
+        own.encode_moments(torch.full((1, 3, 16, 16), torch.nan))
+
+
+# --- sets
+
+
+def test_the_set_holds_the_pictures_and_their_mirror_images(pictures, vae_folder, tmp_path):
+    words = prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    raw, made, own = (
+        open_images(pictures, size=16),
+        LatentDataset(tmp_path / "out"),
+        open_codec(vae_folder),
+    )
+    assert (len(raw), len(made)) == (11, 10)
+    assert (made.size, made.channels, made.label_names, made.num_classes) == (8, 4, ("a", "b"), 2)
+    sound = [i for i in range(11) if raw.readable(i) == i]
+    moments, labels = made.batch(range(10))
+    for row, i in enumerate(sound):
+        x = to_model_range(raw.image(i))[None]
+        for view, picture in enumerate((x, x.flip(-1))):  # the mirror is encoded, not flipped
+            mean, logvar = own.encode_moments(picture)
+            assert torch.equal(moments[row, view, 0], mean[0].half())
+            assert torch.equal(moments[row, view, 1], logvar[0].half())
+        assert (made.label(row), made.name(row), made.text(row)) == (
+            raw.label(i),
+            raw.name(i),
+            raw.text(i),
+        )
+    assert labels is not None
+    assert labels.tolist() == [raw.label(i) for i in sound]
+    assert not torch.equal(moments[:, 1], moments[:, 0].flip(-1))
+    assert "a/04.png cannot be read" in words
+    assert len(LatentDataset(tmp_path / "out", "test")) == 1
+
+
+def test_statistics_are_of_the_drawn_latents(pictures, vae_folder, tmp_path):
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    made = LatentDataset(tmp_path / "out")
+    moments = made.batch(range(10))[0].double()
+    means, logvars = moments.unbind(2)  # (picture, view, channel, side, side)
+    shape = (300, *means.shape)
+    drawn = draw_latents(
+        means.expand(shape), logvars.expand(shape), torch.randn(shape, dtype=torch.float64)
+    )
+    by_channel = drawn.transpose(0, 3).flatten(1)
+    mean, std = by_channel.mean(1), by_channel.std(1)
+    torch.testing.assert_close(
+        torch.tensor(made.statistics["mean"], dtype=torch.float64), mean, atol=0.01, rtol=0
+    )
+    torch.testing.assert_close(
+        torch.tensor(made.statistics["std"], dtype=torch.float64), std, atol=0.01, rtol=0
+    )
+
+
+def test_a_scale_that_does_not_give_unit_deviation_is_reported(pictures, tmp_path):
+    odd = _saved_vae(tmp_path / "odd", seed=0, scaling_factor=40.0)
+    words = prepare_latents(pictures, tmp_path / "out", 16, str(odd), progress=False)
+    assert "! the latents' standard deviation is" in words
+    assert "scale 40" in words
+
+
+def test_what_is_drawn_depends_on_seed_and_number_alone(pictures, vae_folder, tmp_path):
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    made = LatentDataset(tmp_path / "out")
+    moments, _ = made.batch([3, 3, 5])
+
+    def drawn(seed, numbers, mirror=True, rows=slice(None)):
+        return made.to_model(moments[rows], seed, numbers, mirror, lambda t: t)
+
+    one = drawn(0, [7, 8, 9])
+    assert torch.equal(one[1], drawn(0, [8], rows=slice(1, 2))[0])
+    assert not torch.equal(one[0], one[1])
+    assert not torch.equal(one, drawn(1, [7, 8, 9]))
+    mirrored = drawn(0, list(range(40)), rows=[0] * 40)
+    plain = drawn(0, list(range(40)), mirror=False, rows=[0] * 40)
+    same = sum(torch.equal(a, b) for a, b in zip(mirrored, plain, strict=True))
+    assert 10 < same < 30  # the other half shows the mirror
+
+
+def test_made_anew_or_read_the_batches_are_equal(pictures, vae_folder, tmp_path):
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    os.remove(pictures / "a" / "04.png")
+    open_with = {"size": 8, "channels": 4, "crop": "adm", "space": str(vae_folder), "mirror": True}
+    read = open_dataset(str(tmp_path / "out"), **open_with)
+    anew = open_dataset(str(pictures), **open_with)
+    assert isinstance(read, LatentDataset)
+    assert isinstance(anew, EncodedDataset)
+    for x, y in zip(read.batch([4, 0, 9]), anew.batch([4, 0, 9]), strict=True):
+        assert torch.equal(x, y)
+
+
+def tiny_latent_recipe(source: Path, space: str = "") -> config.Recipe:
+    changes = [
+        f"data.source={str(source)!r}", f"data.codec={space!r}", "data.flip=true", "model.size=8", "model.width=16",
+        "model.depth=1", "model.heads=2", "images=48", "batch=8", "log_every_images=8", "samples.every_images=48",
+        "samples.count=2", "samples.sampler=ddim", "samples.steps=2", "save.every_images=24", "engine.precision=float32",
+    ]  # fmt: skip
+    return config.override(recipe_for("diffit-latent-tiny"), changes)
+
+
+def test_training_on_read_and_on_anew_made_latents_is_equal_bit_for_bit(
+    pictures, vae_folder, tmp_path
+):
+    os.remove(pictures / "a" / "04.png")
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    read = train(tiny_latent_recipe(tmp_path / "out"), tmp_path / "read", quiet=True)
+    anew = train(tiny_latent_recipe(pictures, str(vae_folder)), tmp_path / "anew", quiet=True)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (read, anew)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    cards = [json.loads((run / "model" / "config.json").read_text()) for run in (read, anew)]
+    assert {card["codec"] for card in cards} == {str(vae_folder.resolve())}
+    with Image.open(next((read / "samples").glob("*.png"))) as grid:
+        assert grid.height >= 16  # decoded: 8 cells of 2 pixels
+
+
+def test_a_grid_without_decoder_shows_latents():
+    z = torch.randn(2, 4, 8, 8)
+    assert torch.equal(to_visible(z, "sd-vae-ft-ema"), z[:, :3] / 3)
+
+
+def test_grids_of_stable_diffusions_latents_go_through_taesd(shared, tmp_path):
+    shutil.copytree(shared("data/taesd"), tmp_path / "cache" / "codecs" / "taesd")
+    found = preview_codec("sd-vae-ft-ema", torch.device("cpu"))
+    assert found is not None
+    assert found.name == "taesd"
+    assert to_visible(torch.zeros(1, 4, 4, 4), "sd-vae-ft-mse").shape == (1, 3, 32, 32)
+
+
+# --- interruption, sharing, refusals
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_processes_share_and_the_last_completes(pictures, vae_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode_module, "PIECE_BYTES", 3 * 2 * 2 * 2 * 4 * 8 * 8)
+    images, own = open_images(pictures, size=16), open_codec(vae_folder)
+    encode_latents(images, tmp_path / "one", own, progress=False)
+    done = [
+        encode_latents(images, tmp_path / "two", own, WorkShare(rank, 3), progress=False)
+        for rank in (2, 0, 1)
+    ]
+    assert done == [False, False, True]
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+    assert len(list((tmp_path / "two").glob("piece-*.npy"))) == 4
+    encode_latents(images, tmp_path / "three", own, WorkShare(0, 2), progress=False)
+    with pytest.raises(ValueError, match="is not complete: the same prepare command"):
+        open_dataset(str(tmp_path / "three"), size=8, channels=4, crop="adm", space=str(vae_folder))
+
+
+def test_a_killed_prepare_goes_on_where_it_was(vae_folder, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "in").mkdir()
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(
+            tmp_path / "in" / f"{i:02d}.png"
+        )
+    code = f"""
+import time
+from mezzotint.data import encode, prepare
+encode.PIECE_BYTES = 3 * 2 * 2 * 2 * 4 * 8 * 8
+moments = encode.moments_of
+encode.moments_of = lambda *a, **k: (time.sleep(0.1), moments(*a, **k))[1]
+prepare.prepare_latents({str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, 16, {str(vae_folder)!r}, progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
+    while len(list((tmp_path / "out").glob("piece-*.json"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "latents.json").exists()
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("piece-*.json")}
+    (tmp_path / "out" / "piece-000013.1.partial").write_bytes(b"half")
+    monkeypatch.setattr(encode_module, "PIECE_BYTES", 3 * 2 * 2 * 2 * 4 * 8 * 8)
+    prepare_latents(tmp_path / "in", tmp_path / "out", 16, str(vae_folder), progress=False)
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in kept.items())
+    prepare_latents(tmp_path / "in", tmp_path / "whole", 16, str(vae_folder), progress=False)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_other_codecs_sizes_and_pictures_are_refused(pictures, vae_folder, tmp_path):
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    other = _saved_vae(tmp_path / "other", seed=1)
+    for source, size, space, words in [
+        (pictures, 16, other, "codec_hash"),
+        (pictures, 32, vae_folder, "size: 16 there, 32 asked"),
+        (pictures / "a", 16, vae_folder, "pictures"),
+    ]:
+        with pytest.raises(ValueError, match=f"made otherwise.*{words}"):
+            prepare_latents(source, tmp_path / "out", size, str(space), progress=False)
+    with pytest.raises(ValueError, match="try --size 16"):
+        prepare_latents(pictures, tmp_path / "new", 17, str(vae_folder), progress=False)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        prepare_latents(pictures, tmp_path / "mine", 16, str(vae_folder), progress=False)
+    assert prepare_latents(
+        pictures, tmp_path / "out", 16, str(vae_folder), progress=False
+    ).startswith("10 latents")
+
+
+def test_sets_that_do_not_fit_the_network_are_refused(pictures, vae_folder, tmp_path):
+    out = str(tmp_path / "out")
+    prepare_latents(pictures, out, 16, str(vae_folder), progress=False)
+
+    def opened(source=out, space=str(vae_folder), **changes):
+        return open_dataset(
+            source, **{"size": 8, "channels": 4, "crop": "adm", "space": space, **changes}
+        )
+
+    with pytest.raises(
+        ValueError, match=r"8x8 cells, the network takes 4 and 16x16; set model\.size=8"
+    ):
+        opened(size=16)
+    with pytest.raises(ValueError, match="latents of 4 channels"):
+        opened(channels=16)
+    with pytest.raises(ValueError, match="the network works on pixels"):
+        opened(space="pixels", channels=3, size=16)
+    with pytest.raises(ValueError, match="holds latents, not pictures"):
+        open_images(out, size=16)
+    with pytest.raises(ValueError, match="latents of 4 channels, the network takes 16"):
+        opened(source=str(pictures), channels=16)
+    with pytest.raises(ValueError, match=r"data\.codec asks for sd-vae-ft-ema"):
+        train(tiny_latent_recipe(tmp_path / "out", "sd-vae-ft-ema"), tmp_path / "run", quiet=True)
+
+
+def test_latents_that_are_not_numbers_are_refused(pictures, vae_folder, tmp_path):
+    huge = _saved_vae(tmp_path / "huge", seed=0, scaling_factor=1e9)
+    with pytest.raises(ValueError, match=r"a/00\.png: codec .*not finite in float16"):
+        prepare_latents(pictures, tmp_path / "bad", 16, str(huge), progress=False)
+    with pytest.raises(ValueError, match="float16"):
+        encode_moments(open_codec(huge), torch.zeros(3, 16, 16, dtype=torch.uint8), mirror=False)
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    piece = tmp_path / "out" / "piece-000000.npy"
+    stored = np.load(piece)
+    stored[2, 0, 0, 1, 3, 3] = np.nan
+    np.save(piece, stored)
+    made = LatentDataset(tmp_path / "out")
+    made.batch([0, 1])
+    with pytest.raises(ValueError, match=r"a/06\.png .* are not numbers"):
+        made.batch([1, 2])
+
+
+def test_damage_is_told(pictures, vae_folder, tmp_path):
+    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    for name, damage in [
+        ("card", lambda d: (d / "latents.json").write_text("{")),
+        ("format", lambda d: (d / "latents.json").write_text('{"format": 9}')),
+        ("gone", lambda d: (d / "piece-000000.npy").unlink()),
+        ("labels", lambda d: (d / "labels.npy").write_bytes(b"x")),
+        ("cut", lambda d: os.truncate(d / "piece-000000.npy", 60)),
+    ]:
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        damage(tmp_path / name)
+        with pytest.raises(ValueError, match="prepare"):
+            LatentDataset(tmp_path / name).batch([0])

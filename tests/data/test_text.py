@@ -1,0 +1,507 @@
+"""Words: captions are read once, cached, dropped for guidance, masked where they end; and they reach the network."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mezzotint.data.text_encoder as text_module
+from helpers.tiny_t5 import saved_t5
+from mezzotint import config
+from mezzotint.cli import main
+from mezzotint.core.distributed import World
+from mezzotint.data.image_dataset import open_images
+from mezzotint.data.loader import load_batches
+from mezzotint.data.prepare import prepare_captions, prepare_source
+from mezzotint.data.text_encoder import (
+    describe_captions,
+    embed_captions,
+    open_text_encoder,
+    unique_captions,
+)
+from mezzotint.data.transforms import to_uint8
+from mezzotint.evaluate.during_training import make_evaluator
+from mezzotint.evaluate.features import from_module
+from mezzotint.evaluate.image_source import from_dataset
+from mezzotint.evaluate.references import make_reference
+from mezzotint.models import create_model, load_model, save_model
+from mezzotint.process import guidance
+from mezzotint.process.denoiser import Cond
+from mezzotint.recipes import recipe_for
+from mezzotint.sampling.conditioning import read_prompts
+from mezzotint.sampling.generate_images import make_job
+from mezzotint.sampling.sample import generate, sample
+from mezzotint.sampling.settings import Guidance, SamplingSettings
+from mezzotint.train.dataset import open_data
+from mezzotint.train.loop import train
+from mezzotint.train.step import make_batch
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory) -> Path:
+    """A tiny random T5 encoder with a tokenizer of whole words, as transformers saves them."""
+    return saved_t5(tmp_path_factory.mktemp("t5"), seed=0)
+
+
+CAPTIONS = [
+    "a red ring",
+    None,
+    "a green square at the top left",
+    "a red ring",
+    "  ",
+    "in the centre",
+]
+
+
+# --- reading and caching
+
+
+def test_states_are_those_of_transformers(t5):
+    own = open_text_encoder(str(t5))
+    model = transformers.T5EncoderModel.from_pretrained(t5).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(t5)
+    with torch.no_grad():
+        expected = model(input_ids=tokenizer("a red ring", return_tensors="pt")["input_ids"])
+    torch.testing.assert_close(own.encode("a red ring"), expected.last_hidden_state[0])
+    assert own.encode("a red ring").shape == (4, 16)  # three words and the end
+    assert own.encode("").shape == (0, 16)
+
+
+def test_embeddings_are_by_sample_padded_and_masked(t5):
+    own = open_text_encoder(str(t5))
+    words = embed_captions(CAPTIONS, own)
+    assert (len(words), words.width, words.max_tokens) == (6, 16, 8)
+    text, mask = words.batch([0, 1, 2, 3, 4, 5])
+    assert mask.sum(1).tolist() == [4, 0, 8, 4, 0, 4]
+    for row in (0, 2, 3, 5):
+        states = own.encode(CAPTIONS[row] or "")
+        assert torch.equal(text[row, : len(states)], states.half())
+    assert not text[~mask].any()
+    assert "3 distinct captions for 6 pictures" in describe_captions(words)[0]
+    assert "2 pictures have no caption" in describe_captions(words)[1]
+
+
+def test_conditions_of_prompts_are_what_training_reads(t5):
+    own = open_text_encoder(str(t5), max_tokens=8)
+    text, mask = embed_captions(CAPTIONS, own).batch([2, 0, 1])
+    again, again_mask = own.conditions(["a green square at the top left", "a red ring", ""])
+    assert torch.equal(text, again)
+    assert torch.equal(mask, again_mask)
+
+
+def test_the_cache_is_read_and_is_known_by_encoder_tokenizer_and_captions(
+    t5, tmp_path, monkeypatch
+):
+    own = open_text_encoder(str(t5))
+    folders = {
+        embed_captions(CAPTIONS, own).folder,
+        embed_captions(CAPTIONS[::-1], own).folder,
+        embed_captions(["a red ring"], own).folder,
+    }
+    folders.add(
+        embed_captions(
+            ["a red ring"], open_text_encoder(str(saved_t5(tmp_path / "other", seed=1)))
+        ).folder
+    )
+    changed = Path(shutil.copytree(t5, tmp_path / "changed"))
+    tokenizer = json.loads((changed / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["red"], vocabulary["green"] = vocabulary["green"], vocabulary["red"]
+    (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
+    folders.add(embed_captions(["a red ring"], open_text_encoder(str(changed))).folder)
+    assert len(folders) == 5
+    monkeypatch.setattr(text_module, "_write_words", lambda *_: pytest.fail("embedded twice"))
+    embed_captions(CAPTIONS, own)
+
+
+def test_long_captions_are_cut_counted_and_keep_their_end(t5):
+    own = open_text_encoder(str(t5), max_tokens=5)
+    words = embed_captions(["red " * 50, "a ring"], own)
+    assert words.batch([0, 1])[1].sum(1).tolist() == [5, 3]
+    assert own.tokens("red " * 50)[0][-1] == own.tokens("a ring")[0][-1]
+    assert "1 captions were cut to 5 tokens" in describe_captions(words)[-1]
+
+
+def test_captions_from_columns_files_and_metadata(tmp_path):
+    import datasets
+
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "0.txt").write_text("a red ring\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png", "caption": "a blue square"}\n')
+    images = open_images(tmp_path, size=8)
+    assert [images.text(i) for i in range(4)] == ["a red ring", None, "a blue square", None]
+    assert unique_captions([images.text(i) for i in range(4)]).empty == 2
+    columns = {"image": [str(tmp_path / "0.png")] * 2, "caption": ["a ring", "a circle"]}
+    rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    rows.save_to_disk(str(tmp_path / "rows"))
+    assert [open_images(tmp_path / "rows", size=8).text(i) for i in range(2)] == [
+        "a ring",
+        "a circle",
+    ]
+
+
+def test_what_is_no_encoder_is_told(tmp_path, t5):
+    with pytest.raises(ValueError, match="no picture has a caption"):
+        embed_captions([None, " "], open_text_encoder(str(t5)))
+    with pytest.raises(ValueError, match="holds no encoder"):
+        open_text_encoder(str(tmp_path))
+    with pytest.raises(ValueError, match="neither a folder nor OWNER/NAME"):
+        open_text_encoder("t5")
+    with pytest.raises(ValueError) as error:
+        open_text_encoder("google/t5-v1_1-xxl")
+    for part in (
+        "not on this machine",
+        "mezzotint prefetch google/t5-v1_1-xxl",
+        str(tmp_path / "cache" / "text"),
+    ):
+        assert part in str(error.value)
+    other = Path(shutil.copytree(t5, tmp_path / "bert"))
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**values, "model_type": "bert"}))
+    with pytest.raises(ValueError, match="holds a 'bert' model"):
+        open_text_encoder(str(other))
+    (other / "config.json").write_text(json.dumps(values))
+    (other / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_text_encoder(str(other))
+    with pytest.raises(ValueError, match="max_tokens 0"):
+        open_text_encoder(str(t5), max_tokens=0)
+
+
+def test_prepared_captions_are_those_that_training_looks_for(t5, tmp_path, monkeypatch):
+    prepare_source("shapes:16,count=20", tmp_path / "out", 16, progress=False)
+    words = prepare_captions(tmp_path / "out", str(t5), progress=False)
+    assert words[0].endswith(f"distinct captions for 20 pictures, embedded by {t5.resolve()}")
+    monkeypatch.setattr(text_module, "_write_words", lambda *_: pytest.fail("embedded twice"))
+    open_data(tiny(str(tmp_path / "out"), t5), World(rank=0, size=1, device=torch.device("cpu")))
+
+
+# --- the network
+
+
+def reading_model(**overrides):
+    """uvit-text-tiny, smaller, every parameter moved off its start."""
+    torch.manual_seed(0)
+    small = {
+        "size": 16,
+        "width": 8,
+        "emb_dim": 16,
+        "multipliers": (1, 2),
+        "blocks": (1,),
+        "depth": 2,
+        "heads": 2,
+    }
+    small |= {"transform": "dwt", "patch": 4, "text_dim": 16}
+    model = create_model("uvit-text-tiny", **{**small, **overrides}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def query(b=3, t=6):
+    g = torch.Generator().manual_seed(0)
+    z, text = torch.randn(b, 3, 16, 16, generator=g), torch.randn(b, t, 16, generator=g)
+    mask = torch.arange(t) < torch.arange(1, b + 1)[:, None]
+    return z, torch.linspace(-3, 3, b), text, mask
+
+
+@torch.no_grad()
+def test_what_stands_in_the_padding_changes_nothing_bitwise():
+    model, (z, logsnr, text, mask) = reading_model(), query()
+    plain = model(z, logsnr, Cond(text=text, text_mask=mask)).x
+    for rubbish in (0.0, 1e4, torch.nan):
+        other = text.masked_fill(~mask[..., None], rubbish)
+        assert torch.equal(model(z, logsnr, Cond(text=other, text_mask=mask)).x, plain)
+
+
+@torch.no_grad()
+def test_more_padding_changes_no_more_than_rounding():  # a longer row is summed in another order
+    model, (z, logsnr, text, mask) = reading_model(), query()
+    plain = model(z, logsnr, Cond(text=text, text_mask=mask)).x
+    for more in (1, 7, 58):
+        longer = torch.cat([text, torch.full((3, more, 16), 3.0)], 1)
+        longer_mask = torch.cat([mask, torch.zeros(3, more, dtype=torch.bool)], 1)
+        other = model(z, logsnr, Cond(text=longer, text_mask=longer_mask)).x
+        torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_every_word_is_read_by_attention_and_by_film():
+    z, logsnr, text, mask = query(b=1)
+    mask = torch.ones_like(mask)
+    for silent in ("attention", "film"):
+        model = reading_model()
+        if silent == "attention":
+            for block in model.backbone.middle:
+                block.attention.text.weight.zero_()
+        else:
+            model.backbone.words.pooled.weight.zero_()
+        plain = model(z, logsnr, Cond(text=text, text_mask=mask)).x
+        for word in range(text.shape[1]):
+            other = text.clone()
+            other[:, word] = other[:, word].flip(-1)
+            assert not torch.equal(model(z, logsnr, Cond(text=other, text_mask=mask)).x, plain)
+
+
+@torch.no_grad()
+def test_no_text_is_text_without_words():
+    model, (z, logsnr, text, _) = reading_model(), query()
+    none = model(z, logsnr, Cond()).x
+    empty = model(z, logsnr, Cond(text=text, text_mask=torch.zeros(3, 6, dtype=torch.bool))).x
+    torch.testing.assert_close(none, empty)
+    assert not torch.equal(none, model(z, logsnr, Cond(text=text)).x)
+    assert torch.equal(
+        model(z, logsnr, Cond(text=text)).x,
+        model(z, logsnr, Cond(text=text, text_mask=torch.ones(3, 6, dtype=torch.bool))).x,
+    )
+
+
+def test_text_of_another_width_or_for_another_network_is_refused():
+    model, (z, logsnr, text, mask) = reading_model(), query()
+    with pytest.raises(ValueError, match=r"reads \(b, t, 16\)"):
+        model(z, logsnr, Cond(text=text[..., :8], text_mask=mask))
+    with pytest.raises(ValueError, match="without text input"):
+        reading_model(text_dim=0)(z, logsnr, Cond(text=text, text_mask=mask))
+
+
+@torch.no_grad()
+def test_guidance_goes_away_from_the_empty_condition():
+    model, (z, logsnr, text, mask) = reading_model(), query()
+    cond = Cond(text=text, text_mask=mask)
+    guided = guidance.classifier_free(model, guidance.null_text, guidance.dit_s(3.0))(
+        z, logsnr, cond
+    )
+    strong = model(z, logsnr, cond).x
+    weak = model(z, logsnr, Cond(text=text, text_mask=torch.zeros_like(mask))).x
+    torch.testing.assert_close(guided.x, weak + 3 * (strong - weak), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="guidance needs text"):
+        guidance.null_text(Cond())
+
+
+# --- training
+
+
+def tiny(source: str, t5: Path, *changes: str) -> config.Recipe:
+    own = [
+        f"data.source={source!r}", f"data.text_encoder={str(t5)!r}", "model.size=16", "model.text_dim=16", "model.width=8",
+        "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2",
+        "model.transform=dwt", "model.patch=4", "images=32", "batch=8", "log_every_images=8",
+        "samples.every_images=32", "samples.count=2", "samples.steps=2", "save.every_images=16",
+        "engine.precision=float32", "optim.decay=constant",
+    ]  # fmt: skip
+    return config.override(recipe_for("uvit-text-tiny"), [*own, *changes])
+
+
+def test_words_are_dropped_with_the_stated_probability_by_image_number_alone(t5):
+    recipe = tiny("shapes:16,count=50", t5, "label_drop=0.1")
+    world = World(rank=0, size=1, device=torch.device("cpu"))
+    images = open_data(recipe, world)
+
+    def masks(batch):
+        feed = load_batches(images, seed=0, start_image=0, batch=batch)
+        made = [
+            make_batch(recipe, images, 0, next(feed), world.device).cond.text_mask
+            for _ in range(2000 // batch)
+        ]
+        feed.close()
+        return torch.cat([m for m in made if m is not None])
+
+    dropped = ~masks(100).any(1)
+    assert len(dropped) == 2000
+    assert abs(dropped.double().mean() - 0.1) < 4 * (0.1 * 0.9 / 2000) ** 0.5
+    assert torch.equal(masks(100), masks(8))
+
+
+def test_each_picture_comes_with_its_own_caption(t5):
+    recipe = tiny("shapes:16,count=50", t5, "label_drop=0")
+    images = open_data(recipe, World(rank=0, size=1, device=torch.device("cpu")))
+    feed = load_batches(images, seed=3, start_image=0, batch=10)
+    loaded = next(feed)
+    feed.close()
+    from mezzotint.data.shuffle import shuffled_indices
+
+    reader = open_text_encoder(str(t5))
+    for row, i in enumerate(shuffled_indices(3, 0, 10, 50).tolist()):
+        states = reader.encode(images.text(i) or "").half()
+        assert loaded.text is not None
+        assert torch.equal(loaded.text[row, : len(states)], states)
+        assert torch.equal(loaded.pixels[row], images.image(i))
+
+
+def test_a_run_on_captions_resumes_and_remembers_its_encoder(t5, tmp_path):
+    recipe = tiny("shapes:16,count=50", t5, "samples.guidance=2.0")
+    whole = train(recipe, tmp_path / "whole", quiet=True)
+    shapes = open_images("shapes:16,count=50")
+    assert (whole / "samples" / "captions.txt").read_text().splitlines() == [
+        shapes.text(0),
+        shapes.text(25),
+    ]
+    train(config.override(recipe, ["images=16"]), tmp_path / "part", quiet=True)
+    part = train(recipe, tmp_path / "part", quiet=True)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (whole, part)]
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    model = load_model(whole / "model").eval()
+    kept = model.info.extra["text"]
+    assert kept["encoder"] == str(t5.resolve())
+    assert kept["encoder_hash"] == open_text_encoder(str(t5)).hash
+    text, mask = open_text_encoder(kept["encoder"], max_tokens=kept["max_tokens"]).conditions(
+        ["a red ring", "a blue square"]
+    )
+    images = generate(model, [0, 0], Cond(text=text, text_mask=mask), SamplingSettings(steps=2))
+    assert images.shape == (2, 3, 16, 16)
+
+
+def test_evaluation_along_the_way_shows_the_prompts_in_turn(t5, tmp_path):
+    seen = colours()
+    source = from_dataset(open_images("shapes:16,count=50"), "shapes", 50)
+    make_reference(source, tmp_path / "real.npz", [seen], keep=50)
+    (tmp_path / "prompts.txt").write_text("a red ring\n\na blue square\n")
+    asked = [
+        "evaluate.every_images=32", "evaluate.num_images=6", "evaluate.steps=2", f"evaluate.reference={tmp_path / 'real.npz'}",
+    ]  # fmt: skip
+    prompts = f"evaluate.prompts={tmp_path / 'prompts.txt'}"
+    recipe = tiny("shapes:16,count=50", t5, *asked, prompts)
+    train(recipe, tmp_path / "run", quiet=True, judge=make_evaluator(recipe, [seen]))
+    card = json.loads((tmp_path / "run" / "evaluations" / "32.json").read_text())
+    assert card["protocol"]["prompts"].startswith("2 in turn, SHA-256 ")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["evaluation"]["FD-colours"] > 0 for line in lines if "evaluation" in line] == [
+        True
+    ]
+    with pytest.raises(ValueError, match=r"reads captions; name a file .* evaluate\.prompts=FILE"):
+        make_evaluator(tiny("shapes:16,count=50", t5, *asked), [seen])
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        make_evaluator(recipe, [seen])
+    with pytest.raises(ValueError, match="unet-tiny reads no captions"):
+        make_evaluator(config.override(recipe_for("unet-tiny"), [*asked, prompts]), [seen])
+
+
+def colours():
+    """The features "colours": the mean of each channel."""
+
+    class Mean(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    return from_module(Mean(), name="colours", dims=3, size=16, channels=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            ["data.text_encoder=''"],
+            r"name a T5 encoder, e\.g\. data\.text_encoder=google-t5/t5-small",
+        ),
+        (["model.text_dim=24"], r"16 wide, the network reads 24; set model\.text_dim=16"),
+        (["model.text_dim=0"], "reads no text; leave data.text_encoder out"),
+    ],
+)
+def test_recipes_whose_words_do_not_fit_are_refused(t5, tmp_path, changes, words):
+    with pytest.raises(ValueError, match=words):
+        train(tiny("shapes:16,count=50", t5, *changes), tmp_path / "run", quiet=True)
+
+
+def test_pictures_without_captions_are_refused(t5, tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
+    with pytest.raises(ValueError, match="no picture has a caption"):
+        train(tiny(str(tmp_path / "in"), t5), tmp_path / "run", quiet=True)
+
+
+# --- sampling
+
+
+@pytest.fixture(scope="module")
+def run(t5, tmp_path_factory) -> Path:
+    """The model of a run of a few steps on captions, moved off the start, where nothing steers yet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEZZOTINT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        trained = train(tiny("shapes:16,count=50", t5), tmp_path_factory.mktemp("run"), quiet=True)
+    model, folder = load_model(trained / "model"), tmp_path_factory.mktemp("model") / "model"
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_model(model, folder)
+    return folder
+
+
+def test_prompts_are_taken_in_turn_and_steer_each_picture_alone(run):
+    job = make_job(
+        run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a red ring", "a blue square"]
+    )
+    pictures = job.draw([0, 1, 2, 3])
+    assert torch.equal(pictures[1], job.draw([1])[0])
+    assert torch.equal(pictures[3], sample_one(run, 3, "a blue square"))
+    other = make_job(run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a green circle"])
+    assert not torch.equal(pictures[0], other.draw([0])[0])
+    assert job.calls == 4
+    card = job.card(4, 0)
+    assert card["prompts"] == ["a red ring", "a blue square"]
+    assert card["text_encoder"]["encoder_hash"]
+
+
+def sample_one(run: Path, seed: int, words: str) -> torch.Tensor:
+    model = load_model(run).eval()
+    return to_uint8(sample(model, [seed], text=words, steps=2, guidance=2.0))[0]
+
+
+def test_prompts_on_the_command_line(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("a red ring\n\na blue square\n")
+    out = tmp_path / "out"
+    words = [
+        "--text",
+        "a green circle",
+        "--text",
+        "a cyan ring",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+    ]
+    monkeypatch.setattr(
+        "sys.argv",
+        ["mezzotint", "sample", str(run), "-o", str(out), "-n", "4", "--steps", "2", *words],
+    )
+    main()
+    assert len(list(out.glob("*.png"))) == 4
+    card = json.loads(next(out.glob("*.json")).read_text())
+    assert card["prompts"] == ["a green circle", "a cyan ring", "a red ring", "a blue square"]
+
+
+def test_prompts_that_nothing_reads_are_refused(run, t5, tmp_path):
+    with pytest.raises(ValueError, match="2 prompts for 1 seeds"):
+        sample(load_model(run).eval(), [0], text=["a", "b"], steps=1)
+    with pytest.raises(ValueError, match="reads no text"):
+        sample(
+            create_model("unet-tiny", size=16, num_classes=0).eval(),
+            [0],
+            text="a red ring",
+            steps=1,
+        )
+    with pytest.raises(ValueError, match="give --text or --prompts"):
+        make_job(run, {"guidance": Guidance(dit_s=2.0)})
+    with pytest.raises(ValueError, match="not the one the model was trained with"):
+        make_job(run, texts=["a red ring"], encoder=str(saved_t5(tmp_path / "other", seed=1)))
+    (tmp_path / "none.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_prompts(tmp_path / "absent.txt")

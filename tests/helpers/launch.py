@@ -1,0 +1,36 @@
+"""Run the training command on several gloo ranks of this machine as a user would: torchrun, `mezzotint train`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def torchrun(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node RANKS -m mezzotint ARGUMENTS` (no torchrun for one rank)."""
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks > 1
+        else []
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *launch, "-m", "mezzotint", *arguments],
+        capture_output=True, text=True, timeout=timeout, env=environment, check=False,
+    )  # fmt: skip
+
+
+def train(ranks: int, preset: str, folder: Path, *overrides: str) -> Path:
+    """A short float32 run on the digits without dropout; asserts that it ended well."""
+    common = [
+        "model.channels=1", "model.num_classes=10", "batch=16", "images=96", "log_every_images=16",
+        "samples.every_images=96", "samples.count=10", "samples.steps=2", "save.every_images=48", "save.keep=9",
+        "engine.precision=float32", "optim.warmup_images=0",
+    ]  # fmt: skip
+    done = torchrun(
+        ranks, "train", preset, *common, *overrides, "--data", "digits", "--out", str(folder)
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder

@@ -1,0 +1,24 @@
+"""Small networks whose output is not zero."""
+
+from __future__ import annotations
+
+import torch
+
+import mezzotint as mz
+
+SMALL = {
+    "unet-tiny": {"size": 8, "width": 8, "emb_dim": 16, "multipliers": (1, 1), "blocks": (1, 1),
+                  "attention": (False, True)},
+    "dimr-tiny": {"size": 8, "dims": (32, 16, 16), "hidden_dims": (32, 16, 16), "depths": (3, 1, 1)},
+    "diffit-latent-tiny": {"size": 8, "width": 64, "depth": 2},
+}  # fmt: skip
+
+
+def tiny(preset: str = "unet-tiny", seed: int = 0, **overrides) -> mz.Model:
+    """A small network whose output is not zero, as that of a fresh one would be."""
+    torch.manual_seed(seed)
+    model = mz.create_model(preset, **{**SMALL[preset], **overrides})
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.08)
+    return model.eval().requires_grad_(False)

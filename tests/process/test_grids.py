@@ -1,0 +1,110 @@
+"""Grids: strictly rising, clean at the end, as their formulas say; and their errors."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from mezzotint.process import schedules
+from mezzotint.process.samplers import grids
+
+
+def float64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", grids.registry)
+@pytest.mark.parametrize("steps", [1, 2, 5, 250])
+def test_grids_rise_and_end_clean(name, steps):
+    grid = grids.registry[name](schedules.linear_ddpm(), steps)
+    assert grid.dtype == torch.float64
+    assert grid.shape == (steps + 1,)
+    assert (grid[1:] > grid[:-1]).all()
+    assert grid[0].isfinite()
+    assert grid[-1] == math.inf
+
+
+@pytest.mark.parametrize("name", grids.registry)
+@pytest.mark.parametrize("steps", [0, -3])
+def test_no_steps_is_an_error(name, steps):
+    with pytest.raises(ValueError, match="steps are not enough"):
+        grids.registry[name](schedules.linear_ddpm(), steps)
+
+
+def test_even_is_even_in_u():
+    schedule = schedules.cosine(256, 32)
+    grid = grids.even(schedule, 512)
+    assert_close(
+        schedules.invert(schedule, grid[:-1]),
+        torch.arange(512, 0, -1).double() / 512,
+        rtol=0,
+        atol=1e-12,
+    )
+    trimmed = grids.even(schedules.linear_vp(), 50, end=1e-3, clean=False)
+    assert_close(
+        schedules.invert(schedules.linear_vp(), trimmed),
+        torch.linspace(1, 1e-3, 51).double(),
+        rtol=0,
+        atol=1e-7,
+    )
+
+
+def test_even_on_a_table_meets_its_entries():
+    table = schedules.scaled_linear()
+    assert_close(grids.even(table, 1000)[:-1], table.logsnr.flip(0), rtol=0, atol=1e-9)
+    assert_close(grids.even(table, 250)[:-1], table.logsnr.flip(0)[::4], rtol=0, atol=1e-9)
+
+
+def test_even_logsnr_and_karras_by_formula():
+    assert_close(
+        grids.even_logsnr(schedules.cosine(), 4, logsnr_min=-6.0, logsnr_max=3.0),
+        float64(-6, -3, 0, 3, math.inf),
+    )
+    assert_close(grids.even_logsnr(schedules.cosine(), 3, clean=False), float64(-15, -5, 5, 15))
+    # EDM eq. 5
+    i = torch.arange(18, dtype=torch.float64)
+    sigmas = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    assert_close(
+        torch.exp(-grids.karras(schedules.lognormal(), 18)[:-1] / 2), sigmas, rtol=1e-12, atol=0
+    )
+    within = grids.karras(schedules.scaled_linear(), 18)
+    assert_close(within[0], schedules.scaled_linear().logsnr[-1])
+    assert_close(within[-2], schedules.scaled_linear().logsnr[0])
+
+
+def test_respaced_indices():
+    table = schedules.linear_ddpm()
+
+    def kept(steps):
+        return table.index(grids.respaced(table, steps)[:-1]).flip(0).tolist()
+
+    assert kept(4) == [0, 333, 666, 999]
+    assert kept(250) == [round(i * 999 / 249) for i in range(250)]
+    assert kept(1000) == list(range(1000))
+    assert kept(1) == [999]
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: grids.even(schedules.scaled_linear(), 1001), "more than the table's 1000"),
+        (lambda: grids.respaced(schedules.scaled_linear(), 1001), "more than the table's 1000"),
+        (lambda: grids.respaced(schedules.cosine(), 10), "table"),
+        (lambda: grids.even(schedules.registry["flow"](), 10), "cannot start"),
+        (lambda: grids.even(schedules.cosine(), 10, start=0.2, end=0.5), "start 0.2"),
+        (lambda: grids.even(schedules.cosine(), 10, start=1.5), "start 1.5"),
+        (lambda: grids.even_logsnr(schedules.lognormal(), 10), "finite logsnr_min"),
+        (
+            lambda: grids.even_logsnr(schedules.cosine(), 10, logsnr_min=4.0, logsnr_max=-4.0),
+            "rise",
+        ),
+        (lambda: grids.karras(schedules.cosine(), 10, sigma_min=3.0, sigma_max=1.0), "sigma_min"),
+        (lambda: grids.karras(schedules.cosine(), 10, rho=0.0), "rho"),
+    ],
+)
+def test_bad_grid_options(build, words):
+    with pytest.raises(ValueError, match=words):
+        build()

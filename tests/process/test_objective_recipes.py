@@ -1,0 +1,175 @@
+"""Every schedule, prediction, loss and way to draw times can be named in a recipe; what does not fit is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from helpers.runs import records, small
+from mezzotint import config
+from mezzotint.core import distributed
+from mezzotint.core.registry import build
+from mezzotint.data.loader import load_batches
+from mezzotint.process import objectives, schedules
+from mezzotint.recipes import recipe_for
+from mezzotint.train.loop import train
+from mezzotint.train.setup import check_objective, setup
+from mezzotint.train.step import draw_times, gradient, gradient_norms, make_batch, reduce_step
+
+PREDICTIONS = ("eps", "x", "v", "flow", "edm")
+OPTIONS = {  # of builders that have no default for something
+    "cosine_interpolated": {
+        "image_d": 8, "noise_d_low": 4, "noise_d_high": 8, "logsnr_min": -10.0, "logsnr_max": 10.0,
+    },
+    "ddpm": {"betas": [0.01 * i for i in range(1, 20)]},
+}  # fmt: skip
+LATENT = [
+    "data.source=digits", "data.codec=pixels", "model.size=8", "model.channels=1", "model.width=16", "model.depth=2",
+    "model.heads=2", "batch=4", "engine.precision=float32",
+]  # fmt: skip
+
+
+def fits(objective: str, schedule: str, learned_variance: bool) -> bool:
+    """Which combinations mean something: the variational term needs DDPM's steps and a variance, the pyramid none."""
+    if objective == "hybrid":
+        return learned_variance and schedule == "linear_ddpm"
+    return not (objective == "pyramid" and learned_variance)
+
+
+def named(recipe, schedule, objective, measure="u"):
+    """The recipe with the choices named as a user would, on a command line."""
+    words = [
+        f"objective.name={objective}",
+        f"schedule.name={schedule}",
+        f"time.loss_measure={measure}",
+    ]
+    words += [f"schedule.options.{key}={value}" for key, value in OPTIONS.get(schedule, {}).items()]
+    return config.override(recipe, words)
+
+
+def one_step(run, recipe):
+    """Loss and gradient norm of one step of `recipe` with the network of `run`."""
+    card = dataclasses.replace(run.info, schedule=recipe.schedule)
+    run.model.info = card
+    schedule, objective = (
+        build(schedules.registry, recipe.schedule),
+        build(objectives.registry, recipe.objective),
+    )
+    check_objective(recipe, run.model, objective, schedule)
+    now = dataclasses.replace(run, recipe=recipe, card=card, schedule=schedule, objective=objective)
+    loaded = next(load_batches(run.images, seed=0, start_image=0, batch=recipe.batch))
+    losses = gradient(
+        now, make_batch(recipe, run.images, card.config.num_classes, loaded, torch.device("cpu"))
+    )
+    verdict = reduce_step(losses, gradient_norms(now)[0], False, False, run.world)
+    run.model.zero_grad(set_to_none=True)
+    return verdict
+
+
+@pytest.mark.parametrize(
+    "prediction", [pytest.param(p, marks=[] if p == "v" else pytest.mark.slow) for p in PREDICTIONS]
+)
+def test_every_schedule_and_objective_with_a_network_that_predicts(prediction, tmp_path):
+    recipe = small(f"model.prediction={prediction}", "batch=4", "model.dropout=0")
+    run = setup(recipe, tmp_path, distributed.init_distributed())
+    tried = 0
+    for schedule in schedules.registry:
+        for objective in objectives.registry:
+            chosen = named(recipe, schedule, objective)
+            if not fits(objective, schedule, False):
+                with pytest.raises(ValueError, match=r"hybrid"):
+                    one_step(run, chosen)
+                continue
+            verdict = one_step(run, chosen)
+            assert verdict.finite, (schedule, objective, verdict)
+            assert verdict.loss > 0
+            tried += 1
+    assert tried == len(schedules.registry) * (len(objectives.registry) - 1)
+
+
+def test_every_schedule_and_objective_with_a_learned_variance(tmp_path):
+    recipe = config.override(recipe_for("diffit-latent-tiny"), LATENT)
+    run = setup(recipe, tmp_path, distributed.init_distributed())
+    assert run.model.parameterisation.learned_variance
+    for schedule in schedules.registry:
+        for objective in objectives.registry:
+            chosen = named(recipe, schedule, objective)
+            if fits(objective, schedule, True):
+                assert one_step(run, chosen).finite, (schedule, objective)
+            else:
+                with pytest.raises(ValueError, match=r"hybrid|linear table"):
+                    one_step(run, chosen)
+
+
+@pytest.mark.parametrize("measure", ["u", "logsnr"])
+@pytest.mark.parametrize("sampling", ["uniform", "stratified"])
+def test_every_way_to_draw_times(sampling, measure, tmp_path):
+    """lognormal is EDM's way to draw them: a schedule; each with either measure trains through the front door."""
+    recipe = named(small(f"time.sampling={sampling}", "images=32"), "lognormal", "sigmoid", measure)
+    train(recipe, tmp_path, quiet=True)
+    assert math.isfinite(records(tmp_path)[-1]["loss"])
+
+
+def test_the_measure_is_the_integral_over_logsnr(tmp_path):
+    """With measure=logsnr the expected sigmoid loss is one integral whatever the schedule; with u it is not."""
+    run = setup(
+        small("model.dropout=0", "batch=512", "time.sampling=stratified"),
+        tmp_path,
+        distributed.init_distributed(),
+    )
+    wide = {"logsnr_min": -12.0, "logsnr_max": 12.0}
+
+    def loss(image_d, measure):
+        recipe = config.override(
+            run.recipe,
+            ["objective.name=sigmoid", f"time.loss_measure={measure}", "schedule.name=cosine",
+             f"schedule.options.image_d={image_d}", *(f"schedule.options.{k}={v}" for k, v in wide.items())],
+        )  # fmt: skip
+        return one_step(run, recipe).loss
+
+    assert loss(64, "logsnr") == pytest.approx(loss(48, "logsnr"), rel=0.05)
+    assert abs(loss(64, "u") / loss(48, "u") - 1) > 0.05
+
+
+def test_stratified_times_are_spread_evenly_over_every_batch():
+    time = config.Time(sampling="stratified")
+    for batch in (4, 16):
+        u = torch.cat(
+            [
+                draw_times(time, 3, list(range(i, i + batch // 2)), batch)
+                for i in range(0, 4 * batch, batch // 2)
+            ]
+        )
+        for row in u.view(4, batch):
+            assert sorted((row * batch).floor().int().tolist()) == list(range(batch))
+    uniform = draw_times(config.Time(), 3, list(range(64)), 16)
+    assert any(len(set((row * 16).floor().int().tolist())) < 16 for row in uniform.view(4, 16))
+
+
+def test_a_wrong_combination_fails_at_setup_and_leaves_nothing_running(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"hybrid objective needs a network that learns the variance"
+    ):
+        train(named(small(), "linear_ddpm", "hybrid"), tmp_path / "a", quiet=True)
+    with pytest.raises(ValueError, match=r"2 coefficients for 1 branches"):
+        train(config.override(named(small(), "cosine", "pyramid"), ["objective.options.coefficients=[1,2]"]),
+              tmp_path / "b", quiet=True)  # fmt: skip
+    assert not list(tmp_path.glob("*/checkpoints"))
+    with pytest.raises(ValueError, match=r"min_snr takes no option 'gama'; did you mean gamma"):
+        train(
+            config.override(named(small(), "cosine", "min_snr"), ["objective.options.gama=2"]),
+            tmp_path / "c",
+            True,
+        )
+
+
+def test_a_loss_that_cannot_be_finite_is_refused_at_setup(tmp_path):
+    """Levels so clean that the image's squared error overflows float32 where an x-prediction is turned into noise."""
+    recipe = config.override(
+        named(small("model.prediction=x"), "lognormal", "eps_mse"), ["schedule.options.std=60"]
+    )
+    with pytest.raises(ValueError, match=r"predicts x is \[.*inf.* at log-SNR .*choose another"):
+        train(recipe, tmp_path, quiet=True)

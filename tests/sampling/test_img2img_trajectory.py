@@ -1,0 +1,277 @@
+"""Looks: films, interpolation, image-to-image and inpainting, the last two on photographs with an analytic denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from helpers.tiny_models import tiny
+from mezzotint.core.registry import Spec
+from mezzotint.data.transforms import to_model_range
+from mezzotint.models import preset_info
+from mezzotint.process import prediction
+from mezzotint.process.denoiser import Cond, Model, Parameterisation
+from mezzotint.process.logsnr import alpha, append_dims, sigma
+from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.img2img import img2img, inpaint_denoiser, read_image
+from mezzotint.sampling.sample import make_logsnr_steps
+from mezzotint.sampling.settings import Guidance, SamplingSettings
+from mezzotint.sampling.trajectory import interpolate, look, slerp, trajectory
+
+SIDE = 64
+GREY, STD = -0.1, 0.5  # of photographs in [-1, 1], roughly
+
+
+class Wiener(nn.Module):
+    """The exact denoiser of Gaussian pictures with a spectrum and colours like those of photographs."""
+
+    def __init__(self, height: int, width: int):
+        super().__init__()
+        f = torch.fft.fftfreq(height)[:, None] ** 2 + torch.fft.fftfreq(width)[None] ** 2
+        power = (f + (0.3 / height) ** 2) ** -1.3
+        colours = torch.tensor([1.6, 0.25, 0.15])[
+            :, None, None
+        ]  # variance of lightness, blue-yellow, green-red
+        self.power = nn.Parameter(STD**2 * colours * power / power.mean(), requires_grad=False)
+        axes = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+        self.axes = nn.Parameter(
+            axes / axes.norm(dim=1, keepdim=True), requires_grad=False
+        )  # orthonormal rows
+
+    def forward(self, z, noise, cond):
+        a, s = (append_dims(g(noise), z).to(z) for g in (alpha, sigma))
+        y = torch.einsum("kc,bchw->bkhw", self.axes, z - a * GREY)
+        # The posterior mean, mode by mode: x = a P / (a^2 P + s^2) z about the mean.
+        y = torch.fft.ifft2(torch.fft.fft2(y) * (a * self.power / (a**2 * self.power + s**2))).real
+        return [GREY + torch.einsum("kc,bkhw->bchw", self.axes, y)]
+
+
+def photographer(height: int = SIDE, width: int = SIDE, **settings) -> SamplingJob:
+    card = preset_info("unet-tiny", size=SIDE, channels=3, num_classes=0)
+    model = Model(
+        Wiener(height, width),
+        Parameterisation(kind=prediction.x, noise=lambda logsnr: logsnr),
+        card,
+    )
+    size = None if height == width == SIDE else (height, width)
+    return SamplingJob(
+        model=model, settings=SamplingSettings(**{"steps": 60, **settings}, size=size)
+    )
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(-10 * torch.log10((to_model_range(a) - to_model_range(b)).square().mean() / 4))
+
+
+@pytest.fixture(params=["kodim19.png", "kodim23.png"])
+def photograph(request, shared) -> Path:
+    return shared(f"data/photos/{request.param}")
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """(width, height)."""
+    with Image.open(path) as image:
+        return image.size
+
+
+def hole_mask(path: Path, like: Path) -> Path:
+    """White where to paint: a square in the middle of the picture's central square."""
+    width, height = size_of(like)
+    side = min(width, height) // 5
+    mask = np.zeros((height, width), np.uint8)
+    middle = height // 2, width // 2
+    mask[middle[0] - side : middle[0] + side, middle[1] - side : middle[1] + side] = 255
+    Image.fromarray(mask).save(path)
+    return path
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "ancestral"])
+def test_inpainting_keeps_what_is_known_and_continues_it(photograph, tmp_path, sampler):
+    job = photographer(sampler=Spec(sampler))
+    picture, paint = read_image(job, photograph, hole_mask(tmp_path / "mask.png", photograph))
+    assert 0.1 < paint.float().mean() < 0.3
+    made = img2img(job, range(8), picture, paint=paint)
+    kept = ~paint.expand(3, -1, -1)
+    assert all(torch.equal(image[kept], picture[kept]) for image in made)
+
+    def error(image):  # root mean square in the hole, in grey levels
+        return float((image.float() - picture.float())[:, paint].square().mean().sqrt())
+
+    grey = torch.full_like(picture, float(picture[:, ~paint].float().mean()), dtype=torch.float32)
+    fresh = job.draw(range(8))
+    # Better than samples that know nothing of the surroundings, and on average better than filling with their mean.
+    assert sum(map(error, made)) < 0.95 * sum(map(error, fresh))
+    assert error(made.float().mean(0)) < 0.95 * error(grey)
+    assert not torch.equal(made[0], made[1])
+    rows, columns = (torch.nonzero(paint.any(i)).flatten() for i in (1, 0))
+
+    def seam(images):  # mean step across the hole's upper edge
+        return float(
+            (images.float()[:, :, rows[0], columns] - images.float()[:, :, rows[0] - 1, columns])
+            .abs()
+            .mean()
+        )
+
+    assert seam(made) < 0.7 * seam(torch.where(paint, fresh, picture))
+
+
+def test_a_start_with_less_noise_stays_closer(photograph):
+    job = photographer(steps=40)
+    picture, _ = read_image(job, photograph)
+    near = [
+        psnr(img2img(job, [0], picture, logsnr)[0], picture) for logsnr in (-6.0, -2.0, 1.0, 5.0)
+    ]
+    assert near == sorted(near)
+    assert near[-1] > 25
+    assert near[-1] - near[0] > 10
+    # What is noised least keeps the picture; what is noised most keeps no more than a fresh sample.
+    assert abs(near[0] - psnr(job.draw([0])[0], picture)) < 3
+
+
+def test_the_known_part_of_the_denoised_image_is_replaced_and_z_still_explained():
+    model = photographer().model
+    z, logsnr = torch.randn(2, 3, SIDE, SIDE), torch.tensor([0.3, -4.0])
+    keep = torch.rand(SIDE, SIDE) > 0.5
+    known = torch.rand(2, 3, SIDE, SIDE)
+    made = inpaint_denoiser(model, known, keep)(z, logsnr, Cond())
+    assert torch.equal(made.x[..., keep], known[..., keep])
+    assert torch.equal(made.x[..., ~keep], model(z, logsnr, Cond()).x[..., ~keep])
+    a, s = (append_dims(g(logsnr), z) for g in (alpha, sigma))
+    torch.testing.assert_close(a * made.x + s * made.eps, z, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_in_latent_cells(shared, tmp_path):
+    """A cell of eight pixels is painted if one of its pixels is."""
+    pytest.importorskip("diffusers")
+    photograph = shared("data/photos/kodim23.png")
+    model = tiny("diffit-latent-tiny")
+    job = SamplingJob(
+        model=model, settings=SamplingSettings(steps=2), pool=(1,), codec=str(shared("data/taesd"))
+    )
+    picture, _ = read_image(job, photograph)
+    assert picture.shape == (3, 64, 64)
+    paint = torch.zeros(64, 64, dtype=torch.bool)
+    paint[9, 9] = True
+    made = img2img(job, [0], picture, paint=paint)[0]
+    decoded = job.decode(job.decoder.encode_moments(to_model_range(picture)[None])[0])[0]
+    # Other cells see it only through the reach of the decoder.
+    assert (
+        psnr(made[:, 32:, 32:], decoded[:, 32:, 32:])
+        > psnr(made[:, 8:16, 8:16], decoded[:, 8:16, 8:16]) + 6
+    )
+
+
+def test_slerp_keeps_the_norm_and_the_ends():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, 16, 16, generator=g)
+    assert torch.allclose(slerp(a, b, 0.0), a, atol=1e-6)
+    assert torch.allclose(slerp(a, b, 1.0), b, atol=1e-6)
+    middle = slerp(a, b, 0.5)
+    assert middle.norm() == pytest.approx(float(a.norm() + b.norm()) / 2, rel=0.03)
+    assert ((a + b) / 2).norm() < 0.8 * middle.norm()
+    assert torch.allclose(slerp(a, 2 * a, 0.5), 1.5 * a, atol=1e-5)
+
+
+def test_interpolation_meets_its_ends():
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=3), pool=(4,))
+    rows = interpolate(job, [3, 4, 9], 5)
+    assert rows.shape == (2, 5, 3, 8, 8)
+    ends = job.draw([3, 4, 9]).int()
+    for row, (a, b) in zip(rows.int(), ((0, 1), (1, 2)), strict=True):
+        assert (row[0] - ends[a]).abs().max() <= 1  # sin of the whole angle over itself rounds
+        assert (row[-1] - ends[b]).abs().max() <= 1
+    with pytest.raises(ValueError, match="1 images and 5 frames"):
+        interpolate(job, [3], 5)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("ddim", 4), ("heun", 7)])
+def test_a_film_has_every_call_and_ends_in_the_image(sampler, calls):
+    settings = SamplingSettings(sampler=Spec(sampler), steps=4, guidance=Guidance(dit_s=2.0))
+    job = SamplingJob(model=tiny(), settings=settings, pool=(4, 5))
+    frames, levels = trajectory(job, [7, 8])
+    assert len(frames) == len(levels) == calls + 1
+    assert torch.equal(frames[-1], job.draw([7, 8]))
+    assert torch.equal(frames[-2], frames[-1])  # the last step returns the denoised image
+    assert levels[0] == float(make_logsnr_steps(job.model, settings)[0])
+    assert levels[-1] == math.inf
+    assert levels == sorted(levels)
+
+
+def test_looks_are_written_with_their_card(tmp_path, shared):
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=12), pool=(4, 5))
+    film = look(job, tmp_path / "film.png", 2, film=True)
+    between = look(job, tmp_path / "between.png", 3, frames=4)
+    photograph = shared("data/photos/kodim19.png")
+    painted = look(
+        job,
+        tmp_path / "painted.png",
+        2,
+        picture=photograph,
+        mask=hole_mask(tmp_path / "mask.png", photograph),
+    )
+    assert [p.name for p in (*film, *between, *painted)] == [
+        "film.png", "film.gif", "between.png", "between.gif", "painted.png",
+    ]  # fmt: skip
+    cells = {p.name: size_of(p) for p in (*film, *between, *painted)}
+    assert cells["film.png"][0] == 10 * 66 + 2
+    assert cells["between.png"] == (4 * 66 + 2, 2 * 66 + 2)
+    with Image.open(tmp_path / "film.gif") as gif:
+        assert gif.n_frames >= 12  # equal neighbours are merged
+        assert gif.info["loop"] == 0
+    card = json.loads((tmp_path / "painted.png.json").read_text())
+    assert (card["look"], card["image"], card["mask"]) == ("image", "kodim19.png", "mask.png")
+    assert json.loads((tmp_path / "between.png.json").read_text())["frames"] == 4
+
+
+@pytest.mark.parametrize("theirs", ["a.png", "a.gif"])
+def test_a_look_replaces_looks_alone(tmp_path, theirs):
+    job, out = (
+        SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), pool=(4,)),
+        tmp_path / "a.png",
+    )
+    (tmp_path / theirs).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=rf"{theirs} exists already.*--overwrite"):
+        look(job, out, 1, film=True)
+    assert [p.name for p in tmp_path.iterdir()] == [theirs]
+    look(job, out, 1, film=True, overwrite=True)
+    assert (tmp_path / theirs).read_bytes() != b"mine"
+    look(job, out, 1, film=True)
+
+
+def test_other_sizes_need_a_picture_that_fits(photograph, tmp_path):
+    wide = photographer(32, 48)
+    with pytest.raises(ValueError, match="for this size it must be 48 x 32"):
+        read_image(wide, photograph)
+    with Image.open(photograph) as image:
+        image.resize((48, 32)).save(tmp_path / "small.png")
+    picture, _ = read_image(wide, tmp_path / "small.png")
+    assert img2img(wide, [0], picture, 3.0).shape == (1, 3, 32, 48)
+
+
+def test_bad_requests(tmp_path, photograph):
+    job = photographer()
+    picture, _ = read_image(job, photograph)
+    with pytest.raises(ValueError, match=r"log-SNR -40 is outside the sampler's grid"):
+        img2img(job, [0], picture, -40.0)
+    with pytest.raises(ValueError, match="needs a log-SNR to noise it to, a mask, or both"):
+        img2img(job, [0], picture)
+    (tmp_path / "no.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        read_image(job, tmp_path / "no.png")
+    Image.new("L", (5, 5)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="they must be alike"):
+        read_image(job, photograph, tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"written as \.png"):
+        look(job, tmp_path / "a.npz", 2, film=True)
+    with pytest.raises(ValueError, match="one look at a time"):
+        look(job, tmp_path / "a.png", 2)
+    with pytest.raises(ValueError, match="leave latents out"):
+        img2img(dataclasses.replace(job, codec=None), [0], picture, 0.0)

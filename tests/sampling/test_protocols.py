@@ -1,0 +1,216 @@
+"""Published protocols against recorded runs and the specifications' numbers; labels; settings written as one word."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mezzotint as mz
+from helpers.tiny_models import tiny
+from mezzotint.core import rng
+from mezzotint.core.registry import Spec
+from mezzotint.process.denoiser import Cond
+from mezzotint.sampling import protocols
+from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.sample import count_network_calls, integrate, make_logsnr_steps
+from mezzotint.sampling.settings import Guidance, SamplingSettings
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "calls"),
+    [
+        ("simple-diffusion-512steps", "unet-tiny", 512),
+        ("diffit-512", "diffit-latent-tiny", 500),
+        ("dimr-256", "dimr-tiny", 500),
+        ("adm", "diffit-latent-tiny", 250),
+        ("edm2", "unet-tiny", 63),
+    ],
+)  # fmt: skip
+def test_network_calls_are_the_published_ones(name, preset, calls):
+    assert count_network_calls(tiny(preset), protocols.get_protocol(name).settings) == calls
+
+
+def test_diffit_256_skips_only_where_its_curve_is_one():
+    calls = count_network_calls(
+        tiny("diffit-latent-tiny"), protocols.get_protocol("diffit-256").settings
+    )
+    assert (
+        490 <= calls < 500
+    )  # the power-cosine differs from 1 by less than rounding at the noisiest steps
+
+
+def test_dimr_runs_as_recorded(shared):
+    """specs/dimr.md 6: the solver's runs with 10 network times, both forms of guidance."""
+    model = mz.load_official(shared("golden/dimr/latent2r.state.safetensors"), heads=4)
+    run = load_file(shared("golden/dimr/latent2r.sampler.safetensors"))
+    settings = dataclasses.replace(protocols.get_protocol("dimr-256").settings, steps=10)
+    decay = dataclasses.replace(settings, guidance=Guidance(dit_s=2.0, power=2.0))
+    plain = dataclasses.replace(settings, guidance=None)
+    for name, used in (("const0.4_10", settings), ("decay2.0_p2.0_10", decay), ("uncfg10", plain)):
+        made = integrate(
+            model, run["z"], make_logsnr_steps(model, used), [0, 1], Cond(label=run["y"]), used
+        )
+        expected = run[f"{name}.out"]
+        assert (made - expected).abs().max() / expected.abs().max() < 2e-5
+
+
+def test_diffit_runs_as_recorded(shared, monkeypatch):
+    """specs/diffit.md 2.1 and 5: four respaced steps with learned variance, three of four channels guided."""
+    with np.load(shared("golden/diffit/diffusion.npz")) as file:
+        golden = {k: torch.from_numpy(file[k]) for k in file.files}
+    named = load_file(shared("golden/diffit/A_in8_p2.safetensors"))
+    model = mz.load_official(
+        {k.removeprefix("sd/"): v for k, v in named.items() if k.startswith("sd/")}
+    ).eval()
+    kept = len(golden["sample_z"]) // 2
+    monkeypatch.setattr(rng, "normal", lambda *args, draw=0: golden["sample_noises"][draw, :kept])
+    settings = dataclasses.replace(protocols.get_protocol("diffit-256").settings, steps=4)
+    z, cond = golden["sample_z"][:kept], Cond(label=golden["sample_y"][:kept])
+    made = integrate(model, z, make_logsnr_steps(model, settings), range(kept), cond, settings)
+    expected = golden["sample_out"][:kept]
+    assert (made - expected).abs().max() / expected.abs().max() < 2e-5
+
+
+def test_simple_diffusion_steps_are_even_and_end_clipped():
+    model = tiny()
+    settings = dataclasses.replace(
+        protocols.get_protocol("simple-diffusion-512steps").settings, steps=4
+    )
+    stops = make_logsnr_steps(model, settings)
+    u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
+    torch.testing.assert_close(stops[:-1], mz.process.schedules.cosine(8, 8)(u), rtol=0, atol=1e-9)
+    assert stops[-1] == float("inf")
+    made = integrate(model, torch.randn(2, 3, 8, 8), stops, [0, 1], Cond(), settings)
+    assert made.abs().max() <= 1
+
+
+def test_adm_and_edm2_truncate_and_others_round():
+    assert {name for name, p in protocols.PROTOCOLS.items() if p.uint8_rule == "truncate"} == {
+        "adm",
+        "edm2",
+    }
+    job = SamplingJob(
+        model=tiny(), settings=SamplingSettings(steps=1), pool=(1,), uint8_rule="truncate"
+    )
+    rounds = dataclasses.replace(job, uint8_rule="round")
+    difference = rounds.draw([0, 1]).int() - job.draw([0, 1]).int()
+    assert set(difference.unique().tolist()) == {0, 1}
+
+
+def test_the_page_of_protocols_has_them_all():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "protocols.md").read_text()
+    for name, p in protocols.PROTOCOLS.items():
+        assert f"`{name}`" in page
+        assert str(p.settings.steps) in page
+        assert p.codec in page
+
+
+def test_fifty_per_class_of_fifty_thousand():
+    labels = protocols.choose_labels("balanced", range(50_000), range(1000))
+    assert set(Counter(labels).values()) == {50}
+    assert labels[:51] == [0] * 50 + [1]
+
+
+@pytest.mark.parametrize("law", protocols.LABEL_ORDERS)
+def test_labels_are_functions_of_the_number(law):
+    whole = protocols.choose_labels(law, range(300), range(10))
+    assert protocols.choose_labels(law, range(100, 170), range(10)) == whole[100:170]
+    assert protocols.choose_labels(law, [7], range(10)) == whole[7:8]
+    assert set(protocols.choose_labels(law, range(500), (3, 5))) == {3, 5}
+    assert law in protocols.LABEL_ORDER_RULES
+
+
+def test_random_labels_are_uniform():
+    counts = np.bincount(protocols.choose_labels("random", range(5000), range(10)), minlength=10)
+    chi2 = ((counts - 500) ** 2 / 500).sum()
+    assert chi2 < 27.9  # 99.9 % of chi-squared with 9 degrees of freedom
+    with pytest.raises(ValueError, match="unknown label law 'radnom'; did you mean random"):
+        protocols.choose_labels("radnom", [0], [0])
+
+
+def test_a_card_says_everything_and_changes_with_it():
+    model = tiny()
+    settings = dataclasses.replace(protocols.get_protocol("dimr-256").settings, steps=6)
+    job = SamplingJob(model=model, settings=settings, pool=tuple(range(10)), protocol="dimr-256")
+    card = job.card(10, 0)
+    assert json.loads(json.dumps(card)) == card
+    assert card["network_calls_per_image"] == 12
+    assert card["departures"] == [
+        "steps: 6 instead of 250", "label_law: turn instead of balanced", "codec: pixels instead of sd-vae-ft-ema",
+    ]  # fmt: skip
+    changed = {
+        "sampler": Spec("heun"), "grid": Spec("karras"), "steps": 7, "guidance": Guidance(dit_s=2.0),
+        "clip": Spec("static"), "size": (16, 8), "exact": False, "dtype": "bfloat16",
+    }  # fmt: skip
+    assert {f.name for f in dataclasses.fields(SamplingSettings)} == {*changed, "batch"}
+    for field, value in changed.items():
+        other = dataclasses.replace(
+            job, settings=dataclasses.replace(job.settings, **{field: value})
+        )
+        assert other.card(10, 0) != card, field
+    for field, value in (
+        ("weak", tiny(seed=1)),
+        ("pool", (1,)),
+        ("label_law", "random"),
+        ("uint8_rule", "truncate"),
+    ):
+        assert dataclasses.replace(job, **{field: value}).card(10, 0) != card, field
+    assert (
+        dataclasses.replace(job, model=tiny(seed=2)).card(10, 0)["model"]["sha256"]
+        != card["model"]["sha256"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (protocols.parse_sampler, "ddim:eta=0.5", Spec("ddim", {"eta": 0.5})),
+        (protocols.parse_sampler, "heun:s_churn=40,s_max=inf", Spec("heun", {"s_churn": 40.0, "s_max": float("inf")})),
+        (protocols.parse_sampler, "ancestral:variance=learned", Spec("ancestral", {"variance": "learned"})),
+        (protocols.parse_sampler, "ancestral:variance=0.3", Spec("ancestral", {"variance": 0.3})),
+        (protocols.parse_sampler, "unipc:order=2", Spec("unipc", {"order": 2})),
+        (protocols.parse_discretization, "even:end=1e-3,clean=false", Spec("even", {"end": 1e-3, "clean": False})),
+        (protocols.parse_discretization, "karras:sigma_max=40", Spec("karras", {"sigma_max": 40.0})),
+        (protocols.parse_clip, "none", None),
+        (protocols.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
+        (protocols.parse_guidance, "1.5", Guidance(dit_s=1.5)),
+        (protocols.parse_guidance, "dimr_s=0.4,low=-3,high=5", Guidance(dimr_s=0.4, low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(dit_s=1.5, low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "dit_s=4.4,power=4,time=index,channels=3",
+         Guidance(dit_s=4.4, power=4.0, time="index", channels=3)),
+        (protocols.parse_size, "64", (64, 64)),
+        (protocols.parse_size, "48x64", (48, 64)),
+    ],
+)  # fmt: skip
+def test_settings_in_one_word(parse, text, value):
+    assert parse(text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "message"),
+    [
+        (protocols.parse_sampler, "hein", "did you mean heun"),
+        (protocols.parse_sampler, "ddim:eta", "not of the form name=value"),
+        (protocols.parse_sampler, "ddim:eta=much", "eta of sampler ddim is 'much'; a number is needed"),
+        (protocols.parse_sampler, "unipc:order=2.5", "a whole number is needed"),
+        (protocols.parse_sampler, "ddim:noise=1", "no option that can be written as text"),
+        (protocols.parse_discretization, "even:clean=maybe", "true or false is needed"),
+        (protocols.parse_discretization, "karas", "did you mean karras"),
+        (protocols.parse_clip, "dynamik", "did you mean dynamic"),
+        (protocols.parse_guidance, "strong", "dit_s of guidance is 'strong'"),
+        (protocols.parse_guidance, "cfg=2", "takes no option 'cfg'"),
+        (protocols.parse_size, "0", "neither a number nor HEIGHTxWIDTH"),
+        (protocols.parse_size, "8x8x8", "neither a number nor HEIGHTxWIDTH"),
+        (protocols.get_protocol, "dimr", "unknown protocol 'dimr'; did you mean dimr-256"),
+    ],
+)  # fmt: skip
+def test_a_word_that_means_nothing(parse, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(text)

@@ -1,0 +1,350 @@
+"""Seeds to images: the same bytes however batched, guidance as stated, calls as counted, errors as promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mezzotint as mz
+from helpers.tiny_models import SMALL, tiny
+from mezzotint.core.registry import Spec
+from mezzotint.models import get_schedule
+from mezzotint.process.denoiser import Cond
+from mezzotint.sampling.conditioning import label_condition, label_indices
+from mezzotint.sampling.sample import (
+    batched_by_tile,
+    count_network_calls,
+    draw_start_noise,
+    generate,
+    guidance_scale,
+    integrate,
+    make_logsnr_steps,
+)
+from mezzotint.sampling.settings import Guidance, SamplingSettings
+
+
+def cond_for(count: int) -> Cond:
+    return Cond(label=torch.arange(count) % 10)
+
+
+def rows_seen(model: mz.Model) -> list[int]:
+    """A list to which every call of the network adds its number of images."""
+    rows: list[int] = []
+    model.backbone.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    return rows
+
+
+STOCHASTIC = SamplingSettings(
+    sampler=Spec("ancestral"), steps=4, guidance=Guidance(dit_s=1.5, low=-4.0, high=6.0)
+)
+
+
+@pytest.mark.parametrize("preset", SMALL)
+def test_the_same_bytes_for_batches_of_1_7_and_64(preset):
+    model = tiny(preset)
+    one, seven, many = (
+        generate(model, range(20), cond_for(20), dataclasses.replace(STOCHASTIC, batch=b))
+        for b in (1, 7, 64)
+    )
+    assert torch.equal(one, seven)
+    assert torch.equal(one, many)
+    alone = generate(model, [13], Cond(label=torch.tensor([3])), STOCHASTIC)
+    assert torch.equal(alone[0], one[13])
+    assert not torch.equal(one[3], one[13])
+
+
+def test_tiles_are_what_makes_the_bytes_the_same():
+    """Every call has one shape, and a tile's filling does not change its images."""
+    model = tiny()
+    rows = rows_seen(model)
+    z = torch.randn(7, 3, 8, 8)
+    made = batched_by_tile(model)(z, torch.linspace(-3, 3, 7), cond_for(7))
+    assert rows == [4, 4]
+    torch.testing.assert_close(made.x, model(z, torch.linspace(-3, 3, 7), cond_for(7)).x)
+
+
+def test_sample_is_generate_with_defaults():
+    model = tiny()
+    made = mz.sample(
+        model, [5, 6], label=[1, 2], sampler="heun", steps=3, guidance=2.0
+    )  # clamped to pixels' range
+    settings = SamplingSettings(sampler=Spec("heun"), steps=3, guidance=Guidance(dit_s=2.0))
+    assert torch.equal(
+        made, generate(model, [5, 6], Cond(label=torch.tensor([1, 2])), settings).clamp(-1, 1)
+    )
+    assert mz.sample(model, []).shape == (0, 3, 8, 8)
+    assert mz.sample(model, [0], size=(16, 8), steps=1).shape == (1, 3, 16, 8)
+    assert torch.equal(
+        mz.sample(model, [0], label=4, steps=2),
+        mz.sample(model, [0], label=[4], steps=2, guidance=1.0),
+    )
+
+
+@pytest.mark.parametrize("sampler", mz.process.samplers.registry)
+@pytest.mark.parametrize(
+    "guidance", [None, Guidance(dit_s=2.0), Guidance(dimr_s=0.5, low=-2.0, high=3.0)]
+)
+def test_network_calls_are_those_of_the_network(sampler, guidance):
+    model = tiny()
+    settings = SamplingSettings(sampler=Spec(sampler), steps=5, guidance=guidance, exact=False)
+    rows = rows_seen(model)
+    generate(model, [0, 1, 2], cond_for(3), settings)
+    assert sum(rows) == 3 * count_network_calls(model, settings)
+    weak = tiny(seed=1)
+    rows += (weaker := rows_seen(weak))
+    if guidance is not None:
+        generate(model, [0, 1, 2], cond_for(3), settings, weak)
+        # The hook's list of the strong network goes on after the first run.
+        assert sum(rows) + sum(weaker) == 3 * (
+            count_network_calls(model, settings) + count_network_calls(model, settings, True)
+        )
+
+
+def test_the_weak_pass_is_skipped_on_a_device_without_looking_at_it():
+    """On the meta device nothing can be read back, so a skip that needed the device would raise."""
+    model = tiny().to("meta")
+    rows = rows_seen(model)
+    settings = SamplingSettings(
+        steps=10, guidance=Guidance(dit_s=3.0, low=-1.0, high=1.0), exact=False
+    )
+    levels = make_logsnr_steps(model, settings)[:-1]
+    inside = int(((levels >= -1) & (levels <= 1)).sum())
+    assert 0 < inside < 10
+    z = torch.empty(2, 3, 8, 8, device="meta")
+    integrate(model, z, make_logsnr_steps(model, settings), [0, 1], cond_for(2), settings)
+    assert sum(rows) == 2 * (10 + inside) == 2 * count_network_calls(model, settings)
+
+
+def test_one_scale_in_three_units():
+    model = tiny()
+    made = [
+        generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3, guidance=g))
+        for g in (Guidance(dit_s=1.5), Guidance(simple_diffusion_w=0.5), Guidance(dimr_s=0.5))
+    ]
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3)))
+
+
+def test_power_cosine_over_index_and_over_u():
+    """specs/diffit.md 2.1 prints the curve for w = 4.4, p = 4 at steps 0...999."""
+    schedule = get_schedule(tiny("diffit-latent-tiny"))
+    steps = torch.tensor([0, 50, 100, 200, 300, 400, 500, 999])
+    printed = torch.tensor(
+        [4.400, 4.119, 3.501, 2.224, 1.461, 1.139, 1.033, 1.000], dtype=torch.float64
+    )
+    by_index = guidance_scale(Guidance(dit_s=4.4, power=4.0, time="index"), schedule)(
+        schedule.logsnr[steps]
+    )
+    torch.testing.assert_close(by_index, printed, rtol=0, atol=6e-4)
+    # specs/dimr.md 6.2: w(n) = 1 + (S - 1) / 2 (1 - cos(pi (1 - n / 1000)^p)), n = step + 1
+    by_u = guidance_scale(Guidance(dit_s=4.4, power=4.0), schedule)(schedule.logsnr[steps])
+    n = (steps + 1).double()
+    torch.testing.assert_close(
+        by_u, 1 + 1.7 * (1 - torch.cos(math.pi * (1 - n / 1000) ** 4)), rtol=1e-9, atol=1e-9
+    )
+    with pytest.raises(ValueError, match="time=index needs a discrete table"):
+        guidance_scale(Guidance(dit_s=2.0, power=4.0, time="index"), get_schedule(tiny()))
+
+
+def test_channels_and_interval_change_what_they_say():
+    model = tiny("diffit-latent-tiny")
+    base = SamplingSettings(steps=2, guidance=Guidance(dit_s=3.0))
+    full, part, none = (
+        generate(model, [0, 1], cond_for(2), dataclasses.replace(base, guidance=g, steps=1))
+        for g in (Guidance(dit_s=3.0), Guidance(dit_s=3.0, channels=3), None)
+    )
+    assert torch.equal(part[:, :3], full[:, :3])
+    assert torch.equal(part[:, 3:], none[:, 3:])
+    early = generate(
+        model,
+        [0],
+        cond_for(1),
+        dataclasses.replace(base, guidance=Guidance(dit_s=3.0, low=-20, high=-5)),
+    )
+    late = generate(
+        model,
+        [0],
+        cond_for(1),
+        dataclasses.replace(base, guidance=Guidance(dit_s=3.0, low=-5, high=20)),
+    )
+    assert not torch.equal(early, late)
+
+
+def test_autoguidance_leads_away_from_the_weaker_network():
+    strong, weak = tiny(), tiny(seed=1)
+    settings = SamplingSettings(steps=1, guidance=Guidance(dit_s=2.0))
+    guided = generate(strong, [0], cond_for(1), settings, weak)
+    a, b = (generate(m, [0], cond_for(1), SamplingSettings(steps=1)) for m in (strong, weak))
+    torch.testing.assert_close(guided, b + 2 * (a - b), rtol=1e-4, atol=1e-4)
+    free = tiny(num_classes=0)
+    assert generate(free, [0], Cond(), settings, tiny(num_classes=0, seed=1)).shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="a guide needs a guidance scale"):
+        generate(strong, [0], cond_for(1), SamplingSettings(steps=1), weak)
+    with pytest.raises(ValueError, match="autoguidance guides all channels"):
+        generate(
+            strong,
+            [0],
+            cond_for(1),
+            SamplingSettings(guidance=Guidance(dit_s=2.0, channels=1)),
+            weak,
+        )
+
+
+def test_clipping_and_dtype_take_effect():
+    model = tiny()
+    plain = generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3))
+    assert plain.abs().max() > 1
+    static = generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3, clip=Spec("static")))
+    assert static.abs().max() <= 1
+    narrow = generate(
+        model,
+        [0, 1],
+        cond_for(2),
+        SamplingSettings(steps=3, clip=Spec("static", {"low": -0.5, "high": 0.5})),
+    )
+    assert narrow.abs().max() <= 0.5
+    dynamic = generate(
+        model,
+        [0, 1],
+        cond_for(2),
+        SamplingSettings(steps=3, clip=Spec("dynamic", {"quantile": 0.9})),
+    )
+    assert dynamic.abs().max() <= 1
+    assert not torch.equal(dynamic, static)
+    low = generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3, dtype="bfloat16"))
+    assert low.dtype == torch.float32
+    assert 0 < (low - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+def test_start_noise_is_of_the_seed_alone():
+    model = tiny()
+    both = draw_start_noise(model, [3, 9], SamplingSettings())
+    assert torch.equal(both[1:], draw_start_noise(model, [9], SamplingSettings()))
+    assert both.std() == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "0 steps are not enough"),
+        ({"sampler": "dim"}, "unknown sampler 'dim'; did you mean ddim"),
+        ({"label": 11}, "label 11 is out of range: 0 to 9"),
+        ({"label": -1}, "label -1 is out of range"),
+        ({"label": [1, 2, 3]}, "3 labels for 2 seeds"),
+        ({"guidance": 2.0}, "guidance needs a label for each image"),
+        ({"guidance": float("nan"), "label": 1}, "must be a finite number"),
+        ({"size": 9}, "9x9 does not fit"),
+        ({"size": (8, 9)}, "8x9 does not fit"),
+        ({"size": 0}, "must be positive"),
+        ({"text": torch.zeros(2, 4, 8)}, "without text input"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mz.sample(tiny(), [0, 1], **arguments)
+
+
+def test_more_bad_input():
+    free = tiny(num_classes=0)
+    with pytest.raises(ValueError, match="unconditional network cannot be guided"):
+        mz.sample(free, [0], guidance=2.0)
+    with pytest.raises(ValueError, match="this model is unconditional"):
+        mz.sample(free, [0], label=1)
+    table = tiny("diffit-latent-tiny")
+    for grid in (Spec("even"), Spec("respaced")):
+        with pytest.raises(ValueError, match="1001 steps are more than the table's 1000"):
+            generate(table, [0], cond_for(1), SamplingSettings(steps=1001, grid=grid))
+    with pytest.raises(ValueError, match=r"interval 20\.\.\.30 lies outside the schedule.*-15.*15"):
+        generate(
+            tiny(),
+            [0],
+            cond_for(1),
+            SamplingSettings(guidance=Guidance(dit_s=2.0, low=20, high=30)),
+        )
+    with pytest.raises(ValueError, match=r"interval 3\.\.\.-3 is empty"):
+        generate(
+            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(dit_s=2.0, low=3, high=-3))
+        )
+    with pytest.raises(ValueError, match="4 guided channels; this model has 3"):
+        generate(
+            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(dit_s=2.0, channels=4))
+        )
+    with pytest.raises(ValueError, match="'learned' needs a denoiser"):
+        count_network_calls(
+            tiny(), SamplingSettings(sampler=Spec("ancestral", {"variance": "learned"}))
+        )
+    with pytest.raises(ValueError, match="takes no option 'etta'; did you mean eta"):
+        generate(tiny(), [0], cond_for(1), SamplingSettings(sampler=Spec("ddim", {"etta": 1})))
+    named = tiny()
+    named.info = dataclasses.replace(named.info, labels=("rose", "tulip"))
+    assert label_indices(named, ["tulip", "0"]) == [1, 0]
+    with pytest.raises(ValueError, match="unknown label 'rosa'; did you mean rose"):
+        label_indices(named, ["rosa"])
+    with pytest.raises(ValueError, match="unknown label 'cat'; this model has no label names"):
+        mz.sample(tiny(), [0], label="cat")
+
+
+def test_labels_by_name_are_labels_by_number():
+    model = tiny()
+    model.info = dataclasses.replace(model.info, labels=("rose", "tulip"))
+    assert label_condition(model, "tulip", 2).tolist() == [1, 1]
+    assert label_condition(model, ["tulip", 3, "rose"], 3).tolist() == [1, 3, 0]
+    assert label_condition(model, (), 0).tolist() == []
+
+
+def test_a_name_in_place_of_a_model_says_how_to_open_it(tmp_path):
+    """In a process of its own, since here annotations are checked first."""
+    code = "import mezzotint as mz\nmz.sample('my-model', [0])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "ValueError: 'my-model' is no model; open one first: sample(load_model(" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "needs one of dit_s"),
+        ({"dit_s": 1.5, "dimr_s": 0.5}, "needs one of dit_s"),
+        ({"dit_s": 1.5, "low": 1.0}, "needs both ends"),
+        ({"dit_s": 1.5, "time": "t", "power": 2.0}, "must be u or index"),
+        ({"dit_s": 1.5, "time": "u"}, "belongs to a power-cosine"),
+    ],
+)  # fmt: skip
+def test_guidance_is_one_thing(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch", 0), ("dtype", "float31"), ("clip", Spec("statik"))]
+)
+def test_settings_are_checked(field, value):
+    with pytest.raises(ValueError, match=r"must be at least 1|did you mean"):
+        SamplingSettings(**{field: value})
+
+
+def test_images_lie_in_their_range_and_latents_do_not_have_one():
+    torch.manual_seed(0)
+    for preset, inside in (("unet-tiny", True), ("dimr-latent-tiny", False)):
+        model = mz.create_model(preset).eval()
+        for p in model.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+        assert (mz.sample(model, [0, 1], steps=2).abs().max() <= 1) == inside
+
+
+def test_a_network_without_null_label_is_given_labels_and_is_not_guided():
+    model = mz.create_model("dimr-tiny", size=16, num_classes=3, null_label=False).eval()
+    assert mz.sample(model, [0], label=2, steps=2).shape == (1, 3, 16, 16)
+    with pytest.raises(ValueError, match="no null label: give labels, 0 to 2"):
+        mz.sample(model, [0], steps=2)
+    with pytest.raises(ValueError, match="label 3 is out of range: 0 to 2"):
+        mz.sample(model, [0], label=3, steps=2)
+    with pytest.raises(ValueError, match="no null label, so nothing guides it"):
+        mz.sample(model, [0], label=1, steps=2, guidance=2.0)

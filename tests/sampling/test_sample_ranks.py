@@ -1,0 +1,135 @@
+"""Sampling on two processes: the same bytes as on one, uneven shares, and a failure that ends all of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import mezzotint as mz
+from helpers.launch import torchrun
+from helpers.tiny_models import tiny
+
+N = 13  # in batches of 4: four batches, the last of one image
+WORDS = [
+    "-n",
+    str(N),
+    "--steps",
+    "2",
+    "--sampler",
+    "ancestral",
+    "--guidance",
+    "1.5",
+    "--label-law",
+    "random",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("model")
+    mz.save_model(tiny(), folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def alone(model, tmp_path_factory):
+    """One process, batches of 7."""
+    out = tmp_path_factory.mktemp("alone") / "a.npz"
+    done = torchrun(1, "sample", str(model), *WORDS, "--batch", "7", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    return out
+
+
+def same(a: Path, b: Path) -> bool:
+    cards = (f.with_name(f"{f.name}.json").read_bytes() for f in (a, b))
+    return a.read_bytes() == b.read_bytes() and len(set(cards)) == 1
+
+
+def test_two_processes_make_what_one_makes(model, alone, tmp_path):
+    done = torchrun(
+        2, "sample", str(model), *WORDS, "--batch", "4", "--out", str(tmp_path / "a.npz")
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(tmp_path / "a.npz", alone)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "a.npz.json"]
+
+
+FAILING = """
+import sys, time
+from mezzotint import cli
+from mezzotint.sampling.generate_images import Job
+real = SamplingJob.draw
+def draw(self, numbers):
+    if {fails!r} in numbers:
+        raise ValueError("image {fails} cannot be made")
+    time.sleep({pause})
+    return real(self, numbers)
+Job.draw = draw
+sys.argv = ["mezzotint", *sys.argv[1:]]
+cli.main()
+"""
+
+
+def start(
+    tmp_path: Path, words: list[str], fails: int = -1, pause: float = 0.0
+) -> subprocess.Popen[str]:
+    """The command on two processes; `fails` is an image whose making raises."""
+    script = tmp_path / "run.py"
+    script.write_text(FAILING.format(fails=fails, pause=pause))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *launch, *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_one_failure_ends_all_and_what_is_done_stays(model, alone, tmp_path):
+    out = tmp_path / "o" / "a.npz"
+    words = ["sample", str(model), *WORDS, "--batch", "4", "--out", str(out)]
+    process = start(tmp_path, words, fails=12)  # in the last batch, which is the second process's
+    _, said = process.communicate(timeout=200)
+    assert process.returncode != 0
+    assert "mezzotint: image 12 cannot be made" in said
+    assert "mezzotint: rank 1 failed: ValueError: image 12 cannot be made" in said
+    kept = out.with_name(".a.npz.parts")
+    assert not out.exists()
+    assert len([p for p in kept.iterdir() if p.name[0].isdigit()]) == 3
+    done = torchrun(1, "sample", str(model), *WORDS, "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(out, alone)
+    shutil.rmtree(tmp_path / "o")
+
+
+@pytest.mark.slow
+def test_both_killed_and_finished_by_one(model, alone, tmp_path):
+    out = tmp_path / "o" / "a.npz"
+    process = start(
+        tmp_path, ["sample", str(model), *WORDS, "--batch", "2", "--out", str(out)], pause=0.5
+    )
+    kept = out.with_name(".a.npz.parts")
+    until = time.monotonic() + 150
+    while len([p for p in (kept.iterdir() if kept.exists() else ()) if p.name[0].isdigit()]) < 2:
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = (
+        (Path("/proc") / str(process.pid) / "task" / str(process.pid) / "children")
+        .read_text()
+        .split()
+    )
+    for child in children:
+        os.kill(int(child), 9)
+    process.kill()
+    process.communicate()
+    assert not out.exists()
+    done = torchrun(1, "sample", str(model), *WORDS, "--out", str(out))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert same(out, alone)

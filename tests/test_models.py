@@ -1,0 +1,260 @@
+"""Model folders: what is saved is what is loaded, nothing half-written stays, and no lie reaches an allocation."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mezzotint as mz
+from mezzotint import models
+from mezzotint.backbones import registry as backbones
+
+
+@pytest.fixture
+def model():
+    return mz.create_model(
+        "dimr-tiny", dims=(16, 8, 8), hidden_dims=(32, 16, 16), depths=(3, 1, 1), size=16, heads=2
+    )
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    mz.save_model(model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails the test if weights are read."""
+
+    def safe_open(*args, **kwargs):
+        raise AssertionError("weights were read before the claims were checked")
+
+    monkeypatch.setattr("safetensors.safe_open", safe_open)
+
+
+def header(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def test_round_trip(model, folder):
+    again = mz.load_model(folder)
+    assert again.info == model.info
+    state = again.backbone.state_dict()
+    assert state.keys() == model.backbone.state_dict().keys()
+    assert all(torch.equal(state[k], v) for k, v in model.backbone.state_dict().items())
+    z, logsnr = torch.randn(2, 3, 16, 16), torch.tensor([-2.0, 1.0])
+    for a, b in zip(model(z, logsnr, mz.Cond())[:2], again(z, logsnr, mz.Cond())[:2], strict=True):
+        assert torch.equal(a, b)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+    assert "Licence of the weights" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(p for p in mz.presets() if "tiny" in p))
+def test_every_family_round_trips(name, tmp_path):
+    model = mz.create_model(name)
+    mz.save_model(model, tmp_path / "model")
+    again = mz.load_model(tmp_path / "model")
+    assert again.info == model.info
+    config = model.info.config
+    z, noise = torch.randn(1, config.channels, config.size, config.size), torch.zeros(1)
+    for a, b in zip(
+        model.eval().raw(z, noise, mz.Cond()), again.eval().raw(z, noise, mz.Cond()), strict=True
+    ):
+        assert torch.equal(a, b)
+    frozen = {n: p.requires_grad for n, p in model.named_parameters()}
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == frozen
+    assert not any(t.is_meta for t in [*again.parameters(), *again.buffers()])
+
+
+def test_saving_again_keeps_other_files(model, folder):
+    (folder / "grid.png").write_bytes(b"picture")
+    with torch.no_grad():
+        next(model.backbone.parameters()).zero_()
+    model.info = replace(model.info, images=12)
+    mz.save_model(model, folder)
+    again = mz.load_model(folder)
+    assert again.info.images == 12
+    assert not next(again.backbone.parameters()).any()
+    assert (folder / "grid.png").read_bytes() == b"picture"
+
+
+def test_a_failed_save_leaves_what_was_there(model, folder, monkeypatch):
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        mz.save_model(model, folder)
+    with pytest.raises(OSError, match="No space"):
+        mz.save_model(model, folder.parent / "new")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert [p.name for p in folder.parent.iterdir()] == ["model"]
+
+
+def test_saving_where_something_else_is(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(ValueError, match="is a file"):
+        mz.save_model(model, tmp_path / "file")
+    with pytest.raises(ValueError, match="another library"):
+        mz.save_model(model, tmp_path / "other")
+    with pytest.raises(OSError, match=r"file/new cannot be written: Not a directory"):
+        mz.save_model(model, tmp_path / "file" / "new")
+
+
+def test_half_precision_is_widened(folder):
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for dtype in (torch.float16, torch.bfloat16):
+        save_file({k: t.to(dtype) for k, t in state.items()}, path)
+        again = mz.load_model(folder).backbone.state_dict()
+        assert all(
+            t.dtype == torch.float32 and torch.equal(t, state[k].to(dtype).float())
+            for k, t in again.items()
+        )
+
+
+def test_claims_are_checked_before_reading(folder, unread):
+    path = folder / "model.safetensors"
+    good, data = header(path)
+    name = "branches.0.patch.weight"
+    shape = good[name]["shape"]
+    start, stop = good[name]["data_offsets"]
+
+    def changed(**entry):
+        return {**good, name: {**good[name], **entry}}
+
+    huge = 25 * 10**9
+    lies = {
+        "cut": (good, data[:-10]),
+        "longer": (good, data + b"0000"),
+        "100 GB claim": (changed(shape=[huge], data_offsets=[start, start + 4 * huge]), data),
+        "shape without bytes": (changed(shape=[*shape[:-1], shape[-1] * 1000]), data),
+        "negative": (changed(shape=[-1, *shape[1:]]), data),
+        "not whole": (changed(shape=[0.5, *shape[1:]]), data),
+        "overlap": (changed(data_offsets=[0, stop - start]), data),
+        "unknown dtype": (changed(dtype="F1000"), data),
+        "no entry": ({**good, name: 7}, data),
+        "other shape, same bytes": (changed(shape=[*shape[::-1]]), data),
+        "integers": (changed(dtype="I32"), data),
+        "renamed": ({f"{k}x" if k == name else k: v for k, v in good.items()}, data),
+    }
+    for what, (text, bytes_) in lies.items():
+        write(path, text, bytes_)
+        with pytest.raises(ValueError, match=r"model\.safetensors") as error:
+            mz.load_model(folder)
+        if what in ("renamed", "100 GB claim", "shape without bytes", "integers"):
+            assert name in str(error.value), what
+    path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
+    with pytest.raises(ValueError, match="no intact safetensors"):
+        mz.load_model(folder)
+    for rest in (b"", b"123", struct.pack("<Q", 4) + b"{no}", struct.pack("<Q", 2) + b"[]"):
+        path.write_bytes(rest)
+        with pytest.raises(ValueError, match="no intact safetensors"):
+            mz.load_model(folder)
+
+
+def test_a_config_that_claims_a_giant(folder, unread):
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    values["config"]["num_classes"] = 10**10
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"needs 640 GB.*classes"):
+        mz.load_model(folder)
+
+
+def test_bad_cards(folder):
+    path = folder / "config.json"
+    good = json.loads(path.read_text())
+    for change, words in [
+        ({"mezzotint": 999}, "format 1"),
+        ({"backbone": "dimrr"}, "dimr"),
+        ({"shedule": {}}, "schedule"),
+        ({"config": {**good["config"], "head": 2}}, "heads"),
+        ({"config": {**good["config"], "heads": 3}}, "heads 3"),
+        ({"config": {**good["config"], "heads": "two"}}, r"model\.heads is 'two'; int is needed"),
+    ]:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=words):
+            mz.load_model(folder)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no JSON"):
+        mz.load_model(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        mz.load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"size": "a"}, r"model\.size is 'a'; int is needed"),
+        ({"size": None}, r"model\.size is None; int is needed"),
+        ({"num_classes": 3.5}, r"model\.num_classes is 3\.5; int is needed"),
+        ({"multipliers": 2}, r"model\.multipliers is 2; a list is needed"),
+        ({"size": -4}, r"model\.size is -4; it must be at least 1"),
+        ({"num_classes": -1}, r"model\.num_classes is -1; it must be at least 0"),
+        ({"sise": 16}, "did you mean size"),
+    ],
+)
+def test_fields_of_a_wrong_type_are_named(fields, words):
+    with pytest.raises(ValueError, match=words):
+        mz.create_model("unet-tiny", **fields)
+
+
+def test_fields_are_read_as_those_of_a_recipe():
+    assert models.preset_info("unet-tiny", dropout="1e-1", multipliers=[1, 2]).config.dropout == 0.1
+    assert isinstance(models.preset_info("unet-tiny"), mz.Card)
+
+
+def test_names_that_are_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no folder"):
+        mz.load_model(tmp_path / "absent")
+    with pytest.raises(
+        ValueError, match=r"hub did not give .*nobody/nothing|no folder nobody/nothing"
+    ):
+        mz.load_model("nobody/nothing")
+
+
+def test_a_hub_repository_is_loaded_by_name(folder, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, allow_patterns):
+        asked.append((repo, sorted(allow_patterns)))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert mz.load_model("someone/model").info.backbone == "dimr"
+    assert asked == [("someone/model", ["README.md", "config.json", "model.safetensors"])]
+
+
+def test_claims_allocate_nothing():
+    entry = backbones["dimr"]
+    config = replace(entry.presets["dimr-g-2r-256"].config, num_classes=10**9)
+    assert sum(c.bytes for c in models.tensor_specs("dimr", config).values()) > 4 * 10**12
+
+
+def test_the_promised_names_are_listed_for_type_checkers_too():
+    assert set(mz.__all__) == {"__version__", *mz._PUBLIC}
+    assert all(getattr(mz, name) is not None for name in mz.__all__)

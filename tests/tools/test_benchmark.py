@@ -1,0 +1,231 @@
+"""Measuring: order of contenders, peaks, counts; CUDA graphs by a recorder that works without a GPU."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import mezzotint as mz
+from mezzotint.backbones.layers import attention
+from mezzotint.core.registry import Spec
+from mezzotint.process import guidance
+from mezzotint.process.denoiser import Cond
+from mezzotint.process.samplers import registry as samplers
+from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
+from mezzotint.tools import benchmark, summary
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def test_contenders_run_in_turn_and_the_first_time_does_not_count(monkeypatch):
+    ran = []
+    ticks = iter([0.0, 3.0, 10.0, 11.0, 20.0, 25.0, 30.0, 31.0, 40.0, 44.0, 50.0, 51.0])
+    monkeypatch.setattr(benchmark, "clock", lambda device: next(ticks))
+    works = {"a": lambda: ran.append("a"), "b": lambda: ran.append("b")}
+    assert benchmark.interleaved(works, "cpu", rounds=3) == {"a": 4.0, "b": 1.0}
+    assert ran == ["a", "b"] * 4
+
+
+def test_peak_is_the_most_held_at_once():
+    def work():
+        a = torch.ones(1_000_000)  # 4 MB
+        b = torch.ones(500_000)  # 2 MB
+        del a
+        return torch.ones(250_000), b  # 1 MB
+
+    assert benchmark.peak_bytes(work, "cpu") == pytest.approx(6e6, rel=0.01)
+
+
+def test_ceiling_is_what_a_product_of_that_size_takes(monkeypatch):
+    ticks = iter([float(t) for t in range(16)])  # every product takes one second
+    monkeypatch.setattr(benchmark, "clock", lambda device: next(ticks))
+    assert benchmark.matmul_ceiling("cpu", "float32", side=10) == 2000.0
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_preset_is_measured(mode, precision, monkeypatch):
+    monkeypatch.setattr(benchmark, "matmul_ceiling", lambda device, precision: 1e12)
+    settings = benchmark.BenchmarkSettings(
+        preset="dimr-tiny",
+        overrides={"size": 16},
+        batch=2,
+        rounds=1,
+        precision=precision,
+        objective=Spec("pyramid"),
+    )
+    row = benchmark.run_benchmark(settings, mode)
+    assert json.loads(json.dumps(row)) == row
+    full = summary.describe("dimr-tiny")["gmac"]
+    assert row["gmac"] == pytest.approx(full / 4, rel=0.05)  # a quarter of the cells
+    assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+    passes = 3 if mode == "train" else 2
+    assert row["achieved_flops"] == pytest.approx(2e9 * row["gmac"] * passes * 2 / row["seconds"])
+    assert row["fraction"] == row["achieved_flops"] / 1e12
+    assert (row["latency_seconds"] is None) == (mode == "train")
+    assert row["peak_bytes"] > 0
+    assert benchmark.render([row])
+
+
+def test_checkpointing_lowers_the_peak():
+    peaks = []
+    for checkpointing in ("none", "full"):
+        settings = benchmark.BenchmarkSettings(
+            preset="dimr-tiny",
+            batch=8,
+            checkpointing=checkpointing,
+            objective=Spec("pyramid"),
+            rounds=1,
+        )
+        model = benchmark.make_model(settings)
+        model.train()
+        step = benchmark.training_step(model, settings)
+        step()
+        peaks.append(benchmark.peak_bytes(step, "cpu"))
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 0}, "batch 0"),
+        ({"rounds": 0}, "rounds 0"),
+        ({"device": "tpu"}, "cpu or cuda"),
+        ({"graphs": True}, "CUDA"),
+    ],
+)
+def test_settings_that_mean_nothing(options, words):
+    with pytest.raises(ValueError, match=words):
+        benchmark.BenchmarkSettings(preset="uvit-tiny", **options)
+
+
+def test_bf16_attention_written_out_is_the_fused_one():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 33, 20, requires_grad=True) for _ in range(3))
+    grad = torch.randn(2, 3, 33, 20)
+    exact = attention(q, k, v)
+    expected = torch.autograd.grad(exact, (q, k, v), grad)
+    low = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low - exact).norm() < 0.02 * exact.norm()
+    for a, b in zip(torch.autograd.grad(low, (q, k, v), grad.bfloat16()), expected, strict=True):
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def emulated(function):
+    """Records like a graph: later runs read the same inputs and write the same outputs."""
+    outputs = function()
+
+    def replay():
+        for kept, fresh in zip(outputs, function(), strict=True):
+            if kept is not None:
+                kept.copy_(fresh)
+
+    return replay, outputs
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = mz.create_model("uvit-tiny", size=16).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_graphs_answer_as_the_model_and_keep_no_reference(model):
+    graphed = CudaGraphDenoiser(model, recorder=emulated)
+    answers, expected = [], []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        z, logsnr = (
+            torch.randn(2, 3, 16, 16, generator=generator),
+            torch.randn(2, generator=generator).double(),
+        )
+        cond = Cond(label=torch.tensor([seed, 9 - seed]))
+        answers.append(graphed(z, logsnr, cond))
+        with torch.no_grad():
+            expected.append(model(z, logsnr, cond))
+    assert len(graphed.recordings) == 1
+    for a, b in zip(
+        answers, expected, strict=True
+    ):  # compared at the end: a later replay must not change them
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.eps, b.eps)
+        assert a.var is None
+
+
+def test_an_interval_is_two_graphs(model):
+    grid = torch.linspace(-4, 4, 7, dtype=torch.float64)
+    scale = guidance.interval(guidance.dit_s(1.5), -2.0, 2.0)
+    z, cond = torch.randn(2, 3, 16, 16), Cond(label=torch.tensor([1, 2]))
+    graphed = CudaGraphDenoiser(model, recorder=emulated)
+    runs = []
+    for denoise in (graphed, model):
+        with torch.no_grad():
+            guided = guidance.classifier_free(denoise, guidance.null_label(10), scale)
+            runs.append(samplers["ddim"](guided, z, grid, cond))
+    assert torch.equal(*runs)
+    assert len(graphed.recordings) == 2
+
+
+def test_graphs_need_a_gpu(model):
+    with pytest.raises(ValueError, match="CUDA device"):
+        CudaGraphDenoiser(model)(torch.randn(1, 3, 16, 16), torch.zeros(1), Cond())
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """A function from a name to that module of benchmarks/, which is no package."""
+    if not BENCHMARKS.exists():
+        pytest.skip(f"{BENCHMARKS} is absent: benchmarks are not part of the source distribution")
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if name in ("common", "speed", "scaling") or name.split(".")[0] == "plain":
+            del sys.modules[name]
+
+
+@pytest.fixture
+def speed(benchmark_module):
+    return benchmark_module("speed")
+
+
+def test_every_plain_form_is_the_same_network(speed):
+    pairs = {
+        name: speed.make(*speed.networks(small=True)[name], "cpu") for name in ("dimr-2r", "diffit")
+    }
+    for family, name, swap in speed.forms.SWITCHES:
+        pair = pairs["dimr-2r" if family == "dimr" else family]
+        gradients = []
+        for context in (None, swap()):
+            step = pair.train("ours", False)
+            if context is None:
+                step()
+            else:
+                with context:
+                    step()
+            gradients.append(
+                torch.cat([p.grad.flatten() for p in pair.ours.parameters() if p.grad is not None])
+            )
+        difference = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+        assert difference < 1e-5, (name, float(difference))
+
+
+def test_pairs_hold_the_same_weights(speed):
+    for family, config, batch in speed.networks(small=True).values():
+        pair = speed.make(family, config, batch, "cpu")
+        with torch.no_grad():
+            ours = pair.ours.raw(pair.x, pair.logsnr, pair.cond)[-1]
+            theirs = pair.plain.raw(pair.x, pair.logsnr, pair.cond)[-1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_exponents(benchmark_module):
+    exponent = benchmark_module("scaling").exponent
+    assert exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)

@@ -1,0 +1,37 @@
+"""One uninterrupted tiny run that every comparison shares; nobody may write into it."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from helpers.runs import small
+from mezzotint.train import checkpoint
+from mezzotint.train.loop import train
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 160 images, with checkpoints at 48, 96, 144 and 160."""
+    torch.set_num_threads(1)
+    return train(small(), tmp_path_factory.mktemp("whole") / "run", quiet=True)
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A function from a number of images to that run as it was when killed after that checkpoint."""
+
+    def until(images):
+        folder = tmp_path / "run"
+        shutil.copytree(whole, folder)
+        for saved in checkpoint.list_checkpoints(folder):
+            if int(saved.name) > images:
+                shutil.rmtree(saved)
+        for grid in (folder / "samples").iterdir():
+            if int(grid.stem) > images:
+                grid.unlink()
+        return folder
+
+    return until

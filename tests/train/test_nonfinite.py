@@ -1,0 +1,297 @@
+"""A step that goes wrong never reaches the weights, says so, and can be repeated elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+from helpers.runs import assert_same_tensors, events, records, small, weights
+from mezzotint.core import distributed
+from mezzotint.data.image_dataset import open_images
+from mezzotint.train import log, loop, nonfinite
+from mezzotint.train.nonfinite import NonFiniteError, spike
+from mezzotint.train.replay import replay
+from mezzotint.train.setup import setup
+
+
+def quiet(run):
+    loop.loop(run, loop.Console(quiet=True), loop.StopSignal())
+    run.writer.close()
+
+
+def poison_weights(run, name):
+    dict(run.state.backbone.named_parameters())[name].data.view(-1)[0] = torch.nan
+
+
+def names(run):
+    return [n for n, _ in run.state.backbone.named_parameters()]
+
+
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory):
+    """64 images of a run."""
+    return loop.train(small("images=64"), tmp_path_factory.mktemp("half") / "run", quiet=True)
+
+
+@pytest.fixture
+def begun(first_half, tmp_path):
+    """A function from overrides to that run set up again, ready to go on to 160 images."""
+
+    def start(*overrides):
+        shutil.copytree(first_half, tmp_path / "run")
+        return setup(small(*overrides), tmp_path / "run", distributed.init_distributed())
+
+    return start
+
+
+def test_stop_writes_a_bundle_that_fails_again_at_the_same_layer(begun):
+    run = begun()
+    inner = [n for n, m in run.state.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)]
+    broken = inner[len(inner) // 2]
+    poison_weights(run, f"{broken}.weight")
+    before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
+    with pytest.raises(
+        NonFiniteError,
+        match=r"at 64 images; nothing was updated(.|\n)*mezzotint replay .*bundles/64",
+    ):
+        quiet(run)
+    assert_same_tensors(before, run.state.backbone.state_dict())
+    bundle = run.folder / "bundles" / "64"
+    assert {p.name for p in bundle.iterdir()} == {
+        "recipe.yaml",
+        "bundle.json",
+        "weights.safetensors",
+        "manifest.json",
+    }
+    facts = json.loads((bundle / "bundle.json").read_text())
+    assert facts["numbers"] == list(range(64, 80))
+    assert all(math.isfinite(v) for v in facts["logsnr"])
+    assert list(facts["layers"]) == names(run)
+    assert facts["layers"][f"{broken}.weight"]["weight_norm"] == "nan"
+    again = replay(bundle)
+    assert again.fails
+    assert again.weights == [f"{broken}.weight"]
+    assert again.forward == f"{broken} (Conv2d)"
+    assert all(math.isnan(v) for v in again.loss)
+
+
+def test_a_bundle_of_a_healthy_step_does_not_fail_and_has_the_same_losses(begun):
+    """The failure came from outside the network: replay gets finite losses, equal to those of the sound images."""
+    run = begun("engine.microbatch=5")
+    real = run.objective
+
+    def objective(model, x, eps, logsnr, cond):
+        loss = real(model, x, eps, logsnr, cond)
+        return torch.where(logsnr == logsnr.min(), torch.nan, loss)
+
+    with pytest.raises(
+        NonFiniteError, match=r"4 of 16 losses are not finite: image \d+ at log-SNR -?\d"
+    ) as caught:
+        quiet(dataclasses.replace(run, objective=objective))
+    again = replay(run.folder / "bundles" / "64")
+    assert not again.fails
+    assert (again.forward, again.backward, again.weights) == (None, None, [])
+    recorded = [float(v) for v in caught.value.facts["loss"]]
+    assert sum(math.isnan(v) for v in recorded) == 4
+    assert [a for a, b in zip(again.loss, recorded, strict=True) if math.isfinite(b)] == [
+        b for b in recorded if math.isfinite(b)
+    ]
+    assert "fails again: no" in str(again)
+
+
+def test_a_gradient_that_overflows_is_found_by_its_parameter(begun):
+    """Every loss is finite here, the gradient alone is not."""
+    run = begun()
+
+    class Overflow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * torch.inf
+
+    broken = next(
+        m for n, m in run.state.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)
+    )
+    broken.register_forward_hook(lambda m, given, out: Overflow.apply(out))
+    with pytest.raises(NonFiniteError, match="all losses are finite; the largest is"):
+        quiet(run)
+
+
+def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
+    run = begun("nonfinite.on_nonfinite=skip")
+    real, seen = run.objective, []
+
+    def objective(model, x, eps, logsnr, cond):
+        seen.append(run.state.images)
+        loss = real(model, x, eps, logsnr, cond)
+        return loss * torch.nan if run.state.images in (80, 112) else loss
+
+    respond, responded = nonfinite.handle_nonfinite, []
+
+    def watched(*arguments):
+        before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
+        event = respond(*arguments)
+        assert_same_tensors(before, run.state.backbone.state_dict())
+        responded.append(run.state.images)
+        return event
+
+    monkeypatch.setattr(nonfinite, "respond", watched)
+    quiet(dataclasses.replace(run, objective=objective))
+    assert seen == list(range(64, 160, 16))
+    assert responded == [80, 112]
+    assert [(r["images"], r["skipped_steps"]) for r in records(run.folder)] == [
+        (32, 0), (64, 0), (96, 1), (128, 2), (160, 2)
+    ]  # fmt: skip
+    assert all(math.isfinite(r["loss"]) for r in records(run.folder))
+    assert [(e["images"], e["event"]) for e in events(run.folder)] == [(96, "skip"), (128, "skip")]
+    assert sorted(p.name for p in (run.folder / "bundles").iterdir()) == ["112", "80"]
+    assert all(torch.isfinite(w).all() for w in weights(run.folder).values())
+
+
+def test_skips_are_limited(begun):
+    run = begun("nonfinite.on_nonfinite=skip", "nonfinite.limit=2")
+    with pytest.raises(
+        NonFiniteError, match=r"2 steps were passed over, sentinel\.limit allows no more"
+    ):
+        quiet(
+            dataclasses.replace(
+                run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
+            )
+        )
+    assert run.state.images == 96
+
+
+def test_rollback_takes_the_newest_checkpoint_and_the_next_images(begun):
+    """Weights that turned bad after the checkpoint at 64 images are given up with it, the images seen are not."""
+    run = begun("nonfinite.on_nonfinite=rollback", "save.every_images=64")
+    at_checkpoint = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
+    real, seen = run.objective, []
+
+    def objective(model, x, eps, logsnr, cond):
+        if run.state.images == 96:
+            poison_weights(run, names(run)[0])
+        if run.state.images == 112:
+            assert_same_tensors(at_checkpoint, run.state.backbone.state_dict())
+        seen.append(run.state.images)
+        return real(model, x, eps, logsnr, cond)
+
+    quiet(dataclasses.replace(run, objective=objective))
+    assert seen == list(range(64, 160, 16))
+    (event,) = events(run.folder)
+    assert (event["event"], event["images"], event["to_images"]) == ("rollback", 112, 64)
+    assert records(run.folder)[-1]["skipped_steps"] == 1
+    assert all(torch.isfinite(w).all() for w in weights(run.folder).values())
+    averages = run.state.averages["ema"]
+    assert all(torch.isfinite(w).all() for w in averages.values())
+
+
+def test_rollback_without_a_checkpoint_stops(tmp_path):
+    run = setup(small("nonfinite.on_nonfinite=rollback"), tmp_path, distributed.init_distributed())
+    with pytest.raises(NonFiniteError, match="no checkpoint to roll back to"):
+        quiet(
+            dataclasses.replace(
+                run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
+            )
+        )
+
+
+def test_a_damaged_bundle_and_other_data_are_refused(begun, tmp_path):
+    run = begun()
+    with pytest.raises(NonFiniteError):
+        quiet(
+            dataclasses.replace(
+                run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
+            )
+        )
+    bundle = run.folder / "bundles" / "64"
+    with pytest.raises(ValueError, match="is not the data that"):
+        replay(bundle, source="digits:test")
+    path = bundle / "weights.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"no intact bundle: weights\.safetensors has \d+ bytes"):
+        replay(bundle)
+
+
+def test_what_is_a_spike():
+    usual = [1 + 0.1 * math.sin(7 * i) for i in range(128)]
+    assert spike(usual[:31], 100.0, 10) is None  # too few to know
+    assert spike(usual, 1.3, 10) is None
+    assert spike(usual, 2.5, 10) == pytest.approx(1, abs=0.02)
+    assert (
+        spike([*usual[:100], *[50.0] * 28], 5.0, 10) is not None
+    )  # earlier spikes hide no later one
+    assert spike([1.0] * 128, 1.05, 10) is None  # a flat curve: 1 % of the median is the least unit
+    assert spike([1.0] * 128, 1.2, 10) is not None
+    assert spike(usual, 0.0, 10) is None  # falling is no spike
+
+
+def test_spikes_are_reported_and_counted_across_a_resume(tmp_path):
+    recipe = small(
+        "batch=2", "log_every_images=16", "nonfinite.spike=20", "images=128", "save.every_images=80"
+    )
+
+    def trained(folder, images):
+        run = setup(
+            dataclasses.replace(recipe, images=images), folder, distributed.init_distributed()
+        )
+        real = run.objective
+
+        def objective(model, x, eps, logsnr, cond):
+            return real(model, x, eps, logsnr, cond) * (1e4 if run.state.images in (90, 100) else 1)
+
+        quiet(dataclasses.replace(run, objective=objective))
+        return folder
+
+    whole = trained(tmp_path / "whole", 128)
+    assert [(e["event"], e["images"]) for e in events(whole)] == [("spike", 92), ("spike", 102)]
+    assert [r["spikes"] for r in records(whole)][-3:] == [1, 2, 2]
+    parts = tmp_path / "parts"
+    for images in (94, 128):
+        trained(parts, images)
+    assert events(parts) == events(whole)
+    assert records(parts)[-1]["spikes"] == 2
+
+
+def test_unreadable_pictures_are_listed(tmp_path):
+    from PIL import Image
+
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), 20 * i).save(data / f"{i:02d}.png")
+    (data / "05.png").write_bytes((data / "05.png").read_bytes()[:40])
+    recipe = small(f"data.source={data}", "images=32", "model.num_classes=0")
+    loop.train(recipe, tmp_path / "run", quiet=True)
+    listed = (tmp_path / "run" / "unreadable.txt").read_text()
+    assert listed.startswith("05.png\t")
+    assert listed.count("\n") == 1
+    assert (
+        log.append_unreadable(
+            tmp_path / "run" / "unreadable.txt", {"05.png": "other words", "00.png": "cut"}
+        )
+        == 1
+    )
+    assert [line.split("\t")[0] for line in (tmp_path / "run" / "unreadable.txt").read_text().splitlines()] == [
+        "00.png", "05.png"
+    ]  # fmt: skip
+    assert (
+        open_images(data, size=8, channels=1).report.unreadable == {}
+    )  # the list is ours, the folder as it was
+
+
+def test_an_average_longer_than_the_run_is_announced(tmp_path):
+    recipe = small("images=80", "ema.half_life_images=160", "ema.rampup=null")
+    loop.train(recipe, tmp_path / "run", quiet=True)
+    (event,) = events(tmp_path / "run")
+    assert (event["event"], event["images"]) == ("ema", 80)
+    assert "71% of the averaged weights is still the initial ones" in event["why"]  # 0.5^(80 / 160)
+    loop.train(small("images=80", "ema.half_life_images=160"), tmp_path / "ramp", quiet=True)
+    assert not (tmp_path / "ramp" / "events.jsonl").exists()

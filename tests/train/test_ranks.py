@@ -1,0 +1,90 @@
+"""Several ranks see the same images and learn the same, whatever the strategy; checkpoints fit any number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.launch import torchrun, train
+
+PRESETS = {
+    "unet-tiny": ["model.size=16", "model.width=16", "model.emb_dim=32"],
+    "dimr-tiny": ["model.size=16"],
+    "diffit-tiny": ["model.size=16"],
+}
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a: Path, b: Path):
+    torch.testing.assert_close(losses(a), losses(b), rtol=2e-5, atol=1e-6)
+    wa, wb = (load_file(f / "model" / "model.safetensors") for f in (a, b))
+    assert wa.keys() == wb.keys()
+    for name in wa:
+        torch.testing.assert_close(
+            wa[name], wb[name], rtol=1e-3, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return train(1, "unet-tiny", tmp_path_factory.mktemp("ranks") / "one", *PRESETS["unet-tiny"])
+
+
+FOUR = pytest.param(4, "ddp", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp"), FOUR])
+def test_ranks_agree_with_one_process(alone, tmp_path, ranks, strategy):
+    assert_same(
+        alone,
+        train(ranks, "unet-tiny", tmp_path, *PRESETS["unet-tiny"], f"engine.strategy={strategy}"),
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_saved_on_two_ranks_resumed_on_one(alone, tmp_path, strategy):
+    two = train(
+        2, "unet-tiny", tmp_path, *PRESETS["unet-tiny"], "images=48", f"engine.strategy={strategy}"
+    )
+    assert_same(alone, train(1, "unet-tiny", two, *PRESETS["unet-tiny"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["dimr-tiny", "diffit-tiny"])
+def test_every_family_shards(tmp_path, preset):
+    one = train(1, preset, tmp_path / "one", *PRESETS[preset])
+    assert_same(one, train(2, preset, tmp_path / "two", *PRESETS[preset], "engine.strategy=fsdp"))
+
+
+@pytest.mark.slow
+def test_saved_on_two_resumed_on_three(alone, tmp_path):
+    overrides = [*PRESETS["unet-tiny"], "batch=12", "save.every_images=48"]
+    one = train(1, "unet-tiny", tmp_path / "one", *overrides)
+    two = train(2, "unet-tiny", tmp_path / "two", *overrides, "images=48", "engine.strategy=fsdp")
+    assert_same(one, train(3, "unet-tiny", two, *overrides, "engine.strategy=fsdp"))
+
+
+def test_an_uneven_batch_is_refused_with_a_way_out(tmp_path):
+    done = torchrun(
+        2,
+        "train",
+        "unet-tiny",
+        "batch=15",
+        "model.channels=1",
+        "--data",
+        "digits",
+        "--out",
+        str(tmp_path),
+    )
+    assert done.returncode != 0
+    assert "batch 15 cannot be shared" in done.stderr
+    assert not (tmp_path / "checkpoints").exists()
+    shutil.rmtree(tmp_path)

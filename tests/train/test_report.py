@@ -1,0 +1,173 @@
+"""`mezzotint report` on a run in every state: new, under way, killed in the middle of a line, finished."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mezzotint import config
+from mezzotint.core.registry import Spec, build
+from mezzotint.models import create_model
+from mezzotint.process import objectives, schedules
+from mezzotint.process.denoiser import Cond
+from mezzotint.recipes import difference, recipe_for
+from mezzotint.train.report import bin_names, grids, page, predict_nothing, read_lines, write_report
+
+LINE = {
+    "images": 3200, "loss": 0.5, "grad_norm": 1.0, "loss_by_logsnr": {"<-10": 0.1, "-2..2": 0.4, ">10": 1.0},
+    "images_per_second": 120.0, "peak_memory_gib": 0.7,
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run that was killed while it wrote a log line, with a spike and four grids; its name needs escaping."""
+    folder = tmp_path / "run <1>"
+    (folder / "samples").mkdir(parents=True)
+    recipe = config.override(
+        recipe_for("unet-tiny"), ["data.source=digits", "model.size=16", "images=12800"]
+    )
+    (folder / "recipe.yaml").write_text(config.to_yaml(recipe))
+    lines = [json.dumps({**LINE, "images": 3200 * i, "loss": 0.5 / i}) for i in (1, 2, 3)]
+    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"images": 12800, "lo')
+    (folder / "events.jsonl").write_text(
+        json.dumps({"images": 6400, "event": "spike", "loss": 9.0}) + "\n"
+    )
+    for i in (1, 2, 3, 4):
+        pixels = np.full((8, 8, 3), 40 * i, np.uint8)
+        Image.fromarray(pixels).save(folder / "samples" / f"{3200 * i:012d}.png")
+    return folder
+
+
+class Checker(HTMLParser):
+    """Collects whatever an element would fetch, and checks that elements close."""
+
+    def __init__(self):
+        super().__init__()
+        self.fetched, self.open = [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "data", "srcset") and not value.startswith(
+                ("data:", "#")
+            ):
+                self.fetched.append(value)
+        if tag in ("script", "link", "iframe"):
+            self.fetched.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in ("meta", "img", "br", "link"):
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def checked(text):
+    checker = Checker()
+    checker.feed(text)
+    assert checker.open == []
+    assert checker.fetched == []
+    assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
+    return text
+
+
+def test_a_killed_run_in_one_page(run):
+    text = checked(page(run, difference(config.from_yaml(run / "recipe.yaml"))))
+    assert "run &lt;1&gt;" in text
+    assert "9,600 of 12,800 images" in text
+    assert "continues it" in text
+    assert "data.source:" in text
+    assert "spike" in text
+    assert "loss 9.0" in text
+    assert text.count("<svg") == 4
+    ids = re.findall(r'<g id="([^"]+)"|clipPath id="([^"]+)"', text)
+    clips = [clip for _, clip in ids if clip]
+    assert len(clips) == len(set(clips))
+    assert text.count("data:image/png;base64") == 4
+    assert text.index("12,800 images</figcaption>") < text.index("3,200 images</figcaption>")
+    assert "prefers-color-scheme: dark" in text
+    assert "#010203" not in text
+
+
+def test_pictures_are_the_runs_own(run):
+    first = re.search(r"data:image/png;base64,([^\"]+)", grids(run))[1]
+    assert np.asarray(Image.open(io.BytesIO(base64.b64decode(first))))[0, 0, 0] == 160
+
+
+def test_large_grids_shrink(run, monkeypatch):
+    monkeypatch.setattr("mezzotint.train.report.LARGEST_PNG", 10)
+    assert grids(run).count("data:image/jpeg") == 4
+    monkeypatch.setattr("mezzotint.train.report.GRIDS", 2)
+    assert "12,800" in grids(run)
+    assert grids(run).count("<img") == 2
+
+
+def test_a_run_that_has_just_begun(run):
+    for name in ("log.jsonl", "events.jsonl"):
+        (run / name).unlink()
+    for path in (run / "samples").iterdir():
+        path.unlink()
+    text = checked(page(run, ""))
+    assert "No line is logged yet" in text
+    assert "<img" not in text
+    assert read_lines(run / "log.jsonl") == []
+
+
+def test_a_finished_run_and_its_file(run, tmp_path):
+    with (run / "log.jsonl").open("w") as file:
+        file.write(json.dumps({**LINE, "images": 12800}) + "\n")
+    out = write_report(run, tmp_path / "new" / "page.html")
+    assert "finished" in out.read_text()
+    assert [p.name for p in out.parent.iterdir()] == ["page.html"]
+    with pytest.raises(ValueError, match=r"recipe\.yaml"):
+        write_report(tmp_path, tmp_path / "x.html")
+
+
+@pytest.mark.parametrize(
+    "preset", ["unet-tiny", "diffit-tiny", "diffit-latent-tiny", "uvit-text-tiny"]
+)
+def test_the_line_is_where_a_fresh_network_starts(preset):
+    """These backbones answer zeros before their first step, so their loss is the line's."""
+    recipe = recipe_for(preset)
+    line = predict_nothing(recipe, levels=32)
+    model = create_model(preset, **recipe.model)
+    schedule = build(schedules.registry, recipe.schedule or model.info.schedule)
+    config_of = model.info.config
+    u = torch.tensor([0.5], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    shape = (1, config_of.channels, config_of.size, config_of.size)
+    x = 0.5 * torch.randn(shape, generator=generator)
+    eps = torch.randn(shape, generator=generator)
+    with torch.no_grad():
+        loss = build(objectives.registry, recipe.objective)(
+            model, x, eps, schedule(u).float(), Cond()
+        )
+    assert set(line) <= set(bin_names())
+    assert all(value >= 0 for value in line.values())
+    if recipe.time.loss_measure == "u":
+        assert min(line.values()) * 0.8 < loss.item() < max(line.values()) * 1.2
+
+
+def test_the_line_of_noise_prediction_is_one():
+    recipe = config.override(
+        recipe_for("dimr-tiny"), ["objective.name=eps_mse", "objective.options={}"]
+    )
+    assert recipe.objective == Spec("eps_mse")
+    line = predict_nothing(recipe, levels=32)
+    assert list(line.values()) == pytest.approx([1.0] * len(line), abs=0.05)
+
+
+def test_bins_are_the_logs():
+    assert bin_names() == ["<-10", "-10..-6", "-6..-2", "-2..2", "2..6", "6..10", ">10"]

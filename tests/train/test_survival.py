@@ -1,0 +1,306 @@
+"""Whatever is done to a run, what it had reached is there, and going on gives the run that nothing was done to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers.evaluators import judge, reference
+from helpers.runs import assert_same_run, small
+from mezzotint import config
+from mezzotint.train import checkpoint, log, loop
+from mezzotint.train.loop import train
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """The writer is held until the loop has done another step; were training to wait for it, both would wait."""
+    stepped, held = threading.Event(), []
+    manifest, averages = checkpoint.write_manifest, loop.update_averages
+
+    def slow_manifest(folder, **facts):
+        held.append(stepped.wait(timeout=30))
+        manifest(folder, **facts)
+
+    def update(run):
+        averages(run)
+        if run.state.images == 64:  # one step after the first checkpoint, at 48
+            stepped.set()
+
+    monkeypatch.setattr(checkpoint, "write_manifest", slow_manifest)
+    monkeypatch.setattr(loop, "update_averages", update)
+    train(small("images=96"), tmp_path, quiet=True)
+    assert held == [True, True]
+    assert checkpoint.find_damage(tmp_path / "checkpoints" / "48") is None
+
+
+def test_what_the_writer_could_not_do_stops_training_at_the_next_step(tmp_path, monkeypatch):
+    reached = []
+    averages = loop.update_averages
+
+    def update(run):
+        averages(run)
+        if run.state.images == 64:
+            run.writer._pending.exception()  # until it has failed, so that the next step must see it
+        reached.append(run.state.images)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_manifest", full)
+    monkeypatch.setattr(loop, "update_averages", update)
+    with pytest.raises(
+        OSError, match=r"checkpoint at 48 images could not be written.*No space left"
+    ):
+        train(small(), tmp_path, quiet=True)
+    assert reached == [16, 32, 48, 64]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@contextlib.contextmanager
+def disk(folder: Path, size: str):
+    """A file system of `size` at `folder`, or a limit on the size of files where mounting is not allowed."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True
+    )
+    if mounted.returncode == 0:
+        try:
+            yield
+        finally:
+            subprocess.run(["umount", folder], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_that_is_really_full(whole, tmp_path):
+    """Room for the checkpoint at 48 images and not for the next; the one there is continues elsewhere."""
+    import shutil
+
+    room = sum(
+        p.stat().st_size for p in whole.rglob("*") if p.is_file() and "/checkpoints/48/" in str(p)
+    )
+    room += sum(p.stat().st_size for p in (whole / "model").iterdir())
+    with disk(tmp_path / "disk", f"{int(1.7 * room / 1024)}k"):
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            train(small("save.keep=10"), tmp_path / "disk" / "run", quiet=True)
+        intact, passed = checkpoint.find_newest_intact(tmp_path / "disk" / "run")
+        assert passed == []
+        shutil.copytree(tmp_path / "disk" / "run", tmp_path / "run", dirs_exist_ok=True)
+    assert intact is None or intact.name == "48"
+    train(small(), tmp_path / "run", quiet=True)
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_training(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=r"run's folder .*file.* cannot be written.*another --out"):
+        train(small(), tmp_path / "file" / "run", quiet=True)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
+    with (
+        checkpoint.run_lock(tmp_path),
+        pytest.raises(ValueError, match="another process is training in"),
+    ):
+        train(small(), tmp_path, quiet=True)
+    assert not (tmp_path / "recipe.yaml").exists()
+    train(small("images=16"), tmp_path, quiet=True)
+
+
+def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path):
+    """A file stands where the folder should: to root, who may write anywhere, the nearest thing to read-only."""
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(small()))
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(OSError, match=r"checkpoint at 48 images could not be written"):
+        train(small(), tmp_path, quiet=True)
+    assert (tmp_path / "checkpoints").read_text() == "in the way"
+
+
+def test_half_renamed_checkpoints(whole, stopped):
+    """A complete folder not yet renamed, one renamed without its manifest, and a model folder half-replaced."""
+    folder = stopped(96)
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "96").rename(checkpoints / ".96.partial")
+    (checkpoints / "144").mkdir()
+    (checkpoints / "144" / "__0_0.distcp").write_bytes(b"half")
+    (folder / ".model.partial").mkdir()
+    intact, passed = checkpoint.find_newest_intact(folder)
+    assert intact is not None
+    assert intact.name == "48"
+    assert len(passed) == 1
+    assert "144 is damaged and passed over: manifest.json is missing" in passed[0]
+    train(small(), folder, quiet=True)
+    assert not list(folder.rglob(".*.partial"))
+    assert_same_run(whole, folder)
+
+
+def test_a_log_torn_in_the_middle_of_a_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = ['{"images": 16, "loss": 1}', '{"images": 32, "loss": 2}', '{"images": 48, "loss": 3}']
+    for torn in ("\n".join(lines), "\n".join(lines)[:-1], "\n".join(lines)[:-9]):
+        path.write_text(torn)
+        log.Log(path, 32).write({"images": 48, "loss": 4})
+        assert [r["loss"] for r in log.read(path)] == [1, 2, 4]
+
+
+def test_clocks_that_jump(whole, tmp_path, monkeypatch):
+    """Forwards by a year, backwards by a day, or stopped: numbers stay finite and the run the same."""
+    jumps = iter([0, 3e7, -9e4, 0, 0, -1e9] * 200)
+    now = [time.monotonic()]
+
+    def jumping():
+        now[0] += next(jumps)
+        return now[0]
+
+    for name in ("loop", "console"):
+        monkeypatch.setattr(f"mezzotint.train.{name}.time.monotonic", jumping)
+    train(small(), tmp_path / "run")
+    monkeypatch.undo()
+    assert_same_run(whole, tmp_path / "run")
+    for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines():
+        assert math.isfinite(json.loads(line)["images_per_second"])
+
+
+def test_a_killed_loader_worker_stops_the_run_which_then_goes_on(whole, stopped, monkeypatch):
+    """With fewer workers, as the message advises."""
+    folder = stopped(48)
+    averages = loop.update_averages
+
+    def update(run):
+        averages(run)
+        if run.state.images == 80:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()
+
+    monkeypatch.setattr(loop, "update_averages", update)
+    with pytest.raises(RuntimeError, match=r"a data worker process died.*same command"):
+        train(small("data.workers=1"), folder, quiet=True)
+    monkeypatch.undo()
+    assert checkpoint.list_checkpoints(folder)[-1].name == "48"
+    train(small(), folder, quiet=True)
+    assert_same_run(whole, folder)
+
+
+def test_a_second_signal_leaves_at_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    stop = loop.StopSignal()
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert stop.asked
+        assert left == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert left == [128 + signal.SIGTERM]
+
+
+SCRIPT = """
+import sys
+import torch; torch.set_num_threads(1)
+from helpers.evaluators import judge
+from helpers.runs import small
+from mezzotint.train.loop import train
+recipe = small(*{overrides!r})
+train(recipe, {folder!r}, judge=judge(recipe))
+print("finished", file=sys.stderr, flush=True)
+"""
+LONG = ("images=3200", "save.every_images=32", "save.keep=3", "log_every_images=16", "samples.every_images=800",
+        "ema.power_stds=[0.05]", "ema.snapshot_every_images=320", "data.workers=0")  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_worker_behind(tmp_path):
+    import psutil
+
+    words = ("images=100000", "data.workers=2")
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parents[1]), overrides=words, folder=str(tmp_path / "run")
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        next(iter(process.stderr))
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert len(children) >= 2
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+    """kill -9 and -TERM in turn, at any moment from start-up to writing; then the rest of the run."""
+    torch.set_num_threads(1)
+    judged = (
+        "evaluate.every_images=400",
+        "evaluate.num_images=50",
+        "evaluate.steps=2",
+        "evaluate.batch=16",
+    )
+    overrides = (*LONG, *judged, f"evaluate.reference={reference(tmp_path / 'digits.npz')}")
+    recipe = small(*overrides)
+    whole = train(recipe, tmp_path / "whole", quiet=True, judge=judge(recipe))
+    folder, choose = tmp_path / "run", random.Random(0)
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parents[1]), overrides=overrides, folder=str(folder)
+    )
+    reached, codes = [], []
+    for i in range(20):
+        number = signal.SIGKILL if i % 2 else signal.SIGTERM
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        lines = 0 if i % 7 == 6 else choose.randrange(1, 9)  # sometimes while it is still starting
+        for line in process.stderr:
+            assert line != "finished\n", "the run is too short for twenty kills"
+            lines -= "/3,200 images" in line
+            if lines <= 0:
+                break
+        time.sleep(choose.uniform(0, 0.3))
+        process.send_signal(number)
+        process.communicate()
+        codes.append(process.returncode)
+        reached.append(max([int(p.name) for p in checkpoint.list_checkpoints(folder)], default=0))
+    assert set(codes[1::2]) == {-signal.SIGKILL}
+    # SIGTERM before training listens ends the process as it always does.
+    assert set(codes[::2]) <= {0, -signal.SIGTERM}
+    assert codes.count(0) >= 5
+    assert len(set(reached)) >= 10, reached
+    assert reached[-1] < 3200
+    train(recipe, folder, quiet=True, judge=judge(recipe))
+    assert_same_run(whole, folder)  # the log with its evaluations too
+    cards = [sorted((run / "evaluations").iterdir()) for run in (whole, folder)]
+    assert [[c.name for c in of_run] for of_run in cards] == [
+        sorted(f"{n}.json" for n in range(400, 3201, 400))
+    ] * 2
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*cards, strict=True))
+    snapshots = sorted(p.name for p in (whole / "ema").iterdir())
+    assert snapshots == sorted(p.name for p in (folder / "ema").iterdir())
+    for name in snapshots:
+        a, b = load_file(whole / "ema" / name), load_file(folder / "ema" / name)
+        assert all(torch.equal(a[k], b[k]) for k in a)
