@@ -7,11 +7,12 @@ import torch
 
 from helpers.runs import assert_same_run, records, small
 from mezzotint import config
+from mezzotint.backbones import Backbone
 from mezzotint.config import Optim
 from mezzotint.models import create_model
 from mezzotint.recipes import recipe_for
 from mezzotint.train.loop import train
-from mezzotint.train.optim import groups, learning_rate, make_optimisers
+from mezzotint.train.optim import group_by_decay, learning_rate, make_optimisers
 
 VIT = [
     "data.source=digits", "model.size=8", "model.channels=1", "batch=16", "images=1152", "log_every_images=192",
@@ -51,12 +52,13 @@ def test_muon_leaves_positions_classes_and_bias_tables(preset):
 
 def test_groups_hold_every_trained_parameter_once():
     net = create_model("dimr-tiny", size=16).backbone
-    held = [id(p) for group in groups(net, 0.1) for p in group["params"]]
+    held = [id(p) for group in group_by_decay(net, 0.1) for p in group["params"]]
     assert len(held) == len(set(held)) == sum(p.requires_grad for p in net.parameters())
 
 
 def test_a_network_without_hidden_matrices_refuses_muon():
-    net = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3))
+    net = Backbone(None)
+    net.conv = torch.nn.Conv2d(1, 1, 3)
     with pytest.raises(ValueError, match="use adamw"):
         make_optimisers(Optim(name="muon"), net, fused=True)
 

@@ -13,8 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.core.registry import Registry, Spec
-from mezzotint.process.denoiser import Cond, Parameterisation
+from mezzotint.process.denoiser import Cond, Model, Parameterisation
 
 
 class Config(Protocol):
@@ -30,6 +31,40 @@ class Config(Protocol):
     channels: int
     num_classes: int
     prediction: str
+
+
+class Backbone(nn.Module):
+    """Base class of every network: built from its config alone, called as backbone(z, noise, cond).
+
+    Attributes:
+        config: the config it was built from.
+        checkpointing: what each repeated block keeps for the backward pass, see `run_block`.
+        skipped_macs: multiply-accumulates per image that the published network does without effect
+            and this one leaves out.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.config = config
+        self.checkpointing: Checkpointing = "none"
+        self.skipped_macs = 0
+
+    def no_decay_parameters(self) -> set[str]:
+        """Return the names of the parameters that weight decay leaves alone."""
+        return set()
+
+    def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
+        """Return the outputs, coarse to fine; the last has the height and width of z (b, c, h, w).
+
+        `noise` (b,) is the noise level in the network's own coordinate, see `Parameterisation`.
+        """
+        raise NotImplementedError
+
+
+def get_backbone(model: Model) -> Backbone:
+    """Return the network of a model that one of the registered families built."""
+    assert isinstance(model.backbone, Backbone), type(model.backbone)
+    return model.backbone
 
 
 def text_width(config: Any) -> int:
@@ -84,7 +119,7 @@ class Family:
     """
 
     config: type
-    module: Callable[[Any], nn.Module]
+    module: Callable[[Any], Backbone]
     parameterisation: Callable[[Any], Parameterisation]
     schedule: Callable[[Any], Spec]
     presets: dict[str, Preset]

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, check_sides, label_index
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -237,7 +237,7 @@ def plain_norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class DiffiT(nn.Module):
+class DiffiT(Backbone):
     """Latent DiffiT; see `DiffiTConfig`.
 
     `checkpointing` says what every block keeps for the backward pass, see `run`.
@@ -245,9 +245,8 @@ class DiffiT(nn.Module):
     """
 
     def __init__(self, config: DiffiTConfig):
-        super().__init__()
-        c = self.config = config
-        self.checkpointing: Checkpointing = "none"
+        super().__init__(config)
+        c = config
         self.skipped_macs = c.depth * c.width**2
         grid = c.size // c.patch
         self.out_channels = c.channels * (2 if c.learned_variance else 1)

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
 from mezzotint.backbones.inputs import check_input, check_sides, label_index
@@ -148,16 +148,15 @@ class Stage(nn.Module):
         return x
 
 
-class DiffiTImage(nn.Module):
+class DiffiTImage(Backbone):
     """Image-space DiffiT; see `DiffiTImageConfig`.
 
     `checkpointing` says what every cell keeps for the backward pass, see `run`.
     """
 
     def __init__(self, config: DiffiTImageConfig):
-        super().__init__()
-        c = self.config = config
-        self.checkpointing: Checkpointing = "none"
+        super().__init__(config)
+        c = config
         widths = [c.width * m for m in c.multipliers]
         first = [c.width, *widths[:-1]]  # channels that enter each stage of the encoder
         self.time = TimeMLP(c.time_width)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
+from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.dimr_blocks import (
     NORMS,
@@ -231,7 +231,7 @@ class Branch(nn.Module):
         return features, out.contiguous()
 
 
-class DiMR(nn.Module):
+class DiMR(Backbone):
     """The network: backbone(z, noise, cond) -> predictions of all branches, coarse to fine.
 
     Attributes:
@@ -239,9 +239,7 @@ class DiMR(nn.Module):
     """
 
     def __init__(self, config: DiMRConfig):
-        super().__init__()
-        self.config = config
-        self.checkpointing: Checkpointing = "none"
+        super().__init__(config)
         vectors: list[tuple[int, float]] = []
         self.branches = nn.ModuleList()
         self.counts: list[int] = []

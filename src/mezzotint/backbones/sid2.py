@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, checked_factor
 from mezzotint.backbones.layers import (
     Conditioning,
@@ -56,7 +56,7 @@ class SiD2Config:
     patch: int = 1
 
 
-class SiD2(nn.Module):
+class SiD2(Backbone):
     """SiD2's residual U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
     Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, without bias, so that
@@ -69,7 +69,7 @@ class SiD2(nn.Module):
     """
 
     def __init__(self, config: SiD2Config):
-        super().__init__()
+        super().__init__(config)
         c = config
         levels = len(c.blocks)
         if not len(c.multipliers) == len(c.kinds) == levels + 1:
@@ -78,8 +78,6 @@ class SiD2(nn.Module):
             )
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
-        self.config = config
-        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, checked_factor
 from mezzotint.backbones.layers import Attention, Conditioning, Down, Head, ResBlock, Stem, Up
 from mezzotint.core.registry import Spec
@@ -60,7 +60,7 @@ class Block(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-class UNet(nn.Module):
+class UNet(Backbone):
     """simple diffusion's U-Net: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
@@ -68,13 +68,11 @@ class UNet(nn.Module):
     """
 
     def __init__(self, config: UNetConfig):
-        super().__init__()
+        super().__init__(config)
         c = config
         levels = len(c.multipliers)
         if not len(c.blocks) == len(c.attention) == levels:
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
-        self.config = config
-        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels - 1)
         widths = [c.width * m for m in c.multipliers]
 

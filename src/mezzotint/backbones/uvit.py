@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Family, Preset, registry
-from mezzotint.backbones.checkpointing import Checkpointing, run_block
+from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, checked_factor
 from mezzotint.backbones.layers import (
     Conditioning,
@@ -60,7 +60,7 @@ class UViTConfig:
     position_std: float = 0.01
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """simple diffusion's U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
 
     `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not; positions are
@@ -71,15 +71,13 @@ class UViT(nn.Module):
     """
 
     def __init__(self, config: UViTConfig):
-        super().__init__()
+        super().__init__(config)
         c = config
         levels = len(c.blocks)
         if len(c.multipliers) != levels + 1:
             raise ValueError(
                 f"multipliers need one entry per level of blocks and one for the transformer: {c}"
             )
-        self.config = config
-        self.checkpointing: Checkpointing = "none"
         self.factor = checked_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
