@@ -154,7 +154,7 @@ def test_masks_in_latent_cells(shared, tmp_path):
     photograph = shared("data/photos/kodim23.png")
     model = tiny("diffit-latent-tiny")
     job = SamplingJob(
-        model=model, settings=SamplingSettings(steps=2), pool=(1,), codec=str(shared("data/taesd"))
+        model=model, settings=SamplingSettings(steps=2), classes=(1,), codec=str(shared("data/taesd"))
     )
     picture, _ = read_image(job, photograph)
     assert picture.shape == (3, 64, 64)
@@ -181,7 +181,7 @@ def test_slerp_keeps_the_norm_and_the_ends():
 
 
 def test_interpolation_meets_its_ends():
-    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=3), pool=(4,))
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=3), classes=(4,))
     rows = interpolate(job, [3, 4, 9], 5)
     assert rows.shape == (2, 5, 3, 8, 8)
     ends = job.draw([3, 4, 9]).int()
@@ -194,8 +194,8 @@ def test_interpolation_meets_its_ends():
 
 @pytest.mark.parametrize(("sampler", "calls"), [("ddim", 4), ("heun", 7)])
 def test_a_film_has_every_call_and_ends_in_the_image(sampler, calls):
-    settings = SamplingSettings(sampler=Spec(sampler), steps=4, guidance=Guidance(dit_s=2.0))
-    job = SamplingJob(model=tiny(), settings=settings, pool=(4, 5))
+    settings = SamplingSettings(sampler=Spec(sampler), steps=4, guidance=Guidance(scale=2.0))
+    job = SamplingJob(model=tiny(), settings=settings, classes=(4, 5))
     frames, levels = trajectory(job, [7, 8])
     assert len(frames) == len(levels) == calls + 1
     assert torch.equal(frames[-1], job.draw([7, 8]))
@@ -206,7 +206,7 @@ def test_a_film_has_every_call_and_ends_in_the_image(sampler, calls):
 
 
 def test_looks_are_written_with_their_card(tmp_path, shared):
-    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=12), pool=(4, 5))
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=12), classes=(4, 5))
     film = look(job, tmp_path / "film.png", 2, film=True)
     between = look(job, tmp_path / "between.png", 3, frames=4)
     photograph = shared("data/photos/kodim19.png")
@@ -234,7 +234,7 @@ def test_looks_are_written_with_their_card(tmp_path, shared):
 @pytest.mark.parametrize("theirs", ["a.png", "a.gif"])
 def test_a_look_replaces_looks_alone(tmp_path, theirs):
     job, out = (
-        SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), pool=(4,)),
+        SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), classes=(4,)),
         tmp_path / "a.png",
     )
     (tmp_path / theirs).write_bytes(b"mine")

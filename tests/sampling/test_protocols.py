@@ -1,4 +1,4 @@
-"""Published protocols against recorded runs and the specifications' numbers; labels; settings written as one word."""
+"""Published protocols against recorded runs and the specifications' seeds; labels; settings written as one word."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_dimr_runs_as_recorded(shared):
     model = mz.load_official(shared("golden/dimr/latent2r.state.safetensors"), heads=4)
     run = load_file(shared("golden/dimr/latent2r.sampler.safetensors"))
     settings = dataclasses.replace(protocols.get_protocol("dimr-256").settings, steps=10)
-    decay = dataclasses.replace(settings, guidance=Guidance(dit_s=2.0, power=2.0))
+    decay = dataclasses.replace(settings, guidance=Guidance(scale=2.0, power=2.0))
     plain = dataclasses.replace(settings, guidance=None)
     for name, used in (("const0.4_10", settings), ("decay2.0_p2.0_10", decay), ("uncfg10", plain)):
         made = integrate(
@@ -97,7 +97,7 @@ def test_adm_and_edm2_truncate_and_others_round():
         "edm2",
     }
     job = SamplingJob(
-        model=tiny(), settings=SamplingSettings(steps=1), pool=(1,), uint8_rule="truncate"
+        model=tiny(), settings=SamplingSettings(steps=1), classes=(1,), uint8_rule="truncate"
     )
     rounds = dataclasses.replace(job, uint8_rule="round")
     difference = rounds.draw([0, 1]).int() - job.draw([0, 1]).int()
@@ -131,22 +131,22 @@ def test_random_labels_are_uniform():
     counts = np.bincount(protocols.choose_labels("random", range(5000), range(10)), minlength=10)
     chi2 = ((counts - 500) ** 2 / 500).sum()
     assert chi2 < 27.9  # 99.9 % of chi-squared with 9 degrees of freedom
-    with pytest.raises(ValueError, match="unknown label law 'radnom'; did you mean random"):
+    with pytest.raises(ValueError, match="did you mean random"):
         protocols.choose_labels("radnom", [0], [0])
 
 
 def test_a_card_says_everything_and_changes_with_it():
     model = tiny()
     settings = dataclasses.replace(protocols.get_protocol("dimr-256").settings, steps=6)
-    job = SamplingJob(model=model, settings=settings, pool=tuple(range(10)), protocol="dimr-256")
+    job = SamplingJob(model=model, settings=settings, classes=tuple(range(10)), protocol="dimr-256")
     card = job.card(10, 0)
     assert json.loads(json.dumps(card)) == card
     assert card["network_calls_per_image"] == 12
-    assert card["departures"] == [
-        "steps: 6 instead of 250", "label_law: turn instead of balanced", "codec: pixels instead of sd-vae-ft-ema",
+    assert card["deviations"] == [
+        "steps: 6 instead of 250", "label_order: turn instead of balanced", "codec: pixels instead of sd-vae-ft-ema",
     ]  # fmt: skip
     changed = {
-        "sampler": Spec("heun"), "grid": Spec("karras"), "steps": 7, "guidance": Guidance(dit_s=2.0),
+        "sampler": Spec("heun"), "discretization": Spec("karras"), "steps": 7, "guidance": Guidance(scale=2.0),
         "clip": Spec("static"), "size": (16, 8), "exact": False, "dtype": "bfloat16",
     }  # fmt: skip
     assert {f.name for f in dataclasses.fields(SamplingSettings)} == {*changed, "batch"}
@@ -158,7 +158,7 @@ def test_a_card_says_everything_and_changes_with_it():
     for field, value in (
         ("weak", tiny(seed=1)),
         ("pool", (1,)),
-        ("label_law", "random"),
+        ("label_order", "random"),
         ("uint8_rule", "truncate"),
     ):
         assert dataclasses.replace(job, **{field: value}).card(10, 0) != card, field
@@ -180,11 +180,11 @@ def test_a_card_says_everything_and_changes_with_it():
         (protocols.parse_discretization, "karras:sigma_max=40", Spec("karras", {"sigma_max": 40.0})),
         (protocols.parse_clip, "none", None),
         (protocols.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
-        (protocols.parse_guidance, "1.5", Guidance(dit_s=1.5)),
-        (protocols.parse_guidance, "dimr_s=0.4,low=-3,high=5", Guidance(dimr_s=0.4, low=-3.0, high=5.0)),
-        (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(dit_s=1.5, low=-3.0, high=5.0)),
-        (protocols.parse_guidance, "dit_s=4.4,power=4,time=index,channels=3",
-         Guidance(dit_s=4.4, power=4.0, time="index", channels=3)),
+        (protocols.parse_guidance, "1.5", Guidance(scale=1.5)),
+        (protocols.parse_guidance, "scale=0.4,convention=dimr,low=-3,high=5", Guidance(scale=0.4, convention="dimr", low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(scale=1.5, low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "scale=4.4,power=4,time=index,channels=3",
+         Guidance(scale=4.4, power=4.0, time="index", channels=3)),
         (protocols.parse_size, "64", (64, 64)),
         (protocols.parse_size, "48x64", (48, 64)),
     ],
@@ -204,7 +204,7 @@ def test_settings_in_one_word(parse, text, value):
         (protocols.parse_discretization, "even:clean=maybe", "true or false is needed"),
         (protocols.parse_discretization, "karas", "did you mean karras"),
         (protocols.parse_clip, "dynamik", "did you mean dynamic"),
-        (protocols.parse_guidance, "strong", "dit_s of guidance is 'strong'"),
+        (protocols.parse_guidance, "strong", "scale of guidance is 'strong'"),
         (protocols.parse_guidance, "cfg=2", "takes no option 'cfg'"),
         (protocols.parse_size, "0", "neither a number nor HEIGHTxWIDTH"),
         (protocols.parse_size, "8x8x8", "neither a number nor HEIGHTxWIDTH"),

@@ -40,7 +40,7 @@ def rows_seen(model: mz.Model) -> list[int]:
 
 
 STOCHASTIC = SamplingSettings(
-    sampler=Spec("ancestral"), steps=4, guidance=Guidance(dit_s=1.5, low=-4.0, high=6.0)
+    sampler=Spec("ancestral"), steps=4, guidance=Guidance(scale=1.5, low=-4.0, high=6.0)
 )
 
 
@@ -73,7 +73,7 @@ def test_sample_is_generate_with_defaults():
     made = mz.sample(
         model, [5, 6], label=[1, 2], sampler="heun", steps=3, guidance=2.0
     )  # clamped to pixels' range
-    settings = SamplingSettings(sampler=Spec("heun"), steps=3, guidance=Guidance(dit_s=2.0))
+    settings = SamplingSettings(sampler=Spec("heun"), steps=3, guidance=Guidance(scale=2.0))
     assert torch.equal(
         made, generate(model, [5, 6], Cond(label=torch.tensor([1, 2])), settings).clamp(-1, 1)
     )
@@ -87,7 +87,7 @@ def test_sample_is_generate_with_defaults():
 
 @pytest.mark.parametrize("sampler", mz.process.samplers.registry)
 @pytest.mark.parametrize(
-    "guidance", [None, Guidance(dit_s=2.0), Guidance(dimr_s=0.5, low=-2.0, high=3.0)]
+    "guidance", [None, Guidance(scale=2.0), Guidance(scale=0.5, convention="dimr", low=-2.0, high=3.0)]
 )
 def test_network_calls_are_those_of_the_network(sampler, guidance):
     model = tiny()
@@ -110,7 +110,7 @@ def test_the_weak_pass_is_skipped_on_a_device_without_looking_at_it():
     model = tiny().to("meta")
     rows = rows_seen(model)
     settings = SamplingSettings(
-        steps=10, guidance=Guidance(dit_s=3.0, low=-1.0, high=1.0), exact=False
+        steps=10, guidance=Guidance(scale=3.0, low=-1.0, high=1.0), exact=False
     )
     levels = make_logsnr_steps(model, settings)[:-1]
     inside = int(((levels >= -1) & (levels <= 1)).sum())
@@ -124,7 +124,7 @@ def test_one_scale_in_three_units():
     model = tiny()
     made = [
         generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3, guidance=g))
-        for g in (Guidance(dit_s=1.5), Guidance(simple_diffusion_w=0.5), Guidance(dimr_s=0.5))
+        for g in (Guidance(scale=1.5), Guidance(scale=0.5, convention="simple_diffusion"), Guidance(scale=0.5, convention="dimr"))
     ]
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])
@@ -138,26 +138,26 @@ def test_power_cosine_over_index_and_over_u():
     printed = torch.tensor(
         [4.400, 4.119, 3.501, 2.224, 1.461, 1.139, 1.033, 1.000], dtype=torch.float64
     )
-    by_index = guidance_scale(Guidance(dit_s=4.4, power=4.0, time="index"), schedule)(
+    by_index = guidance_scale(Guidance(scale=4.4, power=4.0, time="index"), schedule)(
         schedule.logsnr[steps]
     )
     torch.testing.assert_close(by_index, printed, rtol=0, atol=6e-4)
     # specs/dimr.md 6.2: w(n) = 1 + (S - 1) / 2 (1 - cos(pi (1 - n / 1000)^p)), n = step + 1
-    by_u = guidance_scale(Guidance(dit_s=4.4, power=4.0), schedule)(schedule.logsnr[steps])
+    by_u = guidance_scale(Guidance(scale=4.4, power=4.0), schedule)(schedule.logsnr[steps])
     n = (steps + 1).double()
     torch.testing.assert_close(
         by_u, 1 + 1.7 * (1 - torch.cos(math.pi * (1 - n / 1000) ** 4)), rtol=1e-9, atol=1e-9
     )
     with pytest.raises(ValueError, match="time=index needs a discrete table"):
-        guidance_scale(Guidance(dit_s=2.0, power=4.0, time="index"), get_schedule(tiny()))
+        guidance_scale(Guidance(scale=2.0, power=4.0, time="index"), get_schedule(tiny()))
 
 
 def test_channels_and_interval_change_what_they_say():
     model = tiny("diffit-latent-tiny")
-    base = SamplingSettings(steps=2, guidance=Guidance(dit_s=3.0))
+    base = SamplingSettings(steps=2, guidance=Guidance(scale=3.0))
     full, part, none = (
         generate(model, [0, 1], cond_for(2), dataclasses.replace(base, guidance=g, steps=1))
-        for g in (Guidance(dit_s=3.0), Guidance(dit_s=3.0, channels=3), None)
+        for g in (Guidance(scale=3.0), Guidance(scale=3.0, channels=3), None)
     )
     assert torch.equal(part[:, :3], full[:, :3])
     assert torch.equal(part[:, 3:], none[:, 3:])
@@ -165,20 +165,20 @@ def test_channels_and_interval_change_what_they_say():
         model,
         [0],
         cond_for(1),
-        dataclasses.replace(base, guidance=Guidance(dit_s=3.0, low=-20, high=-5)),
+        dataclasses.replace(base, guidance=Guidance(scale=3.0, low=-20, high=-5)),
     )
     late = generate(
         model,
         [0],
         cond_for(1),
-        dataclasses.replace(base, guidance=Guidance(dit_s=3.0, low=-5, high=20)),
+        dataclasses.replace(base, guidance=Guidance(scale=3.0, low=-5, high=20)),
     )
     assert not torch.equal(early, late)
 
 
 def test_autoguidance_leads_away_from_the_weaker_network():
     strong, weak = tiny(), tiny(seed=1)
-    settings = SamplingSettings(steps=1, guidance=Guidance(dit_s=2.0))
+    settings = SamplingSettings(steps=1, guidance=Guidance(scale=2.0))
     guided = generate(strong, [0], cond_for(1), settings, weak)
     a, b = (generate(m, [0], cond_for(1), SamplingSettings(steps=1)) for m in (strong, weak))
     torch.testing.assert_close(guided, b + 2 * (a - b), rtol=1e-4, atol=1e-4)
@@ -191,7 +191,7 @@ def test_autoguidance_leads_away_from_the_weaker_network():
             strong,
             [0],
             cond_for(1),
-            SamplingSettings(guidance=Guidance(dit_s=2.0, channels=1)),
+            SamplingSettings(guidance=Guidance(scale=2.0, channels=1)),
             weak,
         )
 
@@ -259,21 +259,21 @@ def test_more_bad_input():
     table = tiny("diffit-latent-tiny")
     for grid in (Spec("even"), Spec("respaced")):
         with pytest.raises(ValueError, match="1001 steps are more than the table's 1000"):
-            generate(table, [0], cond_for(1), SamplingSettings(steps=1001, grid=grid))
+            generate(table, [0], cond_for(1), SamplingSettings(steps=1001, discretization=grid))
     with pytest.raises(ValueError, match=r"interval 20\.\.\.30 lies outside the schedule.*-15.*15"):
         generate(
             tiny(),
             [0],
             cond_for(1),
-            SamplingSettings(guidance=Guidance(dit_s=2.0, low=20, high=30)),
+            SamplingSettings(guidance=Guidance(scale=2.0, low=20, high=30)),
         )
     with pytest.raises(ValueError, match=r"interval 3\.\.\.-3 is empty"):
         generate(
-            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(dit_s=2.0, low=3, high=-3))
+            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(scale=2.0, low=3, high=-3))
         )
     with pytest.raises(ValueError, match="4 guided channels; this model has 3"):
         generate(
-            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(dit_s=2.0, channels=4))
+            tiny(), [0], cond_for(1), SamplingSettings(guidance=Guidance(scale=2.0, channels=4))
         )
     with pytest.raises(ValueError, match="'learned' needs a denoiser"):
         count_network_calls(
@@ -310,11 +310,10 @@ def test_a_name_in_place_of_a_model_says_how_to_open_it(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({}, "needs one of dit_s"),
-        ({"dit_s": 1.5, "dimr_s": 0.5}, "needs one of dit_s"),
-        ({"dit_s": 1.5, "low": 1.0}, "needs both ends"),
-        ({"dit_s": 1.5, "time": "t", "power": 2.0}, "must be u or index"),
-        ({"dit_s": 1.5, "time": "u"}, "belongs to a power-cosine"),
+        ({"scale": 2.0, "convention": "ditt"}, "ditt"),
+        ({"scale": 1.5, "low": 1.0}, "needs both ends"),
+        ({"scale": 1.5, "time": "t", "power": 2.0}, "must be u or index"),
+        ({"scale": 1.5, "time": "u"}, "belongs to a power-cosine"),
     ],
 )  # fmt: skip
 def test_guidance_is_one_thing(fields, message):

@@ -26,7 +26,7 @@ WORDS = [
     "ancestral",
     "--guidance",
     "1.5",
-    "--label-law",
+    "--label-order",
     "random",
 ]
 
@@ -67,11 +67,11 @@ import sys, time
 from mezzotint import cli
 from mezzotint.sampling.generate_images import Job
 real = SamplingJob.draw
-def draw(self, numbers):
-    if {fails!r} in numbers:
+def draw(self, seeds):
+    if {fails!r} in seeds:
         raise ValueError("image {fails} cannot be made")
     time.sleep({pause})
-    return real(self, numbers)
+    return real(self, seeds)
 Job.draw = draw
 sys.argv = ["mezzotint", *sys.argv[1:]]
 cli.main()

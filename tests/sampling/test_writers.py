@@ -36,14 +36,14 @@ from mezzotint.sampling.writers import make_writer
 
 N = 11
 SETTINGS = SamplingSettings(
-    sampler=Spec("ancestral"), steps=2, batch=4, guidance=Guidance(dit_s=1.5)
+    sampler=Spec("ancestral"), steps=2, batch=4, guidance=Guidance(scale=1.5)
 )
 KINDS = ("images", "images.npz", "images.tar", "images.png")
 
 
 def job(**changes) -> SamplingJob:
     settings = dataclasses.replace(SETTINGS, **changes)
-    return SamplingJob(model=tiny(), settings=settings, pool=tuple(range(10)), label_law="random")
+    return SamplingJob(model=tiny(), settings=settings, classes=tuple(range(10)), label_order="random")
 
 
 def make(out: Path, n: int = N, **changes) -> Path:
@@ -182,12 +182,12 @@ def test_interrupted_after_each_batch(finished, tmp_path, kind, monkeypatch):
     """Every start makes one batch more, then an error; the files at the end are those of an uninterrupted run."""
     real, made, left = SamplingJob.draw, [], [1]
 
-    def one_then_stop(self, numbers):
+    def one_then_stop(self, seeds):
         if not left.pop():
             raise RuntimeError("stopped")
         left.append(0)
-        made.extend(numbers)
-        return real(self, numbers)
+        made.extend(seeds)
+        return real(self, seeds)
 
     monkeypatch.setattr(SamplingJob, "draw", one_then_stop)
     out = tmp_path / "o" / kind
@@ -205,9 +205,9 @@ import sys, time, torch
 torch.set_num_threads(1)
 from sampling.test_writers import SamplingJob, make
 real = SamplingJob.draw
-def slow(self, numbers):
+def slow(self, seeds):
     time.sleep(0.4)
-    return real(self, numbers)
+    return real(self, seeds)
 SamplingJob.draw = slow
 make(__import__("pathlib").Path({out!r}))
 """
@@ -263,7 +263,7 @@ def test_too_small_a_disk_is_told_before_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(
         generate_images.shutil, "disk_usage", lambda path: usage._replace(free=1000)
     )
-    monkeypatch.setattr(SamplingJob, "draw", lambda self, numbers: pytest.fail("images were made"))
+    monkeypatch.setattr(SamplingJob, "draw", lambda self, seeds: pytest.fail("images were made"))
     with pytest.raises(OSError, match=r"needs up to \d+ kB, of which 1000 bytes are free"):
         make(tmp_path / "a.npz")
 
@@ -299,7 +299,7 @@ def test_another_settings_are_refused_in_the_middle(finished, tmp_path, kind, mo
     out = tmp_path / "o" / kind
     real = SamplingJob.draw
     monkeypatch.setattr(
-        SamplingJob, "draw", lambda self, numbers: 1 / 0 if numbers[0] else real(self, numbers)
+        SamplingJob, "draw", lambda self, seeds: 1 / 0 if seeds[0] else real(self, seeds)
     )
     with pytest.raises(ZeroDivisionError):
         make(out, steps=3)
@@ -322,7 +322,7 @@ def test_a_folder_grows_and_does_not_shrink(finished, tmp_path):
 
 
 def test_images_begin_where_asked(finished, tmp_path):
-    out = generate_images.generate_images(job(), tmp_path / "o", 3, first=7, quiet=True)
+    out = generate_images.generate_images(job(), tmp_path / "o", 3, first_seed=7, quiet=True)
     files = content(out)
     assert set(files) == {"000007.png", "000008.png", "000009.png", "card.json"}
     assert files["000008.png"] == finished["images"]["000008.png"]
@@ -339,7 +339,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 def test_a_large_file_is_written_in_bounded_memory(tmp_path, ending):
     output = make_writer(tmp_path / f"a{ending}")
     images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)  # 786 kB, and incompressible
-    output.begin({"n": 1024}, False)
+    output.begin({"num_images": 1024}, False)
     for start in range(0, 1024, 64):
         output.put(range(start, start + 64), images, [0] * 64)
     tracemalloc.start()
@@ -406,18 +406,18 @@ def run(monkeypatch, capsys, *words: object) -> tuple[int, str]:
 
 def test_the_command_line_makes_what_it_says(models, tmp_path, monkeypatch, capsys):
     words = [
-        "--n",
+        "--num-images",
         6,
         "--steps",
         3,
         "--sampler",
         "ddim:eta=0.5",
-        "--grid",
+        "--discretization",
         "even_logsnr:logsnr_min=-8,logsnr_max=8",
     ]
     words += [
         "--guidance",
-        "dit_s=2,low=-3,high=4",
+        "scale=2,low=-3,high=4",
         "--clip",
         "static",
         "--label",
@@ -439,7 +439,7 @@ def test_the_command_line_makes_what_it_says(models, tmp_path, monkeypatch, caps
         assert arrays["arr_0"].shape == (6, 8, 16, 3)
         assert arrays["arr_1"].tolist() == [2, 7, 2, 7, 2, 7]
     assert card["sampler"] == {"name": "ddim", "options": {"eta": 0.5}}
-    assert card["guidance"] == {"dit_s": 2.0, "low": -3.0, "high": 4.0}
+    assert card["guidance"] == {"scale": 2.0, "convention": "dit", "low": -3.0, "high": 4.0}
     assert card["logsnr"] == [-8.0, "inf"]
 
 
@@ -453,16 +453,16 @@ def test_the_command_line_follows_a_protocol(models, tmp_path, monkeypatch, caps
         4,
         "--guidance",
         "1.5",
-        "--guide",
+        "--guide-model",
         models / "weak",
     ]
     code, said = run(
-        monkeypatch, capsys, models / "strong", *words, "--n", 2, "--out", tmp_path / "a"
+        monkeypatch, capsys, models / "strong", *words, "--num-images", 2, "--out", tmp_path / "a"
     )
     assert code == 0, said
     card = json.loads((tmp_path / "a" / "card.json").read_text())
     assert card["protocol"] == "edm2"
-    assert [line.split(":")[0] for line in card["departures"]] == [
+    assert [line.split(":")[0] for line in card["deviations"]] == [
         "steps",
         "guidance",
         "dtype",
@@ -473,7 +473,7 @@ def test_the_command_line_follows_a_protocol(models, tmp_path, monkeypatch, caps
 
 
 def test_latents_are_written_raw(models, tmp_path, monkeypatch, capsys):
-    words = ["--latents", "--n", 3, "--steps", 2, "--out", tmp_path / "a.npz"]
+    words = ["--latents", "--num-images", 3, "--steps", 2, "--out", tmp_path / "a.npz"]
     code, said = run(monkeypatch, capsys, models / "latent", *words)
     assert code == 0, said
     with np.load(tmp_path / "a.npz") as arrays:
@@ -496,16 +496,16 @@ def test_a_latent_model_with_its_decoder(models, tmp_path, shared):
     ("words", "message"),
     [
         (["strong", "--steps", "0"], "0 steps are not enough"),
-        (["latent", "--grid", "respaced", "--steps", "1001", "--latents", "--out", "a.npz"], "than the table's 1000"),
-        (["strong", "--guidance", "dit_s=2,low=30,high=40"], "lies outside the schedule"),
+        (["latent", "--discretization", "respaced", "--steps", "1001", "--latents", "--out", "a.npz"], "than the table's 1000"),
+        (["strong", "--guidance", "scale=2,low=30,high=40"], "lies outside the schedule"),
         (["free", "--guidance", "2"], "unconditional network cannot be guided"),
         (["free", "--label", "3"], "this model is unconditional"),
         (["strong", "--label", "rose"], "unknown label 'rose'"),
         (["strong", "--label", "12"], "label 12 is out of range"),
-        (["strong", "--label-law", "radnom"], "did you mean random"),
+        (["strong", "--label-order", "radnom"], "did you mean random"),
         (["strong", "--protocol", "edm3"], "did you mean edm2"),
-        (["strong", "--guide", "free", "--guidance", "2"], "has num_classes 0, the model 10"),
-        (["strong", "--guide", "weak"], "a guide needs a guidance scale"),
+        (["strong", "--guide-model", "free", "--guidance", "2"], "has num_classes 0, the model 10"),
+        (["strong", "--guide-model", "weak"], "a guide needs a guidance scale"),
         (["strong", "--codec", "taesd"], "codec taesd does not fit a model that works in pixels"),
         (["strong", "--latents"], "latents are written as .npz"),
         (["strong", "--trajectory", "--interpolate", "3"], "one look at a time"),

@@ -18,10 +18,10 @@ def sample(
     out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path(
         "samples.png"
     ),
-    n: Annotated[Count, arg(aliases=["-n"])] = 16,  # torchrun takes --n for one of its own
+    num_images: Annotated[Count, arg(aliases=["-n"])] = 16,
     seed: Count = 0,
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
-    label_law: Text = None,
+    label_order: Text = None,
     text: tyro.conf.UseAppendAction[
         Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]
     ] = (),
@@ -29,10 +29,10 @@ def sample(
     encoder: Text = None,
     protocol: Text = None,
     sampler: Text = None,
-    grid: Text = None,
+    discretization: Text = None,
     steps: Given = None,
     guidance: Text = None,
-    guide: Text = None,
+    guide_model: Text = None,
     clip: Text = None,
     size: Text = None,
     dtype: Text = None,
@@ -51,20 +51,20 @@ def sample(
     Args:
         model: Run folder, model folder or hub name.
         out: FILE.png (one grid, the default), a folder of PNGs, .npz (ADM's), .tar.
-        n: Number of images; 16 by default.
+        num_images: Number of images; 16 by default.
         seed: Number of the first image, 0 by default; each depends on its own alone.
         label: Class names or numbers to choose from; all by default.
-        label_law: turn (default), random, or balanced: 50 in a row.
+        label_order: turn (default), random, or balanced: 50 in a row.
         text: What to show, for a model that reads text; --text may be repeated, they are taken in turn.
         prompts: A file of such, one a line.
         encoder: Folder of the text encoder, if it moved.
         protocol: simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2.
         sampler: With options: ddim (default), ddim:eta=0.5, heun:s_churn=40.
-        grid: even, even_logsnr, karras:rho=5, respaced; by default the family's.
+        discretization: even, even_logsnr, karras:rho=5, respaced; by default the family's.
         steps: Of the grid; 50 by default.
-        guidance: dit_s=1.5 (or 1.5), simple_diffusion_w=0.1, dimr_s=0.4; and low=-3,high=5 (log-SNR), power=4,
+        guidance: 1.5, or scale=0.4,convention=dimr; and low=-3,high=5 (log-SNR), power=4,
             channels=3.
-        guide: A weaker model to guide away from (autoguidance).
+        guide_model: A weaker model to guide away from (autoguidance).
         clip: none (default), static, dynamic:quantile=0.995.
         size: Of the network's input: 64, or 48x64 (height first).
         dtype: float32 (default), bfloat16, float16.
@@ -84,7 +84,7 @@ def sample(
 
     given = {
         "sampler": None if sampler is None else words.parse_sampler(sampler),
-        "grid": None if grid is None else words.parse_discretization(grid),
+        "discretization": discretization and words.parse_discretization(discretization),
         "steps": steps,
         "guidance": None if guidance is None else words.parse_guidance(guidance),
         "size": None if size is None else words.parse_size(size),
@@ -95,8 +95,8 @@ def sample(
     if clip is not None:
         changes["clip"] = words.parse_clip(clip)
     job = make_job(
-        model, changes, protocol=protocol, labels=label, label_law=label_law, guide=guide, codec=codec, latents=latents,
-        texts=(*text, *(read_prompts(prompts) if prompts else ())), encoder=encoder,
+        model, changes, protocol=protocol, labels=label, label_order=label_order, guide_model=guide_model, codec=codec, latents=latents,
+        prompts=(*text, *(read_prompts(prompts) if prompts else ())), encoder=encoder,
     )  # fmt: skip
     if (
         trajectory
@@ -108,12 +108,12 @@ def sample(
         from mezzotint.sampling.trajectory import look
 
         written = look(
-            job, out, n, seed,
+            job, out, num_images, seed,
             film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask, overwrite=overwrite,
         )  # fmt: skip
     else:
-        written = [generate_images(job, out, n, seed, overwrite)]
-    print(f"{n} images, {job.calls} network calls each:", *written)
+        written = [generate_images(job, out, num_images, seed, overwrite)]
+    print(f"{num_images} images, {job.network_calls} network calls each:", *written)
 
 
 def serve(

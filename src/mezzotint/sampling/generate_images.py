@@ -13,7 +13,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +25,9 @@ from torch import Tensor
 from mezzotint import __version__
 from mezzotint.core.distributed import (
     World,
-    broadcast_from_rank0,
+    all_ranks,
     init_distributed,
-    raise_on_all_ranks,
+    on_rank0,
     shutdown_distributed,
 )
 from mezzotint.core.files import format_bytes
@@ -54,28 +55,30 @@ CARD_FORMAT = 1
 class SamplingJob:
     """Everything that decides what image number i looks like.
 
-    model: in eval mode on its device; weak: guides it, if given. settings: see `Settings`.
+    model: in eval mode on its device; guide_model: guides it, if given. settings: see `Settings`.
     prompts: what the pictures of a model that reads text show, in turn; the text encoder is `encoder` or the card's.
-    pool: the classes that labels are chosen from, empty for an unconditional model. label_law: of
-        `protocols.LABEL_LAWS`. uint8_rule: of `to_uint8`.
+    classes: those that labels are chosen from, empty for an unconditional model. label_order: of
+        `protocols.LABEL_ORDERS`. uint8_rule: of `to_uint8`.
     codec: that decodes, "pixels" or an autoencoder's name (see `mezzotint.data.autoencoder.open_codec`); None leaves latents.
     protocol: the name of the published protocol it follows or departs from.
     """
 
     model: Model
     settings: SamplingSettings
-    weak: Model | None = None
+    guide_model: Model | None = None
     prompts: tuple[str, ...] = ()
     encoder: str | None = None
-    pool: tuple[int, ...] = ()
-    label_law: str = "turn"
+    classes: tuple[int, ...] = ()
+    label_order: str = "turn"
     uint8_rule: str = "round"
     codec: str | None = "pixels"
     protocol: str | None = None
 
-    def labels(self, numbers: Sequence[int]) -> list[int] | None:
+    def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The class of each image; None for an unconditional model."""
-        return protocols.choose_labels(self.label_law, numbers, self.pool) if self.pool else None
+        return (
+            protocols.choose_labels(self.label_order, seeds, self.classes) if self.classes else None
+        )
 
     @functools.cached_property
     def decoder(self) -> codecs.Codec | None:
@@ -89,23 +92,23 @@ class SamplingJob:
             codecs.check_codec_fits(found, self.model.info.config.channels, "this model")
         return found
 
-    def draw(self, numbers: Sequence[int]) -> Tensor:
+    def draw(self, seeds: Sequence[int]) -> Tensor:
         """Images by number, (b, c, h, w) uint8 on the CPU; float32 latents where there is no codec."""
         return self.decode(
-            generate(self.model, list(numbers), self.cond(numbers), self.settings, self.weak)
+            generate(self.model, list(seeds), self.cond(seeds), self.settings, self.guide_model)
         )
 
     def prompt(self, number: int) -> str:
         """The words of an image."""
         return self.prompts[number % len(self.prompts)]
 
-    def cond(self, numbers: Sequence[int]) -> Cond:
+    def cond(self, seeds: Sequence[int]) -> Cond:
         """The labels and words of these images as a condition."""
-        label = label_condition(self.model, self.labels(numbers), len(numbers))
+        label = label_condition(self.model, self.labels(seeds), len(seeds))
         if not self.prompts:
             return Cond(label=label)
         words = conditioning.encode_prompts(
-            self.model, [self.prompt(n) for n in numbers], self.encoder
+            self.model, [self.prompt(n) for n in seeds], self.encoder
         )
         return dataclasses.replace(words, label=label)
 
@@ -122,33 +125,35 @@ class SamplingJob:
             self.model(z, torch.zeros(1), self.cond((0,)).map(lambda t: t.to(z.device)))
 
     @functools.cached_property
-    def calls(self) -> int:
+    def network_calls(self) -> int:
         """Network calls per image, both passes of guidance and calls of a weaker model counted."""
-        return count_network_calls(self.model, self.settings, self.weak is not None)
+        return count_network_calls(self.model, self.settings, self.guide_model is not None)
 
-    def card(self, n: int, first: int) -> SamplingCard:
-        """How images first ... first + n - 1 are made, as JSON values; any change of a line but `n` changes images."""
+    def card(self, num_images: int, first_seed: int) -> SamplingCard:
+        """How images first_seed ... first_seed + num_images - 1 are made, as JSON values; any change of a line but `num_images` changes images."""
         s, config = self.settings, self.model.info.config
         named = self.protocol
         return {
             "mezzotint_samples": CARD_FORMAT,
             "protocol": named,
-            "departures": protocols.find_deviations(
-                named, s, self.label_law, self.uint8_rule, self.codec or "none"
+            "deviations": protocols.find_deviations(
+                named, s, self.label_order, self.uint8_rule, self.codec or "none"
             )
             if named
             else None,
             "model": _model_lines(self.model),
-            "guide": None if self.weak is None else _model_lines(self.weak),
-            "n": n,
-            "first": first,
-            "seed_law": protocols.SEED_RULE,
-            "label_law": protocols.LABEL_ORDER_RULES[self.label_law] if self.pool else None,
-            "label_pool": _pool_words(self.pool) if self.pool else None,
+            "guide_model": None if self.guide_model is None else _model_lines(self.guide_model),
+            "num_images": num_images,
+            "first_seed": first_seed,
+            "seed_rule": protocols.SEED_RULE,
+            "label_order": protocols.LABEL_ORDER_RULES[self.label_order] if self.classes else None,
+            "classes": _pool_words(self.classes) if self.classes else None,
             "prompts": list(self.prompts) or None,
             "text_encoder": self.model.info.extra.get("text"),
             "sampler": protocols.to_plain(s.sampler),
-            "grid": protocols.to_plain(s.grid) if s.grid else "the family's own",
+            "discretization": protocols.to_plain(s.discretization)
+            if s.discretization
+            else "the family's own",
             "steps": s.steps,
             "logsnr": [
                 round(float(v), 6) if v.isfinite() else "inf"
@@ -164,7 +169,7 @@ class SamplingJob:
             if self.decoder is None
             else {"name": self.decoder.name, "sha256": self.decoder.hash},
             "uint8_rule": None if self.codec is None else self.uint8_rule,
-            "network_calls_per_image": self.calls,
+            "network_calls_per_image": self.network_calls,
             "versions": {"mezzotint": __version__, "torch": str(torch.__version__)},
         }
 
@@ -198,21 +203,21 @@ def make_job(
     *,
     protocol: str | None = None,
     labels: Sequence[str] = (),
-    label_law: str | None = None,
-    guide: str | Path | None = None,
+    label_order: str | None = None,
+    guide_model: str | Path | None = None,
     codec: str | None = None,
     latents: bool = False,
-    texts: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     encoder: str | None = None,
 ) -> SamplingJob:
     """A Job from names.
 
     Args:
-        source: run folder, model folder or hub name. guide: likewise, a weaker model for autoguidance.
+        source: run folder, model folder or hub name. guide_model: likewise, a weaker model for autoguidance.
         changes: fields of `Settings` that are not as the protocol (or the defaults) have them.
         protocol: of `protocols.PROTOCOLS`. labels: class names or numbers to choose from; all by default.
-        label_law: of `protocols.LABEL_LAWS`; the protocol's, or "turn". codec: decodes instead of the protocol's or the
-            model's own. latents: do not decode. texts: prompts, in turn, for a model that reads text. encoder: of text,
+        label_order: of `protocols.LABEL_ORDERS`; the protocol's, or "turn". codec: decodes instead of the protocol's or the
+            model's own. latents: do not decode. prompts: taken in turn, for a model that reads text. encoder: of text,
             where the card's has moved.
 
     Errors: ValueError for unknown names, for labels of an unconditional model, and for prompts of one that reads none.
@@ -241,17 +246,17 @@ def make_job(
     job = SamplingJob(
         model=model,
         settings=settings,
-        weak=None if guide is None else _guide(guide, model),
-        pool=pool,
-        label_law=label_law or (published.label_law if published else "turn"),
+        guide_model=None if guide_model is None else _open_guide_model(guide_model, model),
+        classes=pool,
+        label_order=label_order or (published.label_order if published else "turn"),
         uint8_rule=published.uint8_rule if published else "round",
         codec=None if latents else codec,
         protocol=protocol,
-        prompts=tuple(texts),
+        prompts=tuple(prompts),
         encoder=encoder,
     )
-    protocols.choose_labels(job.label_law, (), job.pool)
-    if texts:
+    protocols.choose_labels(job.label_order, (), job.classes)
+    if prompts:
         conditioning.text_encoder_for(model, encoder)
     elif "text" in model.info.extra and settings.guidance is not None:
         raise ValueError(
@@ -260,7 +265,7 @@ def make_job(
     return job
 
 
-def _guide(source: str | Path, model: Model) -> Model:
+def _open_guide_model(source: str | Path, model: Model) -> Model:
     weak = open_model(source)
     for what in ("channels", "num_classes"):
         ours, theirs = (getattr(m.info.config, what) for m in (model, weak))
@@ -299,59 +304,68 @@ class Progress:
 def generate_images(
     job: SamplingJob,
     out: str | Path,
-    n: int,
-    first: int = 0,
+    num_images: int,
+    first_seed: int = 0,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Make images first ... first + n - 1 into `out` (see `outputs.output_for`); the same call again resumes.
+    """Make images first_seed ... first_seed + num_images - 1 into `out` (see `outputs.output_for`); the same call again resumes.
 
     Under torchrun every rank makes a share; `out` must be seen by all.
 
-    Errors: ValueError for a bad `n`, an `out` that exists or belongs to other settings; OSError when the disk is or
+    Errors: ValueError for a bad `num_images`, an `out` that exists or belongs to other settings; OSError when the disk is or
         becomes too full, keeping what is done. An error on one rank ends all of them.
     """
-    if n < 1 or first < 0:
-        raise ValueError(f"n {n} must be at least 1 and seed {first} at least 0")
+    if num_images < 1 or first_seed < 0:
+        raise ValueError(
+            f"num_images {num_images} must be at least 1 and seed {first_seed} at least 0"
+        )
     world = init_distributed()
     try:
-        _generate(job, Path(out), range(first, first + n), world, overwrite, quiet)
+        _generate(
+            job, Path(out), range(first_seed, first_seed + num_images), world, overwrite, quiet
+        )
     finally:
         shutdown_distributed()
     return Path(out)
 
 
 def _generate(
-    job: SamplingJob, out: Path, numbers: range, world: World, overwrite: bool, quiet: bool
+    job: SamplingJob, out: Path, seeds: range, world: World, overwrite: bool, quiet: bool
 ) -> None:
     output = make_writer(out, job.model.info.labels, job.codec is None)
 
     def prepare() -> list[range]:
         job.check()
-        output.begin(job.card(len(numbers), numbers.start), overwrite)
-        missing = output.missing(numbers)
-        _check_room(out, output.room(numbers, len(missing), _image_bytes(job)))
+        output.begin(job.card(len(seeds), seeds.start), overwrite)
+        missing = output.missing(seeds)
+        _check_room(out, output.room(seeds, len(missing), _image_bytes(job)))
         return consecutive_batches(missing, job.settings.batch)
 
-    todo = _on_main(prepare, world)
-    progress = Progress(len(numbers), len(numbers) - sum(map(len, todo)))
+    todo = on_rank0(prepare, world)
+    progress = Progress(len(seeds), len(seeds) - sum(map(len, todo)))
     for round_start in range(0, len(todo), world.size):
         share = todo[round_start : round_start + world.size]
-        error = None
-        try:
-            if world.rank < len(share):
-                mine = share[world.rank]
-                output.put(mine, job.draw(mine), job.labels(mine))
-        except Exception as caught:
-            error = _explained(caught, out)
-        raise_on_all_ranks(error, world)
+        mine = share[world.rank] if world.rank < len(share) else None
+
+        def write(mine: range | None = mine) -> None:
+            if mine is not None:
+                with _explain_full_disk(out):
+                    output.put(mine, job.draw(mine), job.labels(mine))
+
+        all_ranks(write, world)
         if world.is_rank0 and not quiet:
-            progress.show(len(numbers) - sum(map(len, todo[round_start + world.size :])))
-    _on_main(lambda: output.finish(numbers, job.labels(numbers)), world, out)
+            progress.show(len(seeds) - sum(map(len, todo[round_start + world.size :])))
+
+    def finish() -> None:
+        with _explain_full_disk(out):
+            output.finish(seeds, job.labels(seeds))
+
+    on_rank0(finish, world)
 
 
 def consecutive_batches(missing: Sequence[int], batch: int) -> list[range]:
-    """Runs of consecutive numbers, at most `batch` long."""
+    """Runs of consecutive seeds, at most `batch` long."""
     runs: list[range] = []
     for i in missing:
         if runs and runs[-1].stop == i and len(runs[-1]) < batch:
@@ -361,26 +375,18 @@ def consecutive_batches(missing: Sequence[int], batch: int) -> list[range]:
     return runs
 
 
-def _on_main(work: Callable[[], T], world: World, out: Path | None = None) -> T:
-    """`work()` on rank 0, its result on every rank; a failure there ends all."""
-    result: Any = None
-    error = None
+@contextmanager
+def _explain_full_disk(out: Path) -> Iterator[None]:
     try:
-        if world.is_rank0:
-            result = work()
-    except Exception as caught:
-        error = caught if out is None else _explained(caught, out)
-    raise_on_all_ranks(error, world)
-    return broadcast_from_rank0(result, world)
-
-
-def _explained(error: Exception, out: Path) -> Exception:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
             error.errno,
-            f"no space left while writing {out}; what is finished is kept. Make room, then run the same",
-        )
-    return error
+            f"no space left while writing {out}; finished images are kept. "
+            "Free some space and run the same command again",
+        ) from error
 
 
 def _image_bytes(job: SamplingJob) -> int:

@@ -39,7 +39,7 @@ def inpaint_denoiser(denoise: Denoiser, known: Image, keep: Tensor) -> Denoiser:
 
 def img2img(
     job: SamplingJob,
-    numbers: Sequence[int],
+    seeds: Sequence[int],
     picture: Tensor,
     logsnr: float | None = None,
     paint: Tensor | None = None,
@@ -53,7 +53,7 @@ def img2img(
             it is painted.
 
     Returns:
-        (len(numbers), c, h, w) uint8.
+        (len(seeds), c, h, w) uint8.
 
     Errors: ValueError for a log-SNR outside the sampler's grid.
     """
@@ -64,7 +64,7 @@ def img2img(
     stops = make_logsnr_steps(job.model, job.settings)
     device = next(job.model.parameters()).device
     x = job.decoder.encode_moments(to_model_range(picture)[None].to(device))[0].expand(
-        len(numbers), -1, -1, -1
+        len(seeds), -1, -1, -1
     )
     keep = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
     if paint is not None:
@@ -77,16 +77,16 @@ def img2img(
                 f"log-SNR {logsnr:g} is outside the sampler's grid, {first:.4g} (noise) to {last:.4g}"
             )
         stops = torch.cat([torch.tensor([logsnr], dtype=stops.dtype), stops[stops > logsnr]])
-    eps = draw_start_noise(job.model, numbers, job.settings)
+    eps = draw_start_noise(job.model, seeds, job.settings)
     known = x if logsnr is not None else torch.where(keep, x, torch.zeros_like(x))
-    z = diffuse(known, eps, stops[:1].expand(len(numbers)).to(eps))
+    z = diffuse(known, eps, stops[:1].expand(len(seeds)).to(eps))
 
     def around(denoise: Denoiser) -> Denoiser:
         return inpaint_denoiser(denoise, x, keep)
 
     wrap = around if paint is not None else None
     return job.decode(
-        integrate(job.model, z, stops, numbers, job.cond(numbers), job.settings, job.weak, wrap)
+        integrate(job.model, z, stops, seeds, job.cond(seeds), job.settings, job.guide_model, wrap)
     )
 
 

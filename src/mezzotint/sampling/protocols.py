@@ -28,9 +28,9 @@ LABEL_ORDERS: dict[str, Callable[[int, int], int]] = {
     "balanced": lambda i, k: i // PER_CLASS % k,
 }
 LABEL_ORDER_RULES = {
-    "turn": "image i: class i mod K of the pool of K",
-    "random": "image i: uniform over the pool, Philox keyed by (label, 0, i)",
-    "balanced": f"image i: class floor(i / {PER_CLASS}) mod K of the pool of K",
+    "turn": "image i: class i mod K of the K classes",
+    "random": "image i: uniform over the classes, Philox keyed by (label, 0, i)",
+    "balanced": f"image i: class floor(i / {PER_CLASS}) mod K of the K classes",
 }
 SEED_RULE = (
     "image i starts from float32 normals of Philox keyed by (sample, 0, i); draw d of a stochastic sampler is keyed by "
@@ -38,24 +38,24 @@ SEED_RULE = (
 )
 
 
-def choose_labels(law: str, numbers: Sequence[int], pool: Sequence[int]) -> list[int]:
-    """The classes of images by number; `pool` is what to choose from, e.g. range(1000)."""
-    if law not in LABEL_ORDERS:
-        raise ValueError(f"unknown label law {law!r}; {suggest(law, LABEL_ORDERS)}")
-    return [pool[LABEL_ORDERS[law](i, len(pool))] for i in numbers]
+def choose_labels(order: str, seeds: Sequence[int], classes: Sequence[int]) -> list[int]:
+    """The classes of images by seed out of `classes`, e.g. range(1000)."""
+    if order not in LABEL_ORDERS:
+        raise ValueError(f"unknown label order {order!r}; {suggest(order, LABEL_ORDERS)}")
+    return [classes[LABEL_ORDERS[order](i, len(classes))] for i in seeds]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
     """How a paper's images were made.
 
-    settings: sampler, grid, steps, guidance, clipping, dtype. label_law: of `LABEL_LAWS`. uint8_rule: see
+    settings: sampler, discretization, steps, guidance, clipping, dtype. label_order: of `LABEL_ORDERS`. uint8_rule: see
     `mezzotint.data.transforms.to_uint8`. codec: of the paper's model. source: where this is published. chosen: what is not
     published, and what we took.
     """
 
     settings: SamplingSettings
-    label_law: str
+    label_order: str
     uint8_rule: str
     codec: str
     source: str
@@ -64,7 +64,7 @@ class Protocol:
 
 _RESPACED = {
     "sampler": Spec("ancestral", {"variance": "learned"}),
-    "grid": Spec("respaced"),
+    "discretization": Spec("respaced"),
     "steps": 250,
 }
 
@@ -73,31 +73,31 @@ PROTOCOLS: dict[str, Protocol] = {
     "simple-diffusion-512steps": Protocol(
         settings=SamplingSettings(
             sampler=Spec("ancestral", {"variance": "posterior"}),
-            grid=Spec("even"),
+            discretization=Spec("even"),
             steps=512,
             clip=Spec("static"),
         ),
-        label_law="random",
+        label_order="random",
         uint8_rule="round",
         codec="pixels",
         source="simple diffusion, arXiv 2301.11093, section 2 and appendix; 512 steps as in its ablations",
-        chosen="the smaller (posterior) variance, no guidance (guided rows: simple_diffusion_w=0.1), labels, dtype, "
+        chosen="the smaller (posterior) variance, no guidance (guided rows: scale=0.1,convention=simple_diffusion), labels, dtype, "
         "the rule to eight bits",
     ),
     # specs/diffit.md 2.1 and section 5.
     "diffit-256": Protocol(
         settings=SamplingSettings(
-            **_RESPACED, guidance=Guidance(dit_s=4.4, power=4.0, time="index", channels=3)
+            **_RESPACED, guidance=Guidance(scale=4.4, power=4.0, time="index", channels=3)
         ),
-        label_law="random",
+        label_order="random",
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 says 4.6)",
         chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
     ),
     "diffit-512": Protocol(
-        settings=SamplingSettings(**_RESPACED, guidance=Guidance(dit_s=1.49, channels=3)),
-        label_law="random",
+        settings=SamplingSettings(**_RESPACED, guidance=Guidance(scale=1.49, channels=3)),
+        label_order="random",
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, section 5.8",
@@ -107,11 +107,11 @@ PROTOCOLS: dict[str, Protocol] = {
     "dimr-256": Protocol(
         settings=SamplingSettings(
             sampler=Spec("dpmpp_singlestep", {"order": 3}),
-            grid=Spec("even", {"end": 1e-3, "clean": False}),
+            discretization=Spec("even", {"end": 1e-3, "clean": False}),
             steps=250,
-            guidance=Guidance(dimr_s=0.4),
+            guidance=Guidance(scale=0.4, convention="dimr"),
         ),
-        label_law="balanced",
+        label_order="balanced",
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiMR, arXiv 2406.09416, with the defaults of its released command",
@@ -120,7 +120,7 @@ PROTOCOLS: dict[str, Protocol] = {
     # ADM (arXiv 2105.05233), its released image_sample.py: 250 respaced steps, x clipped, fp16 network.
     "adm": Protocol(
         settings=SamplingSettings(**_RESPACED, clip=Spec("static"), dtype="float16"),
-        label_law="random",
+        label_order="random",
         uint8_rule="truncate",
         codec="pixels",
         source="ADM, arXiv 2105.05233, and its released sampling script",
@@ -130,15 +130,15 @@ PROTOCOLS: dict[str, Protocol] = {
     "edm2": Protocol(
         settings=SamplingSettings(
             sampler=Spec("heun"),
-            grid=Spec("karras", {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}),
+            discretization=Spec("karras", {"sigma_min": 0.002, "sigma_max": 80.0, "rho": 7.0}),
             steps=32,
             dtype="float16",
         ),
-        label_law="random",
+        label_order="random",
         uint8_rule="truncate",  # as its autoencoder's decoding ends; its pixel models round
         codec="sd-vae-ft-mse",
         source="EDM2, arXiv 2312.02696, and its released sampling script",
-        chosen="no guidance; the guided presets differ by size: --guidance dit_s=... with --guide",
+        chosen="no guidance; the guided presets differ by size: --guidance with --guide-model",
     ),
 }
 
@@ -151,14 +151,14 @@ def get_protocol(name: str) -> Protocol:
 
 
 def find_deviations(
-    name: str, used: SamplingSettings, label_law: str, uint8_rule: str, codec: str
+    name: str, used: SamplingSettings, label_order: str, uint8_rule: str, codec: str
 ) -> list[str]:
     """What is not as the protocol says, as "steps: 50 instead of 250"; for the card."""
     published = get_protocol(name)
-    fields = ("sampler", "grid", "steps", "guidance", "clip", "size", "dtype")
+    fields = ("sampler", "discretization", "steps", "guidance", "clip", "size", "dtype")
     pairs = {field: (getattr(used, field), getattr(published.settings, field)) for field in fields}
     pairs |= {
-        "label_law": (label_law, published.label_law),
+        "label_order": (label_order, published.label_order),
         "uint8_rule": (uint8_rule, published.uint8_rule),
     }
     pairs |= {"codec": (codec, published.codec)}
@@ -175,8 +175,8 @@ def parse_sampler(text: str) -> Spec:
 
 
 def parse_discretization(text: str) -> Spec:
-    """A grid with options, e.g. "karras:rho=5"."""
-    return _parse_spec("grid", text, grids.registry)
+    """A discretization with options, e.g. "karras:rho=5"."""
+    return _parse_spec("discretization", text, grids.registry)
 
 
 def parse_clip(text: str) -> Spec | None:
@@ -185,9 +185,9 @@ def parse_clip(text: str) -> Spec | None:
 
 
 def parse_guidance(text: str) -> Guidance:
-    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "dimr_s=0.4"; both may go on, "4.4,power=4"."""
+    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "scale=0.4,convention=dimr"; both may go on, "4.4,power=4"."""
     named = "=" in text.partition(",")[0]
-    return Guidance(**_parse_options("guidance", Guidance, text if named else f"dit_s={text}"))
+    return Guidance(**_parse_options("guidance", Guidance, text if named else f"scale={text}"))
 
 
 def parse_size(text: str) -> tuple[int, int]:

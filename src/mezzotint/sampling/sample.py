@@ -55,7 +55,7 @@ def sample(
             f"{model!r} is no model; open one first: sample(load_model(folder_or_hub_name), ...)"
         )
     square = (size, size) if isinstance(size, int) else size
-    guided = None if guidance is None else Guidance(dit_s=guidance)
+    guided = None if guidance is None else Guidance(scale=guidance)
     settings = SamplingSettings(sampler=Spec(sampler), steps=steps, guidance=guided, size=square)
     cond = replace(
         text_condition(model, text, len(seeds)), label=label_condition(model, label, len(seeds))
@@ -80,12 +80,14 @@ def default_discretization(schedule: Schedule, name: str, sampler: str) -> Spec:
 def make_logsnr_steps(model: Model, settings: SamplingSettings) -> Tensor:
     """The rising log-SNRs at which the sampler stops."""
     schedule = get_schedule(model)
-    spec = settings.grid or default_discretization(
+    spec = settings.discretization or default_discretization(
         schedule, model.info.schedule.name, settings.sampler.name
     )
     build = grids.registry[spec.name]
     return build(
-        schedule, settings.steps, **check_options(f"grid {spec.name}", build, spec.options)
+        schedule,
+        settings.steps,
+        **check_options(f"discretization {spec.name}", build, spec.options),
     )
 
 
@@ -170,7 +172,7 @@ def build_denoiser(
     """
     g, denoise = settings.guidance, strong
     if weak is not None and g is None:
-        raise ValueError("a guide needs a guidance scale, e.g. dit_s=1.5")
+        raise ValueError("a guide needs a guidance scale, e.g. 1.5")
     if g is not None and g.peak != 1:
         scale, channels = guidance_scale(g, get_schedule(model)), model.info.config.channels
         if g.channels is not None and not 1 <= g.channels <= channels:
@@ -261,10 +263,10 @@ def integrate(
     denoise = build_denoiser(
         model_denoiser(model, settings), model, settings, weak and model_denoiser(weak, settings)
     )
-    run, numbers = get_sampler(settings), list(seeds)
+    run = get_sampler(settings)
 
     def noise(i: int, z: Image) -> Image:
-        return rng.normal("sampler", 0, numbers, tuple(z.shape[1:]), draw=i).to(z)
+        return rng.normal("sampler", 0, list(seeds), tuple(z.shape[1:]), draw=i).to(z)
 
     if "noise" in inspect.signature(run).parameters:
         run = functools.partial(run, noise=noise)

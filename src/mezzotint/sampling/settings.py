@@ -17,28 +17,33 @@ CLIPS: dict[str, Callable[..., Denoiser]] = {
     "dynamic": guide.dynamically_clipped,
 }
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# How each paper counts the guidance scale: its number to DiT's, where 1 is no guidance.
+CONVENTIONS: dict[str, Callable[[float], float]] = {
+    "dit": lambda s: s,  # guess = uncond + s (cond - uncond)
+    "simple_diffusion": lambda w: 1 + w,  # guess = (1 + w) cond - w uncond
+    "dimr": lambda s: 1 + s,  # guess = cond + s (cond - uncond)
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guidance:
-    """How strongly to guide, and where. Exactly one of the three scales is given, each its own paper's number.
+    """How strongly to guide, and where.
 
-    dit_s: guess = weak + s (strong - weak), of DiT, DiffiT, EDM2 and autoguidance; 1 is none.
-    simple_diffusion_w: guess = (1 + w) cond - w uncond; 0 is none.
-    dimr_s: guess = cond + s (cond - uncond); 0 is none.
-    low, high: natural log-SNRs between which guidance acts, `low` the noisier.
-    power: of the power-cosine, which rises from no guidance at pure noise to the scale at the clean end; None is
-        constant.
-    time: what the power-cosine runs over: "u" (None too) is the schedule's own, a table's n / N, as DiMR has it;
-        "index" is a table's (n - 1) / N, as DiffiT has it.
-    channels: how many leading channels are guided; None is all.
+    scale: strength, as `convention` counts it.
+    convention: "dit" (DiT, DiffiT, EDM2, autoguidance; 1 is no guidance), "simple_diffusion" or
+        "dimr" (0 is no guidance).
+    low, high: log-SNRs between which guidance acts, `low` the noisier; None guides everywhere.
+    power: exponent of the power-cosine, which rises from no guidance at pure noise to `scale` at
+        the clean end; None keeps the scale constant.
+    time: what the power-cosine runs over: "u" (the default) is the schedule's own time, a table's
+        n / N, as DiMR has it; "index" is a table's (n - 1) / N, as DiffiT has it.
+    channels: number of leading channels to guide; None guides all.
     """
 
-    dit_s: float | None = None
-    simple_diffusion_w: float | None = None
-    dimr_s: float | None = None
+    scale: float
+    convention: str = "dit"
     low: float | None = None
     high: float | None = None
     power: float | None = None
@@ -46,52 +51,47 @@ class Guidance:
     channels: int | None = None
 
     def __post_init__(self):
-        given = [
-            n for n in ("dit_s", "simple_diffusion_w", "dimr_s") if getattr(self, n) is not None
-        ]
-        if len(given) != 1:
+        if self.convention not in CONVENTIONS:
             raise ValueError(
-                f"guidance needs one of dit_s, simple_diffusion_w and dimr_s; given: {given or 'none'}"
+                f"unknown guidance convention {self.convention!r}; "
+                f"{suggest(self.convention, CONVENTIONS)}"
             )
         if (self.low is None) != (self.high is None):
-            raise ValueError("an interval needs both ends, low and high, as log-SNRs")
-        if not math.isfinite(self.peak):
-            raise ValueError(
-                f"guidance {self.peak} must be a finite number; 1 is none as DiT counts it"
-            )
-        if self.time not in (None, "u", "index") or (self.time is not None and self.power is None):
-            raise ValueError(
-                f"time {self.time!r} must be u or index, and belongs to a power-cosine (power=4)"
-            )
+            raise ValueError("a guidance interval needs both ends, low and high, as log-SNRs")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"guidance scale {self.scale} must be a finite number, e.g. 1.5")
+        if self.time not in (None, "u", "index"):
+            raise ValueError(f"guidance time {self.time!r} must be u or index")
+        if self.time is not None and self.power is None:
+            raise ValueError(f"guidance time {self.time!r} needs a power-cosine; add power=4")
 
     @property
     def peak(self) -> float:
-        """The scale in DiT's unit; the power-cosine's largest."""
-        if self.dit_s is not None:
-            return self.dit_s
-        if self.simple_diffusion_w is not None:
-            return 1 + self.simple_diffusion_w
-        assert self.dimr_s is not None
-        return 1 + self.dimr_s
+        """The scale as DiT counts it; the largest one of a power-cosine."""
+        return CONVENTIONS[self.convention](self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingSettings:
     """How to sample.
 
-    sampler, grid: registered names with options; grid None is Karras' for Heun's sampler and for EDM's log-normal
-        schedule, even in u otherwise. steps: intervals of the grid.
-    guidance: None is none.
-    clip: "static" (low=-1, high=1) or "dynamic" (quantile=0.995) clipping of the denoised image after guidance; None
-        is none.
+    sampler: registered name with options.
+    discretization: registered name with options. None is Karras' for Heun's sampler and for EDM's
+        log-normal schedule, even in u otherwise.
+    steps: number of intervals of the discretization.
+    guidance: None is no guidance.
+    clip: "static" (low=-1, high=1) or "dynamic" (quantile=0.995) clipping of the denoised image
+        after guidance; None is no clipping.
     size: (height, width) of the network's input; None is its native size.
     batch: images per network call; with `exact` it changes speed and memory only.
-    exact: evaluate the network in tiles of one size, for the same bytes at every batch size. None: on the CPU.
-    dtype: of the network's arithmetic, "float32", "bfloat16" or "float16"; the solver's is always float32.
+    exact: evaluate the network in tiles of one size, for the same bytes at every batch size. None
+        does so on the CPU.
+    dtype: of the network's arithmetic: "float32", "bfloat16" or "float16". The solver always
+        computes in float32.
     """
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
-    grid: Spec | None = None
+    discretization: Spec | None = None
     steps: int = 50
     guidance: Guidance | None = None
     clip: Spec | None = None

@@ -38,10 +38,10 @@ class TrajectoryRecorder:
         return guess
 
 
-def trajectory(job: SamplingJob, numbers: Sequence[int]) -> tuple[list[Tensor], list[float]]:
+def trajectory(job: SamplingJob, seeds: Sequence[int]) -> tuple[list[Tensor], list[float]]:
     """The denoised images along the way: one (b, c, h, w) uint8 tensor per network call, and the log-SNR of each.
 
-    All `numbers` are one batch. The last frame is the finished picture, at log-SNR +inf.
+    All `seeds` are one batch. The last frame is the finished picture, at log-SNR +inf.
     """
     films: list[TrajectoryRecorder] = []
 
@@ -49,10 +49,10 @@ def trajectory(job: SamplingJob, numbers: Sequence[int]) -> tuple[list[Tensor], 
         films.append(TrajectoryRecorder(denoise, [], []))
         return films[0]
 
-    z = draw_start_noise(job.model, numbers, job.settings)
+    z = draw_start_noise(job.model, seeds, job.settings)
     stops = make_logsnr_steps(job.model, job.settings)
     last = integrate(
-        job.model, z, stops, numbers, job.cond(numbers), job.settings, job.weak, record
+        job.model, z, stops, seeds, job.cond(seeds), job.settings, job.guide_model, record
     )
     film = films[0]
     return [job.decode(x) for x in [*film.x, last.cpu()]], [*film.logsnr, float("inf")]
@@ -70,23 +70,23 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
     return (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
 
 
-def interpolate(job: SamplingJob, numbers: Sequence[int], frames: int) -> Tensor:
-    """Pictures between consecutive seeds: (len(numbers) - 1, frames, c, h, w) uint8, both ends included.
+def interpolate(job: SamplingJob, seeds: Sequence[int], frames: int) -> Tensor:
+    """Pictures between consecutive seeds: (len(seeds) - 1, frames, c, h, w) uint8, both ends included.
 
     A row keeps the label, and the sampler's own noise, of its first seed.
 
-    Errors: ValueError for fewer than two numbers or frames.
+    Errors: ValueError for fewer than two seeds or frames.
     """
-    if len(numbers) < 2 or frames < 2:
+    if len(seeds) < 2 or frames < 2:
         raise ValueError(
-            f"{len(numbers)} images and {frames} frames; interpolation needs two or more of each"
+            f"{len(seeds)} images and {frames} frames; interpolation needs two or more of each"
         )
     stops, rows = make_logsnr_steps(job.model, job.settings), []
-    ends = draw_start_noise(job.model, numbers, job.settings)
-    for i in range(len(numbers) - 1):
+    ends = draw_start_noise(job.model, seeds, job.settings)
+    for i in range(len(seeds) - 1):
         z = torch.stack([slerp(ends[i], ends[i + 1], k / (frames - 1)) for k in range(frames)])
-        seeds = [numbers[i]] * frames
-        made = integrate(job.model, z, stops, seeds, job.cond(seeds), job.settings, job.weak)
+        same = [seeds[i]] * frames
+        made = integrate(job.model, z, stops, same, job.cond(same), job.settings, job.guide_model)
         rows.append(job.decode(made))
     return torch.stack(rows)
 
@@ -147,12 +147,12 @@ def look(
         )
     if out.suffix != ".png" or job.decoder is None or n < 1:
         raise ValueError(f"a look at one image or more is written as .png; given {out}, n {n}")
-    numbers, gif = list(range(first, first + n)), out.with_suffix(".gif")
+    seeds, gif = list(range(first, first + n)), out.with_suffix(".gif")
     if not overwrite:
         check_free(out, None if picture is not None else gif)
     how: dict[str, Any] = {"look": asked[0], "frames": frames, "logsnr": logsnr}
     if film:
-        steps, levels = trajectory(job, numbers)
+        steps, levels = trajectory(job, seeds)
         kept = (
             [round(i * (len(steps) - 1) / (COLUMNS - 1)) for i in range(COLUMNS)]
             if len(steps) > COLUMNS
@@ -166,19 +166,19 @@ def look(
         )
         save_gif(steps, gif)
     elif frames is not None:
-        rows = interpolate(job, numbers, frames)
+        rows = interpolate(job, seeds, frames)
         save_png(make_grid(rows.flatten(0, 1), columns=frames), out)
         save_gif(list(rows.transpose(0, 1)), gif)
     else:
         assert picture is not None
         given, paint = read_image(job, picture, mask)
-        made = img2img(job, numbers, given, logsnr, paint)
+        made = img2img(job, seeds, given, logsnr, paint)
         before = (
             [given]
             if paint is None
             else [given, torch.where(paint, torch.full_like(given, 127), given)]
         )
-        captions = ["given", "masked"][: len(before)] + [str(i) for i in numbers]
+        captions = ["given", "masked"][: len(before)] + [str(i) for i in seeds]
         save_png(make_grid(torch.stack([*before, *made]), captions=captions), out)
         how |= {"image": picture.name, "mask": None if mask is None else mask.name}
     write_json(out.with_name(f"{out.name}.json"), {**job.card(n, first), **how})

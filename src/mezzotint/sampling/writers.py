@@ -1,6 +1,6 @@
 """Where many images go: a folder of PNGs, an ADM .npz, a WebDataset .tar, one PNG grid. All of them can be taken up.
 
-Images arrive in runs of consecutive numbers from any rank, and count as there once a file with its final name is. A
+Images arrive in runs of consecutive seeds from any rank, and count as there once a file with its final name is. A
 process that is killed, or a disk that is full, leaves at most files called *.partial, which the next start removes.
 Several machines need a file system that all of them see. Every output carries its card: a folder as card.json, a file
 FILE as FILE.json beside it.
@@ -8,6 +8,7 @@ FILE as FILE.json beside it.
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import shutil
@@ -39,19 +40,19 @@ class ImageWriter(Protocol):
         """Claim the place for images of this card, or raise ValueError; called on rank 0, before anything else."""
         ...
 
-    def missing(self, numbers: range) -> list[int]:
+    def missing(self, seeds: range) -> list[int]:
         """Which of these images are not there yet."""
         ...
 
-    def put(self, numbers: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
-        """Store images of consecutive numbers, completely or not at all."""
+    def put(self, seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
+        """Store images of consecutive seeds, completely or not at all."""
         ...
 
-    def room(self, numbers: range, missing: int, image_bytes: int) -> int:
+    def room(self, seeds: range, missing: int, image_bytes: int) -> int:
         """Upper bound of the bytes still to be written, raw images taking `image_bytes`."""
         ...
 
-    def finish(self, numbers: range, labels: Sequence[int] | None) -> None:
+    def finish(self, seeds: range, labels: Sequence[int] | None) -> None:
         """All are there: make the final file. Called on rank 0."""
         ...
 
@@ -72,8 +73,8 @@ def differences(old: SamplingCard, new: SamplingCard) -> list[str]:
         for k in {**old, **new}
         if old.get(k) != new.get(k)
     ]
-    grows = isinstance(old.get("n"), int) and old["n"] <= new["n"]
-    return [line for line in lines if not (grows and line.startswith("n: "))]
+    grows = isinstance(old.get("num_images"), int) and old["num_images"] <= new["num_images"]
+    return [line for line in lines if not (grows and line.startswith("num_images: "))]
 
 
 def _refuse(place: Path, lines: Sequence[str]) -> None:
@@ -124,22 +125,22 @@ class FolderWriter:
             stale.unlink()
         write_json(kept, card)
 
-    def missing(self, numbers: range) -> list[int]:
+    def missing(self, seeds: range) -> list[int]:
         """See `Output`."""
         there = set(os.listdir(self.path))
-        return [i for i in numbers if self._file(i).name not in there]
+        return [i for i in seeds if self._file(i).name not in there]
 
-    def put(self, numbers: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
+    def put(self, seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
         """See `Output`; each image by itself."""
-        for i, (number, image) in enumerate(zip(numbers, images, strict=True)):
+        for i, (number, image) in enumerate(zip(seeds, images, strict=True)):
             with atomic_open(self._file(number)) as file:
                 file.write(encode_png(image, None if labels is None else labels[i]))
 
-    def room(self, numbers: range, missing: int, image_bytes: int) -> int:
+    def room(self, seeds: range, missing: int, image_bytes: int) -> int:
         """See `Output`."""
         return missing * (image_bytes + BLOCK)
 
-    def finish(self, numbers: range, labels: Sequence[int] | None) -> None:
+    def finish(self, seeds: range, labels: Sequence[int] | None) -> None:
         """Nothing is left to do."""
 
 
@@ -147,7 +148,7 @@ class FolderWriter:
 class ShardedWriter:
     """One file at the end, made of parts kept beside it in .NAME.parts until then.
 
-    write: images with numbers and labels into an open part. merge: parts in order, with all labels, into the open file.
+    write: images with seeds and labels into an open part. merge: parts in order, with all labels, into the open file.
     keep: whether a finished file is refused rather than replaced; one without a card beside it always is.
     """
 
@@ -191,29 +192,29 @@ class ShardedWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in [
             *self.folder.glob(".*.partial"),
-            self.path.with_name(f".{self.path.name}.partial"),
+            *self.path.parent.glob(f".{glob.escape(self.path.name)}.*.partial"),
         ]:
             stale.unlink(missing_ok=True)
         write_json(kept, card)
 
-    def missing(self, numbers: range) -> list[int]:
+    def missing(self, seeds: range) -> list[int]:
         """See `Output`."""
         there = {i for part, _ in self._parts() for i in part}
-        return [i for i in numbers if i not in there]
+        return [i for i in seeds if i not in there]
 
-    def put(self, numbers: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
+    def put(self, seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None) -> None:
         """See `Output`; one part."""
-        with atomic_open(self.folder / f"{numbers[0]:09d}-{numbers[-1] + 1:09d}") as file:
-            self.write(file, numbers, images, labels)
+        with atomic_open(self.folder / f"{seeds[0]:09d}-{seeds[-1] + 1:09d}") as file:
+            self.write(file, seeds, images, labels)
 
-    def room(self, numbers: range, missing: int, image_bytes: int) -> int:
+    def room(self, seeds: range, missing: int, image_bytes: int) -> int:
         """See `Output`: the parts, and the file beside them."""
-        return (missing + len(numbers)) * (image_bytes + BLOCK // 2)
+        return (missing + len(seeds)) * (image_bytes + BLOCK // 2)
 
-    def finish(self, numbers: range, labels: Sequence[int] | None) -> None:
+    def finish(self, seeds: range, labels: Sequence[int] | None) -> None:
         """See `Output`."""
         parts = self._parts()
-        assert [i for part, _ in parts for i in part] == list(numbers)
+        assert [i for part, _ in parts for i in part] == list(seeds)
         with atomic_open(self.path) as file:
             self.merge(file, [path for _, path in parts], labels)
             # The card first: a file with its final name is never without one.
@@ -224,7 +225,7 @@ class ShardedWriter:
 
 
 def _write_array(
-    file: IO[bytes], numbers: Sequence[int], images: Tensor, labels: Sequence[int] | None
+    file: IO[bytes], seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None
 ) -> None:
     """uint8 images as (b, h, w, c), latents as they are."""
     array = images.permute(0, 2, 3, 1) if images.dtype == torch.uint8 else images
@@ -253,11 +254,11 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def _write_tar(
-    file: IO[bytes], numbers: Sequence[int], images: Tensor, labels: Sequence[int] | None
+    file: IO[bytes], seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None
 ) -> None:
     """WebDataset's samples: NUMBER.png, and NUMBER.cls with the class as text."""
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for i, (number, image) in enumerate(zip(numbers, images, strict=True)):
+        for i, (number, image) in enumerate(zip(seeds, images, strict=True)):
             _add(archive, f"{number:09d}.png", encode_png(image))
             if labels is not None:
                 _add(archive, f"{number:09d}.cls", str(labels[i]).encode())
