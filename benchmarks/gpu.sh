@@ -50,7 +50,7 @@ part twins 60 "$PYTHON" benchmarks/speed.py --device "$DEVICE" $SMALL --batch "$
 part train 60 "$PYTHON" -m mezzotint train unet-tiny --data "$data" --out "$run/digits" model.size=16 \
   model.channels=$([ "$data" = digits ] && echo 1 || echo 3) images="$images" batch=256 log_every_images="$((images / 8))" \
   samples.every_images="$images" samples.count=10 samples.steps=10 save.every_images="$images"
-part sample 20 "$PYTHON" -m mezzotint sample "$run/digits" --n 20 --steps 20 --out "$run/samples.png"
+part sample 20 "$PYTHON" -m mezzotint sample "$run/digits" -n 20 --steps 20 --out "$run/samples.png"
 cp "$run/samples.png" "$OUT/" 2>/dev/null || failed=1
 cp "$run/digits/log.jsonl" "$OUT/train.jsonl" 2>/dev/null || failed=1
 if [ -n "${DATA:-}" ]; then

@@ -129,7 +129,7 @@ def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     train_set, held_out = references(args)
     how = {
         "sampler": Spec("dpmpp_2m"),
-        "grid": GRID,
+        "discretization": GRID,
         "steps": args.steps,
         "dtype": args.dtype,
         "clip": Spec("static"),

@@ -63,7 +63,7 @@ def measure(job: SamplingJob, images: int, real: Gaussian) -> dict[str, Any]:
     return {
         "sampler": job.settings.sampler.name,
         "steps": job.settings.steps,
-        "network_calls": job.calls,
+        "network_calls": job.network_calls,
         "fd_digits": distance(made, real),
         "seconds": round(seconds, 2),
     }
@@ -139,9 +139,9 @@ def main() -> None:
     for calls in CALLS:
         for name in samplers.registry:
             job = SamplingJob(
-                model=model, settings=settings_for(name, calls), pool=tuple(range(10))
+                model=model, settings=settings_for(name, calls), classes=tuple(range(10))
             )
-            if (name, job.calls) not in done:
+            if (name, job.network_calls) not in done:
                 rows.append(measure(job, args.images, real))
                 write(args, model, rows, floor)
                 print(rows[-1], flush=True)

@@ -188,7 +188,7 @@ def sampled(
         [a.caption() for a in asked]
     )
     settings = SamplingSettings(
-        steps=steps, guidance=Guidance(dit_s=guidance) if guidance != 1 else None, exact=False
+        steps=steps, guidance=Guidance(scale=guidance) if guidance != 1 else None, exact=False
     )
     return to_uint8(
         generate(model, list(range(len(asked))), Cond(text=text, text_mask=mask), settings)

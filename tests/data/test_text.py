@@ -378,7 +378,7 @@ def test_evaluation_along_the_way_shows_the_prompts_in_turn(t5, tmp_path):
     ]  # fmt: skip
     prompts = f"evaluate.prompts={tmp_path / 'prompts.txt'}"
     recipe = tiny("shapes:16,count=50", t5, *asked, prompts)
-    train(recipe, tmp_path / "run", quiet=True, judge=make_evaluator(recipe, [seen]))
+    train(recipe, tmp_path / "run", quiet=True, evaluator=make_evaluator(recipe, [seen]))
     card = json.loads((tmp_path / "run" / "evaluations" / "32.json").read_text())
     assert card["protocol"]["prompts"].startswith("2 in turn, SHA-256 ")
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -447,14 +447,14 @@ def run(t5, tmp_path_factory) -> Path:
 
 def test_prompts_are_taken_in_turn_and_steer_each_picture_alone(run):
     job = make_job(
-        run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a red ring", "a blue square"]
+        run, {"steps": 2, "guidance": Guidance(scale=2.0)}, prompts=["a red ring", "a blue square"]
     )
     pictures = job.draw([0, 1, 2, 3])
     assert torch.equal(pictures[1], job.draw([1])[0])
     assert torch.equal(pictures[3], sample_one(run, 3, "a blue square"))
-    other = make_job(run, {"steps": 2, "guidance": Guidance(dit_s=2.0)}, texts=["a green circle"])
+    other = make_job(run, {"steps": 2, "guidance": Guidance(scale=2.0)}, prompts=["a green circle"])
     assert not torch.equal(pictures[0], other.draw([0])[0])
-    assert job.calls == 4
+    assert job.network_calls == 4
     card = job.card(4, 0)
     assert card["prompts"] == ["a red ring", "a blue square"]
     assert card["text_encoder"]["encoder_hash"]
@@ -497,9 +497,9 @@ def test_prompts_that_nothing_reads_are_refused(run, t5, tmp_path):
             steps=1,
         )
     with pytest.raises(ValueError, match="give --text or --prompts"):
-        make_job(run, {"guidance": Guidance(dit_s=2.0)})
+        make_job(run, {"guidance": Guidance(scale=2.0)})
     with pytest.raises(ValueError, match="not the one the model was trained with"):
-        make_job(run, texts=["a red ring"], encoder=str(saved_t5(tmp_path / "other", seed=1)))
+        make_job(run, prompts=["a red ring"], encoder=str(saved_t5(tmp_path / "other", seed=1)))
     (tmp_path / "none.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="holds no prompt"):
         read_prompts(tmp_path / "none.txt")

@@ -39,7 +39,7 @@ def shortened(words: list[str]) -> list[str]:
         last = fields[-1] if fields else 2  # the preset; fields stand next to each other
         return [*words[: last + 1], *SHORT, *words[last + 1 :]]
     if words[1] == "sample":
-        at = words.index("--n")
+        at = words.index("-n")
         return [
             *words[: at + 1],
             "2",
@@ -64,8 +64,8 @@ def test_what_is_shortened_and_left_out():
         "--out",
         "b",
     ]
-    assert shortened(["mezzotint", "sample", "runs/a", "--n", "16"])[3:] == [
-        "--n",
+    assert shortened(["mezzotint", "sample", "runs/a", "-n", "16"])[3:] == [
+        "-n",
         "2",
         "--steps",
         "2",

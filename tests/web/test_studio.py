@@ -101,13 +101,13 @@ def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_
     assert len(set(first)) == 3
     shot(page, "generate")
     model = open_model(server.folder / "good")
-    drawn = SamplingJob(model=model, settings=SamplingSettings(steps=3), pool=(0, 1, 2)).draw(
+    drawn = SamplingJob(model=model, settings=SamplingSettings(steps=3), classes=(0, 1, 2)).draw(
         [4, 5, 6]
     )
     for uri, picture in zip(first, drawn, strict=True):
         assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(picture)))
     card = json.loads(decoded(first[1]).text["mezzotint"])
-    assert (card["first"], card["n"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
+    assert (card["first_seed"], card["num_images"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
     page.click("#pictures .mz-tools [data-seed='5']")
     page.wait_for_function(
         "() => document.querySelector('#seeds :is(textarea, input)').value === '5'"

@@ -113,6 +113,6 @@ def _report(
         "\nOn your own folder of images:\n"
         "  mezzotint prepare FOLDER my-images --size 64\n"
         "  mezzotint train unet-tiny --data my-images model.size=64 --out runs/mine\n"
-        "  mezzotint sample runs/mine --n 16 --out samples.png",
+        "  mezzotint sample runs/mine -n 16 --out samples.png",
         highlight=False,
     )

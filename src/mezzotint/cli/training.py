@@ -78,20 +78,24 @@ def train(
 
         initialise = initialise_from(init_from)
     folder = run(
-        chosen, out or Path("runs") / preset, initialise=initialise, judge=make_evaluator(chosen)
+        chosen,
+        out or Path("runs") / preset,
+        init_weights=initialise,
+        evaluator=make_evaluator(chosen),
     )
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
-    print(f"next: mezzotint sample {folder} --n 16 --out samples.png")
+    print(f"next: mezzotint sample {folder} -n 16 --out samples.png")
 
 
 def print_plan(recipe: Recipe) -> None:
     """What one process on this machine's device needs for the recipe, with a pointer to more."""
     from rich.console import Console
 
-    from mezzotint.tools.plan import detect_device, plan, render
+    from mezzotint.tools.accelerators import detect_device
+    from mezzotint.tools.plan import plan, render_plan
 
     if (device := detect_device()) is not None:
-        Console().print(render(plan(recipe, device=device, compare=False)))
+        Console().print(render_plan(plan(recipe, device=device, compare=False)))
     print(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
 
 

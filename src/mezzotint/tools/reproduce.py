@@ -20,7 +20,7 @@ from mezzotint.evaluate.references import complete_reference, read_reference
 from mezzotint.evaluate.results import Evaluation
 from mezzotint.sampling import protocols
 from mezzotint.sampling.generate_images import SamplingJob, make_job
-from mezzotint.tools.summary import describe
+from mezzotint.tools.summary import read_summary
 
 FID_SETS = ("inception-2048", "inception-sfid", "inception-logits")
 
@@ -123,12 +123,12 @@ def needs(name: str, model: str | None, reference: str | None) -> Table:
 def price(name: str, n: int) -> str:
     """Multiply-accumulates of the whole protocol for n images, in words."""
     job = _job(name, None)
-    total = describe(name)["gmac"] * job.calls * n
+    total = read_summary(name)["gmac"] * job.network_calls * n
     ceilings = ", ".join(
         f"{total * 2e9 / (f * 790e12) / 3600:,.1f} h at {f:.0%}" for f in (0.6, 0.4)
     )
     return (
-        f"{n:,} images x {job.calls} network calls x {describe(name)['gmac']:.1f} GMAC = {total / 1e9:,.2f} EMAC; "
+        f"{n:,} images x {job.network_calls} network calls x {read_summary(name)['gmac']:.1f} GMAC = {total / 1e9:,.2f} EMAC; "
         f"on one accelerator of 790 TFLOP/s (bf16 matrix product, measured on an H200): {ceilings} of that"
     )
 
@@ -180,8 +180,8 @@ def _job(name: str, model: str | None, steps: int | None = None) -> SamplingJob:
     return SamplingJob(
         model=dummy,
         settings=published.settings,
-        pool=tuple(range(dummy.info.config.num_classes)),
-        label_law=published.label_law,
+        classes=tuple(range(dummy.info.config.num_classes)),
+        label_order=published.label_order,
         uint8_rule=published.uint8_rule,
         codec=None,
         protocol=protocol,

@@ -77,7 +77,7 @@ def finished(
     labels = job.labels(seeds) or [None] * len(seeds)
     items = []
     for image, seed, label, name in zip(made, seeds, labels, names_of(job, seeds), strict=True):
-        data = html.png(image, label, {**card, "n": 1, "first": seed})
+        data = html.png(image, label, {**card, "num_images": 1, "first_seed": seed})
         title = f"seed {seed}" + (f" · {name}" if name else "")
         items.append(
             Figure(
@@ -120,7 +120,7 @@ def sampled(
         frames.close()
     yield (
         finished(job, made, seeds, card),
-        html.note(f"{heading}done · {job.calls} network calls per picture"),
+        html.note(f"{heading}done · {job.network_calls} network calls per picture"),
         True,
     )
 

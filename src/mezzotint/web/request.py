@@ -151,7 +151,7 @@ def parse_guidance_fields(wish: Request) -> Guidance | None:
             parse_number("log-SNR", wish.high, -30, 30),
         )
     power = parse_number("power", wish.power, 0.01, 20) if wish.curve == "power-cosine" else None
-    return Guidance(dit_s=scale, power=power, low=low, high=high)
+    return Guidance(scale=scale, power=power, low=low, high=high)
 
 
 def parse_input_size(model: Model, text: Any, limits: Limits) -> tuple[int, int] | None:
@@ -186,7 +186,7 @@ def make_job(studio: Studio, wish: Request, decode: bool = True) -> SamplingJob:
     return SamplingJob(
         model=model,
         settings=settings,
-        pool=parse_classes(model, wish.label),
+        classes=parse_classes(model, wish.label),
         prompts=parse_prompts(model, wish.prompts, studio.limits),
         codec=model.info.codec if decode or pixels else None,
     )
@@ -194,8 +194,8 @@ def make_job(studio: Studio, wish: Request, decode: bool = True) -> SamplingJob:
 
 def with_guidance(job: SamplingJob, scale: float) -> SamplingJob:
     """The job with another guidance scale, on the same curve."""
-    old = job.settings.guidance or Guidance(dit_s=1.0)
-    new = None if scale == 1 else replace(old, dit_s=scale)
+    old = job.settings.guidance or Guidance(scale=1.0)
+    new = None if scale == 1 else replace(old, scale=scale)
     return replace(job, settings=replace(job.settings, guidance=new))
 
 
