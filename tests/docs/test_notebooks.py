@@ -1,4 +1,4 @@
-"""The notebooks of examples/: stripped of outputs, and every cell runs, in order, with short settings."""
+"""The notebooks of examples/ have no outputs, and their cells run in order with short settings."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from mezzotint.process.samplers import registry
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.ipynb"))
 
 
-def cells(path):
-    """The source of each code cell; a shell line (!) has no place in a notebook that a test runs."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    assert book["nbformat"] == 4
-    code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
-    for cell in code:
+def read_code_cells(path):
+    """Return the source of each code cell; check that it holds no outputs."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    for cell in cells:
         assert cell["outputs"] == []
         assert cell["execution_count"] is None
-    return ["".join(cell["source"]) for cell in code]
+    return ["".join(cell["source"]) for cell in cells]
 
 
-def test_there_are_four():
+def test_there_are_four_notebooks():
     assert len(EXAMPLES) == 4
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
-def test_a_notebook_runs(path, tmp_path, monkeypatch):
+def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEZZOTINT_IMAGES", "64")
     monkeypatch.delenv("MEZZOTINT_FOLDER", raising=False)
-    monkeypatch.setattr(
-        registry, "_entries", dict(registry), raising=True
-    )  # what a notebook registers goes with it
+    # Samplers that a notebook registers are removed afterwards.
+    monkeypatch.setattr(registry, "_entries", dict(registry), raising=True)
     names = {"__name__": "__main__"}
-    for i, text in enumerate(cells(path)):
+    for i, text in enumerate(read_code_cells(path)):
         exec(compile(text, f"{path.name}, cell {i}", "exec"), names)

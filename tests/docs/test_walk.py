@@ -1,7 +1,8 @@
-"""The way of a newcomer: the commands of the first pages are run in their order, on few pictures and for few images.
+"""The commands of the first pages run in their order, with few and short images.
 
-Lengths and counts are cut, nothing else is changed. Left out are commands that do not return (serve), that need
-Inception's weights (evaluate) or that publish (--push); `test_commands` still parses those.
+Only lengths and counts are reduced. Three kinds of commands are skipped: those that do not return
+(serve), need Inception's weights (evaluate, reference) or publish (--push). `test_commands` parses
+them.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from docs.test_commands import ROOT, blocks, commands
+from docs.test_commands import ROOT, read_blocks, read_commands
 from mezzotint import cli
 
 SHORT = ["images=32", "batch=16", "samples.count=4", "samples.steps=2"]
+SKIPPED = {"serve", "demo", "evaluate", "reference", "--push", "--tyro-print-completion"}
 
 
-def pictures(folder: Path) -> None:
-    """Six pictures in each of two classes, of different sizes."""
+def write_images(folder: Path) -> None:
+    """Write six images of different sizes in each of two classes."""
     rng = np.random.default_rng(0)
     for label in ("daisy", "rose"):
         (folder / label).mkdir(parents=True)
@@ -32,55 +34,41 @@ def pictures(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / label / f"{i}.png")
 
 
-def shortened(words: list[str]) -> list[str]:
-    """The same command with fewer images."""
-    if words[1] == "train" and "--dry-run" not in words:
-        fields = [i for i, word in enumerate(words) if "=" in word and not word.startswith("--")]
-        last = fields[-1] if fields else 2  # the preset; fields stand next to each other
-        return [*words[: last + 1], *SHORT, *words[last + 1 :]]
-    if words[1] == "sample":
-        at = words.index("-n")
-        return [
-            *words[: at + 1],
-            "2",
-            *words[at + 2 :],
-            *([] if "--steps" in words else ["--steps", "2"]),
-        ]
-    return words
+def shorten(args: list[str]) -> list[str]:
+    """Return the same command with fewer images and steps."""
+    if args[1] == "train" and "--dry-run" not in args:
+        fields = [i for i, arg in enumerate(args) if "=" in arg and not arg.startswith("--")]
+        last = fields[-1] if fields else 2  # else after the preset
+        return [*args[: last + 1], *SHORT, *args[last + 1 :]]
+    if args[1] == "sample":
+        i = args.index("--num-images") + 1
+        steps = [] if "--steps" in args else ["--steps", "2"]
+        return [*args[:i], "2", *args[i + 1 :], *steps]
+    return args
 
 
-def left_out(words: list[str]) -> bool:
-    asks = [*words, *(word.partition(".")[0] for word in words)]
-    return bool({"serve", "demo", "evaluate", "--push", "--tyro-print-completion"} & set(asks))
+def is_skipped(args: list[str]) -> bool:
+    """Return whether the command, or a field of the recipe that it sets, is in `SKIPPED`."""
+    return not SKIPPED.isdisjoint([*args, *(arg.partition(".")[0] for arg in args)])
 
 
-def test_what_is_shortened_and_left_out():
-    assert shortened(["mezzotint", "train", "unet-tiny", "--data", "a", "x=1", "--out", "b"])[
-        4:
-    ] == [
-        "a",
-        "x=1",
-        *SHORT,
-        "--out",
-        "b",
-    ]
-    assert shortened(["mezzotint", "sample", "runs/a", "-n", "16"])[3:] == [
-        "-n",
-        "2",
-        "--steps",
-        "2",
-    ]
-    assert left_out(["mezzotint", "train", "unet-tiny", "evaluate.num_images=2"])
-    assert not left_out(["mezzotint", "train", "unet-tiny", "--out", "b"])
+def test_shorten_and_skip():
+    train = ["mezzotint", "train", "unet-tiny", "--data", "a", "x=1", "--out", "b"]
+    assert shorten(train) == [*train[:6], *SHORT, *train[6:]]
+    sample = ["mezzotint", "sample", "runs/a", "--num-images", "16"]
+    assert shorten(sample) == [*sample[:4], "2", "--steps", "2"]
+    assert is_skipped(["mezzotint", "train", "unet-tiny", "evaluate.num_images=2"])
+    assert not is_skipped(["mezzotint", "train", "unet-tiny", "--out", "b"])
 
 
+# page: (folder with images, files that its commands write)
 WALKS = {
     "README.md": ("FOLDER", {"samples.png", "runs/mine/model/model.safetensors"}),
-    "docs/own-images.md": (
+    "docs/train-on-your-images.md": (
         "flowers",
         {"samples.png", "many/000001.png", "runs/tuned/model/model.safetensors"},
     ),
-    "docs/elsewhere.md": (
+    "docs/export.md": (
         "FOLDER",
         {"my-pipeline/model_index.json", "denoiser.pt2", "denoiser.onnx"},
     ),
@@ -88,34 +76,32 @@ WALKS = {
 
 
 @pytest.fixture
-def _numbers_may_be_symbols():
-    """Tracing gives sizes that stand for any number, which annotations executed in tests would refuse."""
+def _no_shape_checks():
+    """Tracing uses symbolic sizes, which the shape annotations checked in tests would refuse."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.mark.usefixtures("_numbers_may_be_symbols")
+@pytest.mark.usefixtures("_no_shape_checks")
 @pytest.mark.parametrize("page", WALKS)
-def test_the_commands_of_a_page_run_in_their_order(page, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     source, expected = WALKS[page]
-    pictures(tmp_path / source)
-    given = [
-        words for block in blocks(ROOT / page) for words in commands(block) if not left_out(words)
-    ]
-    if page == "docs/elsewhere.md":  # it begins with a run
-        first = f"mezzotint train unet-tiny --data {source} model.size=32 --out runs/mine"
-        given.insert(0, first.split())
-    assert len(given) > 2
-    for words in map(shortened, given):
-        if "runs/other" in words:
+    write_images(tmp_path / source)
+    commands = [args for block in read_blocks(ROOT / page) for args in read_commands(block)]
+    commands = [args for args in commands if not is_skipped(args)]
+    assert len(commands) > 2
+    if page == "docs/export.md":  # it starts from a trained run
+        train = f"mezzotint train unet-tiny --data {source} model.size=32 --out runs/mine"
+        commands.insert(0, train.split())
+    for args in map(shorten, commands):
+        if "runs/other" in args:
             shutil.copytree("runs/flowers", "runs/other")
-        monkeypatch.setattr(sys, "argv", words)
+        monkeypatch.setattr(sys, "argv", args)
         try:
             cli.main()
         except SystemExit:
-            pytest.fail(f"{shlex.join(words)}: {capsys.readouterr().err}")
-    assert all((tmp_path / name).is_file() for name in expected), sorted(
-        p.name for p in tmp_path.iterdir()
-    )
+            pytest.fail(f"{shlex.join(args)}: {capsys.readouterr().err}")
+    missing = sorted(name for name in expected if not (tmp_path / name).is_file())
+    assert missing == []
