@@ -178,6 +178,11 @@ class SamplingJob:
         return next(self.model.parameters()).device.type
 
 
+def check_decoder(job: SamplingJob) -> None:
+    """Open the job's decoder, so that one that is missing or does not fit fails before sampling."""
+    _ = job.decoder  # cached
+
+
 def _model_lines(model: Model) -> SamplingCard:
     card = model.info
     lines = {
