@@ -1,4 +1,4 @@
-"""One process or many: who am I, and how do ranks agree. PyTorch's own process groups, launched by torchrun."""
+"""One process or many, launched by torchrun: rank, device, reductions, and errors shared by all ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among `size`; `device` is where it computes."""
+    """This process, number `rank` of `size`, and the `device` it computes on."""
 
     rank: int
     size: int
@@ -31,20 +31,21 @@ class World:
 
 
 class RankFailed(OSError):
-    """Raised on ranks that did nothing wrong; an OSError, which the command line prints as one sentence."""
+    """Another rank failed; raised on the ranks that did not fail themselves.
+
+    An OSError, so that the command line prints one sentence and no traceback.
+    """
 
 
 def default_device() -> torch.device:
-    """The GPU that torchrun gives this process (the first one, alone), or the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Return the GPU of this process (number LOCAL_RANK, as set by torchrun, else 0), or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
 
 
 def init_distributed() -> World:
-    """Join the group that torchrun's environment describes (RANK, WORLD_SIZE, LOCAL_RANK), or stand alone."""
+    """Join the process group described by torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one."""
     device = default_device()
     cuda = device.type == "cuda"
     if cuda:
@@ -56,16 +57,26 @@ def init_distributed() -> World:
 
 
 def shutdown_distributed() -> None:
-    """Leave the group, if there is one."""
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
-        # gloo's threads need Python's lock to let go of the last collective's tensors, and torch 2.13 joins them
-        # holding it: sleeping lends it to them first.
+        # gloo's threads need the GIL to free the last collective's tensors, and torch 2.13 joins
+        # them while holding it. Sleeping gives it to them first.
         time.sleep(0.1)
         dist.destroy_process_group()
 
 
+def get_rank() -> int:
+    """Return the number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Return the number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def any_rank(flag: bool, world: World) -> bool:
-    """Whether the flag is set on at least one rank; every rank gets the same answer."""
+    """Return whether the flag is set on at least one rank, on every rank."""
     if world.size == 1:
         return flag
     value = torch.tensor(float(flag), device=world.device)
@@ -81,103 +92,97 @@ def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
 
 
 def broadcast_from_rank0(value: T, world: World) -> T:
-    """Rank 0's value, on every rank; it must pickle."""
+    """Return rank 0's value, on every rank; it must pickle."""
     box: list[Any] = [value]
     if world.size > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def raise_on_all_ranks(error: Exception | None, world: World) -> None:
-    """Raise on every rank if any brings an error: its own where there is one, else `RankFailed` with their words.
+def gather_from_ranks(value: T, world: World) -> list[T]:
+    """Return every rank's value, in rank order, on every rank; values must pickle."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
-    Every rank must call it equally often; call it after work that may fail, so that no rank waits for one that left.
+
+def raise_on_all_ranks(error: Exception | None, world: World) -> None:
+    """Raise on every rank if any rank has an error: its own, else `RankFailed` with the others'.
+
+    All ranks call it together, after work that may fail, so that no rank waits for one that left.
     """
-    if not any_rank(error is not None, world):
-        return
-    if error is not None and world.size == 1:
-        raise error
-    words: list[Any] = [None] * world.size
-    dist.all_gather_object(words, None if error is None else f"{type(error).__name__}: {error}")
+    # An error is rare: one reduction of a flag first, the messages only if one is set.
+    if any_rank(error is not None, world):
+        _raise_own_or_others(error, gather_from_ranks(_describe(error), world))
+
+
+def _describe(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise_own_or_others(error: Exception | None, reports: list[str | None]) -> None:
     if error is not None:
         raise error
-    raise RankFailed(
-        "; ".join(f"rank {i} failed: {said}" for i, said in enumerate(words) if said is not None)
-    )
+    failed = [f"rank {i} failed: {text}" for i, text in enumerate(reports) if text is not None]
+    if failed:
+        raise RankFailed("; ".join(failed))
 
 
-T = TypeVar("T")
+# Work of uneven length: rank 0 may embed captions or compute statistics for hours while the others
+# wait. Their collectives run in a gloo group of this timeout; NCCL's default is minutes.
+TIMEOUT = timedelta(days=1)
+_patient_group: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
 
 
-PATIENCE = timedelta(
-    days=1
-)  # how long a rank waits for the one with the most pieces; NCCL's own groups give minutes
+def _get_patient_group() -> dist.ProcessGroup:
+    """Return the gloo group with the long timeout, made on first use by all ranks together."""
+    global _patient_group
+    if _patient_group is None or _patient_group[0] is not dist.group.WORLD:
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+        _patient_group = dist.group.WORLD, group
+    return _patient_group[1]
 
 
-_held: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
+def all_ranks(work: Callable[[], T], world: World | None = None) -> T:
+    """Return `work()` of this rank; if it raises on any rank, raise on every rank once all are done.
 
+    A rank raises its own error, or else `RankFailed`. `work` must not communicate: the others would
+    wait for a rank that failed.
 
-class EvaluationFailed(RuntimeError):
-    """Raised on every rank when any of them failed; training may go on."""
-
-
-def rank() -> int:
-    """This process's number, 0 without distribution."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    """Number of processes, 1 without distribution."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _group() -> dist.ProcessGroup:
-    """A gloo group for the objects that are exchanged here, made when first needed; all ranks need it together."""
-    global _held
-    if _held is None or _held[0] is not dist.group.WORLD:
-        made = dist.new_group(backend="gloo", timeout=PATIENCE)
-        assert isinstance(made, dist.ProcessGroup), "every rank is a member"
-        _held = dist.group.WORLD, made
-    return _held[1]
-
-
-def all_ranks(work: Callable[[], T]) -> T:
-    """`work()` on every rank; if it raises on one, every rank raises after all have finished or failed.
-
-    Alone, the exception passes unchanged. `work` must not communicate, or the others would wait for the rank that left.
+    Args:
+        world: this process and its peers; by default those of the process group, if there is one.
     """
-    if world_size() == 1:
+    size = get_world_size() if world is None else world.size
+    if size == 1:
         return work()
-    result: list[T] = []
-    error: Exception | None = None
+    result, error = None, None
     try:
-        result.append(work())
+        result = work()
     except Exception as caught:
         error = caught
-    reports: list[Any] = [None] * world_size()
-    dist.all_gather_object(
-        reports, None if error is None else f"{type(error).__name__}: {error}", group=_group()
-    )
-    failed = [f"rank {i}: {report}" for i, report in enumerate(reports) if report is not None]
-    if failed:
-        raise EvaluationFailed("; ".join(failed)) from error
-    return result[0]
+    reports: list[Any] = [None] * size
+    dist.all_gather_object(reports, _describe(error), group=_get_patient_group())
+    _raise_own_or_others(error, reports)
+    return cast(T, result)
 
 
-def on_rank0(work: Callable[[], T]) -> T:
-    """`work()` on rank 0 only, its result on every rank; a failure there is raised on all."""
-    result = all_ranks(lambda: work() if rank() == 0 else None)
-    if world_size() == 1:
-        return result  # pyright: ignore[reportReturnType]
+def on_rank0(work: Callable[[], T], world: World | None = None) -> T:
+    """Run `work()` on rank 0 alone and return its result on every rank; errors as for `all_ranks`."""
+    is_rank0 = get_rank() == 0 if world is None else world.is_rank0
+    result = all_ranks(lambda: work() if is_rank0 else None, world)
     box: list[Any] = [result]
-    dist.broadcast_object_list(box, src=0, group=_group())
+    if (get_world_size() if world is None else world.size) > 1:
+        dist.broadcast_object_list(box, src=0, group=_get_patient_group())
     return box[0]
 
 
-def gather_to_rank0(mine: T) -> list[T] | None:
-    """Every rank's value, in rank order, on rank 0; None on the others."""
-    if world_size() == 1:
-        return [mine]
-    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(mine, values, dst=0, group=_group())
+def gather_to_rank0(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the others."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * get_world_size() if get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_get_patient_group())
     return values

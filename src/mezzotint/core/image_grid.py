@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
+
+from mezzotint.core.files import atomic_open
 
 MARGIN = 2  # pixels between images
 
@@ -57,6 +60,11 @@ def make_grid(
 def save_png(picture: Pillow.Image, path: Path) -> None:
     """Write a PNG beside `path` and rename it into place, so that a half-written one is never seen."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic_open(path) as file:
+        picture.save(file, format="PNG")
+
+
+def data_uri(data: bytes) -> str:
+    """Return the bytes of a PNG or JPEG as a data URI, for the src of an <img>."""
+    kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

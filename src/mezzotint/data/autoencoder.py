@@ -6,7 +6,6 @@ mean and log-variance, so that whoever holds the two draws latents without the a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.core.files import cache_dir
+from mezzotint.core.files import cache_dir, read_json
 from mezzotint.core.registry import suggest
 from mezzotint.core.tensor_files import sha256_of_module
 
@@ -328,7 +327,7 @@ def _diffusers(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
     try:
-        kind = json.loads((folder / "config.json").read_text())["_class_name"]
+        kind = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} holds no autoencoder: {error!r}; give a folder with {' and '.join(_DIFFUSERS)}, or with "

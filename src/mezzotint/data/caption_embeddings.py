@@ -7,7 +7,6 @@ caption begins, and the end), and `words.json`: the encoder, its hash, its token
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -16,6 +15,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float16
 from torch import Tensor
+
+from mezzotint.core.files import read_json
 
 EMBEDDINGS_CARD = "words.json"
 
@@ -31,7 +32,7 @@ class CaptionEmbeddings:
 
     def __init__(self, folder: Path, captions: np.ndarray):
         self.folder = folder
-        self.card: dict[str, Any] = json.loads((folder / EMBEDDINGS_CARD).read_text("utf-8"))
+        self.card: dict[str, Any] = read_json(folder / EMBEDDINGS_CARD, "remove the folder")
         self.width, self.max_tokens = int(self.card["width"]), int(self.card["longest"])
         self.captions = captions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mezzotint.core.files import atomic_open, read_json, write_json
 from mezzotint.data.autoencoder import Codec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset
-from mezzotint.data.latent_dataset import LABELS, PLAN, encode_moments, piece_path, read_json
+from mezzotint.data.latent_dataset import LABELS, PLAN, encode_moments, piece_path
 from mezzotint.data.sources import NO_LABEL, digest
 
 PIECE_BYTES = 16 << 20  # of moments in one piece, at most; a kill costs the piece begun
@@ -86,12 +86,12 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
     """Write plan.json into a new folder, or check that the one there is the same."""
     if not (out / PLAN).is_file():
         strange = out.exists() and (
-            not out.is_dir() or any(not p.name.startswith(PLAN) for p in out.iterdir())
+            not out.is_dir() or any(not p.name.startswith(f".{PLAN}.") for p in out.iterdir())
         )
         if strange and not (out / PLAN).is_file():  # another process may have been first in between
             raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
         out.mkdir(parents=True, exist_ok=True)
-        _write(out / PLAN, json.dumps(plan, indent=1).encode())
+        write_json(out / PLAN, plan)
     there = read_json(out / PLAN, "remove the folder")
     # The name is how a codec was called; the hash is what it is.
     differing = [
@@ -104,16 +104,6 @@ def _claim(out: Path, plan: dict[str, Any]) -> None:
             f"{out} holds latents made otherwise (codec {there.get('codec')}, not {plan['codec']}): "
             f"{'; '.join(differing)}. Give another folder, or remove this one"
         )
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all: beside, synced, then renamed."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _encode_pieces(
@@ -169,16 +159,9 @@ def _write_piece(out: Path, k: int, moments: np.ndarray, facts: dict[str, Any]) 
         (mean**2 + variance).sum((0, 1, 3, 4)).tolist()
     )  # E z² = mean² + variance
     facts["numbers"] = int(np.prod([2, *moments.shape[-2:], len(moments)]))  # per channel
-    beside = out / f"piece-{k:06d}.{os.getpid()}.partial"
-    with beside.open("wb") as file:
+    with atomic_open(piece_path(out, k, "npy")) as file:
         np.save(file, moments)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(piece_path(out, k, "npy"))
-    _write(
-        piece_path(out, k, "json"),
-        json.dumps(facts, ensure_ascii=False).encode("utf-8", "surrogatepass"),
-    )
+    write_json(piece_path(out, k, "json"), facts)
 
 
 def _complete(out: Path, plan: dict[str, Any], pieces: int) -> None:
@@ -213,9 +196,8 @@ def _complete(out: Path, plan: dict[str, Any], pieces: int) -> None:
         "notes": notes,
         "fingerprint": digest([plan["pictures"], plan["codec_hash"], *content]),
     }
-    for old in out.glob("piece-*.partial"):  # of killed processes
+    for old in out.glob(".*.partial"):  # of killed processes
         old.unlink(missing_ok=True)
-    buffer = io.BytesIO()
-    np.save(buffer, labels)
-    _write(out / LABELS, buffer.getvalue())
-    _write(out / LATENTS, json.dumps(card, indent=1, ensure_ascii=False).encode("utf-8"))
+    with atomic_open(out / LABELS) as file:
+        np.save(file, labels)
+    write_json(out / LATENTS, card)  # last: its presence says that the dataset is complete

@@ -10,7 +10,6 @@ captions and sums; `plan.json`, what is being encoded by which codec; and, when 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
 from mezzotint.core import rng
+from mezzotint.core.files import read_json
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
@@ -257,14 +257,6 @@ def _labels(folder: Path) -> np.ndarray:
         return np.load(folder / LABELS, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder} is damaged: {LABELS}: {error}; prepare it again") from None
-
-
-def read_json(path: Path, advice: str) -> dict[str, Any]:
-    """A JSON object; ValueError with `advice` where there is none."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or absent: {error}; {advice}") from None
 
 
 def open_dataset(

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import os
-import shutil
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.distributed import default_device
+from mezzotint.core.files import atomic_folder, write_json
 from mezzotint.data.audit import Audit, examined
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.tables import CARD
@@ -73,18 +70,15 @@ def prepare_latents(
 
     Returns: what the set holds, in words. Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
     """
-    import torch
-
     from mezzotint.data.autoencoder import open_codec
     from mezzotint.data.encode_latents import WorkShare, encode_latents
     from mezzotint.data.latent_dataset import LatentDataset, describe_latents
 
     share = WorkShare.from_environment()
-    if device is None:
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
     images = open_images(source, size=size, crop=crop, keep_in_memory=False)
-    if not encode_latents(images, Path(out), open_codec(name, device), share, progress=progress):
+    if not encode_latents(
+        images, Path(out), open_codec(name, device or default_device()), share, progress=progress
+    ):
         return f"this process's share of {out} is done; the set is complete when the other processes have finished"
     return describe_latents(LatentDataset(Path(out)))
 
@@ -99,13 +93,11 @@ def prepare_captions(out: str | Path, name: str, *, progress: bool = True) -> li
 
     Errors: ValueError as `mezzotint.data.text_encoder.embed_captions`.
     """
-    import torch
-
     from mezzotint.data.latent_dataset import LatentDataset
     from mezzotint.data.text_encoder import describe_captions, embed_captions, open_text_encoder
 
     images = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
-    reader = open_text_encoder(name, "cuda" if torch.cuda.is_available() else "cpu")
+    reader = open_text_encoder(name, default_device())
     return describe_captions(
         embed_captions([images.text(i) for i in range(len(images))], reader, progress=progress)
     )
@@ -115,44 +107,8 @@ def prepare_images(images: ImageDataset, out: Path, *, progress: bool = True) ->
     """`prepare` for a set already open."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
-    with _beside(out) as folder:
-        report = _write(images, folder, progress)
-        try:
-            os.replace(folder, out)
-        except OSError:
-            if not (out / CARD).is_file():
-                raise
-            # Another process was first with the same set.
-    return report
-
-
-@contextlib.contextmanager
-def _beside(out: Path) -> Iterator[Path]:
-    """A folder next to `out` to write in, gone afterwards unless renamed; what killed runs left there goes too."""
-    host = socket.gethostname()
-    for old in out.parent.glob(f".{out.name}.*.partial"):
-        *_, writer, number, _ = old.name.split(".")
-        if writer == host.replace(".", "-") and number.isdigit() and not _alive(int(number)):
-            shutil.rmtree(old, ignore_errors=True)
-    folder = out.parent / f".{out.name}.{host.replace('.', '-')}.{os.getpid()}.partial"
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:  # of a name that nobody asked for
-        raise OSError(f"{out} cannot be written: {error.strerror}; give another folder") from error
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # someone else's
-        return True
-    return True
+    with atomic_folder(out, complete=CARD) as folder:
+        return _write(images, folder, progress)
 
 
 def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:
@@ -192,9 +148,9 @@ def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]
         "fingerprint": content.hexdigest()[:32],
         "left_out": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
     }
-    _write_json(folder / "report.json", report)
+    write_json(folder / "report.json", report)
     _describe_to_datasets(folder, features, writer.names, card["fingerprint"])
-    _write_json(folder / CARD, card)
+    write_json(folder / CARD, card)
     return report
 
 
@@ -212,14 +168,7 @@ def _describe_to_datasets(folder: Path, features: Any, names: list[str], fingerp
         "_output_all_columns": False,
         "_split": None,
     }
-    _write_json(folder / "state.json", state)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(folder / "state.json", state)
 
 
 class _Shards:
@@ -269,5 +218,4 @@ class _Shards:
         self.names.append(f"data-{len(self.names):05d}.arrow")
         self.written = 0
         file = self.files.enter_context((self.folder / self.names[-1]).open("wb"))
-        self.files.callback(lambda: (file.flush(), os.fsync(file.fileno())))
         self.writer = self.files.enter_context(pa.ipc.new_stream(file, self.schema))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mezzotint.core.files import read_json
 from mezzotint.data.sources import NO_LABEL, decode, digest, held_out
 from mezzotint.data.transforms import UnreadableImage
 
@@ -87,7 +87,7 @@ def _pixels(folder: str, key: str) -> tuple[list[int], list[np.ndarray]]:
 def read_card(folder: Path) -> dict[str, Any]:
     """What `prepare` wrote of itself; ValueError if it is damaged."""
     try:
-        card = json.loads((folder / CARD).read_text("utf-8"))
+        card = read_json(folder / CARD)
         if card["format"] != 1:
             raise ValueError(f"format {card['format']}, and this version reads format 1")
         if missing := CARD_KEYS - card.keys():

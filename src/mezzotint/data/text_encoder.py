@@ -7,9 +7,6 @@ known by the encoder's weights, its tokenizer and the captions; a change of any 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mezzotint.core.files import cache_dir
+from mezzotint.core.files import atomic_folder, cache_dir, read_json, write_json
+from mezzotint.core.progress import ProgressBar
 from mezzotint.core.tensor_files import sha256_of_module
 from mezzotint.data.caption_embeddings import EMBEDDINGS_CARD, CaptionEmbeddings
 from mezzotint.data.sources import digest
@@ -104,7 +102,7 @@ def open_text_encoder(
         raise ValueError("text needs transformers: pip install 'mezzotint[text]'") from error
     folder = find_text_encoder(name)
     try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        kind = read_json(folder / "config.json")["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} holds no encoder: {error!r}; give a folder that transformers saved"
@@ -208,55 +206,48 @@ def embed_captions(
 
 
 def _write_embeddings(
-    folder: Path, key: str, captions: UniqueCaptions, reader: TextEncoder, progress: bool
+    folder: Path, key: str, captions: UniqueCaptions, encoder: TextEncoder, progress: bool
 ) -> None:
-    """Token by token into one file; the folder appears when it is whole."""
-    from rich.console import Console
-    from rich.progress import track
-
-    beside = folder.with_name(f".{key}.{os.getpid()}.partial")
-    beside.mkdir(parents=True, exist_ok=True)
-    try:
-        lengths, cut = [], 0
+    """Write the states of all captions, token after token, into one file."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(folder, complete=EMBEDDINGS_CARD) as partial:
+        lengths, num_cut = [], 0
         for caption in captions.distinct:
-            ids, was_cut = reader.tokens(caption)
+            ids, was_cut = encoder.tokens(caption)
             lengths.append(len(ids))
-            cut += was_cut
+            num_cut += was_cut
         starts = np.cumsum([0, *lengths])
-        shape = (int(starts[-1]), reader.width)
         tokens = np.lib.format.open_memmap(
-            beside / "tokens.npy", mode="w+", dtype=np.float16, shape=shape
+            partial / "tokens.npy",
+            mode="w+",
+            dtype=np.float16,
+            shape=(int(starts[-1]), encoder.width),
         )
-        console = Console(stderr=True)
-        for k, caption in track(
-            enumerate(captions.distinct),
-            "reading captions",
-            len(lengths),
-            console=console,
-            disable=not progress,
-        ):
-            states = reader.encode(caption).numpy()
-            if not np.isfinite(states.astype(np.float16)).all():
-                raise ValueError(
-                    f"encoder {reader.name} made no finite float16 states of {caption[:80]!r}"
-                )
-            tokens[starts[k] : starts[k + 1]] = states
+        with ProgressBar("embedding captions", len(lengths), unit="captions", show=progress) as bar:
+            for k, caption in enumerate(captions.distinct):
+                states = encoder.encode(caption).numpy()
+                if not np.isfinite(states.astype(np.float16)).all():
+                    raise ValueError(
+                        f"text encoder {encoder.name} gives NaN or infinity in float16 for the "
+                        f"caption {caption[:80]!r}"
+                    )
+                tokens[starts[k] : starts[k + 1]] = states
+                bar.advance()
         tokens.flush()
-        del tokens
-        np.save(beside / "starts.npy", starts)
+        np.save(partial / "starts.npy", starts)
         card = {
-            "format": 1, "key": key, "encoder": reader.name, "encoder_hash": reader.hash,
-            "tokenizer_hash": reader.tokenizer_hash, "width": reader.width, "max_tokens": reader.max_tokens,
-            "longest": max(lengths), "captions": len(captions.distinct), "cut": cut,
-        }  # fmt: skip
-        (beside / EMBEDDINGS_CARD).write_text(json.dumps(card, indent=1))
-        try:
-            os.replace(beside, folder)
-        except OSError:
-            if not (folder / EMBEDDINGS_CARD).is_file():  # else another process was first
-                raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            "format": 1,
+            "key": key,
+            "encoder": encoder.name,
+            "encoder_hash": encoder.hash,
+            "tokenizer_hash": encoder.tokenizer_hash,
+            "width": encoder.width,
+            "max_tokens": encoder.max_tokens,
+            "longest": max(lengths),
+            "captions": len(captions.distinct),
+            "cut": num_cut,
+        }
+        write_json(partial / EMBEDDINGS_CARD, card)
 
 
 def describe_captions(words: CaptionEmbeddings) -> list[str]:
