@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from torch import Tensor
 import mezzotint.backbones as backbones
 from mezzotint.config import parse
 from mezzotint.core.distributed import default_device
-from mezzotint.core.files import format_bytes
+from mezzotint.core.files import format_bytes, fsync_path, partial_folder, read_json
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import TensorSpec, list_names, read_safetensors_header
 from mezzotint.process import schedules
@@ -185,33 +183,22 @@ def save_model(model: Model, folder: str | Path) -> None:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a model is saved as a folder")
-    if (folder / CONFIG).exists() and "mezzotint" not in _read_json(folder / CONFIG):
+    if (folder / CONFIG).exists() and "mezzotint" not in read_json(folder / CONFIG):
         raise ValueError(f"{folder / CONFIG} belongs to another library; choose another folder")
-    beside = folder.absolute().with_name(f".{folder.absolute().name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)  # of a save that was killed
-    try:
-        try:
-            beside.mkdir(parents=True)
-        except OSError as error:  # of a name that nobody asked for
-            raise OSError(
-                f"{folder} cannot be written: {error.strerror}; choose another folder"
-            ) from error
+    with partial_folder(folder) as partial:
         state = {
             name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()
         }
-        save_file(state, beside / WEIGHTS, metadata={"format": "pt"})
-        (beside / CONFIG).write_text(json.dumps(model.info.to_json(), indent=2) + "\n")
-        (beside / README).write_text(readme(model))
+        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / CONFIG).write_text(json.dumps(model.info.to_json(), indent=2) + "\n")
+        (partial / README).write_text(readme(model))
         for name in (WEIGHTS, CONFIG, README):
-            with (beside / name).open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_path(partial / name)
         if not folder.exists():
-            os.rename(beside, folder)
+            partial.rename(folder)
             return
         for name in (WEIGHTS, CONFIG, README):
-            os.replace(beside / name, folder / name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            (partial / name).replace(folder / name)
 
 
 def readme(model: Model) -> str:
@@ -262,7 +249,7 @@ def load_model(folder_or_repo: str | Path) -> Model:
             raise ValueError(
                 f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}"
             )
-    card = ModelInfo.from_json(_read_json(folder / CONFIG))
+    card = ModelInfo.from_json(read_json(folder / CONFIG))
     path = folder / WEIGHTS
     held = read_safetensors_header(path)
     expected = tensor_specs(card.backbone, card.config)
@@ -286,16 +273,6 @@ def load_model(folder_or_repo: str | Path) -> Model:
 
     with safe_open(path, framework="pt") as file:
         return model_from_state_dict(card, {name: file.get_tensor(name) for name in expected})
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
 
 
 def _download(repo: str) -> Path:
