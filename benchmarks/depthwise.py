@@ -1,4 +1,4 @@
-"""The 7x7 depthwise convolution of DiMR on a CPU: the convolution, and its weight gradient by torch and by mezzotint.
+"""The 7x7 depthwise convolution of DiMR on a CPU, and its weight gradient by torch and by mezzotint.
 
 OMP_NUM_THREADS=1 python benchmarks/depthwise.py
 """
@@ -14,7 +14,7 @@ import torch
 
 from common import RESULTS, one_thread, write
 from mezzotint.backbones.kernels.depthwise import convolve, cpu_weight_gradient
-from mezzotint.tools.benchmark import interleaved
+from mezzotint.tools.benchmark import time_interleaved
 
 # (images, channels, side): published widths, a small network, a fine grid
 SHAPES = [(2, 480, 32), (1, 192, 64), (2, 384, 32), (16, 64, 32), (2, 64, 128)]
@@ -23,21 +23,12 @@ SHAPES = [(2, 480, 32), (1, 192, 64), (2, 384, 32), (16, 64, 32), (2, 64, 128)]
 def torch_weight_gradient(
     x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor
 ) -> torch.Tensor:
+    """Return the weight gradient of `convolve` by torch's own kernel."""
     c, _, k, _ = weight.shape
-    grad_image, image = (t.permute(0, 3, 1, 2) for t in (grad, x))
-    return torch.ops.aten.convolution_backward(
-        grad_image,
-        image,
-        weight,
-        None,
-        [1, 1],
-        [k // 2, k // 2],
-        [1, 1],
-        False,
-        [0, 0],
-        c,
-        [False, True, False],
-    )[1]
+    images = [t.permute(0, 3, 1, 2) for t in (grad, x)]
+    geometry = [1, 1], [k // 2, k // 2], [1, 1], False, [0, 0], c  # stride, padding, dilation, ...
+    wanted = [False, True, False]
+    return torch.ops.aten.convolution_backward(*images, weight, None, *geometry, wanted)[1]
 
 
 def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -56,7 +47,7 @@ def measure(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dic
         name: float((work().double() - exact).norm() / exact.norm())
         for name, work in list(works.items())[1:]
     }
-    seconds = interleaved(works, "cpu", rounds)
+    seconds = time_interleaved(works, "cpu", rounds)
     return {
         "shape": [b, c, side, side],
         "dtype": str(dtype).removeprefix("torch."),

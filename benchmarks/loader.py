@@ -27,7 +27,7 @@ from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset
 from mezzotint.data.prepare import prepare_source
 from mezzotint.tools import summary
-from mezzotint.tools.benchmark import interleaved
+from mezzotint.tools.benchmark import time_interleaved
 
 CORES = 8
 
@@ -83,25 +83,25 @@ def rate(images: ImageDataset | LatentDataset, device: str, batch: int = 64) -> 
         loaded, _ = images.batch(torch.randint(len(images), (batch,), generator=generator).tolist())
         images.to_model(loaded, 0, numbers, True, lambda t: t)
 
-    return batch / interleaved({"read": read}, device)["read"]
+    return batch / time_interleaved({"read": read}, device)["read"]
 
 
 def noise_rate(shape: tuple[int, ...], device: str, batch: int = 16) -> float:
     """Images per second whose noise one core draws; each image's is a function of its own number."""
     works = {"draw": lambda: rng.normal("noise", 0, list(range(batch)), shape)}
-    return batch / interleaved(works, device)["draw"]
+    return batch / time_interleaved(works, device)["draw"]
 
 
 def demands(flops: float) -> dict[str, float]:
     """Preset -> images per second that a training step of 3 forward passes of 2 GMAC takes at `flops`."""
-    rows = (summary.describe(name) for name in summary.backbones.presets())
+    rows = summary.read_summaries()
     return {r["name"]: flops / (6e9 * (r["gmac"] - r["gmac_skipped"])) for r in rows}
 
 
 def source_of(preset: str) -> str:
-    """What the preset is trained from: latents, or prepared pictures of its own size."""
-    entry = summary.find(preset)[1]
-    return "latents" if entry.codec != "pixels" else f"prepared {entry.config.size}"
+    """What the preset is trained from: latents, or prepared images of its own size."""
+    row = summary.read_summary(preset)
+    return "latents" if row["codec"] != "pixels" else f"prepared {row['input_shape'][1]}"
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
-"""Parameters and multiply-accumulates of the published sizes, against what their papers and specs count."""
+"""Parameters and multiply-accumulates of the published sizes, against their papers and specs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint.tools import summary
+from mezzotint.tools import count
 
-# name -> (parameters, GMAC); all but DiffiT's parameters are exact, those are printed in thousands.
+# name -> (parameters, GMAC); DiffiT's parameters are printed in thousands, all others exactly.
 EXACT = {
     "dimr-m-3r-64": (132_828_681, 53.53),
     "dimr-l-3r-64": (284_138_505, 110.60),
@@ -22,16 +22,16 @@ EXACT = {
 @pytest.mark.parametrize("preset", EXACT)
 def test_published_counts(preset):
     params, gmac = EXACT[preset]
-    row = summary.describe(preset)
+    row = count.count_preset(preset)
     assert row["params"] == params if params % 1000 else round(row["params"], -3) == params
     digits = 3 if preset.startswith("diffit") else 2
     assert round(row["gmac"], digits) == gmac
 
 
 def test_diffit_split_of_the_paper():
-    row = summary.describe("diffit-256")
+    row = count.count_preset("diffit-256")
     assert round(row["gmac"] - row["gmac_attention"], 3) == 114.279  # what the paper calls 114 G
-    net = summary.on_meta("diffit-256")[0]
+    net = count.meta_backbone("diffit-256")
     assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 561_035_232
     width = net.config.width
     dead = net.temporal.weight[2 * net.config.depth * width :].numel() + net.config.depth * width
@@ -40,24 +40,24 @@ def test_diffit_split_of_the_paper():
 
 
 def test_diffit_image_is_near_the_open_reading():
-    # specs/diffit.md section 4: 44.8 M with concatenated skips and 4 cells everywhere, temporal keys included.
-    net, _, _ = summary.on_meta("diffit-ffhq64")
+    # specs/diffit.md section 4: 44.8 M with concatenated skips and 4 cells everywhere, temporal keys
+    # included.
+    row = count.count_preset("diffit-ffhq64")
+    net = count.meta_backbone("diffit-ffhq64")
     keys = sum(net.config.time_width * w + w for w in net.terms)
-    assert round((summary.describe("diffit-ffhq64")["params"] + keys) / 1e6, 1) == pytest.approx(
-        44.8, abs=0.15
-    )
-    assert summary.describe("diffit-ffhq64")["gmac"] == pytest.approx(32.2, abs=0.05)
+    assert round((row["params"] + keys) / 1e6, 1) == pytest.approx(44.8, abs=0.15)
+    assert row["gmac"] == pytest.approx(32.2, abs=0.05)
 
 
 @pytest.mark.parametrize(("preset", "gmac"), [("sid2-128", 137.44), ("sid2-256-flop", 652.84)])
 def test_sid2_blocks(preset, gmac):
-    rows = summary.layers(preset)
+    rows = count.count_layers(preset)
     blocks = sum(r["gmac"] for r in rows if "block" in r["module"].lower())
     assert blocks == pytest.approx(gmac, rel=0.005)
 
 
 def test_uvit_is_two_and_a_half_billion():
-    row = summary.describe("uvit-128")
+    row = count.count_preset("uvit-128")
     assert 2.44e9 < row["params"] < 2.48e9
     assert 546 <= row["gmac"] <= 561
 

@@ -1,4 +1,4 @@
-"""`mezzotint doctor` on sound and unsound data, disks and process groups."""
+"""`mezzotint doctor` on good and bad data, disks and process groups."""
 
 from __future__ import annotations
 
@@ -20,79 +20,80 @@ from mezzotint.tools import doctor
 
 @pytest.fixture
 def folder(tmp_path):
-    """30 pictures of 80 x 70 in two classes, 24 against 1, with a duplicate, a torn duplicate and damage."""
+    """28 images of 80 x 70 in two classes, with a duplicate, one of another class, and a broken file."""
     rng = np.random.default_rng(0)
     for name, count in (("many", 24), ("few", 1)):
         (tmp_path / "set" / name).mkdir(parents=True)
         for i in range(count):
-            picture = Image.fromarray(rng.integers(0, 255, (70, 80, 3), dtype=np.uint8))
-            picture.save(tmp_path / "set" / name / f"{i:02d}.png")
+            image = Image.fromarray(rng.integers(0, 255, (70, 80, 3), dtype=np.uint8))
+            image.save(tmp_path / "set" / name / f"{i:02d}.png")
     many = tmp_path / "set" / "many"
     (many / "copy.png").write_bytes((many / "00.png").read_bytes())
-    (tmp_path / "set" / "few" / "torn.png").write_bytes((many / "01.png").read_bytes())
+    (tmp_path / "set" / "few" / "other_class.png").write_bytes((many / "01.png").read_bytes())
     (many / "broken.png").write_bytes((many / "02.png").read_bytes()[:100])
     return tmp_path / "set"
 
 
-def test_data_is_looked_at_whole(folder):
-    found = doctor.examine_data(str(folder), None, 3, seconds=30)
-    json.dumps(found)
-    assert found["size"] == 64  # the largest usual side that 70 reaches
-    assert found["logsnr_shift"] == 0
-    assert found["examined"] == found["total"] == 28
-    assert found["audit"]["classes"] == {"few": 2, "many": 26}
-    said = " ".join(found["concerns"])
-    assert "unreadable" in said
-    assert "2 duplicates in 2 groups" in said
-    assert "different labels" in said
-    assert "uneven" in said
-    assert all(speed > 0 for speed in found["images_per_second"].values())
+def test_audit_of_all_data(folder):
+    result = doctor.examine_data(str(folder), None, 3, seconds=30)
+    json.dumps(result)
+    assert result["size"] == 64  # the largest usual side that 70 reaches
+    assert result["logsnr_shift"] == 0
+    assert result["examined"] == result["total"] == 28
+    assert result["audit"]["classes"] == {"few": 2, "many": 26}
+    assert list(result["audit"]["unreadable"]) == ["many/broken.png"]
+    assert len(result["audit"]["duplicates"]) == 2
+    assert len(result["audit"]["duplicates_with_other_labels"]) == 1
+    assert len(result["concerns"]) >= 4  # these three, and 26 images against 2
+    assert all(speed > 0 for speed in result["images_per_second"].values())
 
 
-def test_shift_and_its_override(folder):
-    found = doctor.examine_data(str(folder), 256, 3, seconds=30)
-    assert found["logsnr_shift"] == pytest.approx(2 * math.log(64 / 256))
-    assert "smaller than the size asked for" in " ".join(found["concerns"])
+def test_schedule_shift_and_its_override(folder):
+    result = doctor.examine_data(str(folder), 256, 3, seconds=30)
+    assert result["logsnr_shift"] == pytest.approx(2 * math.log(64 / 256))
+    assert result["audit"]["upscaled"] == 27
 
-    spec = config.override(recipe_for("dimr-tiny"), found["overrides"]).schedule
+    spec = config.override(recipe_for("dimr-tiny"), result["overrides"]).schedule
     middle = build(schedules.registry, spec)(torch.tensor([0.5], dtype=torch.float64))
-    assert middle.item() == pytest.approx(found["logsnr_shift"], abs=1e-6)
+    assert middle.item() == pytest.approx(result["logsnr_shift"], abs=1e-6)
 
 
-def test_an_audit_out_of_time_still_counts_all_labels(folder, monkeypatch):
+def test_audit_that_runs_out_of_time_counts_all_labels(folder, monkeypatch):
     monkeypatch.setattr(doctor, "BLOCK", 4)
-    summary = doctor.audit_for(open_images(str(folder), size=32, keep_in_memory=False), seconds=0.0)
+    summary = doctor.audit_within(
+        open_images(str(folder), size=32, keep_in_memory=False), seconds=0.0
+    )
     assert summary["images"] + len(summary["unreadable"]) == 4
     assert summary["classes"] == {"few": 2, "many": 26}
 
 
-def test_processes_find_each_other():
-    found = doctor.smoke(timeout=200)
-    assert found["passed"], found["error"]
-    assert found["processes"] >= 2
+def test_two_processes_communicate():
+    result = doctor.check_processes(timeout=200)
+    assert result["passed"], result["error"]
+    assert result["processes"] >= 2
 
 
-def test_processes_that_do_not_answer_are_a_concern():
-    found = doctor.smoke(timeout=0.01)
-    assert not found["passed"]
-    assert "no answer within" in found["error"]
+def test_processes_that_do_not_answer():
+    result = doctor.check_processes(timeout=0.01)
+    assert not result["passed"]
+    assert "0.01 s" in result["error"]
 
 
-def test_disk_speed_and_a_disk_that_refuses(tmp_path, monkeypatch):
+def test_disk_speed_and_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "DISK_BYTES", 4 << 20)
-    found = doctor.disk(tmp_path / "not" / "yet")
-    assert found["free"] > 0
-    assert found["write"] > 0
+    result = doctor.measure_disk(tmp_path / "not" / "yet")
+    assert result["free"] > 0
+    assert result["write"] > 0
     assert not list(tmp_path.iterdir())
 
     def refuse(*args, **kwargs):
         raise OSError("read-only file system")
 
     monkeypatch.setattr(doctor.tempfile, "NamedTemporaryFile", refuse)
-    assert "read-only" in doctor.disk(tmp_path)["error"]
+    assert "read-only" in doctor.measure_disk(tmp_path)["error"]
 
 
-SOUND = {
+HEALTHY = {
     "environment": {
         "python": "3.12", "torch": "2.13", "processor": "a", "cores": 8, "threads": 8, "load": [0.1, 0, 0],
         "memory_bytes": 2**34, "gpus": [], "packages": {"gradio": "6", "wandb": None},
@@ -104,31 +105,30 @@ SOUND = {
 }  # fmt: skip
 
 
-def test_nothing_to_say_is_said():
-    assert doctor._machine_concerns(SOUND) == []
-    assert doctor.render({**SOUND, "concerns": []}).endswith("no concerns")
+def test_healthy_machine_has_no_concerns():
+    assert doctor._machine_concerns(HEALTHY) == []
+    assert doctor.render_diagnosis({**HEALTHY, "concerns": []}).endswith("no concerns")
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "word"),
+    ("part", "change", "value"),
     [
         ("environment", {"load": [7.9, 0, 0]}, "OMP_NUM_THREADS"),
-        ("environment", {"gpus": [{"name": "g", "bytes": 8e10, "free": 1e10}]}, "GiB are free"),
+        ("environment", {"gpus": [{"name": "g", "bytes": 8e10, "free": 1e10}]}, "9.3 of 74.5 GiB"),
         ("matmul", {"bf16": 1e9}, "engine.precision=float32"),
         ("distributed", {"passed": False, "error": "refused"}, "refused"),
-        ("disk", {"free": 1e9}, "free for checkpoints"),
-        ("disk", {"write": 1e6}, "stall"),
+        ("disk", {"free": 1e9}, "1.0 GB"),
+        ("disk", {"write": 1e6}, "1 MB/s"),
         ("disk", {"error": "read-only"}, "read-only"),
     ],
 )
-def test_each_concern(part, change, word):
-    found = {**SOUND, part: {**SOUND[part], **change}}
-    said = doctor._machine_concerns(found)
-    assert len(said) == 1
-    assert word in said[0]
-    assert f"! {said[0]}" in doctor.render({**found, "concerns": said})
+def test_each_concern(part, change, value):
+    result = {**HEALTHY, part: {**HEALTHY[part], **change}}
+    (concern,) = doctor._machine_concerns(result)
+    assert value in concern
+    assert f"! {concern}" in doctor.render_diagnosis({**result, "concerns": [concern]})
 
 
-def test_a_data_set_that_is_not_there():
+def test_missing_dataset():
     with pytest.raises(ValueError, match="nowhere"):
         doctor.examine_data("nowhere/at/all", 64, 3, seconds=1)

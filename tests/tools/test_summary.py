@@ -1,4 +1,4 @@
-"""`mezzotint.info` on every preset, without allocating."""
+"""Counts of the presets: the shipped file against fresh counts, layers against the whole network."""
 
 import io
 import json
@@ -12,10 +12,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import mezzotint.backbones as backbones
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
-from mezzotint.tools import summary
+from mezzotint.tools import count, summary
 
 PRESETS = list(backbones.presets())
-SMALL = [name for name in PRESETS if name.endswith("tiny")]
+TINY = [name for name in PRESETS if name.endswith("tiny")]
+FAST = [*TINY, "diffit-256"]
 
 
 def text(renderable):
@@ -24,53 +25,56 @@ def text(renderable):
     return console.file.getvalue()
 
 
-@pytest.mark.slow
-def test_every_preset_has_a_row():
-    rows = summary.table()
-    assert [r["name"] for r in rows] == list(backbones.presets())
-    check_rows(rows)
-
-
-def test_small_presets_have_a_json_row_and_a_line():
-    names = [*SMALL, "diffit-256"]
-    rows = json.loads(json.dumps([summary.describe(name) for name in names]))
-    assert [r["name"] for r in rows] == names
-    check_rows(rows)
-    assert "leaves out the two attention products" in text(summary.render_table(rows))
-
-
-def check_rows(rows):
-    for r in rows:
-        assert r["params"] > 0
-        assert r["gmac"] > r["gmac_attention"] >= 0
-        assert len(r["input_shape"]) == 3
-        assert r["paper"]
-    printed = text(summary.render_table(rows))
-    assert all(r["name"] in printed and summary.si(r["params"]) in printed for r in rows)
+def test_the_shipped_file_has_every_preset():
+    assert [r["name"] for r in summary.read_summaries()] == PRESETS
 
 
 @pytest.mark.parametrize(
-    "preset",
-    [
-        p if p in SMALL or p == "diffit-256" else pytest.param(p, marks=pytest.mark.slow)
-        for p in PRESETS
-    ],
+    "preset", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in PRESETS]
 )
-def test_layers_add_up_to_the_whole(preset):
-    net = summary.on_meta(preset)[0]
-    rows = json.loads(json.dumps(summary.layers(preset)))
-    assert sum(r["params"] for r in rows) == sum(p.numel() for p in net.parameters())
-    assert sum(r["gmac"] for r in rows) == pytest.approx(summary.describe(preset)["gmac"], rel=1e-9)
-    assert all(r["params"] >= 0 and r["gmac"] >= 0 and r["activation_bytes"] >= 0 for r in rows)
-    printed = text(summary.render_layers(preset, rows))
-    assert all(r["name"].split("...")[0] in printed for r in rows)
+def test_shipped_counts_are_those_of_the_network(preset):
+    """On a failure, write the file again: `python -m mezzotint.tools.count`."""
+    net = count.meta_backbone(preset)
+    row, layers = count.count_preset(preset), count.count_layers(preset)
+    assert json.loads(json.dumps(row)) == summary.read_summary(preset)
+    assert json.loads(json.dumps(layers)) == summary.read_layers(preset)
+    assert sum(r["params"] for r in layers) == sum(p.numel() for p in net.parameters())
+    assert sum(r["gmac"] for r in layers) == pytest.approx(row["gmac"], rel=1e-9)
 
 
-@pytest.mark.parametrize("preset", SMALL)
+def test_written_file_is_read_back(tmp_path, monkeypatch):
+    only = {"unet-tiny": backbones.presets()["unet-tiny"]}
+    monkeypatch.setattr(backbones, "presets", lambda: only)
+    count.write_summary(tmp_path / "summary.json")
+    values = json.loads((tmp_path / "summary.json").read_text())
+    assert list(values) == ["unet-tiny"]
+    assert values["unet-tiny"].pop("layers") == summary.read_layers("unet-tiny")
+    assert values["unet-tiny"] == summary.read_summary("unet-tiny")
+
+
+def test_tables_show_every_count():
+    rows = summary.read_summaries()
+    printed = text(summary.render_presets(rows))
+    assert all(r["name"] in printed for r in rows)
+    assert all(summary.format_count(r["params"]) in printed for r in rows)
+    assert all(r["note"][:30] in printed for r in rows)
+    for r in rows:
+        layers = summary.read_layers(r["name"])
+        printed = text(summary.render_layers(r["name"], layers))
+        assert all(layer["name"].split("...")[0] in printed for layer in layers)
+        assert summary.format_count(r["params"]) in printed
+
+
+def test_gmac_includes_attention_and_skipped_work():
+    for r in summary.read_summaries():
+        assert r["gmac"] > r["gmac_attention"] + r["gmac_skipped"] >= 0
+
+
+@pytest.mark.parametrize("preset", TINY)
 def test_activation_bytes_are_what_autograd_keeps(preset):
-    """The same network with real storage and unfused attention; kernels differ between devices, so nearly."""
+    """The same network with real storage and unfused attention; kernels differ between devices."""
     net = create_model(preset).backbone
-    _, z, noise = summary.on_meta(preset)
+    size = net.config.size
     seen = {p.untyped_storage().data_ptr(): 0 for p in net.parameters()}
     held = []
 
@@ -81,8 +85,8 @@ def test_activation_bytes_are_what_autograd_keeps(preset):
         return tensor
 
     with sdpa_kernel(SDPBackend.MATH), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        net(torch.randn(z.shape), torch.rand(noise.shape), Cond())
-    counted = sum(r["activation_bytes"] for r in summary.layers(preset))
+        net(torch.randn(1, net.config.channels, size, size), torch.rand(1), Cond())
+    counted = sum(r["activation_bytes"] for r in summary.read_layers(preset))
     assert counted == pytest.approx(sum(seen.values()), rel=0.1)
 
 
@@ -99,10 +103,10 @@ def test_activations_of_a_known_network():
 
     with torch.device("meta"):
         net, x = Net(), torch.empty(5, 8)
-        trace = summary.Trace(net, dict(summary.groups(net)))
+        trace = count.LayerTrace(net, dict(count.find_layers(net)))
         with trace:
             net(x)
-    assert trace.kept == {"blocks.0": 160, "": 3 * 160, "blocks.1": 160, "blocks.2": 160}
+    assert trace.saved_bytes == {"blocks.0": 160, "": 3 * 160, "blocks.1": 160, "blocks.2": 160}
 
 
 @pytest.mark.parametrize(
@@ -117,10 +121,10 @@ def test_activations_of_a_known_network():
     ],
 )
 def test_resolution(shape, expected):
-    assert summary.resolution(shape, 32) == expected
+    assert count.format_resolution(shape, 32) == expected
 
 
 def test_unknown_preset_lists_neighbours():
-    for function in (summary.describe, summary.layers):
-        with pytest.raises(ValueError, match="did you mean"):
+    for function in (summary.read_summary, summary.read_layers, count.count_preset):
+        with pytest.raises(ValueError, match=r"diffit-255.*diffit-256"):
             function("diffit-255")

@@ -9,27 +9,31 @@ from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import Count, Given, Switch
 
+Precision = Literal["float32", "bf16"]
+Checkpointing = Literal["none", "selective", "full"]
 
-def info(preset: Positional[str] = "", /, *, json: bool = False) -> None:
-    """List every published size with parameters and multiply-accumulates, counted and claimed.
+
+def info(preset: Positional[str] = "", /, *, json: Switch = False) -> None:
+    """List the presets with their parameters and multiply-accumulates, counted and as published.
 
     Args:
-        preset: Show this one's layers by resolution instead of the table.
-        json: One JSON object per preset, for programs.
+        preset: Show the layers of this preset by resolution instead.
+        json: Print one JSON object per preset.
     """
-    from json import dumps
-
-    from rich.console import Console
-
-    from mezzotint.tools import summary as counts
+    from mezzotint.tools import summary
 
     if json:
-        for row in [counts.describe(preset)] if preset else counts.table():
+        from json import dumps
+
+        for row in [summary.read_summary(preset)] if preset else summary.read_summaries():
             print(dumps(row))
-    elif preset:
-        Console().print(counts.render_layers(preset, counts.layers(preset)))
+        return
+    from rich.console import Console
+
+    if preset:
+        Console().print(summary.render_layers(preset, summary.read_layers(preset)))
     else:
-        Console().print(counts.render_table(counts.table()))
+        Console().print(summary.render_presets(summary.read_summaries()))
 
 
 def plan(
@@ -41,24 +45,24 @@ def plan(
     batch: Given = None,
     device: str = "h200",
     strategy: Literal["ddp", "fsdp"] | None = None,
-    precision: Literal["float32", "bf16"] | None = None,
-    checkpointing: Literal["none", "selective", "full"] | None = None,
+    precision: Precision | None = None,
+    checkpointing: Checkpointing | None = None,
     efficiency: float | None = None,
     json: Switch = False,
 ) -> None:
-    """Say what a recipe will need: memory per rank, the largest batch that fits, step time, days, FLOP.
+    """Estimate what a recipe needs: memory per rank, the largest batch that fits, time, FLOP.
 
     Args:
         preset: Network and recipe, as for train.
         overrides: Fields of the recipe, e.g. model.size=128 engine.microbatch=32.
-        gpus: Ranks, one process each.
-        batch: Images per step over all ranks; the recipe's own by default.
+        gpus: Number of ranks, one process each.
+        batch: Images per step over all ranks; the recipe's by default.
         device: h200, b200, h100, a100, a100-40gb, l40s, rtx4090 or cpu.
-        strategy: Which of the two to judge; both are shown.
-        precision: Of the forward and backward pass.
-        checkpointing: Of activations; every way is shown.
-        efficiency: Part of the device's ceiling that a step reaches, 0 to 1; 0.35 by default.
-        json: One JSON object, for programs.
+        strategy: The one to advise on; both are shown.
+        precision: Precision of the forward and backward pass.
+        checkpointing: The one to advise on; all are shown.
+        efficiency: Part of the device's peak rate that a step reaches, 0 to 1; 0.35 by default.
+        json: Print one JSON object.
     """
     from json import dumps
 
@@ -68,20 +72,23 @@ def plan(
     from mezzotint.recipes import recipe_for
     from mezzotint.tools import plan as planning
 
-    asked = {"batch": batch, "engine.strategy": strategy, "engine.precision": precision}
-    asked["engine.checkpointing"] = checkpointing
-    named = [f"{k}={v}" for k, v in asked.items() if v is not None]
-    recipe = config.override(recipe_for(preset), [*overrides, *named])
-    answer = planning.plan(
-        recipe,
+    options = {
+        "batch": batch,
+        "engine.strategy": strategy,
+        "engine.precision": precision,
+        "engine.checkpointing": checkpointing,
+    }
+    changes = [f"{k}={v}" for k, v in options.items() if v is not None]
+    result = planning.plan(
+        config.override(recipe_for(preset), [*overrides, *changes]),
         gpus=gpus,
         device=device,
         efficiency=planning.EFFICIENCY if efficiency is None else efficiency,
     )
     if json:
-        print(dumps(answer))
+        print(dumps(result))
     else:
-        Console().print(planning.render(answer))
+        Console().print(planning.render_plan(result))
 
 
 def bench(
@@ -89,66 +96,65 @@ def bench(
     overrides: Positional[tuple[str, ...]] = (),
     /,
     *,
-    train: bool = False,
-    sample: bool = False,
+    train: Switch = False,
+    sample: Switch = False,
     batch: int = 8,
-    precision: Literal["float32", "bf16"] = "float32",
+    precision: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    compile: bool = False,
-    checkpointing: Literal["none", "selective", "full"] = "none",
-    graphs: bool = False,
+    compile: Switch = False,
+    checkpointing: Checkpointing = "none",
+    graphs: Switch = False,
     rounds: int = 5,
-    json: bool = False,
+    json: Switch = False,
 ) -> None:
-    """Measure a preset here: throughput, latency, peak memory, and the share of this machine's matrix-product rate.
+    """Measure the speed and peak memory of a preset on this machine.
 
     Args:
-        preset: Network, e.g. dimr-xl-2r-256; its recipe's loss is trained.
+        preset: Network, e.g. dimr-xl-2r-256, trained with its recipe's loss.
         overrides: Fields of its config, e.g. size=64 num_classes=10.
-        train: Measure a training step; without --train and --sample both are.
+        train: Measure a training step; by default both are measured.
         sample: Measure a guided network call.
         batch: Images per step or call.
         precision: float32, or bf16 autocast over float32 weights.
-        device: auto is the GPU where there is one.
-        compile: torch.compile of each repeated block.
-        checkpointing: What is computed again in the backward pass: nothing, what is cheap, or each block.
+        device: auto is the GPU if there is one.
+        compile: Compile each repeated block with torch.compile.
+        checkpointing: Recompute nothing, cheap operations or whole blocks in the backward pass.
         graphs: Replay sampling from CUDA graphs.
         rounds: Measured repetitions; the median counts.
-        json: One JSON object per measurement, for programs.
+        json: Print one JSON object per measurement.
     """
     from json import dumps
 
-    import torch
     from rich.console import Console
 
     from mezzotint import config
+    from mezzotint.core.distributed import default_device
     from mezzotint.recipes import recipe_for
-    from mezzotint.tools import benchmark as measure
+    from mezzotint.tools.benchmark import BenchmarkSettings, render_benchmark, run_benchmark
 
     recipe = config.override(recipe_for(preset), [f"model.{o}" for o in overrides])
-    settings = measure.BenchmarkSettings(
+    settings = BenchmarkSettings(
         preset=preset,
         overrides=recipe.model,
         batch=batch,
         precision=precision,
-        device=("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device,
+        device=default_device().type if device == "auto" else device,
         compile=compile,
         checkpointing=checkpointing,
         graphs=graphs,
         rounds=rounds,
         objective=recipe.objective,
     )
-    modes: list[Literal["train", "sample"]] = []
+    rows = []
     if train or not sample:
-        modes.append("train")
+        rows.append(run_benchmark(settings, "train"))
     if sample or not train:
-        modes.append("sample")
-    rows = [measure.run_benchmark(settings, mode) for mode in modes]
+        rows.append(run_benchmark(settings, "sample"))
     if json:
         for row in rows:
             print(dumps(row))
-        return
-    Console().print(measure.render(rows))
+    else:
+        Console().print(render_benchmark(rows))
 
 
 def doctor(
@@ -160,18 +166,18 @@ def doctor(
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
     json: Switch = False,
 ) -> None:
-    """Look at this machine and at your data for half a minute, and list what deserves a look before training.
+    """Check this machine and your data for half a minute, and list concerns before training.
 
     Args:
-        data: As for train; without it only the machine is looked at.
-        size: Height and width in pixels to train at; by default the largest usual one that half the pictures reach.
+        data: Source as for train; by default only the machine is checked.
+        size: Training size in pixels; by default the largest usual one that half the images reach.
         channels: 1 (grey) or 3 (RGB).
         out: Where runs will be written.
-        json: One JSON object, for programs.
+        json: Print one JSON object.
     """
     from json import dumps
 
-    from mezzotint.tools.doctor import examine, render
+    from mezzotint.tools.doctor import diagnose, render_diagnosis
 
-    found = examine(data, size=size, channels=channels, folder=out)
-    print(dumps(found) if json else render(found))
+    result = diagnose(data, size=size, channels=channels, folder=out)
+    print(dumps(result) if json else render_diagnosis(result))

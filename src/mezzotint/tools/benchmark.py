@@ -1,8 +1,9 @@
-"""How fast a preset trains and samples on this machine, what it needs, and how near that is to the machine's limit.
+"""Speed and memory of a preset on this machine, and how near it comes to the machine's limit.
 
-Work is counted as the papers do, in multiply-accumulates of one forward pass; a forward pass is two floating-point
-operations per multiply-accumulate and a training step three forward passes, whatever is recomputed on top. The limit
-is the rate of one large matrix product in the same precision, measured in the same process.
+Work is counted as the papers do, in multiply-accumulates of one forward pass. A forward pass is two
+floating-point operations per multiply-accumulate and a training step three forward passes, whatever
+is recomputed on top. The limit is the rate of one large matrix product in the same precision,
+measured in the same process.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from rich.table import Table
 from torch import Tensor
 
 from mezzotint import backbones
+from mezzotint.backbones import get_backbone
 from mezzotint.backbones.blocks import compile_blocks
 from mezzotint.backbones.checkpointing import Checkpointing
+from mezzotint.backbones.flops import count_macs
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import Spec, build
 from mezzotint.models import create_model, get_schedule
 from mezzotint.process import guidance, objectives
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Model
 from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
-from mezzotint.tools import summary
+from mezzotint.tools.summary import GIGA
 
 Work = Callable[[], object]
 
@@ -37,11 +40,15 @@ Work = Callable[[], object]
 class BenchmarkSettings:
     """What to measure.
 
-    preset, overrides: the network and fields of its config. batch: images per step or call.
-    precision: float32, or bf16 autocast over float32 weights. device: cpu or cuda.
-    compile: torch.compile of each repeated block. checkpointing: of each block, see `checkpointing.run`.
-    graphs: replay sampling from CUDA graphs. rounds: measured repetitions; the median counts.
-    objective: what training minimises, by name.
+    preset, overrides: the network and fields of its config.
+    batch: images per step or call.
+    precision: float32, or bf16 autocast over float32 weights.
+    device: cpu or cuda.
+    compile: torch.compile of each repeated block.
+    checkpointing: of each block, see `run_block`.
+    graphs: replay sampling from CUDA graphs.
+    rounds: measured repetitions; the median counts.
+    objective: the loss of the training step, by name.
     """
 
     preset: str
@@ -61,16 +68,16 @@ class BenchmarkSettings:
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device {self.device!r} must be cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("there is no CUDA device here; take device cpu")
+            raise ValueError("device cuda: this machine has no CUDA device; try device cpu")
         if self.graphs and self.device != "cuda":
-            raise ValueError("graphs are CUDA's; take device cuda or leave them out")
+            raise ValueError("graphs needs device cuda; choose it, or leave graphs out")
 
 
-def clock(device: str) -> float:
-    """Seconds: on a GPU when all its work is done; on the CPU of this process alone while it runs one thread.
+def read_clock(device: str) -> float:
+    """Return seconds: wall clock on a GPU after its work is done, processor time on one CPU thread.
 
-    Processor time leaves out the waiting that other jobs on the same cores cause. With more threads it would add them
-    up, so there the wall clock counts.
+    Processor time leaves out the waiting that other jobs on the same cores cause. It adds up over
+    threads, so with several of them the wall clock counts.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -78,39 +85,42 @@ def clock(device: str) -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def interleaved(contenders: Mapping[str, Work], device: str, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of each contender, run in turn, A B C A B C ..., once before anything counts."""
+def time_interleaved(
+    contenders: Mapping[str, Work], device: str, rounds: int = 5
+) -> dict[str, float]:
+    """Return each contender's median seconds, run in turn (A B C A B C ...) after a warm-up."""
     for work in contenders.values():
         work()
-    taken: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, work in contenders.items():
-            began = clock(device)
+            start = read_clock(device)
             work()
-            taken[name].append(clock(device) - began)
-    return {name: statistics.median(values) for name, values in taken.items()}
+            seconds[name].append(read_clock(device) - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def matmul_ceiling(device: str, precision: str, side: int | None = None) -> float:
-    """Floating-point operations per second of one square matrix product, the best of seven.
+def measure_matmul_flops(device: str, precision: str, side: int | None = None) -> float:
+    """Return the floating-point operations per second of a square matrix product, best of several.
 
-    side: of the matrices; 8192 on a GPU and 2048 on a CPU by default. Inputs are random: zeros run faster than data.
+    side: of the matrices; by default 8192 on a GPU and 2048 on a CPU.
     """
     n = side or (8192 if device == "cuda" else 2048)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    # Random inputs: zeros run faster than data.
     a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
     repeats = 10 if device == "cuda" else 1
     best = float("inf")
     for _ in range(8):
-        began = clock(device)
+        start = read_clock(device)
         for _ in range(repeats):
             torch.mm(a, b)
-        best = min(best, (clock(device) - began) / repeats)
+        best = min(best, (read_clock(device) - start) / repeats)
     return 2 * n**3 / best
 
 
-def peak_bytes(work: Work, device: str) -> int:
-    """The most that torch's allocator holds during `work` beyond what it held before, bytes; `work` runs once."""
+def measure_peak_bytes(work: Work, device: str) -> int:
+    """Run `work` once; return the peak bytes of torch's allocator beyond those it held before."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -118,14 +128,14 @@ def peak_bytes(work: Work, device: str) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # silences its banner on stderr
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         work()
     assert profile.profiler is not None
     results: Any = profile.profiler.kineto_results
-    # Every allocation (positive) and release (negative) is an event of its own.
+    # Each allocation (positive) and release (negative) is one event.
     changes = [(e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"]
     now = peak = 0
     for _, change in sorted(changes, key=lambda pair: pair[0]):
@@ -134,8 +144,8 @@ def peak_bytes(work: Work, device: str) -> int:
     return peak
 
 
-def drawn(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor, Cond]:
-    """(images, noise, labels) of the native size, random."""
+def random_inputs(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor, Cond]:
+    """Return random images (b, c, h, w), noise and labels at the native size."""
     config = model.info.config
     shape = (batch, config.channels, config.size, config.size)
     x, eps = torch.randn(shape, device=device).clamp(-1, 1), torch.randn(shape, device=device)
@@ -145,13 +155,13 @@ def drawn(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor, Cond]:
     return x, eps, Cond(label=label)
 
 
-def training_step(model: Model, settings: BenchmarkSettings) -> Work:
-    """One optimiser step on random images: loss, backward, clipping, fused AdamW, average of the weights."""
+def make_training_step(model: Model, settings: BenchmarkSettings) -> Work:
+    """Make one step on random images: loss, backward, clipping, fused AdamW, weight average."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
     averages = [p.detach().clone() for p in parameters]
     objective = build(objectives.registry, settings.objective)
-    x, eps, cond = drawn(model, settings.batch, settings.device)
+    x, eps, cond = random_inputs(model, settings.batch, settings.device)
     logsnr = get_schedule(model)(torch.linspace(0.02, 0.98, settings.batch, device=settings.device))
 
     def step() -> None:
@@ -166,14 +176,14 @@ def training_step(model: Model, settings: BenchmarkSettings) -> Work:
     return step
 
 
-def sampling_call(model: Model, settings: BenchmarkSettings, batch: int) -> Work:
-    """One network evaluation of `batch` images as a sampler asks for it: guided, in one doubled batch."""
+def make_sampling_call(model: Model, settings: BenchmarkSettings, batch: int) -> Work:
+    """Make one network evaluation as in sampling: guided, `batch` images in one doubled batch."""
     denoise: Denoiser = CudaGraphDenoiser(model) if settings.graphs else model
-    z, _, cond = drawn(model, batch, settings.device)
+    z, _, cond = random_inputs(model, batch, settings.device)
     if cond.label is not None and not backbones.needs_label(model.info.config):
         null = guidance.null_label(model.info.config.num_classes)
         denoise = guidance.classifier_free(denoise, null, guidance.dit_s(1.5))
-    # On the CPU, as samplers give them, so that guidance can read them.
+    # On the CPU, as samplers pass it, so that guidance can read its values.
     logsnr = get_schedule(model)(torch.full((batch,), 0.5, dtype=torch.float64))
 
     def call() -> Denoised:
@@ -186,45 +196,46 @@ def sampling_call(model: Model, settings: BenchmarkSettings, batch: int) -> Work
     return call
 
 
-def make_model(settings: BenchmarkSettings) -> Model:
-    """The preset with random weights on the device, compiled block by block where asked."""
+def make_benchmark_model(settings: BenchmarkSettings) -> Model:
+    """Build the preset with random weights on the device, compiled by block if so set."""
     with torch.device(settings.device):
         model = create_model(settings.preset, **settings.overrides)
-    setattr(model.backbone, "checkpointing", settings.checkpointing)  # noqa: B010
+    get_backbone(model).checkpointing = settings.checkpointing
     if settings.compile:
-        torch.compiler.reset()  # what was compiled for another model counts against torch's limits
+        torch.compiler.reset()  # earlier compilations count against torch's limits
         compile_blocks(model.backbone)
     return model
 
 
 def run_benchmark(settings: BenchmarkSettings, mode: Literal["train", "sample"]) -> dict[str, Any]:
-    """Measure one preset; JSON-ready.
+    """Measure one preset.
 
     Returns:
-        the settings; seconds per step (or guided call), images_per_second (of a step; or per network evaluation, to be
-        divided by the sampler's steps), latency_seconds of one guided call at batch 1, peak_bytes beyond the weights
-        (and optimiser state), weight_bytes, gmac per forward pass of one image, achieved and ceiling FLOP/s and their
-        ratio `fraction`; and the machine.
+        JSON-ready: the settings; seconds per step (or guided call); images_per_second (of a step,
+        or of one network evaluation: divide by the sampler's steps); latency_seconds of one guided
+        call at batch 1; peak_bytes beyond the weights (and optimiser state); weight_bytes; gmac
+        computed per forward pass of one image; achieved_flops and ceiling_flops per second and
+        their ratio `fraction`; machine.
 
-    Errors: ValueError for an unknown preset or override, or a device that is not there.
+    Errors: ValueError for an unknown preset or override, or a missing device.
     """
-    model = make_model(settings)
-    gmac = _gmac(model)
+    model = make_benchmark_model(settings)
+    gmac = count_macs(get_backbone(model)).computed / GIGA
     if mode == "train":
         model.train()
-        step = training_step(model, settings)
+        step = make_training_step(model, settings)
         passes = 3
     else:
         model.eval().requires_grad_(False)
-        step = sampling_call(model, settings, settings.batch)
+        step = make_sampling_call(model, settings, settings.batch)
         passes = 2 if model.info.config.num_classes else 1  # guidance is two evaluations
-    seconds = interleaved({"step": step}, settings.device, settings.rounds)["step"]
+    seconds = time_interleaved({"step": step}, settings.device, settings.rounds)["step"]
     latency = None
     if mode == "sample":
-        single = sampling_call(model, settings, 1)
-        latency = interleaved({"call": single}, settings.device, settings.rounds)["call"]
+        single = make_sampling_call(model, settings, 1)
+        latency = time_interleaved({"call": single}, settings.device, settings.rounds)["call"]
     achieved = 2e9 * gmac * passes * settings.batch / seconds
-    ceiling = matmul_ceiling(settings.device, settings.precision)
+    ceiling = measure_matmul_flops(settings.device, settings.precision)
     return {
         "mode": mode,
         **asdict(settings),
@@ -232,7 +243,7 @@ def run_benchmark(settings: BenchmarkSettings, mode: Literal["train", "sample"])
         "seconds": seconds,
         "images_per_second": settings.batch / seconds,
         "latency_seconds": latency,
-        "peak_bytes": peak_bytes(step, settings.device),
+        "peak_bytes": measure_peak_bytes(step, settings.device),
         "weight_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gmac": gmac,
         "achieved_flops": achieved,
@@ -242,20 +253,8 @@ def run_benchmark(settings: BenchmarkSettings, mode: Literal["train", "sample"])
     }
 
 
-def _gmac(model: Model) -> float:
-    """Multiply-accumulates of one forward pass of one image that are computed, in 1e9, counted on the meta device."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = model.info.config
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        net = type(model.backbone)(config)
-        z = torch.empty(1, config.channels, config.size, config.size)
-        net(z, torch.empty(1), backbones.dummy_condition(config, z))
-    return counter.get_total_flops() / 2 / summary.GIGA
-
-
-def render(rows: list[dict[str, Any]]) -> RenderableType:
-    """The rows of `bench` for a terminal, one column each."""
+def render_benchmark(rows: list[dict[str, Any]]) -> RenderableType:
+    """Lay out the results of `run_benchmark` for a terminal, one column each."""
     table = Table(
         title=f"{rows[0]['preset']} on {rows[0]['machine']['processor']}", title_justify="left"
     )
@@ -275,7 +274,8 @@ def render(rows: list[dict[str, Any]]) -> RenderableType:
     }
     for name, value in lines.items():
         table.add_row(name, *map(value, rows))
-    facts = rows[0]["machine"]
+    machine = rows[0]["machine"]
     return Group(
-        table, f"{facts['threads']} threads of {facts['cores']} cores, load {facts['load'][0]}"
+        table,
+        f"{machine['threads']} threads of {machine['cores']} cores, load {machine['load'][0]}",
     )

@@ -1,4 +1,4 @@
-"""Is this machine ready to train, and is this data fit for it? Half a minute of looking, then a list of concerns."""
+"""Checks of the machine and the data before training: half a minute, then a list of concerns."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from typing import Any
 import torch
 
 from mezzotint.core import distributed, rng
+from mezzotint.core.distributed import default_device
 from mezzotint.core.machine import describe_machine
 from mezzotint.data.audit import Audit, concerns, describe
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset, open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.transforms import UnreadableImage
-from mezzotint.tools.benchmark import matmul_ceiling
+from mezzotint.tools.benchmark import measure_matmul_flops
 
-OPTIONAL = (
+OPTIONAL_PACKAGES = (
     "diffusers",
     "transformers",
     "scikit-learn",
@@ -35,15 +36,15 @@ OPTIONAL = (
     "wandb",
     "trackio",
 )
-SIDES = (32, 64, 128, 256, 512, 1024)  # usual resolutions, in pixels
-REFERENCE = 64  # side at which simple diffusion's cosine schedule is not shifted
+SIZES = (32, 64, 128, 256, 512, 1024)  # usual resolutions, in pixels
+REFERENCE_SIZE = 64  # pixels at which simple diffusion's cosine schedule is not shifted
 DISK_BYTES = 128 << 20
-BLOCK = 64  # pictures between two looks at the clock
-# Our thresholds of concern: a checkpoint of a 500 M network is 8 GB, and a JPEG of 256 px decodes in 0.3 ms.
-LEAST_FREE_BYTES, LEAST_WRITE, LEAST_IMAGES_PER_SECOND = 20e9, 100e6, 300
+BLOCK = 64  # images decoded between two checks of the time
+# Our thresholds: a checkpoint of a 500 M network is 8 GB, and a JPEG of 256 px decodes in 0.3 ms.
+MIN_FREE_BYTES, MIN_WRITE_BYTES_PER_SECOND, MIN_IMAGES_PER_SECOND = 20e9, 100e6, 300
 
 
-def examine(
+def diagnose(
     data: str = "",
     *,
     size: int | None = None,
@@ -51,36 +52,39 @@ def examine(
     folder: Path = Path(),
     seconds: float = 10.0,
 ) -> dict[str, Any]:
-    """Everything, JSON-ready; "concerns" is a list of sentences, empty when there is nothing to say.
+    """Check the machine and the data.
 
     Args:
-        data: as for training; none is examined when empty. size, channels: what it will be trained at; without a size
-            the largest usual one that half of the pictures reach.
-        folder: where runs will be written. seconds: for reading the data; what could not be read in time is left out.
+        data: source as for training; "" checks the machine alone.
+        size, channels: of the images in training; see `choose_size` for the default size.
+        folder: where runs will be written.
+        seconds: for reading the data; images that could not be read in time are left out.
+
+    Returns:
+        JSON-ready; "concerns" lists sentences, empty if nothing is wrong.
     """
-    found: dict[str, Any] = {
-        "environment": environment(),
-        "matmul": matmul(),
-        "distributed": smoke(),
-        "disk": disk(folder),
+    facts: dict[str, Any] = {
+        "environment": describe_environment(),
+        "matmul": measure_matmul(),
+        "distributed": check_processes(),
+        "disk": measure_disk(folder),
         "data": examine_data(data, size, channels, seconds) if data else None,
     }
-    said = [*_machine_concerns(found), *(found["data"]["concerns"] if data else [])]
-    return {**found, "concerns": said}
+    data_concerns = facts["data"]["concerns"] if data else []
+    return {**facts, "concerns": [*_machine_concerns(facts), *data_concerns]}
 
 
-def environment() -> dict[str, Any]:
-    """Processor, threads, load, versions, devices and what of the optional packages is installed."""
-    cuda = torch.cuda.is_available()
-    devices = []
+def describe_environment() -> dict[str, Any]:
+    """Return processor, threads, load, versions, GPUs and installed optional packages."""
+    gpus = []
     for i in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(i)
-        devices.append({"name": torch.cuda.get_device_name(i), "bytes": total, "free": free})
+        gpus.append({"name": torch.cuda.get_device_name(i), "bytes": total, "free": free})
     return {
-        **describe_machine("cuda" if cuda else "cpu"),
+        **describe_machine(default_device().type),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": devices,
-        "packages": {name: _version(name) for name in OPTIONAL},
+        "gpus": gpus,
+        "packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
     }
 
 
@@ -91,59 +95,57 @@ def _version(package: str) -> str | None:
         return None
 
 
-def matmul() -> dict[str, float]:
-    """FLOP/s of a matrix product, by precision. Small on a CPU, where bf16 without hardware for it is very slow."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def measure_matmul() -> dict[str, float]:
+    """Return the FLOP/s of a matrix product by precision."""
+    device = default_device().type
+    # Small on a CPU, where bf16 is very slow without hardware support.
     side = None if device == "cuda" else 768
-    return {precision: matmul_ceiling(device, precision, side) for precision in ("float32", "bf16")}
+    return {
+        precision: measure_matmul_flops(device, precision, side)
+        for precision in ("float32", "bf16")
+    }
 
 
-def smoke(timeout: float = 60.0) -> dict[str, Any]:
-    """Do several processes find each other and add up numbers? All GPUs under NCCL, else two processes under gloo.
+def check_processes(timeout: float = 60.0) -> dict[str, Any]:
+    """Check that processes can communicate: all GPUs under NCCL, or two processes under gloo.
 
-    Launched as training is, by torchrun, and stopped after `timeout` seconds.
+    They start as in training, by torchrun, and are stopped after `timeout` seconds.
     """
     gpus = torch.cuda.device_count()
     processes, backend = (gpus, "nccl") if gpus > 1 else (2, "gloo")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        **({} if gpus > 1 else {"CUDA_VISIBLE_DEVICES": ""}),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    began = time.monotonic()
-    result: dict[str, Any] = {
-        "backend": backend,
-        "processes": processes,
-        "passed": False,
-        "error": "",
-    }
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if gpus <= 1:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    start = time.monotonic()
+    passed, error = False, ""
     try:
         done = subprocess.run(
-            [*command, "-m", "mezzotint.tools.doctor"],
-            capture_output=True, text=True, timeout=timeout, env=environment, check=False,
-        )  # fmt: skip
-        result["passed"] = done.returncode == 0
-        lines = [line for line in done.stderr.splitlines() if "Error" in line]
-        result["error"] = (
-            ""
-            if result["passed"]
-            else (lines or done.stderr.splitlines() or ["no output"])[0][-300:]
+            [sys.executable, *torchrun, "-m", "mezzotint.tools.doctor"],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=environment,
+            check=False,
         )
+        passed = done.returncode == 0
+        if not passed:
+            lines = done.stderr.splitlines()
+            errors = [line for line in lines if "Error" in line]
+            error = (errors or lines or ["no output"])[0][-300:]
     except subprocess.TimeoutExpired:
-        result["error"] = f"no answer within {timeout:g} s; is a firewall between the processes?"
-    return {**result, "seconds": time.monotonic() - began}
+        error = f"no answer within {timeout:g} s; is a firewall between the processes?"
+    return {
+        "backend": backend,
+        "processes": processes,
+        "passed": passed,
+        "error": error,
+        "seconds": time.monotonic() - start,
+    }
 
 
-def _smoke_rank() -> None:
-    """One process of `smoke`: the ranks' numbers must add up."""
+def _check_one_rank() -> None:
+    """Run one process of `check_processes`: every rank must receive the sum over all ranks."""
     world = distributed.init_distributed()
     total = distributed.sum_over_ranks(
         torch.full((1024,), float(world.rank + 1), device=world.device), world
@@ -154,74 +156,81 @@ def _smoke_rank() -> None:
     distributed.shutdown_distributed()
 
 
-def disk(folder: Path) -> dict[str, Any]:
-    """Bytes per second to and from the disk under `folder`, and bytes free; None for speeds where it is read-only."""
-    present = folder.absolute()
-    while not present.exists():
-        present = present.parent
-    free = shutil.disk_usage(present).free
+def measure_disk(folder: Path) -> dict[str, Any]:
+    """Return the free bytes and the speed in bytes per second of the disk that holds `folder`.
+
+    The speeds are None where the disk is almost full or cannot be written.
+    """
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
     facts: dict[str, Any] = {"folder": str(folder), "free": free, "write": None, "read": None}
     if free < 2 * DISK_BYTES:
         return facts
     block = os.urandom(1 << 20)
     try:
-        with tempfile.NamedTemporaryFile(dir=present, prefix=".mezzotint-doctor-") as file:
-            began = time.perf_counter()
+        with tempfile.NamedTemporaryFile(dir=parent, prefix=".mezzotint-doctor-") as file:
+            start = time.perf_counter()
             for _ in range(DISK_BYTES // len(block)):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            facts["write"] = DISK_BYTES / (time.perf_counter() - began)
-            if hasattr(os, "posix_fadvise"):  # out of the page cache, or memory would be measured
+            facts["write"] = DISK_BYTES / (time.perf_counter() - start)
+            if hasattr(os, "posix_fadvise"):
+                # Empty the page cache first, or memory would be measured.
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 file.seek(0)
-                began = time.perf_counter()
+                start = time.perf_counter()
                 while file.read(1 << 20):
                     pass
-                facts["read"] = DISK_BYTES / (time.perf_counter() - began)
+                facts["read"] = DISK_BYTES / (time.perf_counter() - start)
     except OSError as error:
         facts["error"] = str(error)
     return facts
 
 
 def examine_data(data: str, size: int | None, channels: int, seconds: float) -> dict[str, Any]:
-    """What the pictures are, how fast they load, and the shift of log-SNR that their resolution asks for.
+    """Return an audit of the data, its loading speed, and the log-SNR shift for its resolution.
 
-    Pictures are read in a fixed random order until all are or the time is over, so that part of a set sorted by class
-    still speaks for the whole; classes are counted over the whole set.
+    Images are read in a fixed random order until the time is over, so that a part of a dataset
+    sorted by class represents the whole. Labels are counted over the whole dataset.
     """
-    size = size or usual_size(data)
+    size = size or choose_size(data)
     images = open_images(data, size=size, channels=channels, keep_in_memory=False)
-    summary = audit_for(images, seconds)
+    audit = audit_within(images, seconds)
     threads = sorted({1, os.cpu_count() or 1})
-    speeds = {str(n): load_speed(images, n) for n in threads}
-    said = concerns(summary)
-    if max(speeds.values()) < LEAST_IMAGES_PER_SECOND:
-        said.append(
-            f"no more than {max(speeds.values()):.0f} images/s are loaded; resize once: "
+    speeds = {str(n): measure_loading(images, n) for n in threads}
+    data_concerns = concerns(audit)
+    if max(speeds.values()) < MIN_IMAGES_PER_SECOND:
+        data_concerns.append(
+            f"loading reaches only {max(speeds.values()):.0f} images/s; resize once: "
             f"mezzotint prepare {data} FOLDER --size {size}"
         )
     return {
         "source": data,
         "size": size,
         "total": len(images),
-        "examined": summary["images"] + len(summary["unreadable"]),
-        "audit": summary,
+        "examined": audit["images"] + len(audit["unreadable"]),
+        "audit": audit,
         "images_per_second": speeds,
         # simple diffusion section 2: logsnr(t) + 2 log(64 / d)
-        "logsnr_shift": 2 * math.log(REFERENCE / size),
+        "logsnr_shift": 2 * math.log(REFERENCE_SIZE / size),
         "overrides": [
             "schedule.name=cosine",
             f"schedule.options.image_d={size}",
-            f"schedule.options.noise_d={REFERENCE}",
+            f"schedule.options.noise_d={REFERENCE_SIZE}",
         ],
-        "concerns": said,
+        "concerns": data_concerns,
     }
 
 
-def usual_size(data: str) -> int:
-    """The largest usual side, in pixels, that half of the first hundred readable pictures reach; at least 32."""
-    images = open_images(data, size=SIDES[0], keep_in_memory=False)
+def choose_size(data: str) -> int:
+    """Return the largest usual size in pixels that half of the first 100 readable images reach.
+
+    It is at least 32.
+    """
+    images = open_images(data, size=SIZES[0], keep_in_memory=False)
     sides: list[int] = []
     for i in range(min(100, len(images))):
         try:
@@ -229,134 +238,133 @@ def usual_size(data: str) -> int:
         except UnreadableImage:
             continue
         sides.append(min(decoded.width, decoded.height))
-    return max([side for side in SIDES if sides and side <= median(sides)], default=SIDES[0])
+    reached = [size for size in SIZES if sides and size <= median(sides)]
+    return max(reached, default=SIZES[0])
 
 
-def audit_for(images: ImageDataset, seconds: float) -> dict[str, Any]:
-    """`mezzotint.data.audit` of as many pictures as can be read in that time, on all cores, with all labels."""
+def audit_within(images: ImageDataset, seconds: float) -> dict[str, Any]:
+    """Audit as many images as can be decoded in that time on all cores, and count all labels."""
 
-    def one(i: int) -> DecodedImage | UnreadableImage:
+    def decode(i: int) -> DecodedImage | UnreadableImage:
         try:
             return images.decode(i)
         except UnreadableImage as reason:
             return reason
 
-    found, began = Audit(images.size), time.monotonic()
+    audit, start = Audit(images.size), time.monotonic()
     order = rng.philox("order", 0, 0).permutation(len(images)).tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for chosen in (order[k : k + BLOCK] for k in range(0, len(order), BLOCK)):
-            for i, decoded in zip(chosen, pool.map(one, chosen), strict=True):
-                found.add(images, i, decoded)
-            if time.monotonic() - began > seconds:
+        for block in (order[k : k + BLOCK] for k in range(0, len(order), BLOCK)):
+            for i, decoded in zip(block, pool.map(decode, block), strict=True):
+                audit.add(images, i, decoded)
+            if time.monotonic() - start > seconds:
                 break
-    summary = found.summary(images)
-    if (names := images.label_names) is None:
+    summary = audit.summary(images)
+    names = images.label_names
+    if names is None:
         return summary
-    counted = Counter(dict.fromkeys(names, 0))
-    counted.update(
-        "no label" if (k := images.label(i)) is None else names[k] for i in range(len(images))
-    )
-    present = {name: n for name, n in counted.items() if n}
+    counts = Counter(dict.fromkeys(names, 0))
+    for i in range(len(images)):
+        label = images.label(i)
+        counts["no label" if label is None else names[label]] += 1
     return {
         **summary,
-        "classes": present,
-        "classes_without_images": [name for name in names if not counted[name]],
+        "classes": {name: n for name, n in counts.items() if n},
+        "classes_without_images": [name for name in names if not counts[name]],
     }
 
 
-def load_speed(images: ImageDataset, threads: int, seconds: float = 1.5) -> float:
-    """Images per second of the training loader with that many threads, decoded at every read."""
+def measure_loading(images: ImageDataset, threads: int, seconds: float = 1.5) -> float:
+    """Return the images per second of the training loader with that many threads."""
     batch = max(1, min(32, len(images)))
-    feed = load_batches(images, seed=0, start_image=0, batch=batch, workers=threads)
-    next(feed)
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        next(feed)
+    batches = load_batches(images, seed=0, start_image=0, batch=batch, workers=threads)
+    next(batches)
+    count, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        next(batches)
         count += batch
-    speed = count / (time.perf_counter() - began)
-    feed.close()  # type: ignore[attr-defined]
+    speed = count / (time.perf_counter() - start)
+    batches.close()  # type: ignore[attr-defined]
     return speed
 
 
-def _machine_concerns(found: dict[str, Any]) -> list[str]:
-    """What deserves a look before training on this machine."""
-    env, rate, together, store = (
-        found[k] for k in ("environment", "matmul", "distributed", "disk")
+def _machine_concerns(facts: dict[str, Any]) -> list[str]:
+    """Return what may slow down or break training on this machine."""
+    env, matmul, processes, disk = (
+        facts[k] for k in ("environment", "matmul", "distributed", "disk")
     )
-    said = []
+    found = []
     if not env["gpus"] and env["threads"] > 1 and env["load"][0] > 0.5 * env["cores"]:
-        said.append(
-            f"{env['threads']} threads on {env['cores']} cores with a load of {env['load'][0]:g}: OpenMP collapses "
-            "when other jobs share its cores; set OMP_NUM_THREADS=1 or wait"
+        found.append(
+            f"{env['threads']} threads on {env['cores']} cores with a load of {env['load'][0]:g}: "
+            "OpenMP is very slow when other jobs share its cores; set OMP_NUM_THREADS=1 or wait"
         )
-    if rate["bf16"] < rate["float32"]:
-        said.append(
-            f"bf16 is slower here than float32 ({rate['bf16'] / 1e9:,.0f} and {rate['float32'] / 1e9:,.0f} GFLOP/s); "
-            "set engine.precision=float32"
+    if matmul["bf16"] < matmul["float32"]:
+        found.append(
+            f"bf16 is slower here than float32 ({matmul['bf16'] / 1e9:,.0f} and "
+            f"{matmul['float32'] / 1e9:,.0f} GFLOP/s); set engine.precision=float32"
         )
     for gpu in env["gpus"]:
         if gpu["free"] < 0.9 * gpu["bytes"]:
-            said.append(
-                f"{gpu['name']}: only {gpu['free'] / 2**30:.1f} of {gpu['bytes'] / 2**30:.1f} GiB are free"
-            )
-    if not together["passed"]:
-        said.append(
-            f"{together['processes']} processes do not work together under {together['backend']}: {together['error']}"
+            found.append(f"{_describe_gpu(gpu)}: another process uses it")
+    if not processes["passed"]:
+        found.append(
+            f"{processes['processes']} processes cannot communicate by {processes['backend']}: "
+            f"{processes['error']}"
         )
-    if store["free"] < LEAST_FREE_BYTES:
-        said.append(f"{store['folder']}: {store['free'] / 1e9:.1f} GB are free for checkpoints")
-    if "error" in store:
-        said.append(f"{store['folder']} cannot be written: {store['error']}")
-    elif store["write"] is not None and store["write"] < LEAST_WRITE:
-        said.append(
-            f"{store['folder']} takes {store['write'] / 1e6:.0f} MB/s; large checkpoints will stall training"
+    if disk["free"] < MIN_FREE_BYTES:
+        found.append(f"{disk['folder']}: only {disk['free'] / 1e9:.1f} GB free for checkpoints")
+    if "error" in disk:
+        found.append(f"{disk['folder']} cannot be written: {disk['error']}")
+    elif disk["write"] is not None and disk["write"] < MIN_WRITE_BYTES_PER_SECOND:
+        found.append(
+            f"{disk['folder']} writes {disk['write'] / 1e6:.0f} MB/s; "
+            "large checkpoints will stall training"
         )
-    return said
+    return found
 
 
-def render(found: dict[str, Any]) -> str:
-    """`examine` in lines for a terminal, concerns last."""
-    env, rate, together, store, data = (
-        found[k] for k in ("environment", "matmul", "distributed", "disk", "data")
+def _describe_gpu(gpu: dict[str, Any]) -> str:
+    return f"{gpu['name']}, {gpu['free'] / 2**30:.1f} of {gpu['bytes'] / 2**30:.1f} GiB free"
+
+
+def render_diagnosis(facts: dict[str, Any]) -> str:
+    """Lay out the result of `diagnose` as text, concerns last."""
+    env, matmul, processes, disk, data = (
+        facts[k] for k in ("environment", "matmul", "distributed", "disk", "data")
     )
-    packages = ", ".join(
-        f"{name} {version}" for name, version in env["packages"].items() if version
-    )
-    gpus = [
-        f"{g['name']}, {g['free'] / 2**30:.1f} of {g['bytes'] / 2**30:.1f} GiB free"
-        for g in env["gpus"]
-    ]
-    speed = [f"{word} {store[word] / 1e6:,.0f} MB/s" for word in ("write", "read") if store[word]]
+    installed = [f"{name} {version}" for name, version in env["packages"].items() if version]
+    speeds = [f", {way} {disk[way] / 1e6:,.0f} MB/s" for way in ("write", "read") if disk[way]]
+    gflops = {precision: f"{rate / 1e9:,.0f}" for precision, rate in matmul.items()}
     lines = [
-        f"python       {env['python']}, torch {env['torch']}; {packages or 'no optional packages'}",
-        f"processor    {env['processor']}; {env['cores']} cores, {env['threads']} threads, load {env['load'][0]:g}, "
-        f"{env['memory_bytes'] / 2**30:.0f} GiB",
-        *[f"gpu {i}        {line}" for i, line in enumerate(gpus)],
-        f"matmul       float32 {rate['float32'] / 1e9:,.0f}, bf16 {rate['bf16'] / 1e9:,.0f} GFLOP/s",
-        f"distributed  {together['processes']} processes under {together['backend']} "
-        f"{'agree' if together['passed'] else 'fail'} ({together['seconds']:.1f} s)",
-        f"disk         {store['folder']}: {store['free'] / 1e9:,.0f} GB free"
-        + "".join(f", {word}" for word in speed),
+        f"python       {env['python']}, torch {env['torch']}; "
+        f"{', '.join(installed) or 'no optional packages'}",
+        f"processor    {env['processor']}; {env['cores']} cores, {env['threads']} threads, "
+        f"load {env['load'][0]:g}, {env['memory_bytes'] / 2**30:.0f} GiB",
+        *[f"gpu {i}        {_describe_gpu(gpu)}" for i, gpu in enumerate(env["gpus"])],
+        f"matmul       float32 {gflops['float32']}, bf16 {gflops['bf16']} GFLOP/s",
+        f"distributed  {processes['processes']} processes by {processes['backend']} "
+        f"{'communicate' if processes['passed'] else 'fail'} ({processes['seconds']:.1f} s)",
+        f"disk         {disk['folder']}: {disk['free'] / 1e9:,.0f} GB free{''.join(speeds)}",
+        *(_render_data(data) if data else []),
     ]
-    if data:
-        speeds = ", ".join(
-            f"{v:,.0f} with {n} thread(s)" for n, v in data["images_per_second"].items()
-        )
-        lines += [
-            f"data         {data['source']} at {data['size']} px: {data['examined']:,} of {data['total']:,} read",
-            *[
-                f"             {line}"
-                for line in describe(data["audit"]).splitlines()
-                if not line.startswith("!")
-            ],
-            f"loading      images/s: {speeds}",
-            f"schedule     log-SNR shift for {data['size']} px: 2 log({REFERENCE}/{data['size']}) = "
-            f"{data['logsnr_shift']:+.2f}; {' '.join(data['overrides'])}",
-            "             (presets of simple diffusion shift by themselves with model.size)",
-        ]
-    said = found["concerns"]
-    return "\n".join([*lines, "", *([f"! {s}" for s in said] or ["no concerns"])])
+    return "\n".join([*lines, "", *([f"! {c}" for c in facts["concerns"]] or ["no concerns"])])
+
+
+def _render_data(data: dict[str, Any]) -> list[str]:
+    size = data["size"]
+    audit = [line for line in describe(data["audit"]).splitlines() if not line.startswith("!")]
+    speeds = [f"{v:,.0f} with {n} thread(s)" for n, v in data["images_per_second"].items()]
+    return [
+        f"data         {data['source']} at {size} px: "
+        f"{data['examined']:,} of {data['total']:,} images read",
+        *[f"             {line}" for line in audit],
+        f"loading      images/s: {', '.join(speeds)}",
+        f"schedule     log-SNR shift for {size} px: 2 log({REFERENCE_SIZE}/{size}) = "
+        f"{data['logsnr_shift']:+.2f}; {' '.join(data['overrides'])}",
+        "             (presets of simple diffusion shift by themselves with model.size)",
+    ]
 
 
 if __name__ == "__main__":
-    _smoke_rank()
+    _check_one_rank()

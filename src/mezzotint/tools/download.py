@@ -6,7 +6,6 @@ without network, prefetch on another one and copy that folder.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
-from mezzotint.core.files import cache_dir, format_bytes
+from mezzotint.core.files import cache_dir, format_bytes, sha256_of_file
 from mezzotint.data import autoencoder, text_encoder
 from mezzotint.models import preset_info
 
@@ -109,7 +108,7 @@ def local_files(need: Need) -> list[Found]:
     paths = sorted(
         {path for pattern in need.patterns for path in need.folder.glob(pattern) if path.is_file()}
     )
-    return [Found(path.name, path.stat().st_size, _sha256(path)) for path in paths]
+    return [Found(path.name, path.stat().st_size, sha256_of_file(path)) for path in paths]
 
 
 def remote_files(need: Need) -> list[Found]:
@@ -127,11 +126,6 @@ def remote_files(need: Need) -> list[Found]:
         s for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in need.patterns)
     ]
     return [Found(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in wanted]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listing(need: Need, files: Sequence[Found]) -> str:
@@ -160,7 +154,7 @@ def fetch_files(need: Need) -> Path:
     )
     for name, stated in expected.items():
         path = need.target / name
-        if stated.sha256 and _sha256(path) != stated.sha256:
+        if stated.sha256 and sha256_of_file(path) != stated.sha256:
             raise ValueError(
                 f"{path} is not what the hub states (SHA-256 {stated.sha256}); delete it and fetch again"
             )

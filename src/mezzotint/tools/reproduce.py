@@ -19,7 +19,7 @@ from mezzotint.evaluate.image_source import from_job
 from mezzotint.evaluate.references import complete_reference, read_reference
 from mezzotint.evaluate.results import Evaluation
 from mezzotint.sampling import protocols
-from mezzotint.sampling.generate_images import SamplingJob, make_job
+from mezzotint.sampling.job import SamplingJob, make_job
 from mezzotint.tools.summary import read_summary
 
 FID_SETS = ("inception-2048", "inception-sfid", "inception-logits")
