@@ -86,7 +86,7 @@ def _spread(values: Iterable[int]) -> dict[str, float]:
     return {"min": ordered[0], "median": median(ordered), "max": ordered[-1]} if ordered else {}
 
 
-def examined(
+def decode_all(
     images: ImageDataset, *, progress: bool
 ) -> Iterator[tuple[int, DecodedImage | UnreadableImage]]:
     """Every sample in order, decoded on all cores; those that cannot be come as the `Unreadable` that says why."""
@@ -115,15 +115,15 @@ def examined(
             yield i, decoded
 
 
-def audit(images: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
+def audit_images(images: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
     """Read every sample of a set once and say what it holds, see `Audit.summary`; `describe` puts it in words."""
     found = Audit(images.size)
-    for i, decoded in examined(images, progress=progress):
+    for i, decoded in decode_all(images, progress=progress):
         found.add(images, i, decoded)
     return found.summary(images)
 
 
-def describe(summary: dict[str, Any]) -> str:
+def describe_audit(summary: dict[str, Any]) -> str:
     """A summary in a few lines: what there is, then what deserves a look."""
     count = summary["images"]
     lines = [f"{count:,} images"]
@@ -139,10 +139,10 @@ def describe(summary: dict[str, Any]) -> str:
         )
     if summary["captions"]:
         lines.append(f"{summary['captions']:,} captions")
-    return "\n".join(lines + [f"! {concern}" for concern in concerns(summary)])
+    return "\n".join(lines + [f"! {concern}" for concern in list_problems(summary)])
 
 
-def concerns(summary: dict[str, Any]) -> list[str]:
+def list_problems(summary: dict[str, Any]) -> list[str]:
     """One sentence for each thing that deserves a look before training; empty for a sound set."""
     said = list(summary["notes"])
     if bad := summary["unreadable"]:

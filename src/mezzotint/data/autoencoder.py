@@ -45,19 +45,19 @@ class Release:
     scale: float | None = None  # None: what its config says
 
 
-_DIFFUSERS = ("config.json", "diffusion_pytorch_model.safetensors")
+DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 _TAESD = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 RELEASES = {
     "sd-vae-ft-ema": Release(
         repo="stabilityai/sd-vae-ft-ema",
-        files=_DIFFUSERS,
+        files=DIFFUSERS_FILES,
         megabytes=335,
         licence="MIT",
         scale=SD_SCALE,
     ),
     "sd-vae-ft-mse": Release(
         repo="stabilityai/sd-vae-ft-mse",
-        files=_DIFFUSERS,
+        files=DIFFUSERS_FILES,
         megabytes=335,
         licence="MIT",
         scale=SD_SCALE,
@@ -293,7 +293,7 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
         raise ValueError(
             f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; {suggest(name, ['pixels', *RELEASES])}"
         )
-    release = RELEASES.get(name) or Release(repo=name, files=_DIFFUSERS, megabytes=0, licence="")
+    release = RELEASES.get(name) or Release(repo=name, files=DIFFUSERS_FILES, megabytes=0, licence="")
     from huggingface_hub import snapshot_download
 
     try:
@@ -308,7 +308,7 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
         raise ValueError(
             f"codec {name} is not on this machine and could not be fetched: {first}. Fetch "
             f"{' and '.join(release.files)} of the hub's {release.repo}{size} on a machine with a network (mezzotint "
-            f"prefetch {name}), put them into {place}, or give the folder that holds them as the codec"
+            f"download {name}), put them into {place}, or give the folder that holds them as the codec"
         ) from None
 
 
@@ -330,7 +330,7 @@ def _diffusers(folder: Path) -> nn.Module:
         kind = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} holds no autoencoder: {error!r}; give a folder with {' and '.join(_DIFFUSERS)}, or with "
+            f"{folder} holds no autoencoder: {error!r}; give a folder with {' and '.join(DIFFUSERS_FILES)}, or with "
             f"{' and '.join(_TAESD)}"
         ) from None
     if kind not in KINDS:

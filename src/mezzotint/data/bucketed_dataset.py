@@ -21,7 +21,7 @@ from torch import Tensor
 from mezzotint.core.rng import philox
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.image_dataset import MAX_REPLACEMENTS, Send, UnreadableReport
-from mezzotint.data.sources import NO_LABEL, Source, digest
+from mezzotint.data.sources import NO_LABEL, Source, hash_parts
 from mezzotint.data.transforms import (
     MAX_INTERMEDIATE_PIXELS,
     UnreadableImage,
@@ -71,7 +71,7 @@ class BucketedDataset:
             (w, h) if turned else (h, w) for turned, (h, w) in zip(self.turned, sizes, strict=True)
         ]
         self.bucket = np.array([self._nearest(h, w) for h, w in seen])
-        self.fingerprint = digest(
+        self.fingerprint = hash_parts(
             [source.identity(), f"{self.shapes} {channels} {portrait}", self.bucket.tobytes()]
         )
         counts = ", ".join(

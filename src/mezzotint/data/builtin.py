@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.core.rng import philox
-from mezzotint.data.sources import digest
+from mezzotint.data.sources import hash_parts
 
 DIGITS_TRAIN = 1500  # of 1,797; the other 297 are held out
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
-class Digits:
+class DigitSource:
     """The 1,797 handwritten digits of scikit-learn (8 x 8 pixels, 17 grey levels), white on black."""
 
     numbers: np.ndarray = field(repr=False)  # in scikit-learn's order
@@ -42,10 +42,10 @@ class Digits:
 
     def identity(self) -> str:
         """Of the pixels and labels."""
-        return digest([self.pixels.tobytes(), self.labels.tobytes()])
+        return hash_parts([self.pixels.tobytes(), self.labels.tobytes()])
 
 
-def digits(split: str = "train") -> Digits:
+def open_digits(split: str = "train") -> DigitSource:
     """The set's part "train" (1,500), "test" (297) or "all"; which digit is where is a fixed permutation."""
     try:
         from sklearn.datasets import load_digits
@@ -62,4 +62,4 @@ def digits(split: str = "train") -> Digits:
     pixels = np.round(raw.images[chosen] * (255 / 16)).astype(
         np.uint8
     )  # the set's grey levels are 0...16
-    return Digits(chosen, pixels, raw.target[chosen].astype(np.int64))
+    return DigitSource(chosen, pixels, raw.target[chosen].astype(np.int64))

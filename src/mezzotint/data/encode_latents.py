@@ -14,7 +14,7 @@ from mezzotint.core.files import atomic_open, read_json, write_json
 from mezzotint.data.autoencoder import Codec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset
 from mezzotint.data.latent_dataset import LABELS, PLAN, encode_moments, piece_path
-from mezzotint.data.sources import NO_LABEL, digest
+from mezzotint.data.sources import NO_LABEL, hash_parts
 
 PIECE_BYTES = 16 << 20  # of moments in one piece, at most; a kill costs the piece begun
 PIECE_IMAGES = 256
@@ -194,7 +194,7 @@ def _complete(out: Path, plan: dict[str, Any], pieces: int) -> None:
         "pieces": counts,
         "statistics": {"mean": mean.tolist(), "std": std.tolist(), "overall_std": overall},
         "notes": notes,
-        "fingerprint": digest([plan["pictures"], plan["codec_hash"], *content]),
+        "fingerprint": hash_parts([plan["pictures"], plan["codec_hash"], *content]),
     }
     for old in out.glob(".*.partial"):  # of killed processes
         old.unlink(missing_ok=True)

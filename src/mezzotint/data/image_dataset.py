@@ -16,20 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.core.registry import suggest
-from mezzotint.data.builtin import digits
+from mezzotint.data.builtin import open_digits
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
-from mezzotint.data.shapes import shapes
-from mezzotint.data.sources import (
-    NO_LABEL,
-    SPLITS,
-    Folder,
-    Source,
-    Zip,
-    digest,
-    image_suffixes,
-    open_files,
-)
-from mezzotint.data.tables import CARD, Prepared, open_npz, open_prepared, open_rows
+from mezzotint.data.shapes import open_shapes
+from mezzotint.data.sources import NO_LABEL, SPLITS, FolderStore, Source, ZipStore, hash_parts, image_suffixes, open_files
+from mezzotint.data.tables import CARD, PreparedSource, open_npz, open_prepared, open_table
 from mezzotint.data.transforms import (
     CROPS,
     UnreadableImage,
@@ -108,7 +99,7 @@ class ImageDataset:
         )
         self.label_names = source.label_names
         self.num_classes = len(source.label_names) if source.label_names else 0
-        self.fingerprint = digest([source.identity(), f"{size} {channels} {crop}"])
+        self.fingerprint = hash_parts([source.identity(), f"{size} {channels} {crop}"])
         self.report = UnreadableReport(len(source), notes=source.notes)
         self.words: CaptionEmbeddings | None = (
             None  # embedded captions, for networks that read text
@@ -261,13 +252,13 @@ def open_images(
         keep_in_memory: keep decoded pixels, up to 1 GiB; otherwise decode at every read.
     """
     opened, size = open_source(str(source), size)
-    made_with = opened.crop if isinstance(opened, Prepared) and opened.shape[1] == size else None
+    made_with = opened.crop if isinstance(opened, PreparedSource) and opened.shape[1] == size else None
     if crop is not None and made_with not in (None, crop):
         raise ValueError(
             f"{source} was prepared with crop {made_with!r}, not {crop!r}; give None or prepare anew"
         )
     # The operating system keeps memory maps already.
-    keep = keep_in_memory and not isinstance(opened, Prepared)
+    keep = keep_in_memory and not isinstance(opened, PreparedSource)
     images = ImageDataset(
         opened, size=size, channels=channels, crop=crop or made_with or "adm", keep=keep
     )
@@ -297,12 +288,12 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
                 f"{base} holds latents, not pictures; give the pictures it was prepared from"
             )
         if _holds_rows(path):
-            return open_rows(base, split)
-        return open_files(Folder(path), check_split(base, split))
+            return open_table(base, split)
+        return open_files(FolderStore(path), check_split(base, split))
     if suffix in ROW_FILES and (path.is_file() or "*" in path.name):
-        return open_rows(base, split, ROW_FILES[suffix])
+        return open_table(base, split, ROW_FILES[suffix])
     if path.is_file() and suffix == ".zip":
-        return open_files(Zip(path), check_split(base, split))
+        return open_files(ZipStore(path), check_split(base, split))
     if path.is_file() and suffix == ".npz":
         return open_npz(path, check_split(base, split))
     if path.is_file():
@@ -310,7 +301,7 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
             f"{base} is one file; give its folder, a .zip, .npz, {', '.join(ROW_FILES)}"
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        return open_rows(base, split)
+        return open_table(base, split)
     raise ValueError(
         f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, a hub data set as "
         f"OWNER/NAME, or a built-in set: {suggest(base, BUILTIN)}"
@@ -357,7 +348,7 @@ def _open_builtin(name: str, option: str, size: int | None) -> tuple[Source, int
     side = size if own is None else own
     if side is None:
         raise ValueError(f"{name!r} comes in any size; give one in pixels, e.g. '{name}:32'")
-    return (digits(split) if name == "digits" else shapes(side, split=split, **numbers)), side
+    return (open_digits(split) if name == "digits" else open_shapes(side, split=split, **numbers)), side
 
 
 def split_suffix(source: str) -> tuple[str, str]:

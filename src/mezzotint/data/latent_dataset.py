@@ -35,7 +35,7 @@ from mezzotint.data.image_dataset import (
     open_images,
     split_suffix,
 )
-from mezzotint.data.sources import NO_LABEL, digest, held_out
+from mezzotint.data.sources import NO_LABEL, hash_parts, split_indices
 from mezzotint.data.transforms import draw_flips, to_model_range
 
 PLAN = "plan.json"
@@ -82,7 +82,7 @@ class EncodedDataset:
         self.images, self.codec, self.mirror = images, space, mirror
         self.size, self.channels = images.size // space.factor, space.channels
         self.label_names, self.num_classes = images.label_names, images.num_classes
-        self.fingerprint = digest([images.fingerprint, space.hash])
+        self.fingerprint = hash_parts([images.fingerprint, space.hash])
         self.report = images.report
         self.words: CaptionEmbeddings | None = None
 
@@ -145,8 +145,8 @@ class LatentDataset:
         self.label_names = tuple(card["label_names"]) if card["label_names"] else None
         self.num_classes = len(self.label_names or ())
         self.statistics: dict[str, Any] = card["statistics"]
-        self.rows = held_out(card["count"], split or "all", None)
-        self.fingerprint = digest([card["fingerprint"], self.rows.tobytes()])
+        self.rows = split_indices(card["count"], split or "all", None)
+        self.fingerprint = hash_parts([card["fingerprint"], self.rows.tobytes()])
         self.report = UnreadableReport(len(self.rows), notes=tuple(card["notes"]))
         self.words: CaptionEmbeddings | None = None
         self._starts = np.cumsum([0, *card["pieces"]])

@@ -14,7 +14,7 @@ from typing import Any
 
 from mezzotint.core.distributed import default_device
 from mezzotint.core.files import atomic_folder, write_json
-from mezzotint.data.audit import Audit, examined
+from mezzotint.data.audit import Audit, decode_all
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.tables import CARD
 from mezzotint.data.transforms import UnreadableImage
@@ -128,7 +128,7 @@ def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]
     found, content = Audit(images.size), hashlib.sha256()
     writer = _Shards(folder, features.arrow_schema, images.channels * images.size**2)
     with writer:
-        for i, decoded in examined(images, progress=progress):
+        for i, decoded in decode_all(images, progress=progress):
             found.add(images, i, decoded)
             if isinstance(decoded, UnreadableImage):
                 continue

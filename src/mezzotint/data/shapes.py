@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.core.rng import philox
-from mezzotint.data.sources import digest
+from mezzotint.data.sources import hash_parts
 
 # Hue in degrees; neighbours are at least 25 apart and the jitter is 4, so nearest hue is the colour.
 COLOURS = {
@@ -95,7 +95,7 @@ class Attributes(NamedTuple):
 
 
 @functools.cache
-def combinations(split: str) -> tuple[Attributes, ...]:
+def list_combinations(split: str) -> tuple[Attributes, ...]:
     """The combinations of words of a part of the set: "test" holds every fifth, so that "train" knows each pair."""
     every = [
         Attributes(colour, shape, position)
@@ -118,7 +118,7 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
     return grey + tint + 20 * texture[..., None]
 
 
-def draw(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndarray:
+def draw_shape(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndarray:
     """uint8 (side, side, 3) picture of `attributes`; place, size, shade and ground vary with `rng`."""
     ground = _ground(rng, side)
     hue, jitter = list(COLOURS.values())[attributes.colour], rng.uniform(-HUE_JITTER, HUE_JITTER)
@@ -140,7 +140,7 @@ def draw(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndar
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ShapeSource:
     """`count` pictures of side `size`; labels are the shapes. Every run of len(combinations) holds each combination."""
 
     size: int
@@ -157,7 +157,7 @@ class Shapes:
 
     def attributes(self, i: int) -> Attributes:
         """Colour, shape and position of picture i."""
-        return combinations(self.split)[self.chosen[i]]
+        return list_combinations(self.split)[self.chosen[i]]
 
     def name(self, i: int) -> str:
         """E.g. "shape 7"."""
@@ -167,7 +167,7 @@ class Shapes:
         """uint8 (3, size, size)."""
         # Draw number 1: number 0 of this purpose belongs to the training loop.
         rng = philox("augment", self.seed, i, draw=1)
-        return np.ascontiguousarray(draw(self.attributes(i), rng, self.size).transpose(2, 0, 1))
+        return np.ascontiguousarray(draw_shape(self.attributes(i), rng, self.size).transpose(2, 0, 1))
 
     def text(self, i: int) -> str:
         """The caption."""
@@ -175,10 +175,10 @@ class Shapes:
 
     def identity(self) -> str:
         """Of everything the pictures depend on."""
-        return digest([f"shapes 1 {self.seed} {self.count} {self.split}"])
+        return hash_parts([f"shapes 1 {self.seed} {self.count} {self.split}"])
 
 
-def shapes(size: int, *, split: str = "train", count: int | None = None, seed: int = 0) -> Shapes:
+def open_shapes(size: int, *, split: str = "train", count: int | None = None, seed: int = 0) -> ShapeSource:
     """The part "train", "test" (combinations of words that "train" never shows) or "all".
 
     Args:
@@ -192,11 +192,11 @@ def shapes(size: int, *, split: str = "train", count: int | None = None, seed: i
         raise ValueError(
             f"shapes of size {size}, count {count}: the size must be at least 8 pixels, the count 1"
         )
-    known = combinations(split)
+    known = list_combinations(split)
     blocks = [
         philox("order", seed, block, draw=1).permutation(len(known))
         for block in range(-(-count // len(known)))
     ]
     chosen = np.concatenate(blocks)[:count]
     labels = np.array([a.shape for a in known], dtype=np.int64)[chosen]
-    return Shapes(size, count, seed, split, chosen, labels)
+    return ShapeSource(size, count, seed, split, chosen, labels)

@@ -68,7 +68,7 @@ class Source(Protocol):
         ...
 
 
-def digest(parts: Iterable[bytes | str]) -> str:
+def hash_parts(parts: Iterable[bytes | str]) -> str:
     """SHA-256 over length-prefixed parts, 32 hex digits."""
     h = hashlib.sha256()
     for part in parts:
@@ -77,7 +77,7 @@ def digest(parts: Iterable[bytes | str]) -> str:
     return h.hexdigest()[:32]
 
 
-def decode(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """An opened, not yet loaded picture; `Unreadable` if no decoder knows the bytes."""
     if not data:
         raise UnreadableImage("no bytes")
@@ -89,7 +89,7 @@ def decode(data: bytes) -> Image.Image:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def held_out(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
+def split_indices(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
     """Indices of the samples in `split` ("train", "test", "all").
 
     stated: bool (count,), True where the source itself declares a test sample; where it declares nothing, every tenth
@@ -112,7 +112,7 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
-class Folder:
+class FolderStore:
     """Bytes of the files below a folder, by relative name with forward slashes; links are followed, loops are not."""
 
     def __init__(self, root: Path):
@@ -146,7 +146,7 @@ def _status(path: str) -> os.stat_result | None:
         return None
 
 
-class Zip:
+class ZipStore:
     """Bytes of the members of a zip, by name; read in place, never extracted to disk."""
 
     def __init__(self, root: Path):
@@ -194,10 +194,10 @@ def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.Zip
 
 
 @dataclass(frozen=True)
-class Files:
+class FileSource:
     """Image files of a folder or zip, with labels and captions found beside them."""
 
-    store: Folder | Zip
+    store: FolderStore | ZipStore
     names: tuple[str, ...]
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
@@ -219,7 +219,7 @@ class Files:
             data = self.store.bytes(self.names[i])
         except OSError as error:
             raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
-        return decode(data)
+        return decode_image(data)
 
     def text(self, i: int) -> str | None:
         """From metadata.jsonl, else from the .txt of the same stem."""
@@ -238,7 +238,7 @@ class Files:
         return self.key
 
 
-def open_files(store: Folder | Zip, split: str | None) -> Files:
+def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
     """The images of a folder or zip.
 
     Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list "test"), else the
@@ -260,7 +260,7 @@ def open_files(store: Folder | Zip, split: str | None) -> Files:
         names, labels, label_names, test = _labels_from_json(store, prefix, names, notes)
     else:
         labels, label_names = _labels_from_folders(store, base, names, notes)
-    chosen = held_out(len(names), split or ("all" if test is None else "train"), test)
+    chosen = split_indices(len(names), split or ("all" if test is None else "train"), test)
     if not len(chosen):
         raise ValueError(
             f"split {split!r} of {store.root} is empty: it holds {len(names)} images; try 'all'"
@@ -270,14 +270,14 @@ def open_files(store: Folder | Zip, split: str | None) -> Files:
         notes.append(f"{others} files that are not images of this set were left alone")
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
-    key = digest(
+    key = hash_parts(
         [f"{name}\t{sizes[name]}" for name in names] + [b"" if labels is None else labels.tobytes()]
     )
     beside = frozenset(name for name in sizes if name.endswith(".txt"))
     captions = _captions(
         store, sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
     )
-    return Files(store, tuple(names), labels, label_names, captions, beside, tuple(notes), key)
+    return FileSource(store, tuple(names), labels, label_names, captions, beside, tuple(notes), key)
 
 
 def _usual() -> tuple[str, ...]:
@@ -294,7 +294,7 @@ def _common_folder(names: Sequence[str]) -> str:
 
 
 def _labels_from_folders(
-    store: Folder | Zip, base: str, names: Sequence[str], notes: list[str]
+    store: FolderStore | ZipStore, base: str, names: Sequence[str], notes: list[str]
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     folders = [name[len(base) :].rpartition("/")[0].partition("/")[0] for name in names]
     classes = sorted(set(folders) - {""})
@@ -314,7 +314,7 @@ def _labels_from_folders(
 
 
 def _labels_from_json(
-    store: Folder | Zip, prefix: str, names: Sequence[str], notes: list[str]
+    store: FolderStore | ZipStore, prefix: str, names: Sequence[str], notes: list[str]
 ) -> tuple[list[str], np.ndarray | None, tuple[str, ...] | None, np.ndarray | None]:
     where = f"{store.root}/{prefix}dataset.json"
     try:
@@ -354,7 +354,7 @@ def _labels_from_json(
     return ordered, labels, label_names, test
 
 
-def _captions(store: Folder | Zip, files: Sequence[str]) -> dict[str, str]:
+def _captions(store: FolderStore | ZipStore, files: Sequence[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for file in files:
         folder = file.rpartition("/")[0]

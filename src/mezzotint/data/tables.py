@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.core.files import read_json
-from mezzotint.data.sources import NO_LABEL, decode, digest, held_out
+from mezzotint.data.sources import NO_LABEL, decode_image, hash_parts, split_indices
 from mezzotint.data.transforms import UnreadableImage
 
 CARD = "mezzotint.json"  # beside the Arrow files of a prepared folder
@@ -25,7 +25,7 @@ TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedSource:
     """A folder written by `mezzotint.data.prepare`, read through a memory map."""
 
     folder: str
@@ -56,7 +56,7 @@ class Prepared:
 
     def identity(self) -> str:
         """Of the content written, and of the rows chosen."""
-        return digest([self.key, self.rows.tobytes()])
+        return hash_parts([self.key, self.rows.tobytes()])
 
     def _cell(self, column: str, i: int) -> Any:
         return _table(self.folder, self.key).column(column)[int(self.rows[i])].as_py()
@@ -99,7 +99,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def open_prepared(folder: Path, split: str | None) -> Prepared:
+def open_prepared(folder: Path, split: str | None) -> PreparedSource:
     """A folder of `prepare`, or its part "train" or "test" (every tenth)."""
     card = read_card(folder)
     try:
@@ -113,18 +113,18 @@ def open_prepared(folder: Path, split: str | None) -> Prepared:
         raise ValueError(
             f"prepared folder {folder} is damaged: {error}; prepare it again"
         ) from error
-    rows = held_out(card["count"], split or "all", None)
+    rows = split_indices(card["count"], split or "all", None)
     shape = (card["channels"], card["size"], card["size"])
     names = tuple(card["label_names"]) if card["label_names"] else None
     labels = None if labels is None else labels[rows].astype(np.int64)
     notes = tuple(f"left out when it was prepared: {name}" for name in card["left_out"])
-    return Prepared(
+    return PreparedSource(
         str(folder.resolve()), rows, labels, names, shape, card["crop"], card["fingerprint"], notes
     )
 
 
 @dataclass(frozen=True)
-class Rows:
+class TableSource:
     """A Hugging Face data set with a column of encoded pictures."""
 
     pictures: Any  # datasets.Dataset of one column, undecoded
@@ -147,9 +147,9 @@ class Rows:
         if cell is None:
             raise UnreadableImage("an empty cell")
         if cell.get("bytes") is not None:
-            return decode(cell["bytes"])
+            return decode_image(cell["bytes"])
         try:
-            return decode(Path(cell["path"]).read_bytes())
+            return decode_image(Path(cell["path"]).read_bytes())
         except OSError as error:
             raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
 
@@ -162,7 +162,7 @@ class Rows:
         """Of the number of bytes and the label of every row: the bytes themselves may be terabytes."""
         lengths = [self._lengths(start) for start in range(0, len(self), 4096)]
         labels = b"" if self.labels is None else self.labels.tobytes()
-        return digest([*(length.tobytes() for length in lengths), labels])
+        return hash_parts([*(length.tobytes() for length in lengths), labels])
 
     def _lengths(self, start: int) -> np.ndarray:
         import pyarrow.compute
@@ -184,7 +184,7 @@ def _column(
     return next((name for name in [*typed, *names] if name in features), None)
 
 
-def rows_of(dataset: Any, what: str) -> Rows:
+def table_source(dataset: Any, what: str) -> TableSource:
     """A `datasets.Dataset` as a source; the columns are found by type, then by usual names."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
@@ -200,7 +200,7 @@ def rows_of(dataset: Any, what: str) -> Rows:
     captions = None if caption is None else dataset.select_columns([caption])
     label = _column(features, (ClassLabel,), LABEL_COLUMNS)
     labels, names = (None, None) if label is None else _labels(dataset, label, what)
-    return Rows(pictures, captions, labels, names)
+    return TableSource(pictures, captions, labels, names)
 
 
 def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -225,7 +225,7 @@ def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str
     return labels, tuple(map(str, range(int(labels.max()) + 1)))
 
 
-def open_rows(path: str, split: str | None, builder: str | None = None) -> Rows:
+def open_table(path: str, split: str | None, builder: str | None = None) -> TableSource:
     """A data set by hub name or folder, or the files `path` read by `builder` ("parquet", "arrow", "webdataset")."""
     import datasets
 
@@ -242,7 +242,7 @@ def open_rows(path: str, split: str | None, builder: str | None = None) -> Rows:
             f"{path!r} cannot be opened as a data set ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
             "folder or zip of images, parquet files, or a data set of the hub as OWNER/NAME"
         ) from error
-    return rows_of(_part(parts, split, path), path)
+    return table_source(_part(parts, split, path), path)
 
 
 def _part(parts: Any, split: str | None, what: str) -> Any:
@@ -263,11 +263,11 @@ def _part(parts: Any, split: str | None, what: str) -> Any:
 
 
 def _tenths(dataset: Any, split: str) -> Any:
-    return dataset.select(held_out(len(dataset), split, None))
+    return dataset.select(split_indices(len(dataset), split, None))
 
 
 @dataclass(frozen=True)
-class Packed:
+class NpzSource:
     """Arrays of an .npz: encoded pictures in one blob with offsets, or uint8 pixels."""
 
     path: str
@@ -291,7 +291,7 @@ class Packed:
         if "arr_0" in arrays:
             return np.ascontiguousarray(arrays["arr_0"][row].transpose(2, 0, 1))
         first, last = arrays[f"{self.part}offsets"][row : row + 2]
-        return decode(arrays[f"{self.part}blob"][first:last].tobytes())
+        return decode_image(arrays[f"{self.part}blob"][first:last].tobytes())
 
     def text(self, i: int) -> None:
         """No captions."""
@@ -302,7 +302,7 @@ class Packed:
         arrays = _npz(self.path, self.modified_ns)
         name = "arr_0" if "arr_0" in arrays else f"{self.part}blob"
         labels = b"" if self.labels is None else self.labels.tobytes()
-        return digest([arrays[name].tobytes(), self.rows.tobytes(), labels])
+        return hash_parts([arrays[name].tobytes(), self.rows.tobytes(), labels])
 
 
 @functools.lru_cache(maxsize=4)
@@ -311,7 +311,7 @@ def _npz(path: str, modified_ns: int) -> dict[str, np.ndarray]:
         return {name: file[name] for name in file.files}
 
 
-def open_npz(path: Path, split: str | None) -> Packed:
+def open_npz(path: Path, split: str | None) -> NpzSource:
     """Pictures of an .npz in one of two forms.
 
     Encoded: "train_blob", "train_offsets" (n + 1), "train_labels", the same for "test", and "classes". Or ADM's sample
@@ -327,7 +327,7 @@ def open_npz(path: Path, split: str | None) -> Packed:
         pixels = arrays["arr_0"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
             raise ValueError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; {form}")
-        rows, part = held_out(len(pixels), split or "all", None), ""
+        rows, part = split_indices(len(pixels), split or "all", None), ""
         labels = arrays.get("arr_1")
     else:
         part = f"{split or 'train'}_"
@@ -337,7 +337,7 @@ def open_npz(path: Path, split: str | None) -> Packed:
             )
         rows, labels = np.arange(len(arrays[f"{part}offsets"]) - 1), arrays.get(f"{part}labels")
     if labels is None:
-        return Packed(str(path), modified_ns, part, rows, None, None)
+        return NpzSource(str(path), modified_ns, part, rows, None, None)
     labels = labels[rows].astype(np.int64)
     names = map(str, arrays["classes"] if "classes" in arrays else range(int(labels.max()) + 1))
-    return Packed(str(path), modified_ns, part, rows, labels, tuple(names))
+    return NpzSource(str(path), modified_ns, part, rows, labels, tuple(names))

@@ -21,7 +21,7 @@ from mezzotint.core.files import atomic_folder, cache_dir, read_json, write_json
 from mezzotint.core.progress import ProgressBar
 from mezzotint.core.tensor_files import sha256_of_module
 from mezzotint.data.caption_embeddings import EMBEDDINGS_CARD, CaptionEmbeddings
-from mezzotint.data.sources import digest
+from mezzotint.data.sources import hash_parts
 
 MAX_TOKENS = 128  # Imagen's and its successors' usual length; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
@@ -150,7 +150,7 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"text encoder {name} is not on this machine and could not be fetched: {first}. Fetch its config.json, "
-            f"tokenizer and *.safetensors on a machine with a network (mezzotint prefetch {name}), put them into "
+            f"tokenizer and *.safetensors on a machine with a network (mezzotint download {name}), put them into "
             f"{ours}, or give the folder that holds them"
         ) from None
 
@@ -198,7 +198,7 @@ def embed_captions(
         raise ValueError(
             "no picture has a caption; put a .txt beside each, a metadata.jsonl, or a column 'text'"
         )
-    key = digest([reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct])
+    key = hash_parts([reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct])
     folder = cache_dir() / "words" / key
     if not (folder / EMBEDDINGS_CARD).is_file():
         _write_embeddings(folder, key, captions, reader, progress)
