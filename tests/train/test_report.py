@@ -1,4 +1,4 @@
-"""`mezzotint report` on a run in every state: new, under way, killed in the middle of a line, finished."""
+"""`mezzotint report` on a run in every state: new, killed while it wrote a line, finished."""
 
 from __future__ import annotations
 
@@ -19,17 +19,27 @@ from mezzotint.models import create_model
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import difference, recipe_for
-from mezzotint.train.report import bin_names, grids, page, predict_nothing, read_lines, write_report
+from mezzotint.train.report import (
+    POINTS,
+    line_over_images,
+    logsnr_bin_names,
+    render_grids,
+    render_page,
+    spans_decade,
+    write_report,
+    zero_output_loss,
+)
 
 LINE = {
-    "images": 3200, "loss": 0.5, "grad_norm": 1.0, "loss_by_logsnr": {"<-10": 0.1, "-2..2": 0.4, ">10": 1.0},
+    "images": 3200, "loss": 0.5, "grad_norm": 1.0,
     "images_per_second": 120.0, "peak_memory_gib": 0.7,
+    "loss_by_logsnr": {"<-10": 0.1, "-2..2": 0.4, ">10": 1.0},
 }  # fmt: skip
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run that was killed while it wrote a log line, with a spike and four grids; its name needs escaping."""
+    """A run killed while it wrote a log line, with a spike and four grids, in a name to escape."""
     folder = tmp_path / "run <1>"
     (folder / "samples").mkdir(parents=True)
     recipe = config.override(
@@ -48,7 +58,7 @@ def run(tmp_path):
 
 
 class Checker(HTMLParser):
-    """Collects whatever an element would fetch, and checks that elements close."""
+    """Collects the addresses that elements would load, and checks that elements close."""
 
     def __init__(self):
         super().__init__()
@@ -83,15 +93,15 @@ def checked(text):
     return text
 
 
-def test_a_killed_run_in_one_page(run):
-    text = checked(page(run, difference(config.from_yaml(run / "recipe.yaml"))))
+def test_a_killed_run(run):
+    text = checked(render_page(run, difference(config.from_yaml(run / "recipe.yaml"))))
     assert "run &lt;1&gt;" in text
     assert "9,600 of 12,800 images" in text
     assert "continues it" in text
     assert "data.source:" in text
     assert "spike" in text
     assert "loss 9.0" in text
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     ids = re.findall(r'<g id="([^"]+)"|clipPath id="([^"]+)"', text)
     clips = [clip for _, clip in ids if clip]
     assert len(clips) == len(set(clips))
@@ -101,31 +111,30 @@ def test_a_killed_run_in_one_page(run):
     assert "#010203" not in text
 
 
-def test_pictures_are_the_runs_own(run):
-    first = re.search(r"data:image/png;base64,([^\"]+)", grids(run))[1]
+def test_newest_grid_is_first_and_unchanged(run):
+    first = re.search(r"data:image/png;base64,([^\"]+)", render_grids(run))[1]
     assert np.asarray(Image.open(io.BytesIO(base64.b64decode(first))))[0, 0, 0] == 160
 
 
-def test_large_grids_shrink(run, monkeypatch):
+def test_large_grids_become_jpeg(run, monkeypatch):
     monkeypatch.setattr("mezzotint.train.report.LARGEST_PNG", 10)
-    assert grids(run).count("data:image/jpeg") == 4
+    assert render_grids(run).count("data:image/jpeg") == 4
     monkeypatch.setattr("mezzotint.train.report.GRIDS", 2)
-    assert "12,800" in grids(run)
-    assert grids(run).count("<img") == 2
+    assert "12,800" in render_grids(run)
+    assert render_grids(run).count("<img") == 2
 
 
-def test_a_run_that_has_just_begun(run):
+def test_a_new_run(run):
     for name in ("log.jsonl", "events.jsonl"):
         (run / name).unlink()
     for path in (run / "samples").iterdir():
         path.unlink()
-    text = checked(page(run, ""))
+    text = checked(render_page(run, ""))
     assert "No line is logged yet" in text
     assert "<img" not in text
-    assert read_lines(run / "log.jsonl") == []
 
 
-def test_a_finished_run_and_its_file(run, tmp_path):
+def test_a_finished_run_is_written_to_a_file(run, tmp_path):
     with (run / "log.jsonl").open("w") as file:
         file.write(json.dumps({**LINE, "images": 12800}) + "\n")
     out = write_report(run, tmp_path / "new" / "page.html")
@@ -135,13 +144,32 @@ def test_a_finished_run_and_its_file(run, tmp_path):
         write_report(tmp_path, tmp_path / "x.html")
 
 
+def test_a_line_skips_records_without_its_value():
+    records = [{"images": 1, "a": {"b": 5.0}}, {"images": 2}, {"images": 3, "a": {"b": 6.0}}]
+    line = line_over_images(records, "a", "b")
+    assert (line.x, line.y) == ([1, 3], [5.0, 6.0])
+
+
+def test_a_long_line_is_thinned_and_keeps_its_ends():
+    line = line_over_images([{"images": i, "loss": 0.0} for i in range(10 * POINTS + 7)], "loss")
+    assert POINTS / 2 < len(line.x) <= POINTS + 1
+    assert (line.x[0], line.x[-1]) == (0, 10 * POINTS + 6)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0.5, 0.4], False), ([5.0, 0.4], True), ([5.0, -1.0], False)]
+)
+def test_logarithmic_axis_for_values_over_a_decade(values, expected):
+    assert spans_decade(values) is expected
+
+
 @pytest.mark.parametrize(
     "preset", ["unet-tiny", "diffit-tiny", "diffit-latent-tiny", "uvit-text-tiny"]
 )
-def test_the_line_is_where_a_fresh_network_starts(preset):
-    """These backbones answer zeros before their first step, so their loss is the line's."""
+def test_zero_output_loss_is_the_loss_of_a_new_network(preset):
+    """These backbones output zeros before their first step."""
     recipe = recipe_for(preset)
-    line = predict_nothing(recipe, levels=32)
+    line = zero_output_loss(recipe, levels=32)
     model = create_model(preset, **recipe.model)
     schedule = build(schedules.registry, recipe.schedule or model.info.schedule)
     config_of = model.info.config
@@ -154,20 +182,20 @@ def test_the_line_is_where_a_fresh_network_starts(preset):
         loss = build(objectives.registry, recipe.objective)(
             model, x, eps, schedule(u).float(), Cond()
         )
-    assert set(line) <= set(bin_names())
+    assert set(line) <= set(logsnr_bin_names())
     assert all(value >= 0 for value in line.values())
     if recipe.time.loss_measure == "u":
         assert min(line.values()) * 0.8 < loss.item() < max(line.values()) * 1.2
 
 
-def test_the_line_of_noise_prediction_is_one():
+def test_zero_output_loss_of_noise_prediction_is_one():
     recipe = config.override(
         recipe_for("dimr-tiny"), ["objective.name=eps_mse", "objective.options={}"]
     )
     assert recipe.objective == Spec("eps_mse")
-    line = predict_nothing(recipe, levels=32)
+    line = zero_output_loss(recipe, levels=32)
     assert list(line.values()) == pytest.approx([1.0] * len(line), abs=0.05)
 
 
-def test_bins_are_the_logs():
-    assert bin_names() == ["<-10", "-10..-6", "-6..-2", "-2..2", "2..6", "6..10", ">10"]
+def test_bin_names():
+    assert logsnr_bin_names() == ["<-10", "-10..-6", "-6..-2", "-2..2", "2..6", "6..10", ">10"]

@@ -1,4 +1,4 @@
-"""A studio in a process of its own, and Debian's Chromium in front of it."""
+"""A studio in its own process, and Debian's Chromium as its browser."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ from helpers.tiny_t5 import saved_t5
 from mezzotint.data.text_encoder import open_text_encoder
 
 CHROMIUM = Path("/usr/bin/chromium")
-SHOTS = Path(
+SCREENSHOTS = Path(
     os.environ.get("MEZZOTINT_SCREENSHOTS", Path(__file__).parents[2] / "build" / "screenshots")
 )
 
 
-def tiny(folder: Path, seed: int) -> None:
-    """A unet-tiny of 16 pixels with random weights, none of them zero."""
+def save_tiny(folder: Path, seed: int) -> None:
+    """Save a unet-tiny of 16 pixels with random weights, none of them zero."""
     torch.manual_seed(seed)
     model = mz.create_model("unet-tiny", size=16, width=8, emb_dim=32, num_classes=3)
-    moved_off_its_start(model)
+    fill_zeros(model)
     mz.save_model(model, folder)
 
 
-def moved_off_its_start(model) -> None:
+def fill_zeros(model) -> None:
+    """Replace zero-initialised weights by random ones, so that images depend on their seeds."""
     for parameter in model.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def reading(folder: Path, t5: Path, name: str) -> None:
-    """A uvit-text-tiny of 16 pixels whose card says that it was trained with that encoder."""
+def save_text_model(folder: Path, t5: Path, name: str) -> None:
+    """Save a uvit-text-tiny of 16 pixels whose info names that text encoder."""
     torch.manual_seed(0)
     small = {
         "size": 16,
@@ -53,26 +54,26 @@ def reading(folder: Path, t5: Path, name: str) -> None:
         "heads": 2,
     }
     model = mz.create_model("uvit-text-tiny", **small, text_dim=16)
-    moved_off_its_start(model)
-    kept = {"encoder": name, "encoder_hash": open_text_encoder(str(t5)).hash, "max_tokens": 16}
-    model.info = dataclasses.replace(model.info, extra={"text": kept})
+    fill_zeros(model)
+    text = {"encoder": name, "encoder_hash": open_text_encoder(str(t5)).hash, "max_tokens": 16}
+    model.info = dataclasses.replace(model.info, extra={"text": text})
     mz.save_model(model, folder)
 
 
-def looked_into(folder: Path) -> None:
-    """A DiMR and a DiffiT, whose insides the page shows."""
+def save_dimr_and_diffit(folder: Path) -> None:
+    """Save the models whose branches and attention the page shows."""
     for name in ("dimr", "diffit"):
         torch.manual_seed(0)
         model = mz.create_model(f"{name}-tiny", num_classes=3)
-        moved_off_its_start(model)
+        fill_zeros(model)
         mz.save_model(model, folder / name)
 
 
 class Training:
-    """A real run in the background, stopped and continued by signals so that it takes no time from other tests."""
+    """A real run in the background, paused by a signal while other tests run."""
 
     def __init__(self, folder: Path):
-        words = [
+        arguments = [
             "train",
             "unet-tiny",
             "images=4000000",
@@ -85,24 +86,24 @@ class Training:
             sys.executable,
             "-m",
             "mezzotint",
-            *words,
+            *arguments,
             "--data",
             "shapes:16",
             "--out",
             str(folder),
         ]
         self.folder = folder
-        said = folder.with_suffix(".txt")
-        with said.open("w") as file:
+        output = folder.with_suffix(".txt")
+        with output.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
         wait_for(lambda: (folder / "log.jsonl").exists() or self.process.poll() is not None, 120)
-        assert self.process.poll() is None, said.read_text()
+        assert self.process.poll() is None, output.read_text()
         self.pause()
 
     def pause(self) -> None:
         self.process.send_signal(signal.SIGSTOP)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
@@ -119,22 +120,22 @@ def wait_for(ready, seconds: float) -> None:
 
 
 class Server:
-    """`mezzotint serve` in a process of its own, once it answers."""
+    """`mezzotint serve` in its own process, once it answers."""
 
-    def __init__(self, folder: Path, *words: str):
+    def __init__(self, folder: Path, *arguments: str):
         self.folder = folder
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "mezzotint", "serve", *words, "--port", str(port)]
+        command = [sys.executable, "-m", "mezzotint", "serve", *arguments, "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
-        self.said = folder / "server.txt"
-        with self.said.open("w") as file:
+        self.output = folder / "server.txt"
+        with self.output.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
         wait_for(self.answers, 120)
 
     def answers(self) -> bool:
-        assert self.process.poll() is None, self.said.read_text()
+        assert self.process.poll() is None, self.output.read_text()
         try:
             with urllib.request.urlopen(self.url, timeout=5) as answer:
                 return answer.status == 200
@@ -172,19 +173,22 @@ def training(browser, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(training, tmp_path_factory):
-    """Two models, one whose weights are not numbers, two that read words, one of them without its encoder; one of each
-    kind that is looked into; a run."""
+    """The studio of seven models and a run.
+
+    good, other: unet-tiny. broken: its weights are not numbers. text: takes prompts.
+    no-encoder: its text encoder is absent. dimr, diffit.
+    """
     folder = tmp_path_factory.mktemp("models")
     for seed, name in enumerate(("good", "other", "broken")):
-        tiny(folder / name, seed)
+        save_tiny(folder / name, seed)
     broken = mz.load_model(folder / "broken")
     torch.nn.init.constant_(next(broken.parameters()), float("nan"))
     mz.save_model(broken, folder / "broken")
     t5 = saved_t5(folder / "t5", 0)
-    reading(folder / "words", t5, str(t5))
-    reading(folder / "speechless", t5, "nobody/has-this-t5")
-    looked_into(folder)
-    names = ("good", "other", "broken", "words", "speechless", "dimr", "diffit")
+    save_text_model(folder / "text", t5, str(t5))
+    save_text_model(folder / "no-encoder", t5, "nobody/has-this-t5")
+    save_dimr_and_diffit(folder)
+    names = ("good", "other", "broken", "text", "no-encoder", "dimr", "diffit")
     running = Server(folder, *(str(folder / name) for name in names), str(training.folder))
     yield running
     running.end()
@@ -192,8 +196,8 @@ def server(training, tmp_path_factory):
 
 @pytest.fixture
 def guarded(browser, tmp_path):
-    """A studio that asks who is there."""
-    tiny(tmp_path / "good", 0)
+    """A studio with a password."""
+    save_tiny(tmp_path / "good", 0)
     running = Server(tmp_path, str(tmp_path / "good"), "--auth", "rembrandt:rocker")
     yield running
     running.end()
@@ -201,7 +205,10 @@ def guarded(browser, tmp_path):
 
 @pytest.fixture
 def visit(browser, server):
-    """Opens the page for a new visitor; afterwards, no request may have gone elsewhere and no script have failed."""
+    """Open the page for a new visitor; check at the end that it loaded nothing from outside.
+
+    A script error fails the test too.
+    """
     contexts, requests, errors = [], [], []
 
     def open_page(**options):
@@ -227,10 +234,10 @@ def visit(browser, server):
 
 @pytest.fixture
 def shot():
-    """Keeps a screenshot in build/screenshots, or where MEZZOTINT_SCREENSHOTS says."""
+    """Save a screenshot in build/screenshots or $MEZZOTINT_SCREENSHOTS."""
 
     def take(page, name: str) -> None:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=SHOTS / f"{name}.png", full_page=True)
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENSHOTS / f"{name}.png", full_page=True)
 
     return take

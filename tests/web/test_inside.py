@@ -1,4 +1,4 @@
-"""What the page shows of a network's inside is what the network computes; no browser."""
+"""Branches, attention and layer table show what the network computes; no browser."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ TOKENS, HEADS = 16, 2
 
 
 @torch.no_grad()
-def test_the_attention_shown_is_the_attention_of_the_layer():
-    """Values that are the tokens' own numbers, one-hot, make the layer's output the attention itself."""
+def test_heatmap_is_the_attention_of_the_layer():
+    """With one-hot values that number the tokens, the layer's output is the attention itself."""
     torch.manual_seed(0)
     attn = TMSA(TOKENS * HEADS, HEADS, side=4)
     x = torch.cat([torch.randn(1, 4, TOKENS, TOKENS), torch.eye(TOKENS).expand(1, 4, -1, -1)], -1)
@@ -32,7 +32,7 @@ def test_the_attention_shown_is_the_attention_of_the_layer():
     attn.proj.bias.zero_()
     q_t, bias = torch.randn(1, TOKENS * HEADS), torch.randn(1, HEADS, TOKENS, TOKENS)
     weights = attn(x, q_t, torch.zeros(1, TOKENS * HEADS), bias)
-    heat, row, column = internals.attention_picture(attn, (x, q_t, q_t, bias), 0.8, 0.3)
+    heat, row, column = internals.attention_heatmap(attn, (x, q_t, q_t, bias), 0.8, 0.3)
     assert (row, column) == (6, 2)  # of 8 x 8 tokens: window 2 of four, its token 10
     expected = torch.zeros(8, 8)
     expected[4:, :4] = weights[0, 2, 10].view(HEADS, 4, 4).mean(0)
@@ -56,7 +56,7 @@ def studio(tmp_path, monkeypatch):
     )
 
 
-def test_a_branch_that_is_right_shows_the_picture_at_its_own_size(studio):
+def test_an_exact_branch_shows_the_image_at_its_own_size(studio):
     job = make_job(studio, Request(model="dimr-tiny"))
     torch.manual_seed(0)
     x, eps, logsnr = (
@@ -79,27 +79,24 @@ def last(steps) -> tuple[str, str]:
     return end
 
 
-def test_latents_are_looked_at_without_their_autoencoder_and_made_with_it_alone(studio):
-    shown, said = last(internals.attention(studio, "diffit-latent-tiny", 0, 3, 2, (0.5, 0.5)))
-    assert shown.count("<img") == 2 * 3
-    assert "layer 2 of 2" in said
-    with pytest.raises(
-        ValueError,
-        match=r"sd-vae-ft-ema, is not on this machine: .*mezzotint prefetch sd-vae-ft-ema",
-    ):
+def test_attention_of_a_latent_model_needs_no_autoencoder_and_sampling_does(studio):
+    images, status = last(internals.attention(studio, "diffit-latent-tiny", 0, 3, 2, 0.5, 0.5))
+    assert images.count("<img") == 2 * 3
+    assert "layer 2 of 2" in status
+    with pytest.raises(ValueError, match="download sd-vae-ft-ema"):
         make_job(studio, Request(model="diffit-latent-tiny"))
 
 
-def test_what_a_network_does_not_have_is_not_shown(studio):
-    with pytest.raises(ValueError, match="has no branches"):
+def test_errors_for_what_a_network_does_not_have(studio):
+    with pytest.raises(ValueError, match="unet-tiny"):
         last(internals.branches(studio, "unet-tiny", 0, 2))
-    with pytest.raises(ValueError, match="has no time-dependent attention"):
-        last(internals.attention(studio, "dimr-tiny", 0, 2, 1, (0.5, 0.5)))
-    with pytest.raises(ValueError, match="layer"):
-        last(internals.attention(studio, "diffit-latent-tiny", 0, 2, 3, (0.5, 0.5)))
+    with pytest.raises(ValueError, match="dimr-tiny"):
+        last(internals.attention(studio, "dimr-tiny", 0, 2, 1, 0.5, 0.5))
+    with pytest.raises(ValueError, match="layer '3'"):
+        last(internals.attention(studio, "diffit-latent-tiny", 0, 2, 3, 0.5, 0.5))
 
 
-def test_a_preset_is_told_by_resolution(studio):
+def test_network_table_by_resolution(studio):
     table = internals.network_table("dimr-tiny")
-    for words in ("32×32", "16×16", "8×8", "1.326 M"):
-        assert words in table
+    for text in ("32×32", "16×16", "8×8", "1.326 M"):
+        assert text in table

@@ -1,4 +1,4 @@
-"""The page in a real browser, as its visitors use and misuse it."""
+"""The page in a real browser, used and misused."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from PIL import Image
 
 from mezzotint.core.image_grid import to_pil
 from mezzotint.models import open_model
-from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.settings import SamplingSettings
 
 SEEDS = "#seeds :is(textarea, input)"
-PICTURES = "#pictures figure:has([data-save]) img"
+IMAGES = "#pictures figure:has([data-save]) img"
 
 
-def ask(page, seeds: str, steps: int = 3) -> None:
+def press_generate(page, seeds: str, steps: int = 3) -> None:
     page.locator(SEEDS).fill(seeds)
     box = page.get_by_label("number input for Steps").first
     box.fill(str(steps))
@@ -39,18 +39,18 @@ def choose(page, model: str) -> None:
 
 
 def wait_done(page, seconds: float = 60) -> list[str]:
-    """The addresses of the finished pictures."""
+    """Wait for the status "done"; return the sources of the finished images."""
     page.wait_for_function(
         "() => document.querySelector('#status').innerText.startsWith('done')",
         timeout=1000 * seconds,
     )
-    return [image.get_attribute("src") for image in page.query_selector_all(PICTURES)]
+    return [image.get_attribute("src") for image in page.query_selector_all(IMAGES)]
 
 
-def made(page, seeds: str, steps: int = 3) -> list[str]:
-    """Ask, and wait until more pictures than before can be saved, the earlier ones among them."""
+def generate(page, seeds: str, steps: int = 3) -> list[str]:
+    """Press Generate, and wait until the page shows more finished images than before."""
     before = page.locator("[data-save]").count()
-    ask(page, seeds, steps)
+    press_generate(page, seeds, steps)
     page.wait_for_function(
         "n => document.querySelectorAll('[data-save]').length > n", arg=before, timeout=60_000
     )
@@ -64,7 +64,7 @@ def decoded(uri: str) -> Image.Image:
 
 
 def call(server, values: list, name: str = "generate") -> str:
-    """The raw answer of the HTTP API."""
+    """Call the HTTP API; return its raw answer."""
     body = json.dumps({"data": values}).encode()
     request = urllib.request.Request(
         f"{server.url}/gradio_api/call/{name}", body, headers={"Content-Type": "application/json"}
@@ -79,7 +79,7 @@ def fetched(request, seconds: float = 30) -> str:
 
 
 def values(**changes) -> list:
-    """The arguments of `generate` in the order of the form."""
+    """Return the arguments of `generate` in the order of the form."""
     form = {"model": "good", "label": "every class in turn", "prompts": "", "seeds": "0"}
     form |= {
         "sampler": "ddim",
@@ -93,30 +93,33 @@ def values(**changes) -> list:
     return list({**form, **changes}.values())
 
 
-def test_generate_is_what_the_library_makes_and_a_seed_taken_up_again_gives_the_same_bytes(
-    visit, server, shot
-):
+def test_images_equal_the_librarys_and_a_reused_seed_gives_the_same_bytes(visit, server, shot):
     page = visit()
-    first = made(page, "4-6")
+    first = generate(page, "4-6")
     assert len(set(first)) == 3
     shot(page, "generate")
     model = open_model(server.folder / "good")
     drawn = SamplingJob(model=model, settings=SamplingSettings(steps=3), classes=(0, 1, 2)).draw(
         [4, 5, 6]
     )
-    for uri, picture in zip(first, drawn, strict=True):
-        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(picture)))
+    for uri, image in zip(first, drawn, strict=True):
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(image)))
     card = json.loads(decoded(first[1]).text["mezzotint"])
-    assert (card["first_seed"], card["num_images"], card["steps"], card["sampler"]["name"]) == (5, 1, 3, "ddim")
+    assert (card["first_seed"], card["num_images"], card["steps"], card["sampler"]["name"]) == (
+        5,
+        1,
+        3,
+        "ddim",
+    )
     page.click("#pictures .mz-tools [data-seed='5']")
     page.wait_for_function(
         "() => document.querySelector('#seeds :is(textarea, input)').value === '5'"
     )
-    assert made(page, "5") == [first[1]]
+    assert generate(page, "5") == [first[1]]
     assert page.locator("#earlier figure").count() == 3
 
 
-def test_strips_between_seeds_and_over_settings(visit):
+def test_interpolation_and_variations(visit):
     page = visit()
     page.get_by_text("Between two seeds").click()
     page.click("#interpolate")
@@ -132,9 +135,9 @@ def test_strips_between_seeds_and_over_settings(visit):
     assert len({i.get_attribute("src") for i in page.query_selector_all("#strip img")}) == 4
 
 
-def test_cancelling_stops_the_computation(visit):
+def test_stop_ends_the_computation(visit):
     page = visit()
-    ask(page, "0-15", 250)
+    press_generate(page, "0-15", 250)
     page.wait_for_selector("#status progress")
     page.click("#stop")
     page.wait_for_function("() => document.querySelector('#status').innerText === 'stopped'")
@@ -142,12 +145,12 @@ def test_cancelling_stops_the_computation(visit):
         1000
     )  # the page ignores a press while it is still closing the cancelled request
     before = time.monotonic()
-    assert len(made(page, "1")) == 1
+    assert len(generate(page, "1")) == 1
     assert time.monotonic() - before < 15
     assert page.locator("#status").inner_text().startswith("done")
 
 
-def test_a_photo_of_ones_own_is_noised_and_other_files_are_refused(visit, tmp_path, shot):
+def test_a_photo_is_noised_and_other_files_are_refused(visit, tmp_path, shot):
     page = visit()
     page.get_by_role("tab", name="Understand").click()
     shown = page.locator("#noised img").first
@@ -165,7 +168,7 @@ def test_a_photo_of_ones_own_is_noised_and_other_files_are_refused(visit, tmp_pa
     (tmp_path / "no.png").write_text("root:x:0:0")
     page.set_input_files("#photo-file", str(tmp_path / "no.png"))
     page.wait_for_selector("#noised [role=alert]")
-    assert "no picture" in page.locator("#noised").inner_text()
+    assert "not an image" in page.locator("#noised").inner_text()
 
 
 def images_seen(page) -> int:
@@ -173,12 +176,12 @@ def images_seen(page) -> int:
     return int(found[1].replace(",", "")) if found else 0
 
 
-def test_watching_a_run_that_trains_at_that_moment(visit, training, shot):
+def test_watch_follows_a_training_run(visit, training, shot):
     page = visit()
     page.get_by_role("tab", name="Watch").click()
     page.wait_for_selector("#curves svg", timeout=30_000)
     before = images_seen(page)
-    training.go_on()
+    training.resume()
     try:
         end = time.monotonic() + 60
         while images_seen(page) <= before and time.monotonic() < end:
@@ -186,7 +189,7 @@ def test_watching_a_run_that_trains_at_that_moment(visit, training, shot):
     finally:
         training.pause()
     assert images_seen(page) > before > 0
-    assert page.locator("#curves svg").count() == 4
+    assert page.locator("#curves svg").count() == 5
     shot(page, "watch")
 
 
@@ -196,7 +199,7 @@ def brightness(page, expression: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_follows_light_and_dark(visit, scheme, shot):
+def test_light_and_dark_theme(visit, scheme, shot):
     page = visit(color_scheme=scheme)
     page.wait_for_timeout(500)
     ground = brightness(page, "document.body).backgroundColor.concat('' ")
@@ -205,9 +208,9 @@ def test_the_page_follows_light_and_dark(visit, scheme, shot):
     shot(page, f"generate-{scheme}")
 
 
-def test_a_phone_scrolls_in_one_direction_only(visit, shot):
+def test_a_phone_scrolls_vertically_only(visit, shot):
     page = visit(viewport={"width": 390, "height": 844})
-    assert len(made(page, "0-3")) == 4
+    assert len(generate(page, "0-3")) == 4
     for tab in ("Generate", "Watch", "Understand", "Compare"):
         page.get_by_role("tab", name=tab, exact=True).click()
         page.wait_for_timeout(1000)
@@ -215,7 +218,7 @@ def test_a_phone_scrolls_in_one_direction_only(visit, shot):
         shot(page, f"phone-{tab.lower()}")
 
 
-def test_the_keyboard_is_enough(visit):
+def test_keyboard_only(visit):
     page = visit()
     page.locator(SEEDS).fill("3")
     page.locator("#generate").focus()
@@ -230,10 +233,10 @@ def test_the_keyboard_is_enough(visit):
     )
 
 
-def test_two_visitors_at_once_each_get_their_own(visit):
+def test_two_visitors_get_their_own_images(visit):
     one, two = visit(), visit()
-    ask(one, "0-7", 30)
-    ask(two, "8, 9", 3)
+    press_generate(one, "0-7", 30)
+    press_generate(two, "8, 9", 3)
     wait_done(one)
     wait_done(two)
     assert one.locator("#pictures [data-save='seed-7.png']").count() == 1
@@ -241,54 +244,54 @@ def test_two_visitors_at_once_each_get_their_own(visit):
     assert two.locator("#pictures [data-save='seed-9.png']").count() == 1
 
 
-def test_a_failing_model_says_so_and_the_server_lives(visit, server):
+def test_a_failing_model_reports_its_error_and_the_server_lives(visit, server):
     page = visit()
     choose(page, "broken")
-    ask(page, "0")
+    press_generate(page, "0")
     page.wait_for_selector("#status [role=alert]", timeout=30_000)
     assert "not a finite number" in page.locator("#status").inner_text()
     choose(page, "good")
-    assert len(made(page, "0")) == 1
+    assert len(generate(page, "0")) == 1
     assert server.process.poll() is None
 
 
-def test_a_model_that_reads_words_has_a_place_for_them(visit, server, shot):
+def test_prompts(visit, server, shot):
     page = visit()
     assert not page.get_by_label("Prompts").first.is_visible()
-    choose(page, "words")
-    words = page.get_by_label("Prompts").first
-    words.fill("a red ring\n\na blue square")
+    choose(page, "text")
+    prompts = page.get_by_label("Prompts").first
+    prompts.fill("a red ring\n\na blue square")
     assert not page.get_by_label("Class").first.is_visible()
-    pictures = made(page, "0-1")
-    shot(page, "generate-words")
+    images = generate(page, "0-1")
+    shot(page, "generate-prompts")
     settings = SamplingSettings(steps=3)
     job = SamplingJob(
-        model=open_model(server.folder / "words"),
+        model=open_model(server.folder / "text"),
         settings=settings,
         prompts=("a red ring", "a blue square"),
     )
-    for uri, picture in zip(pictures, job.draw([0, 1]), strict=True):
-        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(picture)))
-    assert json.loads(decoded(pictures[0]).text["mezzotint"])["prompts"] == [
+    for uri, image in zip(images, job.draw([0, 1]), strict=True):
+        assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(image)))
+    assert json.loads(decoded(images[0]).text["mezzotint"])["prompts"] == [
         "a red ring",
         "a blue square",
     ]
     assert "a blue square" in page.locator("#pictures figure").nth(1).inner_text()
     choose(page, "good")
-    words.wait_for(state="hidden")
-    assert len(made(page, "0")) == 1  # what was written for another model is not sent to this one
+    prompts.wait_for(state="hidden")
+    assert len(generate(page, "0")) == 1  # the other model's prompts are not sent
 
 
-def test_a_model_whose_text_encoder_is_absent_says_so(visit):
+def test_an_absent_text_encoder_is_reported(visit):
     page = visit()
-    choose(page, "speechless")
+    choose(page, "no-encoder")
     page.get_by_label("Prompts").first.fill("a red ring")
-    ask(page, "0")
+    press_generate(page, "0")
     page.wait_for_selector("#status [role=alert]")
-    assert "nobody/has-this-t5, is not on this machine" in page.locator("#status").inner_text()
+    assert "download nobody/has-this-t5" in page.locator("#status").inner_text()
 
 
-def test_comparing_two_models(visit, shot):
+def test_compare_two_models(visit, shot):
     page = visit()
     page.get_by_role("tab", name="Compare").click()
     page.click("#compare")
@@ -309,23 +312,23 @@ def test_comparing_two_models(visit, shot):
     ("tab", "part", "rows"),
     [("DiMR's branches", "branches", 3), ("DiffiT's attention", "attention", 2)],
 )
-def test_looking_into_a_network_while_it_samples(visit, shot, tab, part, rows):
+def test_branches_and_attention_at_every_step(visit, shot, tab, part, rows):
     page = visit()
     page.get_by_role("tab", name="Understand").click()
     page.get_by_role("tab", name=tab).click()
     page.click(f"#{part}-start")
     page.wait_for_selector(f"#{part} .mz-rows", timeout=90_000)
-    pictures = [i.get_attribute("src") for i in page.query_selector_all(f"#{part} img")]
-    assert len(pictures) == 10 * rows  # steps
-    assert len(set(pictures)) > len(pictures) / 2
+    images = [i.get_attribute("src") for i in page.query_selector_all(f"#{part} img")]
+    assert len(images) == 10 * rows  # steps
+    assert len(set(images)) > len(images) / 2
     shot(page, part)
 
 
-def test_a_request_over_the_limits_is_refused_on_the_page(visit):
+def test_a_request_over_the_limits(visit):
     page = visit()
-    ask(page, "0-99")
+    press_generate(page, "0-99")
     page.wait_for_selector("#status [role=alert]")
-    assert "at most 16 pictures" in page.locator("#status").inner_text()
+    assert "at most 16 images" in page.locator("#status").inner_text()
 
 
 REFUSED = [
@@ -343,10 +346,10 @@ REFUSED = [
     {"label": "9999"},
     {"curve": "constant", "limited": True, "guidance": 2, "low": 9, "high": -9},
     {"prompts": "a red ring"},
-    {"model": "words", "prompts": "red " * 1001},
-    {"model": "words", "prompts": "red\n" * 17},
-    {"model": "words", "guidance": 3},
-    {"model": "speechless", "prompts": "red"},
+    {"model": "text", "prompts": "red " * 1001},
+    {"model": "text", "prompts": "red\n" * 17},
+    {"model": "text", "guidance": 3},
+    {"model": "no-encoder", "prompts": "red"},
 ]
 
 
@@ -358,7 +361,7 @@ def test_a_bad_request_is_refused_over_http(server, changes):
     assert "data:image" not in answer
 
 
-def test_the_same_request_within_limits_is_answered_over_http(server):
+def test_a_request_over_http(server):
     assert "data:image/png" in call(server, values())
 
 
@@ -368,13 +371,13 @@ def log_in(page, password: str) -> None:
     page.get_by_role("button", name="Login").click()
 
 
-def test_a_guarded_page_shows_nothing_to_who_does_not_know_the_word(guarded, browser):
-    asked = urllib.request.Request(
+def test_a_page_with_a_password(guarded, browser):
+    generate_request = urllib.request.Request(
         f"{guarded.url}/gradio_api/call/generate",
         json.dumps({"data": values()}).encode(),
         headers={"Content-Type": "application/json"},
     )
-    for request in (asked, f"{guarded.url}/config", f"{guarded.url}/gradio_api/info"):
+    for request in (generate_request, f"{guarded.url}/config", f"{guarded.url}/gradio_api/info"):
         with pytest.raises(urllib.error.HTTPError) as error:
             urllib.request.urlopen(request, timeout=10)
         assert error.value.code == 401
@@ -385,7 +388,7 @@ def test_a_guarded_page_shows_nothing_to_who_does_not_know_the_word(guarded, bro
     assert page.locator("#generate").count() == 0
     log_in(page, "rocker")
     page.wait_for_selector("#generate", timeout=60_000)
-    assert len(made(page, "0")) == 1
+    assert len(generate(page, "0")) == 1
     page.close()
 
 
@@ -403,14 +406,14 @@ PATHS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_no_path_of_a_visitor_is_opened(server, path):
+def test_no_path_is_opened(server, path):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(server.url + path, timeout=10)
     assert 400 <= error.value.code < 500
     assert b"root:" not in error.value.read()
 
 
-def test_a_photo_cannot_be_a_path_or_an_address(server):
+def test_a_photo_is_no_path_or_address(server):
     config = json.loads(fetched(f"{server.url}/config"))
     photo = next(c["id"] for c in config["components"] if c["props"].get("elem_id") == "photo")
     which = next(
@@ -429,20 +432,20 @@ def test_a_photo_cannot_be_a_path_or_an_address(server):
             headers={"Content-Type": "application/json"},
         )
         fetched(request)
-        said = fetched(f"{server.url}/gradio_api/queue/data?session_hash=visitor")
-        assert "a name or an address is not opened" in said
-        assert "root:" not in said
+        answer = fetched(f"{server.url}/gradio_api/queue/data?session_hash=visitor")
+        assert "are not opened" in answer
+        assert "root:" not in answer
 
 
-def test_the_server_listens_and_speaks_on_this_machine_only(server):
-    found = psutil.Process(server.process.pid).net_connections(kind="inet")
-    assert found
-    assert {c.laddr.ip for c in found} == {"127.0.0.1"}
-    assert {c.raddr.ip for c in found if c.raddr} <= {"127.0.0.1"}
+def test_the_server_stays_on_this_machine(server):
+    connections = psutil.Process(server.process.pid).net_connections(kind="inet")
+    assert connections
+    assert {c.laddr.ip for c in connections} == {"127.0.0.1"}
+    assert {c.raddr.ip for c in connections if c.raddr} <= {"127.0.0.1"}
 
 
 @pytest.mark.slow
-def test_twenty_visitors_queue_for_a_minute_and_none_is_lost(server):
+def test_twenty_visitors_for_a_minute(server):
     from concurrent.futures import ThreadPoolExecutor
 
     process = psutil.Process(server.process.pid)
@@ -451,16 +454,16 @@ def test_twenty_visitors_queue_for_a_minute_and_none_is_lost(server):
     end = time.monotonic() + 60
 
     def visitor(number: int) -> tuple[int, int]:
-        asked = answered = 0
-        while asked == 0 or time.monotonic() < end:
-            asked += 1
+        sent = answered = 0
+        while sent == 0 or time.monotonic() < end:
+            sent += 1
             answered += "data:image/png" in call(
                 server, values(seeds=f"{number * 100}-{number * 100 + 7}", steps=10)
             )
-        return asked, answered
+        return sent, answered
 
     with ThreadPoolExecutor(20) as pool:
         counts = list(pool.map(visitor, range(20)))
-    assert all(asked == answered for asked, answered in counts), counts
-    assert sum(asked for asked, _ in counts) >= 20
+    assert all(sent == answered for sent, answered in counts), counts
+    assert sum(sent for sent, _ in counts) >= 20
     assert process.memory_info().rss - before < 300 << 20

@@ -1,4 +1,4 @@
-"""The page: its tabs, its look, and the server on 127.0.0.1."""
+"""The page: its tabs, its theme, and the server on 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ COPPER = (
     "#5b2e1c",
     "#341810",
 )
+SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+MONOSPACE = ("ui-monospace", "Menlo", "Consolas", "monospace")
 
 
-class NoFiles:
-    """Closes Gradio's routes for files, which no component of this page uses; for Starlette's middleware."""
+class BlockFileRoutes:
+    """Starlette middleware that closes Gradio's file routes, which no component here uses."""
 
-    closed = tuple(
+    blocked = tuple(
         f"/gradio_api/{name}" for name in ("upload", "file", "proxy", "stream", "deep_link")
     )
 
@@ -36,8 +38,8 @@ class NoFiles:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer 404 on the closed routes, pass everything else on."""
-        if scope["type"] != "http" or not scope["path"].startswith((*self.closed, "/file")):
+        """Answer 404 on the blocked routes and pass everything else on."""
+        if scope["type"] != "http" or not scope["path"].startswith((*self.blocked, "/file")):
             return await self.app(scope, receive, send)
         await send(
             {
@@ -46,11 +48,11 @@ class NoFiles:
                 "headers": [(b"content-type", b"text/plain")],
             }
         )
-        await send({"type": "http.response.body", "body": b"there are no files here"})
+        await send({"type": "http.response.body", "body": b"this page serves no files"})
 
 
-def gradio() -> Any:
-    """Gradio with everything off that would speak to the outside."""
+def import_gradio() -> Any:
+    """Return the gradio module with telemetry and history off; ValueError if it is absent."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["GRADIO_RUN_HISTORY"] = "False"
     try:
@@ -60,33 +62,26 @@ def gradio() -> Any:
     return gr
 
 
-def theme() -> dict[str, Any]:
-    """Theme and style sheet; fonts are the system's own."""
-    gr = gradio()
+def make_theme() -> dict[str, Any]:
+    """Return theme and style sheet as options of `launch`; fonts are the system's own."""
+    gr = import_gradio()
     copper = gr.themes.Color(*COPPER, name="copper")
-    words = [
-        gr.themes.Font(name)
-        for name in ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    ]
-    code = [gr.themes.Font(name) for name in ("ui-monospace", "Menlo", "Consolas", "monospace")]
     theme = gr.themes.Base(
         primary_hue=copper,
         secondary_hue=copper,
         neutral_hue="stone",
         radius_size="md",
-        font=words,
-        font_mono=code,
+        font=[gr.themes.Font(name) for name in SANS],
+        font_mono=[gr.themes.Font(name) for name in MONOSPACE],
     ).set(button_primary_text_color="white", button_primary_background_fill="*primary_600")
-    # In the head, since Gradio rewrites what it is given as css, and media queries do not survive that.
-    return {
-        "theme": theme,
-        "head": f"<style>{(Path(__file__).parent / 'studio.css').read_text()}</style>",
-    }
+    # Gradio rewrites its css option and drops media queries, so the style sheet goes in the head.
+    css = (Path(__file__).parent / "studio.css").read_text()
+    return {"theme": theme, "head": f"<style>{css}</style>"}
 
 
-def build(studio: Studio) -> Any:
-    """The page as Gradio blocks."""
-    gr = gradio()
+def build_page(studio: Studio) -> Any:
+    """Return the page as Gradio blocks."""
+    gr = import_gradio()
     with gr.Blocks(
         title="mezzotint studio",
         analytics_enabled=False,
@@ -94,7 +89,8 @@ def build(studio: Studio) -> Any:
         delete_cache=(3600, 3600),
     ) as page:
         gr.HTML(
-            '<header class="mz-head"><h1>mezzotint studio</h1><span>pictures burnished out of grain</span></header>',
+            '<header class="mz-head"><h1>mezzotint studio</h1>'
+            "<span>images burnished out of noise</span></header>",
             apply_default_css=False,
         )
         with gr.Tabs():
@@ -106,22 +102,23 @@ def build(studio: Studio) -> Any:
                 understand_tab.understand_tab(studio)
             with gr.Tab("Compare"):
                 compare_tab.compare_tab(studio)
-    return page.queue(max_size=studio.limits.waiting, default_concurrency_limit=2)
+    return page.queue(max_size=studio.limits.queue_length, default_concurrency_limit=2)
 
 
 def launch(studio: Studio, port: int | None, auth: str = "", block: bool = True) -> Any:
-    """Serve the page on 127.0.0.1 and nowhere else; returns it.
+    """Serve the page on 127.0.0.1 only, and return it.
 
     Args:
-        port: None takes a free one from 7860 upwards. auth: "user:password", or empty for none.
+        port: None takes a free one from 7860 upwards.
+        auth: "user:password", or empty for none.
         block: return only when the server ends.
 
-    Errors: ValueError for an `auth` without a colon; OSError for a port that is taken.
+    Errors: ValueError for an `auth` without a colon; OSError for a port in use.
     """
-    name, colon, password = auth.partition(":")
-    if auth and not (name and colon and password):
+    name, _, password = auth.partition(":")
+    if auth and not (name and password):
         raise ValueError("auth must be user:password")
-    page = build(studio)
+    page = build_page(studio)
     from starlette.middleware import Middleware  # comes with gradio
 
     page.launch(
@@ -135,17 +132,17 @@ def launch(studio: Studio, port: int | None, auth: str = "", block: bool = True)
         prevent_thread_lock=not block,
         quiet=True,
         footer_links=[],
-        app_kwargs={"middleware": [Middleware(NoFiles)]},
+        app_kwargs={"middleware": [Middleware(BlockFileRoutes)]},
         max_file_size=studio.limits.photo_bytes,
         state_session_capacity=studio.limits.visitors,
-        **theme(),
+        **make_theme(),
     )
     return page
 
 
 def serve(sources: Sequence[str], port: int | None = None, auth: str = "") -> None:
-    """Open the runs and models, say where the page is, serve until interrupted."""
-    gradio()
+    """Open the runs and models, print the page's address, and serve until interrupted."""
+    import_gradio()
     studio = open_studio(sources)
     page = launch(studio, port, auth, block=False)
     models, runs = (", ".join(names) or "none" for names in (studio.models, studio.runs))

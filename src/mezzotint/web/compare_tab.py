@@ -10,7 +10,7 @@ from mezzotint.web.generate_tab import (
     cancel_on_click,
     gallery,
     keep_if_none,
-    model_and_class,
+    model_fields,
     network_event,
     sampler_fields,
     use_seed_on_click,
@@ -18,11 +18,11 @@ from mezzotint.web.generate_tab import (
 from mezzotint.web.request import Request
 from mezzotint.web.studio import Studio
 
-WAITING = "The same seeds from both sides will stand here, column by column."
+PLACEHOLDER = "Press Compare to see the same seeds from both sides."
 
 
 def compare_tab(studio: Studio) -> None:
-    """The whole tab, with its events."""
+    """Add the tab's components and events."""
     import gradio as gr
 
     names = list(studio.models)
@@ -30,7 +30,7 @@ def compare_tab(studio: Studio) -> None:
     with gr.Row():
         for i, name in enumerate("AB"):
             with gr.Column(min_width=280):
-                fields = model_and_class(studio, names, i, f"Model {name}")
+                fields = model_fields(studio, names, i, f"Model {name}")
                 fields |= sampler_fields(studio)
                 if i == 1 and len(names) < 2:
                     fields["steps"].value = 8  # one model: compare few steps with many
@@ -40,19 +40,16 @@ def compare_tab(studio: Studio) -> None:
         start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=140, scale=2)
         stop = gr.Button("Stop", min_width=90)
     status = gr.HTML(html.note(""), apply_default_css=False, elem_id="compare-status")
-    pictures = gallery(html.empty(WAITING), elem_id="pairs")
+    images = gallery(html.empty(PLACEHOLDER), elem_id="pairs")
 
     def run(values: dict[Any, Any]) -> Iterator[handlers.Step]:
-        wishes = [
-            Request(seeds=values[seeds], **{k: values[c] for k, c in fields.items()})
+        left, right = (
+            Request(seeds=values[seeds], **{name: values[c] for name, c in fields.items()})
             for fields in sides
-        ]
-        yield from keep_if_none(
-            handlers.report_errors(handlers.comparison(studio, wishes[0], wishes[1]))
         )
+        yield from keep_if_none(handlers.report_errors(handlers.comparison(studio, left, right)))
 
-    event = start.click(
-        run, {seeds, *(c for f in sides for c in f.values())}, [pictures, status], **network_event()
-    )
-    use_seed_on_click([pictures], seeds)
+    inputs = {seeds, *(component for fields in sides for component in fields.values())}
+    event = start.click(run, inputs, [images, status], **network_event())
+    use_seed_on_click([images], seeds)
     cancel_on_click(stop, [event], status)

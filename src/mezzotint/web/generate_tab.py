@@ -1,4 +1,4 @@
-"""The Generate tab."""
+"""The Generate tab, and the form fields it shares with the Compare tab."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 
+from mezzotint.core.svg_plot import Line, svg_plot
 from mezzotint.models import get_schedule
 from mezzotint.process import samplers
 from mezzotint.sampling.sample import guidance_scale, make_logsnr_steps
 from mezzotint.web import handlers, html
-from mezzotint.web.request import CURVES, IN_TURN, NO_CLASS, Request, make_job
+from mezzotint.web.request import ALL_CLASSES, CURVES, NO_CLASS, Request, make_job
 from mezzotint.web.studio import Studio
 
-# A press on a picture takes up its seed; a press on PNG saves the picture as it lies in the page.
+# A press on an image selects its seed; a press on PNG saves the image from the page.
 GALLERY_JS = """
 element.addEventListener('click', (event) => {
   const save = event.target.closest('[data-save]');
@@ -29,34 +30,33 @@ element.addEventListener('click', (event) => {
   if (pick) trigger('select', {seed: pick.dataset.seed});
 });
 """
-WAITING = (
-    "Press Generate: each picture burnishes out of its own noise, and appears here while it does."
-)
+PLACEHOLDER = "Press Generate. Each image appears here as noise and clears up while it is sampled."
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
 def gallery(value: str, **options: Any) -> Any:
-    """An HTML component for pictures whose seeds can be taken up."""
+    """Return an HTML component for images whose seeds can be selected."""
     import gradio as gr
 
     return gr.HTML(value, js_on_load=GALLERY_JS, apply_default_css=False, **options)
 
 
 def label_choices(studio: Studio, name: Any) -> list[str]:
-    """What the class menu of a model offers; a long list of nameless classes is typed instead."""
-    classes = studio.model(name).info.config.num_classes if name in studio.models else 0
-    if not classes:
+    """Return the class menu of a model. It lists at most 100 unnamed classes; type the others."""
+    num_classes = studio.model(name).info.config.num_classes if name in studio.models else 0
+    if not num_classes:
         return [NO_CLASS]
-    labels = studio.model(name).info.labels or [str(i) for i in range(min(classes, 100))]
-    return [IN_TURN, NO_CLASS, *labels]
+    labels = studio.model(name).info.labels or [str(i) for i in range(min(num_classes, 100))]
+    return [ALL_CLASSES, NO_CLASS, *labels]
 
 
-def model_and_class(
-    studio: Studio, names: list[str], chosen: int = 0, title: str = "Model"
+def model_fields(
+    studio: Studio, names: list[str], index: int = 0, title: str = "Model"
 ) -> dict[str, Any]:
-    """The model, and what to show: classes or prompts, whichever it knows."""
+    """Return the fields of model, and of classes or prompts, whichever the model takes."""
     import gradio as gr
 
-    first = names[min(chosen, len(names) - 1)] if names else None
+    first = names[min(index, len(names) - 1)] if names else None
     model = gr.Dropdown(names, value=first, label=title, interactive=True)
     choices = label_choices(studio, first)
     label = gr.Dropdown(
@@ -67,46 +67,43 @@ def model_and_class(
         allow_custom_value=True,
         visible=len(choices) > 1,
     )
-    words = gr.Textbox(
+    prompts = gr.Textbox(
         "",
         label="Prompts",
-        info="one a line, taken in turn by seed",
+        info="one a line, used in turn by seed",
         placeholder="a red ring at the top left",
         lines=2,
         max_lines=6,
-        max_length=studio.limits.words,
-        visible=studio.reads(first),
+        max_length=studio.limits.prompt_chars,
+        visible=studio.takes_prompts(first),
     )
 
-    def follow(name: Any) -> tuple[Any, Any]:
-        found = label_choices(studio, name)
-        classes = gr.Dropdown(choices=found, value=found[0], visible=len(found) > 1)
-        # Emptied when it goes, not when it comes: that could reach the page after the first words typed.
-        return classes, gr.Textbox(visible=True) if studio.reads(name) else gr.Textbox(
-            value="", visible=False
-        )
+    def show_fields(name: Any) -> tuple[Any, Any]:
+        choices = label_choices(studio, name)
+        classes = gr.Dropdown(choices=choices, value=choices[0], visible=len(choices) > 1)
+        if studio.takes_prompts(name):
+            return classes, gr.Textbox(visible=True)
+        # Clear the prompts when hiding them: when showing, the first words typed could be lost.
+        return classes, gr.Textbox(value="", visible=False)
 
-    model.change(follow, model, [label, words], api_visibility="private", show_progress="hidden")
-    return {"model": model, "label": label, "prompts": words}
+    model.change(show_fields, model, [label, prompts], **QUIET)
+    return {"model": model, "label": label, "prompts": prompts}
 
 
 def sampler_fields(studio: Studio) -> dict[str, Any]:
-    """Steps, sampler and guidance."""
+    """Return the fields of sampler, steps and guidance."""
     import gradio as gr
 
-    fields: dict[str, Any] = {}
-    fields["sampler"] = gr.Dropdown(
-        list(samplers.registry), value="ddim", label="Sampler", interactive=True
+    sampler = gr.Dropdown(list(samplers.registry), value="ddim", label="Sampler", interactive=True)
+    steps = gr.Slider(1, studio.limits.steps, value=30, step=1, label="Steps")
+    guidance = gr.Slider(
+        0, 10, value=1, step=0.1, label="Guidance", info="scale as DiT counts it; 1 is none"
     )
-    fields["steps"] = gr.Slider(1, studio.limits.steps, value=30, step=1, label="Steps")
-    fields["guidance"] = gr.Slider(
-        0, 10, value=1, step=0.1, label="Guidance", info="1 is none (as DiT counts it)"
-    )
-    return fields
+    return {"sampler": sampler, "steps": steps, "guidance": guidance}
 
 
 def guidance_fields() -> dict[str, Any]:
-    """How guidance runs along the log-SNR."""
+    """Return the fields of how guidance varies with log-SNR."""
     import gradio as gr
 
     fields: dict[str, Any] = {}
@@ -122,34 +119,31 @@ def guidance_fields() -> dict[str, Any]:
     return fields
 
 
-def guidance_plot(studio: Studio, wish: Request) -> str:
-    """The guidance scale over log-SNR, with the sampler's stops."""
+def plot_guidance(studio: Studio, request: Request) -> str:
+    """Plot the guidance scale over log-SNR, with a mark at each sampling step."""
     try:
-        job = make_job(studio, wish)
-        stops = make_logsnr_steps(job.model, job.settings)
-        stops = stops[stops.isfinite()]
-        x = torch.linspace(float(stops[0]), float(stops[-1]), 201, dtype=torch.float64)
-        guidance = job.settings.guidance
-        y = (
-            torch.ones_like(x)
-            if guidance is None
-            else guidance_scale(guidance, get_schedule(job.model))(x)
-        )
-        lines = [html.Line(x.tolist(), y.tolist())]
-        return html.plot(
-            lines, "log-SNR (noise to clean)", "guidance", marks=stops.tolist(), size=(4.6, 1.9)
-        )
+        job = make_job(studio, request)
+        steps = make_logsnr_steps(job.model, job.settings)
+        steps = steps[steps.isfinite()]
+        x = torch.linspace(float(steps[0]), float(steps[-1]), 201, dtype=torch.float64)
+        y = torch.ones_like(x)
+        if job.settings.guidance is not None:
+            y = guidance_scale(job.settings.guidance, get_schedule(job.model))(x)
     except ValueError as error:
         return html.note(str(error))
+    line = Line(x.tolist(), y.tolist())
+    return svg_plot(
+        [line], "log-SNR (noise to clean)", "guidance", marks=steps.tolist(), size=(4.6, 1.9)
+    )
 
 
 def generate_tab(studio: Studio) -> None:
-    """The whole tab, with its events."""
+    """Add the tab's components and events."""
     import gradio as gr
 
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
-            fields = model_and_class(studio, list(studio.models))
+            fields = model_fields(studio, list(studio.models))
             fields["seeds"] = gr.Textbox(
                 "0-7", label="Seeds", info="3, or 0-7, or 1, 5, 9", elem_id="seeds"
             )
@@ -161,8 +155,9 @@ def generate_tab(studio: Studio) -> None:
                 stop = gr.Button("Stop", elem_id="stop", min_width=90)
             with gr.Accordion("Guidance curve and size", open=False):
                 fields |= guidance_fields()
-                drawn = gr.HTML(
-                    guidance_plot(studio, initial(studio)), apply_default_css=False, elem_id="curve"
+                default = Request(model=next(iter(studio.models), ""), steps=30)
+                plot = gr.HTML(
+                    plot_guidance(studio, default), apply_default_css=False, elem_id="curve"
                 )
                 fields["size"] = gr.Textbox(
                     "",
@@ -172,138 +167,120 @@ def generate_tab(studio: Studio) -> None:
                 )
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML(html.note(""), apply_default_css=False, elem_id="status")
-            pictures = gallery(html.empty(WAITING), elem_id="pictures")
+            images = gallery(html.empty(PLACEHOLDER), elem_id="pictures")
             earlier = gallery("", elem_id="earlier")
-    kept = gr.State([], time_to_live=3600)
+    history = gr.State([], time_to_live=3600)
 
     def run(values: dict[Any, Any]) -> Iterator[tuple[Any, ...]]:
-        yield from collected(studio, request_from(fields, values), values[kept])
+        yield from generate_with_history(studio, read_form(fields, values), values[history])
 
+    outputs = [images, status, earlier, history]
     events: list[Any] = [
-        start.click(
-            run,
-            {*fields.values(), kept},
-            [pictures, status, earlier, kept],
-            **network_event("generate"),
-        )
+        start.click(run, {*fields.values(), history}, outputs, **network_event("generate"))
     ]
-    events += extras(studio, fields, status)
+    events += add_strips(studio, fields, status)
     cancel_on_click(stop, events, status)
-    use_seed_on_click([pictures, earlier], fields["seeds"])
+    use_seed_on_click([images, earlier], fields["seeds"])
 
     def draw(values: dict[Any, Any]) -> str:
-        return guidance_plot(studio, request_from(fields, values))
+        return plot_guidance(studio, read_form(fields, values))
 
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden",
-        "trigger_mode": "always_last",
-        "api_visibility": "private",
-    }
-    shaping = ("model", "prompts", "steps", "guidance", "curve", "power", "limited", "low", "high")
-    gr.on([fields[name].change for name in shaping], draw, set(fields.values()), drawn, **quiet)
+    names = ("model", "prompts", "steps", "guidance", "curve", "power", "limited", "low", "high")
+    changes = [fields[name].change for name in names]
+    gr.on(changes, draw, set(fields.values()), plot, trigger_mode="always_last", **QUIET)
 
 
-def initial(studio: Studio) -> Request:
-    """The form before anyone touched it."""
-    return Request(model=next(iter(studio.models), ""), steps=30)
-
-
-def request_from(fields: dict[str, Any], values: dict[Any, Any]) -> Request:
-    """The wish in a form's values."""
+def read_form(fields: dict[str, Any], values: dict[Any, Any]) -> Request:
+    """Return the request in a form's values."""
     return Request(**{name: values[component] for name, component in fields.items()})
 
 
 def network_event(api_name: str | None = None) -> dict[str, Any]:
-    """Options of an event that runs a network: one at a time over the whole page."""
-    shown: dict[str, Any] = {"api_name": api_name} if api_name else {"api_visibility": "private"}
-    return {**shown, "concurrency_limit": 1, "concurrency_id": "network", "show_progress": "hidden"}
+    """Return the options of an event that runs a network: one at a time for all visitors."""
+    api: dict[str, Any] = {"api_name": api_name} if api_name else {"api_visibility": "private"}
+    return {**api, "concurrency_limit": 1, "concurrency_id": "network", "show_progress": "hidden"}
 
 
 def cancel_on_click(button: Any, events: list[Any], status: Any) -> None:
-    """Pressing the button cancels these events, and says so once it is done."""
-    quiet: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    said = html.note("stopped")
-    button.click(None, cancels=events, **quiet).then(lambda: said, None, status, **quiet)
+    """Make a button cancel these events, and show "stopped" when they have ended."""
+    note = html.note("stopped")
+    cancelled = button.click(None, cancels=events, queue=False, **QUIET)
+    cancelled.then(lambda: note, None, status, queue=False, **QUIET)
 
 
-def use_seed_on_click(places: list[Any], field: Any) -> None:
-    """Pressing a picture in one of these galleries writes its seed into the field."""
+def use_seed_on_click(galleries: list[Any], field: Any) -> None:
+    """Make a press on an image write its seed into the field."""
     import gradio as gr
 
-    def picked(event: Any) -> str:
+    def read_seed(event: Any) -> str:
         return str(event._data["seed"])[:20]
 
-    picked.__annotations__["event"] = gr.EventData  # by which Gradio knows what to pass
-    for place in places:
-        place.select(
-            picked, None, field, queue=False, api_visibility="private", show_progress="hidden"
-        )
+    read_seed.__annotations__["event"] = gr.EventData  # tells Gradio to pass the event
+    for component in galleries:
+        component.select(read_seed, None, field, queue=False, **QUIET)
 
 
-def collected(studio: Studio, wish: Request, kept: list[str]) -> Iterator[tuple[Any, ...]]:
-    """Steps of (pictures, status, earlier pictures, all pictures kept of this visitor)."""
+def generate_with_history(
+    studio: Studio, request: Request, history: list[str]
+) -> Iterator[tuple[Any, ...]]:
+    """Yield (images, status, earlier images, new history); the history is HTML, newest first."""
     import gradio as gr
 
-    before = f'<h3>Earlier</h3><div class="mz-grid">{"".join(kept)}</div>' if kept else ""
-    made: list[str] = []
+    earlier = f'<h3>Earlier</h3><div class="mz-grid">{"".join(history)}</div>' if history else ""
+    finished: list[str] = []
 
     def steps() -> Iterator[handlers.Step]:
-        for items, status, done in handlers.generate(studio, wish):
+        for figures, status, done in handlers.generate(studio, request):
             if done:
-                made.extend(html.figure(item) for item in items)
-            yield html.figures(items), status
+                finished.extend(html.figure(item) for item in figures)
+            yield html.figures(figures), status
 
-    for shown, status in handlers.report_errors(steps()):
-        full = [*made, *kept][: studio.limits.earlier] if made else gr.skip()
-        yield gr.skip() if shown is None else shown, status, before, full
+    for images, status in keep_if_none(handlers.report_errors(steps())):
+        new = [*finished, *history][: studio.limits.earlier] if finished else gr.skip()
+        yield images, status, earlier, new
 
 
-def extras(studio: Studio, fields: dict[str, Any], status: Any) -> list[Any]:
-    """Between two seeds, and one seed under several settings; both keep to the form above."""
+def add_strips(studio: Studio, fields: dict[str, Any], status: Any) -> list[Any]:
+    """Add the interpolation and variation strips, which use the form above; return their events."""
     import gradio as gr
 
-    inputs = set(fields.values())
+    form = set(fields.values())
     with gr.Row(elem_classes="mz-stack"):
         with gr.Accordion("Between two seeds", open=False), gr.Row():
-            ends = [
-                gr.Number(v, label=f"{word} seed", precision=0, min_width=90)
-                for v, word in ((0, "First"), (1, "Second"))
-            ]
+            first = gr.Number(0, label="First seed", precision=0, min_width=90)
+            last = gr.Number(1, label="Second seed", precision=0, min_width=90)
             count = gr.Slider(
-                2, studio.limits.pictures, value=7, step=1, label="Pictures", min_width=140
+                2, studio.limits.images, value=7, step=1, label="Images", min_width=140
             )
-            walk = gr.Button("Interpolate", elem_id="interpolate", min_width=120)
+            interpolate = gr.Button("Interpolate", elem_id="interpolate", min_width=120)
         with gr.Accordion("One seed, several settings", open=False), gr.Row():
-            what = gr.Radio(["guidance", "steps"], value="guidance", label="Vary", min_width=160)
-            values = gr.Textbox("1, 1.5, 2, 4", label="Values", min_width=120)
+            setting = gr.Radio(["guidance", "steps"], value="guidance", label="Vary", min_width=160)
+            settings = gr.Textbox("1, 1.5, 2, 4", label="Values", min_width=120)
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
             vary = gr.Button("Vary", elem_id="vary", min_width=120)
     strip = gallery("", elem_id="strip")
     use_seed_on_click([strip], fields["seeds"])
 
-    def walked(given: dict[Any, Any]) -> Iterator[handlers.Step]:
-        asked = [given[c] for c in (*ends, count)]
-        yield from keep_if_none(
-            handlers.report_errors(
-                handlers.interpolation(studio, request_from(fields, given), *asked)
-            )
-        )
+    def run_interpolation(values: dict[Any, Any]) -> Iterator[handlers.Step]:
+        arguments = [values[c] for c in (first, last, count)]
+        steps = handlers.interpolation(studio, read_form(fields, values), *arguments)
+        yield from keep_if_none(handlers.report_errors(steps))
 
-    def turned(given: dict[Any, Any]) -> Iterator[handlers.Step]:
-        asked = [given[c] for c in (what, values, seed)]
-        yield from keep_if_none(
-            handlers.report_errors(handlers.variations(studio, request_from(fields, given), *asked))
-        )
+    def run_variations(values: dict[Any, Any]) -> Iterator[handlers.Step]:
+        arguments = [values[c] for c in (setting, settings, seed)]
+        steps = handlers.variations(studio, read_form(fields, values), *arguments)
+        yield from keep_if_none(handlers.report_errors(steps))
 
+    outputs, options = [strip, status], network_event()
     return [
-        walk.click(walked, {*inputs, *ends, count}, [strip, status], **network_event()),
-        vary.click(turned, {*inputs, what, values, seed}, [strip, status], **network_event()),
+        interpolate.click(run_interpolation, {*form, first, last, count}, outputs, **options),
+        vary.click(run_variations, {*form, setting, settings, seed}, outputs, **options),
     ]
 
 
 def keep_if_none(steps: Iterator[handlers.Step]) -> Iterator[handlers.Step]:
-    """Steps for Gradio: no pictures means those that are there."""
+    """Yield the steps for Gradio, which keeps the images shown where a step has none."""
     import gradio as gr
 
-    for pictures, status in steps:
-        yield gr.skip() if pictures is None else pictures, status
+    for images, status in steps:
+        yield gr.skip() if images is None else images, status

@@ -1,6 +1,7 @@
-"""Pictures while they are made: the sampler runs in a thread, the page takes the newest preview whenever it can.
+"""Sampling in a thread, with a preview whenever the page is ready for one.
 
-One computation at a time, whoever asks: a second would halve the speed of both and double the memory.
+One computation runs at a time, for all visitors: a second would halve the speed of both and double
+the memory.
 """
 
 from __future__ import annotations
@@ -17,142 +18,145 @@ from torch import Tensor
 
 from mezzotint.data.transforms import to_uint8
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
-from mezzotint.sampling.generate_images import SamplingJob
-from mezzotint.sampling.sample import count_network_calls, integrate, make_logsnr_steps
+from mezzotint.sampling.job import SamplingJob, check_decoder
+from mezzotint.sampling.sample import count_network_calls, make_logsnr_steps
 
 T = TypeVar("T")
-PREVIEW_SECONDS = 0.25  # between two previews at least
-BUSY = threading.Lock()
+PREVIEW_SECONDS = 0.25  # at least, between two previews
+COMPUTING = threading.Lock()
 
 
-class Stopped(Exception):
-    """The visitor left, cancelled or used up the time; raised inside the sampler's thread to end it."""
+class Cancelled(Exception):
+    """The visitor left or pressed Stop; raised in the sampler's thread to end it."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """A look at pictures in the making: uint8 (b, c, h, w), the network call of so many, and its log-SNR."""
+    """A preview: images as uint8 (b, c, h, w), the network call they are from, its log-SNR."""
 
     images: Tensor
     call: int
-    calls: int
+    num_calls: int
     logsnr: float
 
 
-class UpdateChannel:
-    """Given to the work, which calls it after every network call; draws a frame only when one is due."""
-
-    def __init__(self, seconds: float):
-        self.stop = threading.Event()
-        self.box: queue.Queue[Any] = queue.Queue(maxsize=1)
-        self.seconds = seconds
-        self.deadline = float("inf")
-        self.last = 0.0
-
-    def __call__(self, frame: Callable[[], Any]) -> None:
-        """Show what `frame` draws if nothing was shown lately; raises `Stopped` if there is nobody to show it to."""
-        now = time.monotonic()
-        if self.stop.is_set():
-            raise Stopped
-        if now > self.deadline:
-            raise TimeoutError(
-                f"this took longer than {self.seconds:g} s and was stopped; ask for less"
-            )
-        if now - self.last >= PREVIEW_SECONDS and self.box.empty():
-            self.last = now
-            self.box.put(frame())
-
-    def finish(self, answer: Answer) -> None:
-        """Hand over the last word, unless nobody waits for it."""
-        while not self.stop.is_set():
-            try:
-                return self.box.put(answer, timeout=0.2)
-            except queue.Full:
-                continue
-
-
 @dataclass(frozen=True)
-class Answer(Generic[T]):
+class Result(Generic[T]):
     """What the work returned, or the error that ended it."""
 
     value: T | None = None
     error: BaseException | None = None
 
 
-def stream(work: Callable[[UpdateChannel], T], seconds: float) -> Generator[Any, None, T]:
-    """Run work(show) in a thread; yield what it shows, return what it returns, raise what it raises.
+class UpdateChannel:
+    """Carries previews from the sampler's thread to the page; call it after every network call."""
 
-    Closing the generator, as cancelling and leaving the page do, ends the work at its next network call.
+    def __init__(self, seconds: float):
+        self.cancelled = threading.Event()
+        self.queue: queue.Queue[Any] = queue.Queue(maxsize=1)
+        self.seconds = seconds
+        self.deadline = float("inf")
+        self.last_update = 0.0
+
+    def __call__(self, make_update: Callable[[], Any]) -> None:
+        """Send an update if one is due. `make_update` is called only then.
+
+        Errors: Cancelled; TimeoutError after `seconds` of computing.
+        """
+        now = time.monotonic()
+        if self.cancelled.is_set():
+            raise Cancelled
+        if now > self.deadline:
+            raise TimeoutError(
+                f"this took longer than {self.seconds:g} s and was stopped; "
+                "try fewer images or fewer steps"
+            )
+        if now - self.last_update >= PREVIEW_SECONDS and self.queue.empty():
+            self.last_update = now
+            self.queue.put(make_update())
+
+    def finish(self, result: Result) -> None:
+        """Send the result, unless the visitor has left."""
+        while not self.cancelled.is_set():
+            try:
+                return self.queue.put(result, timeout=0.2)
+            except queue.Full:
+                continue
+
+
+def stream(work: Callable[[UpdateChannel], T], seconds: float) -> Generator[Any, None, T]:
+    """Run work(channel) in a thread; yield its updates, return its value, raise its error.
+
+    Closing the generator ends the work at its next network call. Gradio closes it when the visitor
+    presses Stop or leaves the page.
     """
-    show = UpdateChannel(seconds)
+    channel = UpdateChannel(seconds)
 
     def run() -> None:
-        while not BUSY.acquire(timeout=0.2):
-            if show.stop.is_set():
+        while not COMPUTING.acquire(timeout=0.2):
+            if channel.cancelled.is_set():
                 return
         try:
-            show.deadline = time.monotonic() + seconds
+            channel.deadline = time.monotonic() + seconds
             with torch.no_grad():
-                answer = Answer(value=work(show))
-        except Stopped:
+                result = Result(value=work(channel))
+        except Cancelled:
             return
-        except BaseException as error:  # whatever a model does, it is told to the one who asked
-            answer = Answer(error=error)
+        except BaseException as error:  # raised again in the visitor's own thread
+            result = Result(error=error)
         finally:
-            BUSY.release()
-        show.finish(answer)
+            COMPUTING.release()
+        channel.finish(result)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        while not isinstance(found := show.box.get(), Answer):
-            yield found
+        while not isinstance(item := channel.queue.get(), Result):
+            yield item
     finally:
-        show.stop.set()
-    if found.error is not None:
-        raise found.error
-    return cast(T, found.value)
+        channel.cancelled.set()
+    if item.error is not None:
+        raise item.error
+    return cast(T, item.value)
 
 
 def sample_stream(
-    job: SamplingJob, z: Image, numbers: list[int], show: Callable[[Callable[[], Update]], None]
+    job: SamplingJob, z: Image, seeds: list[int], send: Callable[[Callable[[], Update]], None]
 ) -> Tensor:
-    """Sample from the state z, one row per seed in `numbers`, showing x-hat; uint8 (b, c, h, w)."""
-    _ = (
-        job.decoder
-    )  # an autoencoder that does not fit or cannot be read is told now and not after the last step
-    # Both passes of guidance are one call.
-    calls = count_network_calls(job.model, replace(job.settings, guidance=None))
-    done = 0
+    """Sample from the state z, one row a seed, sending x-hat on the way; uint8 (b, c, h, w).
 
-    def around(denoise: Denoiser) -> Denoiser:
-        def watched(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-            nonlocal done
+    Errors: FloatingPointError if the result is not finite; errors of the autoencoder, before the
+        first step.
+    """
+    check_decoder(job)
+    # A step's two passes of guidance are one update.
+    num_calls = count_network_calls(job.model, replace(job.settings, guidance=None))
+    call = 0
+
+    def wrap(denoise: Denoiser) -> Denoiser:
+        def denoise_and_send(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
+            nonlocal call
             guess = denoise(z, logsnr, cond)
-            done += 1
-            show(lambda: Update(preview(job, guess.x), done, calls, float(logsnr[0])))
+            call += 1
+            send(lambda: Update(preview(job, guess.x), call, num_calls, float(logsnr[0])))
             return guess
 
-        return watched
+        return denoise_and_send
 
-    made = integrate(
-        job.model,
-        z,
-        make_logsnr_steps(job.model, job.settings),
-        numbers,
-        job.cond(numbers),
-        job.settings,
-        None,
-        around,
-    )
-    if not made.isfinite().all():
+    steps = make_logsnr_steps(job.model, job.settings)
+    x = job.integrate(z, steps, seeds, wrap)
+    if not x.isfinite().all():
         raise FloatingPointError(
-            "the model's answer is not a finite number; other steps or another sampler may help"
+            "the model's output is not a finite number; try other steps or another sampler"
         )
-    return job.decode(made)
+    return job.decode(x)
 
 
 def preview(job: SamplingJob, x: Tensor) -> Tensor:
-    """x-hat as uint8; of latents the first three channels, since decoding each step would take longer than the step."""
+    """Return x-hat as uint8 (b, c, h, w) on the CPU.
+
+    Of latents, it shows the first three channels: decoding each step would take longer than the
+    step itself.
+    """
     if job.codec == "pixels":
         return to_uint8(x.float()).cpu()
     return to_uint8(x[:, :3].float() / 3).cpu()

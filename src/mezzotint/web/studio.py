@@ -1,4 +1,4 @@
-"""What the studio holds: the models and runs of the command line, and how much one visitor may ask for."""
+"""What the studio holds: models and runs by name, and the limits of one request."""
 
 from __future__ import annotations
 
@@ -14,112 +14,110 @@ from mezzotint.process.denoiser import Model
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of one request; beyond them is a ValueError, whether asked on the page or over HTTP.
+    """Bounds of one request, from the page or over HTTP; beyond them is a ValueError.
 
-    pictures: at once. words: characters of all prompts. steps: of a grid. enlargement: of the network's native side.
-    seconds: of computing.
-    photo_bytes, photo_pixels: of an uploaded picture, encoded and decoded. waiting: requests in the queue.
-    visitors: whose earlier pictures are kept. earlier: pictures kept of each.
+    images: at once. prompt_chars: of all prompts together. steps: of the sampler.
+    enlargement: of the network's own side. seconds: of computing.
+    photo_bytes, photo_pixels: of an uploaded photo, encoded and decoded.
+    queue_length: waiting requests. visitors: whose earlier images are kept. earlier: images kept of
+    each visitor.
     """
 
-    pictures: int = 16
-    words: int = 4000
+    images: int = 16
+    prompt_chars: int = 4000
     steps: int = 250
     enlargement: int = 2
     seconds: float = 300.0
     photo_bytes: int = 4 << 20
     photo_pixels: int = 4 << 20
-    waiting: int = 64
+    queue_length: int = 64
     visitors: int = 32
     earlier: int = 24
 
 
-class Opened:
-    """A model by where it came from, read again when its weights change, as a run's do at every checkpoint."""
+class ReloadingModel:
+    """A model that is read again when its weights change, as a run's do at every checkpoint."""
 
     def __init__(self, source: str | Path):
         self.source = source
-        self.stamp = self._stamp()
+        self.modified = self._modified()
         self.model = open_model(source)
 
-    def _stamp(self) -> float:
+    def _modified(self) -> float:
         folder = Path(self.source)
-        weights = [p for p in (folder / "model" / WEIGHTS, folder / WEIGHTS) if p.is_file()]
-        return weights[0].stat().st_mtime if weights else 0.0
+        paths = [p for p in (folder / "model" / WEIGHTS, folder / WEIGHTS) if p.is_file()]
+        return paths[0].stat().st_mtime if paths else 0.0
 
-    def current(self) -> Model:
-        """The model, from its newest weights."""
-        stamp = self._stamp()
-        if stamp != self.stamp:
-            # It may be replaced at this moment; then the one at hand serves until the next request.
+    def latest(self) -> Model:
+        """Return the model with its newest weights."""
+        modified = self._modified()
+        if modified != self.modified:
+            # A training run may be replacing it right now; then the next request reads it.
             with suppress(ValueError, OSError):
-                self.model, self.stamp = open_model(self.source), stamp
+                self.model, self.modified = open_model(self.source), modified
         return self.model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Studio:
-    """models: name -> `Opened`; runs: name -> run folder; a visitor chooses by name and can name nothing else."""
+    """Models and run folders by name. A visitor chooses a name and can open nothing else."""
 
-    models: dict[str, Opened]
+    models: dict[str, ReloadingModel]
     runs: dict[str, Path]
     limits: Limits = field(default_factory=Limits)
 
     def model(self, name: str) -> Model:
-        """The model of that name; ValueError lists those there are."""
+        """Return the model of that name; ValueError for an unknown one."""
         if not self.models:
             raise ValueError(
                 "no model was given: start with `mezzotint serve RUN` or a model's folder"
             )
         if name not in self.models:
-            raise ValueError(
-                f"there is no model {str(name)[:80]!r}; {suggest(str(name)[:80], self.models)}"
-            )
-        return self.models[name].current()
+            short = str(name)[:80]
+            raise ValueError(f"there is no model {short!r}; {suggest(short, self.models)}")
+        return self.models[name].latest()
 
     def run(self, name: str) -> Path:
-        """The run of that name; ValueError lists those there are."""
+        """Return the run folder of that name; ValueError for an unknown one."""
         if name not in self.runs:
-            raise ValueError(
-                f"there is no run {str(name)[:80]!r}; {suggest(str(name)[:80], self.runs)}"
-            )
+            short = str(name)[:80]
+            raise ValueError(f"there is no run {short!r}; {suggest(short, self.runs)}")
         return self.runs[name]
 
-    def reads(self, name: object) -> bool:
-        """Whether the model of that name reads prompts."""
+    def takes_prompts(self, name: object) -> bool:
+        """Return whether the model of that name exists and is conditioned on text."""
         return name in self.models and "text" in self.models[str(name)].model.info.extra
 
-    def of(self, *backbones: str) -> list[str]:
-        """Names of the models with one of these backbones."""
+    def models_of(self, *backbones: str) -> list[str]:
+        """Return the names of the models with one of these backbones."""
         return [
-            name for name, opened in self.models.items() if opened.model.info.backbone in backbones
+            name for name, entry in self.models.items() if entry.model.info.backbone in backbones
         ]
 
 
 def open_studio(sources: Sequence[str], limits: Limits | None = None) -> Studio:
-    """The studio of the command line's run folders, model folders and hub names.
+    """Return the studio of run folders, model folders and hub names.
 
-    A run that has saved no model yet can be watched; start again to sample from it.
+    A run that has saved no model yet can be watched; restart the studio to sample from it.
 
     Errors: ValueError for a source that is neither a run nor a model.
     """
-    models: dict[str, Opened] = {}
+    models: dict[str, ReloadingModel] = {}
     runs: dict[str, Path] = {}
     for source in sources:
         folder = Path(source)
         is_run = (folder / "recipe.yaml").is_file() or (folder / "log.jsonl").is_file()
-        name = unused(folder.resolve().name if folder.is_dir() else source, {*models, *runs})
+        name = unique_name(folder.resolve().name if folder.is_dir() else source, {*models, *runs})
         if is_run:
             runs[name] = folder.resolve()
         if not is_run or (folder / "model").is_dir():
-            models[name] = Opened(folder.resolve() if folder.is_dir() else source)
+            models[name] = ReloadingModel(folder.resolve() if folder.is_dir() else source)
     return Studio(models=models, runs=runs, limits=limits or Limits())
 
 
-def unused(name: str, taken: set[str]) -> str:
-    """`name`, with a number where it is taken."""
-    count = 2
-    chosen = name
-    while chosen in taken:
-        chosen, count = f"{name} ({count})", count + 1
-    return chosen
+def unique_name(name: str, taken: set[str]) -> str:
+    """Return `name`, with a number appended if it is taken."""
+    unique, count = name, 2
+    while unique in taken:
+        unique, count = f"{name} ({count})", count + 1
+    return unique

@@ -6,143 +6,76 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from PIL import Image as Pillow
+from PIL import Image
 
+from mezzotint.core.svg_plot import COLOURS, svg_plot
 from mezzotint.train import log
+from mezzotint.train.report import (
+    evaluation_plots,
+    find_grids,
+    line_over_images,
+    training_plots,
+)
 from mezzotint.web import html
-from mezzotint.web.html import COLOURS, Line
 from mezzotint.web.studio import Studio
 
 REFRESH_SECONDS = 2.0
-POINTS = 400  # drawn per curve
-SHEET_SIDE = 1600  # pixels; larger grids are shown smaller
+GRID_SIDE = 1600  # pixels; larger sample grids are shrunk
 
 
-def records(run: Path) -> list[dict[str, Any]]:
-    """The run's log, or nothing if it has written none yet."""
+def run_version(run: Path) -> tuple[int, int]:
+    """Return (bytes of the log, number of sample grids), which change whenever there is news."""
     path = run / "log.jsonl"
-    return log.read(path) if path.is_file() else []
-
-
-def thinned(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most POINTS of the rows, the last always among them."""
-    step = -(-len(rows) // POINTS)
-    return rows if step < 2 else [*rows[:-1:step], rows[-1]]
-
-
-def grids(run: Path) -> list[Path]:
-    """The run's sample grids, oldest first."""
-    return sorted(p for p in (run / "samples").glob("*.png") if p.stem.isdigit())
-
-
-def stamp(run: Path) -> tuple[int, int]:
-    """Changes whenever there is something new to see."""
-    path = run / "log.jsonl"
-    return (path.stat().st_size if path.is_file() else 0, len(grids(run)))
-
-
-def curve(rows: list[dict[str, Any]], key: str, name: str = "", colour: str = COLOURS[0]) -> Line:
-    """One number of the log over images seen."""
-    kept = [r for r in rows if key in r]
-    return Line([r["images"] for r in kept], [r[key] for r in kept], name, colour)
+    return (path.stat().st_size if path.is_file() else 0, len(find_grids(run)))
 
 
 @functools.lru_cache(maxsize=8)
-def curves(run: Path, size: int) -> str:
-    """Loss, loss by log-SNR, speed, memory, evaluations; the answer is kept while `size`, of the log, is the same."""
-    rows = thinned(records(run))
-    if not rows:
-        return html.empty("This run has logged nothing yet; the curves come with its first line.")
-    latest: dict[str, float] = {}
-    for row in rows:
-        latest |= dict.fromkeys(row.get("loss_by_logsnr", {}), 0.0)
-    by_level = []
-    for i, name in enumerate(latest):
-        found = [
-            (r["images"], r["loss_by_logsnr"][name])
-            for r in rows
-            if name in r.get("loss_by_logsnr", {})
-        ]
-        by_level.append(
-            Line([x for x, _ in found], [y for _, y in found], name, COLOURS[i % len(COLOURS)])
+def render_curves(run: Path, log_bytes: int) -> str:
+    """Return the plots of a run; cached until `log_bytes`, the size of the log, changes."""
+    records = log.read(run / "log.jsonl")
+    if not records:
+        return html.empty("This run has logged nothing yet. The curves appear with its first line.")
+    bins = dict.fromkeys(name for record in records for name in record.get("loss_by_logsnr", ()))
+    lines = [
+        line_over_images(
+            records, "loss_by_logsnr", name, name=name, colour=COLOURS[i % len(COLOURS)]
         )
-    plots = [
-        (
-            "Loss",
-            html.plot(
-                [curve(rows, "loss")], "images seen", "loss", log_y=spans_decades(rows, "loss")
-            ),
-        ),
-        ("Loss by log-SNR", html.plot(by_level, "images seen", "loss", log_y=True)),
-        (
-            "Throughput",
-            html.plot(
-                [curve(rows, "images_per_second")],
-                "images seen",
-                "images per second",
-                from_zero=True,
-            ),
-        ),
+        for i, name in enumerate(bins)
     ]
-    if any("peak_memory_gib" in r for r in rows):
-        memory = html.plot(
-            [curve(rows, "peak_memory_gib")], "images seen", "peak GiB", from_zero=True
-        )
-        plots.append(("Memory", memory))
-    plots += evaluated(run)
-    return (
-        '<div class="mz-plots">'
-        + "".join(f"<section><h3>{t}</h3>{p}</section>" for t, p in plots)
-        + "</div>"
-    )
+    plots = training_plots(records)
+    plots.insert(1, ("Loss by log-SNR", svg_plot(lines, "images seen", "loss", log_y=True)))
+    plots += evaluation_plots(log.read_evaluations(run / "log.jsonl"))
+    sections = [f"<section><h3>{title}</h3>{svg}</section>" for title, svg in plots]
+    return f'<div class="mz-plots">{"".join(sections)}</div>'
 
 
-def evaluated(run: Path) -> list[tuple[str, str]]:
-    """A plot for each metric of the evaluations along the way."""
-    judged = log.read_evaluations(run / "log.jsonl")
-    plots = []
-    for metric in dict.fromkeys(name for record in judged for name in record["evaluation"]):
-        found = [
-            (r["images"], r["evaluation"][metric]) for r in judged if metric in r["evaluation"]
-        ]
-        line = Line([x for x, _ in found], [y for _, y in found], style="o-")
-        plots.append((f"Evaluation: {metric}", html.plot([line], "images seen", metric)))
-    return plots
-
-
-def spans_decades(rows: list[dict[str, Any]], key: str) -> bool:
-    """Whether a logarithmic axis can show this number, and has more than one label to show it by."""
-    values = [r[key] for r in rows if key in r]
-    return bool(values) and 0 < 10 * min(values) < max(values)
-
-
-def headline(run: Path) -> str:
-    """Where the run is, in one line."""
-    rows = records(run)
-    if not rows:
+def render_progress(run: Path) -> str:
+    """Return images seen, loss and speed as a status line."""
+    records = log.read(run / "log.jsonl")
+    if not records:
         return html.note("waiting for the first line of log.jsonl")
-    last = rows[-1]
-    speed = f" · {last['images_per_second']:,.0f} images/s" if "images_per_second" in last else ""
-    return html.note(
-        f"{last['images']:,} images seen · loss {last.get('loss', float('nan')):.4g}{speed}"
-    )
+    last = records[-1]
+    text = f"{last['images']:,} images seen · loss {last['loss']:.4g}"
+    if "images_per_second" in last:
+        text += f" · {last['images_per_second']:,.0f} images/s"
+    return html.note(text)
 
 
-def sheet(run: Path, which: int) -> str:
-    """Sample grid number `which`, clamped to those there are."""
-    found = grids(run)
-    if not found:
-        return html.empty("No sample grid yet; the run writes one at each milestone.")
-    path = found[min(max(which, 0), len(found) - 1)]
-    words = f"after {int(path.stem):,} images"
-    with Pillow.open(path) as picture:
-        picture.thumbnail((SHEET_SIDE, SHEET_SIDE))
-        data = html.png(picture)
-    return f'<div class="mz-sheet">{html.figure(html.Figure(data, words))}</div>'
+def render_grid(run: Path, index: int) -> str:
+    """Return one of the run's sample grids; `index` is clamped to those that exist."""
+    paths = find_grids(run)
+    if not paths:
+        return html.empty("No sample grid yet. The run writes one at each milestone.")
+    path = paths[min(max(index, 0), len(paths) - 1)]
+    with Image.open(path) as grid:
+        grid.thumbnail((GRID_SIDE, GRID_SIDE))
+        data = html.png(grid)
+    figure = html.Figure(data, f"after {int(path.stem):,} images")
+    return f'<div class="mz-sheet">{html.figure(figure)}</div>'
 
 
 def watch_tab(studio: Studio, tab: Any) -> None:
-    """The whole tab, with its events; `tab` starts the refreshing when it is opened."""
+    """Add the tab's components and events; opening `tab` starts the refreshing."""
     import gradio as gr
 
     if not studio.runs:
@@ -154,32 +87,38 @@ def watch_tab(studio: Studio, tab: Any) -> None:
     names = list(studio.runs)
     name = gr.Dropdown(names, value=names[0], label="Run", interactive=True)
     status = gr.HTML(html.note(""), apply_default_css=False, elem_id="watch-status")
-    drawn = gr.HTML("", apply_default_css=False, elem_id="curves")
+    curves = gr.HTML("", apply_default_css=False, elem_id="curves")
     gr.HTML("<h3>Samples over time</h3>", apply_default_css=False)
-    which = gr.Slider(0, 1, value=0, step=1, label="Milestone", elem_id="milestone")
-    picture = gr.HTML("", apply_default_css=False, elem_id="sheet")
-    seen = gr.State(None)
+    milestone = gr.Slider(0, 1, value=0, step=1, label="Milestone", elem_id="milestone")
+    grid = gr.HTML("", apply_default_css=False, elem_id="sheet")
+    shown_version = gr.State(None)
     timer = gr.Timer(REFRESH_SECONDS, active=False)
 
-    def refresh(chosen: Any, position: Any, before: Any) -> tuple[Any, ...]:
-        run = studio.run(chosen)
-        now = (chosen, *stamp(run))
-        if now == before:
+    def refresh(name: Any, position: Any, shown: Any) -> tuple[Any, ...]:
+        run = studio.run(name)
+        version = (name, *run_version(run))
+        if version == shown:
             return (gr.skip(),) * 5
-        last = max(len(grids(run)) - 1, 0)
-        # Whoever looks at the newest grid, or at another run so far, goes on to the newest.
-        follow = before is None or before[0] != chosen or position >= before[2] - 1
-        shown = last if follow else int(position)
-        slider = gr.Slider(maximum=max(last, 1), value=shown, interactive=last > 0)
-        return headline(run), curves(run, now[1]), slider, sheet(run, shown), now
+        last = max(len(find_grids(run)) - 1, 0)
+        # Follow the newest grid, unless the visitor moved the slider to an older one of this run.
+        follow = shown is None or shown[0] != name or position >= shown[2] - 1
+        index = last if follow else int(position)
+        slider = gr.Slider(maximum=max(last, 1), value=index, interactive=last > 0)
+        return (
+            render_progress(run),
+            render_curves(run, version[1]),
+            slider,
+            render_grid(run, index),
+            version,
+        )
 
-    outputs = [status, drawn, which, picture, seen]
+    outputs = [status, curves, milestone, grid, shown_version]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for event in (timer.tick, name.change, tab.select):
-        event(refresh, [name, which, seen], outputs, **quiet)
+        event(refresh, [name, milestone, shown_version], outputs, **quiet)
     tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
 
-    def turned(chosen: Any, position: Any) -> str:
-        return sheet(studio.run(chosen), int(position or 0))
+    def show_grid(name: Any, position: Any) -> str:
+        return render_grid(studio.run(name), int(position or 0))
 
-    which.input(turned, [name, which], picture, trigger_mode="always_last", **quiet)
+    milestone.input(show_grid, [name, milestone], grid, trigger_mode="always_last", **quiet)
