@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import time
 import traceback
 import warnings
@@ -24,13 +25,19 @@ from torch import Tensor
 
 import plain.forms as forms_of
 from common import write
+from depthwise import torch_weight_gradient
 from mezzotint.backbones.blocks import compile_blocks
 from mezzotint.backbones.kernels import depthwise
 from mezzotint.process import guidance
 from mezzotint.process.samplers import registry as samplers
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
-from mezzotint.tools.benchmark import BenchmarkSettings, interleaved, matmul_ceiling, run_benchmark
+from mezzotint.tools.benchmark import (
+    BenchmarkSettings,
+    measure_matmul_flops,
+    run_benchmark,
+    time_interleaved,
+)
 from speed import Pair, make, networks
 
 Row = dict[str, Any]
@@ -182,7 +189,9 @@ def kernels(device: str, small: bool, budget: float) -> Iterator[Row]:
             wide = (F.pad(t, (0, -d % 64)) for t in (q, k, v))
             F.scaled_dot_product_attention(*wide, scale=d**-0.5)[..., :d].backward(g)
 
-        seconds = interleaved({"as it is": plain, "padded to a multiple of 64": padded}, device)
+        seconds = time_interleaved(
+            {"as it is": plain, "padded to a multiple of 64": padded}, device
+        )
         yield {
             "kernel": "attention, forward and backward",
             "heads": heads,
@@ -215,20 +224,25 @@ def often(work: Callable[[], object], times: int = 20) -> Callable[[], None]:
 
 
 def depthwise_kernels(device: str, small: bool) -> Iterator[Row]:
-    """The 7x7 depthwise convolution with its residual, and its weight gradient: cuDNN in two layouts, Triton."""
-    triton = device == "cuda" and depthwise.HAS_TRITON
+    """Time the 7x7 depthwise convolution with its residual, and its weight gradient.
+
+    By cuDNN in two layouts and, where triton is installed, by Triton, whose results are checked.
+    """
+    triton = device == "cuda" and importlib.util.find_spec("triton") is not None
     float32, bf16 = torch.float32, torch.bfloat16
     for b, c, side in [(2, 16, 8)] if small else [(64, 480, 32), (16, 192, 64)]:
         for kept, low in ((float32, float32), (float32, bf16), (bf16, bf16)):
             x, grad = (torch.randn(b, side, side, c, device=device, dtype=kept) for _ in range(2))
             weight, bias = torch.randn(c, 1, 7, 7, device=device), torch.randn(c, device=device)
-            image = x.to(low).permute(0, 3, 1, 2).contiguous()
-            forward, gradient = (x, weight, bias, low), (x, grad, weight, low)
+            low_x, low_grad, low_weight = x.to(low), grad.to(low), weight.to(low)
+            image = low_x.permute(0, 3, 1, 2).contiguous()
             works: dict[str, Callable[[], object]] = {
-                "forward": partial(depthwise.cudnn_forward, *forward),
-                "weight gradient": partial(depthwise.cudnn_weight_gradient, *gradient),
+                "forward": lambda low_x=low_x, low_weight=low_weight, x=x, bias=bias: (
+                    x + depthwise.convolve(low_x, low_weight, bias.to(low_x.dtype))
+                ),
+                "weight gradient": partial(torch_weight_gradient, low_x, low_grad, low_weight),
                 "forward, NCHW, without the residual": partial(
-                    F.conv2d, image, weight.to(low), bias.to(low), padding=3, groups=c
+                    F.conv2d, image, low_weight, bias.to(low), padding=3, groups=c
                 ),
             }
             row: Row = {
@@ -238,25 +252,21 @@ def depthwise_kernels(device: str, small: bool) -> Iterator[Row]:
                 "low": str(low),
             }
             if triton:
-                works["forward, Triton"] = partial(depthwise.triton_forward, *forward[:-1])
-                works["weight gradient, Triton"] = partial(
-                    depthwise.triton_weight_gradient, *gradient[:-1]
-                )
-                exact = depthwise.cudnn_forward(
-                    x.double(), weight.double(), bias.double(), torch.float64
-                )
-                exact += depthwise.cudnn_weight_gradient(
-                    x.double(), grad.double(), weight.double(), torch.float64
-                )
-                found = works["forward, Triton"]() + works["weight gradient, Triton"]()
+                ours = partial(depthwise.residual_op, x, weight, bias)
+                our_gradient = partial(depthwise.weight_gradient_op, x, grad, weight)
+                works |= {"forward, Triton": ours, "weight gradient, Triton": our_gradient}
+                exact_x, exact_weight = x.double(), weight.double()
                 row["differences"] = [
-                    difference(ours, theirs) for ours, theirs in zip(found, exact, strict=True)
+                    difference(
+                        ours(), exact_x + depthwise.convolve(exact_x, exact_weight, bias.double())
+                    ),
+                    difference(
+                        our_gradient()[0],
+                        torch_weight_gradient(exact_x, grad.double(), exact_weight),
+                    ),
                 ]
-                row["chosen"] = depthwise.choose(
-                    depthwise.cudnn_forward, depthwise.triton_forward, forward[:-1], low
-                )
                 row["ok"] = max(row["differences"]) < (1e-5 if kept == float32 else 1e-2)
-            seconds = interleaved({name: often(work) for name, work in works.items()}, device)
+            seconds = time_interleaved({name: often(work) for name, work in works.items()}, device)
             row["seconds"] = {name: taken / 20 for name, taken in seconds.items()}
             row["least seconds at 4.3 TB/s"] = 2 * x.numel() * x.element_size() / 4.3e12
             yield row
@@ -290,9 +300,9 @@ def biased_kernels(device: str, batch: int, n: int) -> Iterator[Row]:
         }
         try:
             row["difference"] = difference(form().detach(), exact)
-            row["seconds"] = interleaved({name: lambda form=form: form().backward(grad)}, device)[
-                name
-            ]
+            row["seconds"] = time_interleaved(
+                {name: lambda form=form: form().backward(grad)}, device
+            )[name]
         except Exception as error:  # a form that does not exist on this device is a finding
             row["error"] = str(error)[:300]
         yield row
@@ -382,19 +392,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder")
     args = parser.parse_args()
     ceilings = {
-        p: matmul_ceiling(args.device, p, 256 if args.small else None) for p in ("float32", "bf16")
+        p: measure_matmul_flops(args.device, p, 256 if args.small else None)
+        for p in ("float32", "bf16")
     }
     rows: list[Row] = []
     for row in PARTS[args.part](args.device, args.small, args.budget):
         rows.append(row)
         print({k: v for k, v in row.items() if args.part != "presets" or k in SHOWN}, flush=True)
-        choices = {str(key): kernel for key, kernel in depthwise.choices.items()}
         # After every row: whatever ends the run, what was measured is there.
         write(
             args.out / f"{args.part}.json",
             args.device,
             ceiling_flops=ceilings,
-            depthwise=choices,
             rows=rows,
         )
     failed = [r for r in rows if not r.get("ok", True)]

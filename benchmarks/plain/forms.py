@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mezzotint.backbones import diffit, dimr_blocks
+from mezzotint.backbones.kernels import depthwise
 from mezzotint.backbones.kernels.depthwise import residual_depthwise
 
 
@@ -35,13 +36,13 @@ def plain_projection(
     return F.linear(F.layer_norm(x, x.shape[-1:]) * gain + shift, weight, bias)
 
 
-def copied_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def copied_depthwise(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> Tensor:
     """Layout copies around the convolution."""
     x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     return residual_depthwise(x, weight, bias).contiguous()
 
 
-def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> Tensor:
     """The convolution with torch's own gradients."""
     padding = weight.shape[-1] // 2
     return x + F.conv2d(
@@ -105,12 +106,12 @@ SWITCHES: list[tuple[str, str, Swap]] = [
     (
         "dimr",
         "layout copies",
-        lambda: patch.object(dimr_blocks, "residual_depthwise", copied_depthwise),
+        lambda: patch.object(depthwise, "residual_depthwise", copied_depthwise),
     ),
     (
         "dimr",
         "depthwise gradients of torch",
-        lambda: patch.object(dimr_blocks, "residual_depthwise", torch_depthwise),
+        lambda: patch.object(depthwise, "residual_depthwise", torch_depthwise),
     ),
     ("dimr", "norm of torch", lambda: patch.object(dimr_blocks.TimeRMSNorm, "forward", torch_norm)),
     (
@@ -121,10 +122,14 @@ SWITCHES: list[tuple[str, str, Swap]] = [
     (
         "dimr",
         "attention fused",
-        lambda: patch.object(dimr_blocks, "attend", F.scaled_dot_product_attention),
+        lambda: patch.object(dimr_blocks, "attention", F.scaled_dot_product_attention),
     ),
-    ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attend", padded_attention)),
-    ("dimr", "attention in float32", lambda: patch.object(dimr_blocks, "attend", float_attention)),
+    ("dimr", "attention padded", lambda: patch.object(dimr_blocks, "attention", padded_attention)),
+    (
+        "dimr",
+        "attention in float32",
+        lambda: patch.object(dimr_blocks, "attention", float_attention),
+    ),
     ("diffit", "dead key term", lambda: patch.object(diffit.DiffiT, "temporal_terms", all_terms)),
     ("diffit", "attention fused", lambda: patch.object(diffit, "biased_attention", fused_biased)),
     (

@@ -183,6 +183,7 @@ class Engine:
     compile: torch.compile of each repeated block.
     peak_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
         log states the utilisation.
+    depthwise: what computes DiMR's depthwise convolutions on a GPU: cuDNN, or this library's Triton kernels.
     """
 
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -191,6 +192,7 @@ class Engine:
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
     peak_tflops: float | None = None
+    depthwise: Literal["cudnn", "triton"] = "cudnn"
 
     def __post_init__(self):
         _at_least("engine.", self, microbatch=1)

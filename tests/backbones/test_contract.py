@@ -209,7 +209,7 @@ def test_equal_and_mixed_levels_agree_and_images_are_independent(name):
         together = model(z, logsnr, cond)
         for i in range(len(z)):
             common = model(z, logsnr[i].expand(len(z)), cond)
-            alone = model(z[i : i + 1], logsnr[i : i + 1], cond.map(lambda t, i=i: t[i : i + 1]))
+            alone = model(z[i : i + 1], logsnr[i : i + 1], cond[i : i + 1])
             for mixed, equal, single in zip(together, common, alone, strict=True):
                 if mixed is not None:
                     close(equal[i], mixed[i], 1e-11)

@@ -1,15 +1,16 @@
 """The depthwise convolution against torch's own, outputs and gradients, in float64 and mixed precision."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mezzotint import backbones
 from mezzotint.backbones.kernels import depthwise
-from mezzotint.backbones.kernels.depthwise import residual_depthwise, residual_op
+from mezzotint.backbones.kernels.depthwise import ResidualDepthwise, residual_depthwise
+from mezzotint.models import create_model
+from mezzotint.process.denoiser import Cond
 
 
 def reference(x, weight, bias):
@@ -76,104 +77,31 @@ def test_autocast(channels):
         assert (ours - wanted).norm() < 0.01 * wanted.norm()
 
 
-# ---- what CUDA runs, here on the CPU: torch's own kernel against itself or against another in Triton's place ---------
+def test_triton_needs_triton_and_a_gpu(monkeypatch):
+    backbone = create_model("dimr-tiny").backbone
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(depthwise.importlib.util, "find_spec", lambda name: object())
+        with pytest.raises(ValueError, match="GPU"):
+            backbone.set_depthwise_kernel("triton")
+    monkeypatch.setattr(depthwise.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install triton"):
+        backbone.set_depthwise_kernel("triton")
 
 
-def through_op(x, weight, bias):
-    return residual_op(
-        x, weight, bias, torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-    )
-
-
-@pytest.fixture
-def no_choice_made(monkeypatch):
-    monkeypatch.setattr(depthwise, "choices", {})
-
-
-def example(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture
-def inputs():
-    return example(2, 9, 8, 6), example(6, 1, 7, 7, seed=1), example(6, seed=2)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_op_and_its_gradients(no_choice_made, monkeypatch, inputs, mixed):
-    monkeypatch.setattr(depthwise, "choose", lambda *_: "cudnn")
-    exact = gradients(reference, *(t.double() for t in inputs), 1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        ours = gradients(through_op, *inputs, 1)
-    for a, b in zip(ours, exact, strict=True):
-        assert a.dtype == torch.float32
-        assert (a - b).norm() < (1e-2 if mixed else 1e-5) * b.norm()
-
-
-def test_op_is_sound(no_choice_made, monkeypatch, inputs):
-    monkeypatch.setattr(depthwise, "choose", lambda *_: "cudnn")
-    x, weight, bias = (t.requires_grad_() for t in inputs)
-    torch.library.opcheck(residual_op, (x, weight, bias, torch.float32))
-    torch.library.opcheck(
-        residual_op, (x.detach().transpose(1, 2).requires_grad_(), weight, None, torch.float32)
-    )
-    torch.library.opcheck(
-        depthwise.weight_gradient_op, (x.detach(), x.detach(), weight.detach(), torch.float32)
-    )
-
-
-def pair(factor=1.0, wait=0.0):
-    """Two kernels for the same thing; the second is off by a factor, or slow."""
+def test_every_convolution_gets_the_chosen_kernel(monkeypatch):
+    """The networks hand the kernel on; Triton's operation is replaced by one that doubles."""
+    backbone = create_model("dimr-tiny").backbone
+    monkeypatch.setattr(backbones, "check_depthwise_kernel", lambda kernel: None)
+    backbone.set_depthwise_kernel("triton")
+    kernels = [m.kernel for m in backbone.modules() if isinstance(m, ResidualDepthwise)]
+    assert kernels == len(kernels) * ["triton"]
+    assert kernels
     calls = []
-
-    def theirs(x, compute=None):
-        return (x * 2,)
-
-    def ours(x, compute=None):
-        calls.append(x)
-        time.sleep(wait)
-        return (x * 2 * factor,)
-
-    return theirs, ours, calls
-
-
-def test_a_kernel_that_is_wrong_is_not_used(no_choice_made):
-    theirs, ours, calls = pair(factor=1.05)
-    x = torch.zeros(4, 3)  # the check draws its own numbers: with these both would agree
-    with pytest.warns(UserWarning, match=r"differs from cuDNN's by 5\.0e-02"):
-        out = depthwise.fastest(theirs, ours, x, compute=torch.float32)[0]
-    assert torch.equal(out, x)
-    checked = len(calls)
-    depthwise.fastest(theirs, ours, x + 1, compute=torch.float32)
-    assert len(calls) == checked
-
-
-def test_a_kernel_that_fails_is_not_used(no_choice_made):
-    def broken(x):
-        raise RuntimeError("no ptxas")
-
-    with pytest.warns(UserWarning, match="no ptxas"):
-        assert depthwise.fastest(pair()[0], broken, torch.ones(3), compute=torch.float32)[
-            0
-        ].tolist() == [2, 2, 2]
-
-
-def test_the_faster_kernel_is_chosen_once_for_each_kind(no_choice_made):
-    theirs, ours, _ = pair()
-    slow = pair(wait=0.005)[1]
-    assert depthwise.choose(theirs, slow, [torch.ones(3)], torch.float32) == "cudnn"
-    assert depthwise.choose(slow, theirs, [torch.ones(3)], torch.float32) == "triton"
-    for n in (3, 3, 4):
-        depthwise.fastest(theirs, ours, torch.ones(n), compute=torch.float32)
-    assert len(depthwise.choices) == 2
-
-
-def test_deterministic_algorithms_are_cudnns(no_choice_made):
-    theirs, ours, calls = pair()
-    torch.use_deterministic_algorithms(True)
-    try:
-        depthwise.fastest(theirs, ours, torch.ones(3), compute=torch.float32)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert not calls
-    assert not depthwise.choices
+    monkeypatch.setattr(
+        torch.ops.mezzotint,
+        "residual_depthwise",
+        lambda x, weight, bias: calls.append(x.shape) or x,
+    )
+    z = torch.randn(1, 3, 32, 32)
+    backbone(z, torch.zeros(1), Cond(label=torch.zeros(1, dtype=torch.long)))
+    assert len(calls) == len(kernels)

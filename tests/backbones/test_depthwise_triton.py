@@ -160,26 +160,31 @@ def test_weight_gradient_of_several_images_per_program(buffers, monkeypatch):
 
 @computes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_operation_and_its_gradients(monkeypatch, dtype):
-    """What a network on a GPU runs, with Triton chosen."""
-    monkeypatch.setattr(depthwise, "choices", {})
-    monkeypatch.setattr(depthwise, "choose", lambda *_: "triton")
+def test_operation_and_its_gradients(dtype):
+    """What a network on a GPU runs with engine.depthwise=triton."""
     x = normal((2, 6, 5, 3), dtype, 0).requires_grad_()
     weight = normal((3, 1, 7, 7), torch.float32, 1).requires_grad_()
     bias = normal((3,), torch.float32, 2).requires_grad_()
     toward = normal((2, 6, 5, 3), dtype, 3)
-    out = depthwise.residual_op(x, weight, bias, torch.bfloat16)
+    out = depthwise.residual_depthwise(x, weight, bias, "triton")
     found = [out, *torch.autograd.grad((out * toward).sum(), (x, weight, bias))]
     wide = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
     expected = exact(*wide, residual=True)
     wanted = [expected, *torch.autograd.grad((expected * toward.double()).sum(), wide)]
-    assert [key[0] for key in depthwise.choices] == [
-        "cudnn_forward",
-        "cudnn_forward",
-        "cudnn_weight_gradient",
-    ]
     for ours, theirs in zip(found, wanted, strict=True):
         assert distance(ours.detach(), theirs.detach()) < 4 * TOLERANCE[dtype]
+
+
+@computes
+def test_operations_are_sound():
+    """Shapes, autograd and the compiler's view, by torch's own check."""
+    x, weight = normal((1, 5, 4, 6), torch.float32, 0), normal((6, 1, 3, 3), torch.float32, 1)
+    bias, across = normal((6,), torch.float32, 2), x.transpose(1, 2)
+    for image, shift in ((x, bias), (across, None)):
+        inputs = [None if t is None else t.requires_grad_() for t in (image, weight, shift)]
+        torch.library.opcheck(depthwise.residual_op, tuple(inputs))
+    plain = x.detach(), across.detach().contiguous().view_as(x), weight.detach()
+    torch.library.opcheck(depthwise.weight_gradient_op, plain)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
@@ -194,7 +199,7 @@ def test_interpreted():
     if "only 0-dimensional arrays can be converted" in done.stdout:
         pytest.skip(f"the interpreter of triton {triton.__version__} needs numpy < 2.4")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{3 * len(SHAPES) + 4} passed" in done.stdout
+    assert f"{3 * len(SHAPES) + 5} passed" in done.stdout
 
 
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have no registers")

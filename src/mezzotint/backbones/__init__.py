@@ -14,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.backbones.checkpointing import Checkpointing
+from mezzotint.backbones.kernels.depthwise import (
+    DepthwiseKernel,
+    ResidualDepthwise,
+    check_depthwise_kernel,
+)
 from mezzotint.core.registry import Registry, Spec
 from mezzotint.process.denoiser import Cond, Model, Parameterisation
 
@@ -48,6 +53,16 @@ class Backbone(nn.Module):
         self.config = config
         self.checkpointing: Checkpointing = "none"
         self.skipped_macs = 0
+
+    def set_depthwise_kernel(self, kernel: DepthwiseKernel) -> None:
+        """Choose what computes the depthwise convolutions on a GPU; cuDNN does unless this is called.
+
+        Errors: ValueError for "triton" where triton or CUDA is missing.
+        """
+        check_depthwise_kernel(kernel)
+        for module in self.modules():
+            if isinstance(module, ResidualDepthwise):
+                module.kernel = kernel
 
     def no_decay_parameters(self) -> set[str]:
         """Return the names of the parameters that weight decay leaves alone."""

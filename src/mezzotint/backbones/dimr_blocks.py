@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones.kernels.depthwise import residual_depthwise
+from mezzotint.backbones.kernels.depthwise import ResidualDepthwise
 from mezzotint.backbones.layers import attention
 
 
@@ -214,17 +214,6 @@ class TransformerBlock(nn.Module):
         half = len(time) // 2
         x = x + self.attention(x, *time[:half])
         return x + self.mlp(x, *time[half:])
-
-
-class ResidualDepthwise(nn.Conv2d):
-    """x + depthwise convolution of x, for maps with the channels last."""
-
-    def __init__(self, dim: int, kernel: int):
-        super().__init__(dim, dim, kernel, padding=kernel // 2, groups=dim)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(b, h, w, d) -> (b, h, w, d)."""
-        return residual_depthwise(input, self.weight, self.get_parameter("bias"))
 
 
 class ConvNeXtBlock(nn.Module):

@@ -1,87 +1,124 @@
-"""x + depthwise convolution of x, channels last: on a CPU with a quick weight gradient, on a GPU by the faster kernel.
+"""x + depthwise convolution of x, for maps with the channels last.
 
-CPU: oneDNN takes 8 to 11 (float32) or 18 to 53 times (bf16) as long for the weight gradient of a 7x7 depthwise
-convolution as for the convolution itself, though the arithmetic is the same. That gradient is a depthwise convolution
-too, of the input by the output's gradient, and the kernel for those is quick (docs/performance.md).
+CPU: oneDNN takes 8 to 11 (float32) or 18 to 53 times (bf16) as long for the weight gradient of a
+7x7 depthwise convolution as for the convolution, though both do the same arithmetic. That gradient
+is itself a depthwise convolution of the input by the output's gradient, for which oneDNN has a
+quick kernel; `DepthwiseCPU` computes it so (docs/performance.md).
 
-CUDA: cuDNN or Triton, whichever is faster for the shape, see `choose`.
+CUDA: cuDNN, or the Triton kernels of `depthwise_triton`; the recipe's `engine.depthwise` chooses.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import time
-import warnings
-from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-HAS_TRITON = (
-    importlib.util.find_spec("triton") is not None
-)  # CUDA builds of torch for Linux bring it
-Kernel = Literal["cudnn", "triton"]
-Work = Callable[..., tuple[Tensor, ...]]
+DepthwiseKernel = Literal["cudnn", "triton"]  # of CUDA; a CPU has its own
 
 
-def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x plus each channel convolved with its own square kernel of odd side k, zeros around.
+class ResidualDepthwise(nn.Conv2d):
+    """x + depthwise convolution of x, for maps with the channels last."""
 
-    Under autocast the convolution runs in its dtype; the sum is of x's dtype, or wider.
+    kernel: DepthwiseKernel = "cudnn"
+
+    def __init__(self, dim: int, kernel_size: int):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(b, h, w, d) -> (b, h, w, d)."""
+        return residual_depthwise(input, self.weight, self.get_parameter("bias"), self.kernel)
+
+
+def check_depthwise_kernel(kernel: DepthwiseKernel) -> None:
+    """Check that this machine can run `kernel`.
+
+    Errors: ValueError for "triton" where triton or CUDA is missing.
+    """
+    if kernel != "triton":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(
+            "engine.depthwise is triton, but triton is not installed; "
+            "pip install triton, or choose cudnn"
+        )
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "engine.depthwise is triton, but its kernels need an NVIDIA GPU and this machine has "
+            "none; choose cudnn"
+        )
+
+
+def residual_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor, kernel: DepthwiseKernel = "cudnn"
+) -> Tensor:
+    """Return x plus each channel convolved with its own square kernel of odd side k, zeros around.
+
+    Under autocast the convolution runs in its dtype; Triton's kernel sums in float32. The result
+    has x's dtype, or a wider one.
 
     Args:
-        x: (b, h, w, c), contiguous for speed. weight: (c, 1, k, k). bias: (c,).
+        x: (b, h, w, c), contiguous for speed; float32, bfloat16 or float16 for Triton.
+        weight: (c, 1, k, k). bias: (c,).
+        kernel: what computes it on CUDA, see `check_depthwise_kernel`.
 
     Returns:
         (b, h, w, c).
     """
-    compute = working_dtype(x)
-    if x.device.type == "cuda" and x.dtype != torch.float64 and HAS_TRITON:
-        return torch.ops.mezzotint.residual_depthwise(x, weight, bias, compute)
-    if x.device.type == "cpu" and torch.is_grad_enabled() and weight.requires_grad:
-        return x + DepthwiseCPU.apply(x.to(compute), weight.to(compute), bias.to(compute))
-    return x + convolve(x.to(compute), weight.to(compute), bias.to(compute))
+    if kernel == "triton":
+        return torch.ops.mezzotint.residual_depthwise(x, weight, bias)
+    compute = compute_dtype(x)
+    inputs = x.to(compute), weight.to(compute), bias.to(compute)
+    trained = torch.is_grad_enabled() and weight.requires_grad
+    if x.device.type == "cpu" and trained:
+        return x + DepthwiseCPU.apply(*inputs)
+    return x + convolve(*inputs)
 
 
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on, else x's own."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return autocast's dtype where it is on, else x's own."""
     kind = x.device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if mixed else x.dtype
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (b, h, w, c), weight (c, 1, k, k) -> (b, h, w, c)."""
-    # The permuted view is a channels-last image and so is the convolution's result: no copy either way.
+    """Convolve x (b, h, w, c) with weight (c, 1, k, k), to (b, h, w, c)."""
+    # The permuted view is a channels-last image, and so is the result: no copy either way.
     image = F.conv2d(
         x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=len(weight)
     )
     return image.permute(0, 2, 3, 1)
 
 
+# --- CPU: gradients as convolutions --------------------------------------------------------------
+
+
 class DepthwiseCPU(torch.autograd.Function):
-    """`convolve`, its gradients as convolutions of the same kind."""
+    """`convolve`, with both gradients computed as convolutions of the same kind."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """The convolution."""
+        """Return the convolution."""
         ctx.save_for_backward(x, weight)
         return convolve(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Gradients of x, weight and bias."""
+        """Return the gradients of x, weight and bias."""
         (grad,), (x, weight) = grads, ctx.saved_tensors
         d_x = convolve(grad, weight.flip(2, 3)) if ctx.needs_input_grad[0] else None
         return d_x, cpu_weight_gradient(x, grad, weight.shape[-1]), grad.sum((0, 1, 2))
 
 
 def cpu_weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
-    """(c, 1, k, k): over all pixels p, the sum of grad[p] x[p + offset], for each offset within k // 2.
+    """Return (c, 1, k, k): for each offset within k // 2, the sum of grad[p] x[p + offset].
 
-    As one convolution: the channels of every image are its channels, and grad is its kernels.
+    The sum runs over all pixels p. It is one convolution: its channels are the channels of every
+    image, its kernels are `grad`.
     """
     b, h, w, c = x.shape
 
@@ -93,188 +130,57 @@ def cpu_weight_gradient(x: Tensor, grad: Tensor, k: int) -> Tensor:
     return each.view(b, c, 1, k, k).sum(0, dtype=wide).to(x.dtype)
 
 
-# ---- CUDA ------------------------------------------------------------------------------------------------------------
-
-
-def cudnn_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype
-) -> tuple[Tensor, ...]:
-    """x + convolution, by cuDNN."""
-    return (
-        (
-            x
-            + convolve(
-                x.to(compute), weight.to(compute), None if bias is None else bias.to(compute)
-            )
-        ).to(x.dtype),
-    )
-
-
-def triton_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """The same in one kernel, summed in float32."""
-    from mezzotint.backbones.kernels import depthwise_triton
-
-    return (depthwise_triton.forward(x, weight, bias, residual=True),)
-
-
-def cudnn_weight_gradient(
-    x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Gradients of weight and bias, by cuDNN."""
-    c, _, k, _ = weight.shape
-    grad_image, image = (t.to(compute).permute(0, 3, 1, 2) for t in (grad, x))
-    _, d_weight, d_bias = torch.ops.aten.convolution_backward(
-        grad_image,
-        image,
-        weight.to(compute),
-        [c],
-        [1, 1],
-        [k // 2, k // 2],
-        [1, 1],
-        False,
-        [0, 0],
-        c,
-        [False, True, True],
-    )
-    return d_weight.to(weight.dtype), d_bias.to(weight.dtype)
-
-
-def triton_weight_gradient(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    """The same by Triton, summed in float32."""
-    from mezzotint.backbones.kernels import depthwise_triton
-
-    return tuple(
-        t.to(weight.dtype) for t in depthwise_triton.weight_gradient(x, grad, weight.shape[-1])
-    )
-
-
-# What the compiler and autograd see.
+# --- CUDA: Triton's kernels as operations that the compiler and autograd know --------------------
 
 
 @torch.library.custom_op(
     "mezzotint::residual_depthwise",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, ScalarType compute) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
 )
-def residual_op(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
-    """`residual_depthwise`, the convolution in `compute`."""
-    return fastest(cudnn_forward, triton_forward, x.contiguous(), weight, bias, compute=compute)[0]
+def residual_op(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`residual_depthwise` by Triton."""
+    from mezzotint.backbones.kernels import depthwise_triton
+
+    return depthwise_triton.forward(x.contiguous(), weight, bias, residual=True)
 
 
 @residual_op.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, compute: torch.dtype) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op(
     "mezzotint::depthwise_weight_gradient",
     mutates_args=(),
-    schema="(Tensor x, Tensor grad, Tensor weight, ScalarType compute) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor grad, Tensor weight) -> (Tensor, Tensor)",
 )
-def weight_gradient_op(
-    x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and bias, in weight's dtype."""
-    d_weight, d_bias = fastest(
-        cudnn_weight_gradient,
-        triton_weight_gradient,
-        x.contiguous(),
-        grad.contiguous(),
-        weight,
-        compute=compute,
+def weight_gradient_op(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias by Triton, in weight's dtype."""
+    from mezzotint.backbones.kernels import depthwise_triton
+
+    d_weight, d_bias = depthwise_triton.weight_gradient(
+        x.contiguous(), grad.contiguous(), weight.shape[-1]
     )
-    return d_weight, d_bias
+    return d_weight.to(weight.dtype), d_bias.to(weight.dtype)
 
 
 @weight_gradient_op.register_fake
-def _(x: Tensor, grad: Tensor, weight: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_empty(weight.shape), weight.new_empty(len(weight))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, ctx.compute = inputs
+    x, weight, _ = inputs
     ctx.save_for_backward(x, weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    d_x = (
-        residual_op(grad, weight.flip(2, 3), None, ctx.compute) if ctx.needs_input_grad[0] else None
-    )
-    d_weight, d_bias = weight_gradient_op(x, grad, weight, ctx.compute)
-    return d_x, d_weight, d_bias if ctx.needs_input_grad[2] else None, None
+    # The gradient of x + convolution(x) is the same operation, with the kernels turned around.
+    d_x = residual_op(grad, weight.flip(2, 3), None) if ctx.needs_input_grad[0] else None
+    d_weight, d_bias = weight_gradient_op(x, grad, weight)
+    return d_x, d_weight, d_bias if ctx.needs_input_grad[2] else None
 
 
 residual_op.register_autograd(_backward, setup_context=_setup_context)
-
-# The choice.
-
-
-choices: dict[Any, Kernel] = {}  # by operation, device, shapes and dtypes
-
-
-def fastest(
-    by_cudnn: Work, by_triton: Work, *tensors: Tensor | None, compute: torch.dtype
-) -> tuple[Tensor, ...]:
-    """The result of the kernel that was chosen for such tensors, or is now, at the first of their kind.
-
-    Nothing can be timed while a CUDA graph is recorded; where torch is asked for deterministic algorithms, a timing,
-    which may fall out differently the next time, must not choose; and Triton's kernels do not know empty batches. All
-    that means cuDNN's kernel.
-    """
-    if torch.are_deterministic_algorithms_enabled() or not all(
-        t is None or t.numel() for t in tensors
-    ):
-        return by_cudnn(*tensors, compute)
-    kinds = [None if t is None else (t.device, t.shape, t.dtype) for t in tensors]
-    key = (by_cudnn.__name__, compute, *kinds)
-    if key not in choices:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return by_cudnn(*tensors, compute)
-        choices[key] = choose(by_cudnn, by_triton, tensors, compute)
-    return by_cudnn(*tensors, compute) if choices[key] == "cudnn" else by_triton(*tensors)
-
-
-def choose(
-    by_cudnn: Work, by_triton: Work, like: Sequence[Tensor | None], compute: torch.dtype
-) -> Kernel:
-    """The faster kernel on random tensors; cuDNN's, with a warning, where Triton's fails or disagrees with it."""
-
-    def drawn(t: Tensor) -> Tensor:
-        generator = torch.Generator(t.device).manual_seed(0)
-        return torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device)
-
-    tensors = [None if t is None else drawn(t) for t in like]
-    try:
-        for ours, theirs in zip(by_triton(*tensors), by_cudnn(*tensors, compute), strict=True):
-            error = float((ours.float() - theirs.float()).norm() / theirs.float().norm())
-            if not error < (
-                1e-2 if compute == torch.float32 else 3e-2
-            ):  # float32 may be computed as TF32
-                raise ValueError(f"its result differs from cuDNN's by {error:.1e} of its norm")
-        faster = seconds(lambda: by_triton(*tensors)) < seconds(lambda: by_cudnn(*tensors, compute))
-    except (
-        Exception
-    ) as error:  # whatever a compiler may throw: the slower kernel is right, and the run goes on
-        warnings.warn(
-            f"depthwise convolutions by cuDNN, since Triton's kernel failed: {error}", stacklevel=2
-        )
-        return "cudnn"
-    return "triton" if faster else "cudnn"
-
-
-def seconds(work: Callable[[], Sequence[Tensor]], runs: int = 5) -> float:
-    """The quickest of a few runs, launch included, after one that does not count."""
-    device = work()[0].device
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    taken = []
-    for _ in range(runs):
-        began = now()
-        work()
-        taken.append(now() - began)
-    return min(taken)
