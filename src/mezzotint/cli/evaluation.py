@@ -1,28 +1,61 @@
-"""Commands that measure: images against real ones, networks against the machine."""
+"""Commands of evaluation: reference statistics, metrics of images or models, comparisons."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import File, Given, Text
+from mezzotint.cli.arguments import Count, File, Given, Switch, Text
+
+if TYPE_CHECKING:
+    from mezzotint.evaluate.image_source import ImageSource
+
+FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
+_Json = Positional[Annotated[Path, arg(metavar="FILE", help_behavior_hint="")]]
+
+
+def reference(
+    data: Positional[Annotated[str, arg(metavar="DATA", help_behavior_hint="")]],
+    out: Positional[Annotated[Path, arg(metavar="OUT", help_behavior_hint="")]],
+    /,
+    *,
+    size: Given = None,
+    channels: int = 3,
+    features: tuple[str, ...] = FEATURES,
+    weights: File = None,
+) -> None:
+    """Compute statistics of real images, once for many evaluations, and write them to OUT (.npz).
+
+    Args:
+        data: Dataset as for `mezzotint train`, prepared dataset, folder or .zip of images, or .npz.
+        out: File to write.
+        size: Height and width to crop and resize to; without it, images are taken as stored.
+        channels: 3, or 1 for grey.
+        features: Feature sets: inception-2048 (FID), inception-768, dinov2, digits, ...
+        weights: Of the feature network; by default the cache, or a download with a pinned hash.
+    """
+    from mezzotint.evaluate import features as feature_sets
+    from mezzotint.evaluate.image_source import open_real_images
+    from mezzotint.evaluate.references import make_reference
+
+    # Images are opened first, since opening a feature network may mean a download.
+    images = open_real_images(data, size, channels)
+    made = make_reference(images, out, feature_sets.open_features(features, weights))
+    print(f"{out}: {', '.join(made.statistics)} of {images.num_images:,} images, hash {made.hash}")
 
 
 def evaluate(
-    source: Positional[Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")]] = "",
+    source: Positional[Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")]],
     /,
     *,
-    reference: Annotated[str, arg(metavar="FILE", help_behavior_hint="")] = "",
-    maker: Text = None,
-    make_reference: Annotated[
-        tuple[str, Path] | None, arg(metavar="DATA OUT", help_behavior_hint="")
-    ] = None,
-    features: tuple[str, ...] = ("inception-2048", "inception-sfid", "inception-logits"),
+    reference: Annotated[str, arg(metavar="FILE")],
+    reference_source: Text = None,
+    features: tuple[str, ...] = FEATURES,
     weights: File = None,
     heldout: Text = None,
-    n: Annotated[int, arg(aliases=["-n"])] = 50_000,
+    num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
     size: Given = None,
     channels: int = 3,
     protocol: Text = None,
@@ -33,125 +66,128 @@ def evaluate(
     heldout_images: Text = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("evaluation.json"),
 ) -> None:
-    """Judge a model, a folder of images or an .npz against a reference; every number comes with its card.
+    """Evaluate a model, a folder of images or an .npz against a reference.
 
     Args:
-        source: Run or model folder, hub name, folder or .zip of PNGs, prepared set, or .npz with arr_0.
-        reference: Statistics of real images: ours, or an .npz/.pkl of ADM, EDM, EDM2, pytorch-fid, clean-fid.
-        maker: Of a reference of bare mu and sigma: adm, edm, pytorch-fid or clean-fid.
-        make_reference: DATA OUT: take the statistics of real images instead, with --size to resize them.
-        features: Sets of features, e.g. inception-2048 (FID), inception-768, dinov2, digits.
-        weights: Of the features' network; by default the cache, or a download with a pinned hash.
-        heldout: A second reference, of real images not trained on: FDr.
-        n: Samples to draw of a model.
-        size: Height and width real images are cropped and resized to; finished images are taken as they are.
+        source: Run or model folder, hub name, folder or .zip of images, prepared dataset, or .npz.
+        reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
+        reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
+        features: Feature sets: inception-2048 (FID), inception-768, dinov2, digits, ...
+        weights: Of the feature network; by default the cache, or a download with a pinned hash.
+        heldout: A reference of real images not trained on, for FDr.
+        num_images: Samples of a model; 50,000 by default.
+        size: Height and width that --train-images and --heldout-images are resized to.
         channels: 3, or 1 for grey.
-        protocol: Of sampling, as in `mezzotint sample`; so are sampler, steps and guidance.
-        sampler: Of a model.
-        steps: Of a model's sampler.
-        guidance: Of a model.
-        train_images: With --heldout-images: nearest training images beside samples, and a copy rate.
-        heldout_images: Real images not trained on.
-        out: Where the card goes; pieces of an interrupted evaluation lie beside it.
+        protocol: For a model, as in `mezzotint sample`.
+        sampler: For a model.
+        steps: For a model.
+        guidance: For a model.
+        train_images: Training images, for a copy rate and a sheet of nearest neighbours.
+        heldout_images: Real images not trained on, needed with --train-images.
+        out: File for the numbers and their protocol. An interrupted evaluation can be resumed.
     """
     from mezzotint.evaluate import evaluate, references
-    from mezzotint.evaluate.features import open_features
-    from mezzotint.evaluate.image_source import from_job, open_real_images
+    from mezzotint.evaluate import features as feature_sets
+    from mezzotint.evaluate.image_source import open_real_images
 
-    # What is asked for is looked at before a network is opened, which may take a download.
-    if make_reference is not None:
-        pictures = open_real_images(make_reference[0], size, channels)
-        made = references.make_reference(
-            pictures, make_reference[1], open_features(features, weights)
-        )
-        print(f"{make_reference[1]}: {', '.join(made.statistics)}, hash {made.hash}")
-        return
-    if not source or not reference:
-        raise ValueError(
-            "give what to judge and --reference FILE; --make-reference DATA FILE makes one"
-        )
     if (train_images is None) != (heldout_images is None):
         raise ValueError(
-            "copies are looked for with both --train-images and --heldout-images; give both or neither"
+            "--train-images and --heldout-images need each other; give both or neither"
         )
-    real = references.read_reference(reference, maker)
-    against = None if heldout is None else references.read_reference(heldout, maker)
-    path = Path(source)
-    of_a_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
-    if path.suffix in (".npz", ".zip") or (path.is_dir() and not of_a_model):
-        judged = open_real_images(source, None, channels)
-    else:
-        from mezzotint.sampling import protocols as words
-        from mezzotint.sampling.generate_images import make_job
-
-        given = {"steps": steps, "sampler": sampler and words.parse_sampler(sampler)}
-        given["guidance"] = guidance and words.parse_guidance(guidance)
-        judged = from_job(
-            make_job(source, {k: v for k, v in given.items() if v}, protocol=protocol), n
-        )
-    sets = open_features(features, weights)
+    # All files are opened first, since opening a feature network may mean a download.
+    real = references.read_reference(reference, reference_source)
+    real_heldout = None if heldout is None else references.read_reference(heldout)
+    images = _open_images_or_model(source, num_images, channels, protocol, sampler, steps, guidance)
+    sets = feature_sets.open_features(features, weights)
     real = references.complete_reference(real, sets)
-    found = evaluate.evaluate(
-        judged, real, sets, heldout=against, folder=out.with_suffix(".pieces"), show=True
+    evaluation = evaluate.evaluate(
+        images, real, sets, heldout=real_heldout, folder=out.with_suffix(".pieces"), show=True
     )
-    found.save(out)
-    evaluate.print_evaluation(found)
-    print(f"card: {out}")
+    evaluation.save(out)
+    evaluate.print_evaluation(evaluation)
+    print(f"saved: {out}")
     if train_images is not None and heldout_images is not None:
-        shown = [
-            open_real_images(images, size, channels) for images in (train_images, heldout_images)
-        ]
-        copied = evaluate.evaluate_memorization(
-            judged, shown[0], shown[1], sets[0], out.with_suffix(".copies.png")
+        sheet = out.with_suffix(".copies.png")
+        train, unseen = (
+            open_real_images(x, size, channels) for x in (train_images, heldout_images)
         )
-        print(f"copies: {copied}; sheet {out.with_suffix('.copies.png')}")
+        result = evaluate.evaluate_memorization(images, train, unseen, sets[0], sheet)
+        print(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
+        print(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
+        print(f"nearest training images: {sheet}")
 
 
-def compare(first: Positional[Path], second: Positional[Path], /, *, anyway: bool = False) -> None:
-    """Compare two evaluations; refused where their cards differ in how the numbers were made.
+def _open_images_or_model(
+    source: str,
+    num_images: int,
+    channels: int,
+    protocol: str | None,
+    sampler: str | None,
+    steps: int | None,
+    guidance: str | None,
+) -> ImageSource:
+    """Return the images at `source`, or samples of the model there."""
+    from mezzotint.evaluate.image_source import from_job, open_image_source
+    from mezzotint.sampling import protocols
+    from mezzotint.sampling.job import make_job
+
+    path = Path(source)
+    is_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
+    if path.suffix in (".npz", ".zip") or (path.is_dir() and not is_model):
+        return open_image_source(source, channels)
+    changes = {
+        "steps": steps,
+        "sampler": sampler and protocols.parse_sampler(sampler),
+        "guidance": guidance and protocols.parse_guidance(guidance),
+    }
+    job = make_job(source, {k: v for k, v in changes.items() if v}, protocol=protocol)
+    return from_job(job, num_images)
+
+
+def compare(first: _Json, second: _Json, /, *, anyway: Switch = False) -> None:
+    """Compare two evaluations, if their numbers were made in the same way.
 
     Args:
-        first: evaluation.json.
-        second: evaluation.json.
-        anyway: Print the numbers all the same, the differing lines in red.
+        first: Written by `mezzotint evaluate`.
+        second: Another one.
+        anyway: Print the numbers even if they are not comparable, with the reasons in red.
     """
     from mezzotint.evaluate import results
 
     a, b = results.load_evaluation(first), results.load_evaluation(second)
-    results.print_comparison(
-        a, b, results.compare(a, b) if anyway else results.require_comparable(a, b)
-    )
+    check = results.compare if anyway else results.require_comparable
+    results.print_comparison(a, b, check(a, b))
 
 
 def reproduce(
-    name: Positional[str],
+    name: Positional[Annotated[str, arg(metavar="NAME", help_behavior_hint="")]],
     /,
     *,
     model: Text = None,
     reference: Text = None,
-    n: Annotated[int, arg(aliases=["-n"])] = 50_000,
+    num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
     steps: Given = None,
-    features: tuple[str, ...] = ("inception-2048", "inception-sfid", "inception-logits"),
+    features: tuple[str, ...] = FEATURES,
     weights: File = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),
-    dry_run: bool = False,
+    dry_run: Switch = False,
 ) -> None:
-    """A paper's claim, what it needs, and the whole protocol: samples, features, claimed beside measured.
+    """Measure a number that a paper reports: sample with its protocol, evaluate, print both.
 
     Args:
-        name: dimr-xl-2r-256, dimr-g-2r-256, dimr-xl-3r-512, diffit-256, diffit-512, uvit-256 or uvit-512.
+        name: dimr-xl-2r-256, dimr-g-2r-256, dimr-xl-3r-512, diffit-256, diffit-512, uvit-256, ...
         model: Model folder of the weights (mezzotint convert makes it from the authors' file).
         reference: File of real statistics; the printed table says which.
-        n: Images; the papers judge 50,000.
-        steps: Fewer than the protocol's, for a rehearsal; the card says so.
-        features: Other sets than the papers', for a rehearsal.
-        weights: Of the features' network.
-        out: Folder for pieces and the card.
-        dry_run: Print claim, needs and price; run nothing.
+        num_images: 50,000 by default, as in the papers.
+        steps: Fewer than the protocol's, for a rehearsal; the evaluation records it.
+        features: Other feature sets than the papers', for a rehearsal.
+        weights: Of the feature network.
+        out: Folder for the evaluation and for stored features.
+        dry_run: Print the paper's number, what is needed and the cost; run nothing.
     """
     from mezzotint.tools.reproduce import reproduce as run
 
     run(
-        name, model=model, reference=reference, n=n, steps=steps, features=features, weights=weights, out=out,
-        dry_run=dry_run,
+        name, model=model, reference=reference, num_images=num_images, steps=steps,
+        features=features, weights=weights, out=out, dry_run=dry_run,
     )  # fmt: skip

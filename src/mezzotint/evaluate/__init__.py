@@ -1,6 +1,12 @@
-"""Numbers that say how they were made: features, metrics, references, protocols.
+"""Evaluation: features, metrics, reference statistics, and the protocol behind every number.
 
-Reading order: `metrics` (what is computed; then `neighbours`, `kid`, `bootstrap`), `inception` and `features` (on
-what), `pixels` (from which bytes), `sources` (of which images), `references` (against what), `card` (under which
-protocol), `collect` (in pieces, on all ranks), `run` (all of it), `copies` (is it new).
+Reading order:
+
+1. `metrics`: Fréchet distance, Inception Score, FDr; then `precision_recall`, `kid`, `bootstrap`.
+2. `resize`, `inception`, `features`: from uint8 images to feature vectors.
+3. `image_source`: folders, files and models as images by index.
+4. `references`: statistics of real images, and other libraries' files.
+5. `extract`: features of many images, in pieces, on all ranks.
+6. `evaluate`: the whole evaluation; `results`: its protocol and numbers as JSON.
+7. `memorization`: copies of training images. `during_training`: evaluations of a run.
 """

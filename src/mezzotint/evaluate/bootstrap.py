@@ -1,4 +1,4 @@
-"""Intervals by resampling images."""
+"""Bootstrap intervals of a metric, by resampling images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mezzotint.evaluate.metrics import Array
 
 
 class Interval(NamedTuple):
-    """Where the number would fall, with probability `level`, for other images drawn the same way, as many again."""
+    """Range that contains the metric of as many new images with probability `level`."""
 
     low: float
     high: float
@@ -28,20 +28,23 @@ def bootstrap(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A percentile interval of `statistic` over images drawn again with replacement (Efron 1979).
+    """Return a percentile interval of `statistic` over images drawn with replacement (Efron 1979).
 
-    A Fréchet distance of a resample lies higher, since repeated images add bias like a smaller sample; the resampled
-    values are therefore shifted to have the statistic's own value as their mean (our choice). The interval shows the
-    scatter between samples of this size, not the bias that this size has.
+    A Fréchet distance of a resample is larger, since repeated images bias it like a smaller sample.
+    The resampled values are therefore shifted so that their mean is the statistic itself (our
+    choice). The interval shows the scatter between samples of this size, not the bias of this size.
 
     Args:
         statistic: (n, d) features -> number.
-        features: (n, d), rows to draw from.
-        resamples: number of draws, at least 20. level: probability inside, in (0, 1). seed: of the draws.
+        features: (n, d), the rows to draw from.
+        resamples: number of draws, at least 20.
+        level: probability inside the interval, in (0, 1).
+        seed: of the draws.
     """
     if resamples < 20 or not 0 < level < 1:
         raise ValueError(
-            f"resamples {resamples} and level {level}; at least 20 and a probability, e.g. 200 and 0.95"
+            f"resamples {resamples} and level {level}; give at least 20 and a level between 0 and "
+            "1, e.g. 200 and 0.95"
         )
     rows = torch.as_tensor(features)
     if len(rows) < 2:

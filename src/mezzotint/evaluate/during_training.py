@@ -1,6 +1,6 @@
-"""The judge of a run: samples of its averaged weights against real images, every so many images seen.
+"""Evaluation of a training run: its averaged weights' samples against real images.
 
-`train` takes it as a function, since training and evaluation do not know each other.
+Training takes the evaluator as a function, since `train` does not import `evaluate`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mezzotint.backbones import text_width
 from mezzotint.config import Evaluate, Recipe
-from mezzotint.core.distributed import all_ranks, on_rank0, rank
+from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
 from mezzotint.evaluate.evaluate import check_reference, evaluate, make_protocol
 from mezzotint.evaluate.features import FeatureSet, open_features
 from mezzotint.evaluate.image_source import ImageSource, from_job
@@ -26,120 +26,125 @@ from mezzotint.models import build_model, preset_info
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling import protocols
 from mezzotint.sampling.conditioning import read_prompts
-from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.job import SamplingJob
+from mezzotint.sampling.sample import count_network_calls
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 from mezzotint.train.evaluation import Evaluator
 
 
 def make_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None = None) -> Evaluator | None:
-    """The judge that the recipe's `evaluate` asks for; None where it asks for none.
+    """Return the evaluator of the recipe's `evaluate` settings; None if `every_images` is 0.
 
-    The whole card goes to EVALUATIONS/IMAGES.json. One that is there already, of the same weights under the same
-    protocol, is not made again. Pieces of features lie in EVALUATIONS/IMAGES.pieces while they are needed.
+    It writes evaluations/IMAGES.json, unless that file exists already for the same weights and
+    protocol. evaluations/IMAGES.pieces holds features of an evaluation in progress.
 
     Args:
-        sets: features to judge by instead of those that the recipe names, e.g. `evaluate.features.from_module`.
+        sets: feature sets in place of those that the recipe names, e.g. of `features.from_module`.
 
-    Errors: ValueError for what would fail at the first evaluation as far as it can be told before training.
+    Errors: ValueError for what can be known before training to fail at the first evaluation.
     """
-    asked = recipe.evaluate
-    if not asked.every_images:
+    settings = recipe.evaluate
+    if not settings.every_images:
         return None
-    real = checked(recipe, sets)
+    reference = _check_settings(recipe, sets)
 
-    def judge(model: Model, folder: Path, stopping: Callable[[], bool]) -> dict[str, float]:
+    def evaluate_model(
+        model: Model, folder: Path, stopping: Callable[[], bool]
+    ) -> dict[str, float]:
         path = folder / f"{model.info.images}.json"
         pieces = path.with_suffix(".pieces")
 
-        def prepared() -> tuple[list[FeatureSet], ImageSource]:
-            device = next(model.parameters()).device
-            chosen = (
-                open_features(asked.features, asked.weights, device) if sets is None else list(sets)
-            )
-            return chosen, until(stopping, source_of(asked, model))
+        def prepare() -> tuple[list[FeatureSet], ImageSource]:
+            opened = sets
+            if opened is None:
+                device = next(model.parameters()).device
+                opened = open_features(settings.features, settings.weights, device)
+            return list(opened), _stop_early(_sample_source(settings, model), stopping)
 
-        chosen, source = all_ranks(prepared)
-        found = on_rank0(lambda: at_hand(path, pieces, source, chosen, real))
-        if found is None:
+        opened, source = all_ranks(prepare)
+        evaluation = on_rank0(lambda: _load_finished(path, pieces, source, opened, reference))
+        if evaluation is None:
             try:
-                found = evaluate(source, real, chosen, folder=pieces)
+                evaluation = evaluate(source, reference, opened, folder=pieces)
             except Exception:
-                if (
-                    rank() == 0 and not stopping()
-                ):  # a run that goes on has other weights the next time
+                # Pieces are kept only for a run that stops: a run that goes on has other weights at
+                # its next evaluation.
+                if get_rank() == 0 and not stopping():
                     shutil.rmtree(pieces, ignore_errors=True)
                 raise
-            on_rank0(lambda: found.save(path))
-        if rank() == 0:
+            on_rank0(lambda: evaluation.save(path))
+        if get_rank() == 0:
             shutil.rmtree(pieces, ignore_errors=True)
-        return {
-            number.metric: number.value for number in found.numbers if math.isfinite(number.value)
-        }
+        return {n.metric: n.value for n in evaluation.numbers if math.isfinite(n.value)}
 
-    return judge
+    return evaluate_model
 
 
-def checked(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Reference:
-    """The recipe's reference, after a ValueError for what can be known to be wrong without data and weights."""
-    asked = recipe.evaluate
-    if not asked.reference:
+def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Reference:
+    """Return the recipe's reference; ValueError for settings that cannot work."""
+    settings, preset = recipe.evaluate, recipe.preset
+    if not settings.reference:
         raise ValueError(
-            "evaluate.every_images asks for a reference; make one with mezzotint evaluate --make-reference DATA "
-            "FILE.npz and set evaluate.reference=FILE.npz"
+            f"evaluate.every_images={settings.every_images} needs a reference; make one with "
+            "mezzotint reference DATA FILE.npz and set evaluate.reference=FILE.npz"
         )
-    if asked.num_images < 2:
-        raise ValueError(f"evaluate.num_images {asked.num_images} must be at least 2")
-    card = preset_info(recipe.preset, **recipe.model)
-    reads = text_width(card.config) > 0
-    if reads and asked.prompts is None:
+    if settings.num_images < 2:
+        raise ValueError(f"evaluate.num_images {settings.num_images} must be at least 2")
+    info = preset_info(preset, **recipe.model)
+    reads_text = text_width(info.config) > 0
+    if reads_text and settings.prompts is None:
         raise ValueError(
-            f"{recipe.preset} reads captions; name a file of what its samples are to show, one a line, as "
-            "evaluate.prompts=FILE"
+            f"{preset} is conditioned on text; set evaluate.prompts to a file, one prompt a line"
         )
-    if not reads and asked.prompts is not None:
+    if not reads_text and settings.prompts is not None:
         raise ValueError(
-            f"evaluate.prompts={asked.prompts}: {recipe.preset} reads no captions; leave it out"
+            f"evaluate.prompts={settings.prompts}: {preset} is not conditioned on text; remove it"
         )
     with torch.device("meta"):
-        unfinished = build_model(card)
-    job_of(dataclasses.replace(asked, guidance=None), unfinished).calls  # noqa: B018  a wrong sampler or steps
-    real = read_reference(asked.reference, asked.reference_source)
-    opened = open_features(asked.features, asked.weights, "cpu") if sets is None else sets
-    check_reference(opened, real, (card.config.size,) * 2 if card.codec == "pixels" else None)
-    for s in opened:
-        if card.codec == "pixels" and s.channels != card.config.channels:
+        model = build_model(info)
+    # Counting runs the sampler around an empty network, which fails for a wrong sampler or steps.
+    unguided = dataclasses.replace(settings, guidance=None)
+    count_network_calls(model, _make_job(unguided, model).settings)
+    reference = read_reference(settings.reference, settings.reference_source)
+    if sets is None:
+        sets = open_features(settings.features, settings.weights, "cpu")
+    is_pixel_model = info.codec == "pixels"
+    check_reference(sets, reference, (info.config.size,) * 2 if is_pixel_model else None)
+    for s in sets:
+        if is_pixel_model and s.channels != info.config.channels:
             raise ValueError(
-                f"features {s.name!r} are of images of {s.channels} channels, {recipe.preset} makes "
-                f"{card.config.channels}; choose other evaluate.features"
+                f"features {s.name!r} need images of {s.channels} channels, {preset} generates "
+                f"{info.config.channels}; choose other evaluate.features"
             )
-    return real
+    return reference
 
 
-def job_of(asked: Evaluate, model: Model) -> SamplingJob:
-    """How the samples are made: classes or prompts in turn, seeds from 0."""
-    settings = SamplingSettings(
-        sampler=protocols.parse_sampler(asked.sampler),
-        steps=asked.steps,
-        guidance=None if asked.guidance is None else Guidance(dit_s=asked.guidance),
-        batch=asked.batch,
-    )
-    pool = tuple(range(model.info.config.num_classes))
-    said = () if asked.prompts is None else read_prompts(Path(asked.prompts))
+def _make_job(settings: Evaluate, model: Model) -> SamplingJob:
+    """Return the sampling job: classes or prompts in turn."""
     return SamplingJob(
-        model=model, settings=settings, pool=pool, codec=model.info.codec, prompts=said
+        model=model,
+        settings=SamplingSettings(
+            sampler=protocols.parse_sampler(settings.sampler),
+            steps=settings.steps,
+            guidance=None if settings.guidance is None else Guidance(scale=settings.guidance),
+            batch=settings.batch,
+        ),
+        classes=tuple(range(model.info.config.num_classes)),
+        codec=model.info.codec,
+        prompts=() if settings.prompts is None else read_prompts(Path(settings.prompts)),
     )
 
 
-def source_of(asked: Evaluate, model: Model) -> ImageSource:
-    """The samples to be judged, of known resolution."""
-    job = job_of(asked, model)
-    assert job.decoder is not None, "the job names a codec"
-    side = model.info.config.size * job.decoder.factor
-    return dataclasses.replace(from_job(job, asked.num_images), resolution=(side, side))
+def _sample_source(settings: Evaluate, model: Model) -> ImageSource:
+    """Return the samples of seeds 0 ... num_images - 1, with their resolution."""
+    job = _make_job(settings, model)
+    assert job.decoder is not None, "the job has a codec"
+    size = model.info.config.size * job.decoder.factor
+    return dataclasses.replace(from_job(job, settings.num_images), resolution=(size, size))
 
 
-def until(stopping: Callable[[], bool], source: ImageSource) -> ImageSource:
-    """The same images, but an error as soon as training is to stop, whose time to save is short."""
+def _stop_early(source: ImageSource, stopping: Callable[[], bool]) -> ImageSource:
+    """Return a source that raises once the run is to stop, which leaves little time to save."""
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
         for batch in source.batches(start, stop):
@@ -150,18 +155,19 @@ def until(stopping: Callable[[], bool], source: ImageSource) -> ImageSource:
     return dataclasses.replace(source, batches=batches)
 
 
-def at_hand(
-    path: Path, pieces: Path, source: ImageSource, sets: Sequence[FeatureSet], real: Reference
+def _load_finished(
+    path: Path, pieces: Path, source: ImageSource, sets: Sequence[FeatureSet], reference: Reference
 ) -> Evaluation | None:
-    """The evaluation at `path` if it is the one wanted; what others left unfinished goes."""
-    for left in path.parent.glob("*.pieces"):
-        if left != pieces:
-            shutil.rmtree(left)
+    """Return the evaluation at `path` if it is up to date; remove other evaluations' pieces."""
+    for other in path.parent.glob("*.pieces"):
+        if other != pieces:
+            shutil.rmtree(other)
     try:
-        found = load_evaluation(path)
+        evaluation = load_evaluation(path)
     except ValueError:
         return None
-    same = found.protocol == make_protocol(source, source.resolution)
-    same &= {n.features["hash"] for n in found.numbers} == {s.hash for s in sets}
-    same &= all(n.reference is None or n.reference["hash"] == real.hash for n in found.numbers)
-    return found if same else None
+    numbers = evaluation.numbers
+    same = evaluation.protocol == make_protocol(source, source.resolution)
+    same &= {n.features["hash"] for n in numbers} == {s.hash for s in sets}
+    same &= all(n.reference is None or n.reference["hash"] == reference.hash for n in numbers)
+    return evaluation if same else None

@@ -1,4 +1,4 @@
-"""One evaluation, whole: images against a reference, to numbers with their card."""
+"""A complete evaluation: images and a reference in, numbers with their protocol out."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mezzotint import __version__
 from mezzotint.core.distributed import all_ranks, on_rank0
 from mezzotint.core.registry import suggest
 from mezzotint.evaluate.bootstrap import bootstrap
-from mezzotint.evaluate.extract import Features, extract_features
+from mezzotint.evaluate.extract import extract_features
 from mezzotint.evaluate.features import FeatureSet, compute_features
 from mezzotint.evaluate.image_source import ImageSource
 from mezzotint.evaluate.kid import kid
-from mezzotint.evaluate.memorization import Memorization, measure_memorization, neighbour_sheet
+from mezzotint.evaluate.memorization import Memorization, measure_memorization, save_neighbour_sheet
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
 from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
 from mezzotint.evaluate.references import Reference
@@ -31,11 +31,12 @@ LOGITS, SPATIAL = "inception-logits", "inception-sfid"
 
 @dataclass(frozen=True, kw_only=True)
 class MetricSettings:
-    """Of the metrics; the defaults are the field's habits.
+    """Settings of the metrics; the defaults are those of the literature.
 
-    split_size: images per split of the Inception Score. neighbours: k of precision and recall. density_neighbours: k of
-    density and coverage. subset_size, subsets: of KID. seed: of subsets and resamples. resamples: of the interval of
-    each Fréchet distance, 0 for none (each costs as much as the distance itself). level: of that interval.
+    split_size: images per split of the Inception Score. neighbours: k of precision and recall.
+    density_neighbours: k of density and coverage. subset_size, subsets: of KID.
+    seed: of subsets and resamples. level: of the bootstrap interval of each Fréchet distance.
+    resamples: of that interval, 0 for none. Each takes as long as the distance itself.
     """
 
     split_size: int = 5000
@@ -49,22 +50,18 @@ class MetricSettings:
 
 
 def make_protocol(source: ImageSource, resolution: tuple[int, int] | None) -> Protocol:
-    """The card's upper half, from what the source says; ValueError for a field that cards do not have."""
-    known = {f.name for f in dataclasses.fields(Protocol)} - {
-        "source",
-        "n",
-        "code_version",
-        "resolution",
-    }
-    for key in source.card:
+    """Return the protocol of a source's images; ValueError for metadata of unknown names."""
+    own = {"source", "num_images", "code_version", "resolution"}
+    known = {f.name for f in dataclasses.fields(Protocol)} - own
+    for key in source.metadata:
         if key not in known:
-            raise ValueError(f"{source.name} states {key!r}; {suggest(key, known)}")
+            raise ValueError(f"{source.name} has metadata {key!r}; {suggest(key, known)}")
     return Protocol(
         source=source.name,
-        n=source.n,
+        num_images=source.num_images,
         code_version=__version__,
         resolution=resolution,
-        **source.card,
+        **source.metadata,
     )
 
 
@@ -78,205 +75,219 @@ def evaluate(
     folder: str | Path | None = None,
     show: bool = False,
 ) -> Evaluation:
-    """Every number that the feature sets and the reference allow; on all ranks together, the same on each.
+    """Compute every metric that the feature sets and the reference allow; the same on all ranks.
 
-    A Fréchet distance for each set with statistics; the Inception Score for the logits; precision, recall, density,
-    coverage and KID for each set of which the reference keeps features; FDr where `heldout` has statistics too.
+    These are a Fréchet distance for each set with statistics; the Inception Score for the logits;
+    precision, recall, density, coverage and KID for each set whose features the reference keeps;
+    FDr for each set with statistics in `heldout`.
 
     Args:
-        heldout: a reference made of real images not trained on; `reference` should then be of the training images.
-        folder: for pieces of features, to take up an interrupted evaluation. show: progress bars.
+        heldout: a reference of real images not trained on; `reference` should then be of the
+            training images.
+        folder: for pieces of features, to resume an interrupted evaluation.
+        show: show progress.
 
-    Errors: ValueError for bad images and references that do not fit; see `collect`.
+    Errors: ValueError for bad images and for references that do not fit; see `extract_features`.
     """
     settings = settings or MetricSettings()
 
-    def protocol_checked() -> tuple[ImageSource, Protocol]:
-        seen, resolution = _seen(source)
-        check_reference(sets, reference, resolution)
-        if heldout is not None:
-            check_reference(sets, heldout, resolution)
-        return seen, make_protocol(seen, resolution)
+    # Checked before any network runs, so that a reference that does not fit costs no time.
+    def check() -> tuple[ImageSource, Protocol]:
+        sized = _with_resolution(source)
+        for real in (reference, heldout):
+            if real is not None:
+                check_reference(sets, real, sized.resolution)
+        return sized, make_protocol(sized, sized.resolution)
 
-    source, protocol = all_ranks(protocol_checked)
+    source, protocol = all_ranks(check)
     features = extract_features(source, sets, folder, show)
 
-    def numbers() -> Evaluation:
-        assert features is not None
-        found = [
-            n for s in sets for n in _numbers(s, features[s.name], reference, heldout, settings)
+    def compute() -> Evaluation:
+        assert features is not None, "rank 0 has them"
+        numbers = [
+            number
+            for s in sets
+            for number in _compute_numbers(s, features[s.name], reference, heldout, settings)
         ]
-        return Evaluation(protocol=protocol, numbers=tuple(found))
+        return Evaluation(protocol=protocol, numbers=tuple(numbers))
 
-    return on_rank0(numbers)
+    return on_rank0(compute)
 
 
 def check_reference(
     sets: Sequence[FeatureSet], reference: Reference, resolution: tuple[int, int] | None
 ) -> None:
-    """ValueError unless the reference serves all of these sets that need one; see `Reference.check`."""
+    """Check the reference for every set that needs one; ValueError as in `Reference.check`."""
     for s in sets:
         if s.name != LOGITS:
             reference.check(s, resolution)
 
 
-def _seen(source: ImageSource) -> tuple[ImageSource, tuple[int, int] | None]:
-    """The source and its resolution, looked up from the first two images where it is not stated."""
-    if source.resolution is not None or source.n < 2:
-        return source, source.resolution
-    first = next(iter(source.batches(0, 2)))
-    size = (int(first.shape[2]), int(first.shape[3]))
-    return dataclasses.replace(source, resolution=size), size
+def _with_resolution(source: ImageSource) -> ImageSource:
+    """Return the source with its resolution, that of the first two images where it is unknown."""
+    if source.resolution is not None or source.num_images < 2:
+        return source
+    images = next(iter(source.batches(0, 2)))
+    return dataclasses.replace(source, resolution=(int(images.shape[2]), int(images.shape[3])))
 
 
-def _numbers(
-    s: FeatureSet,
+def _compute_numbers(
+    feature_set: FeatureSet,
     rows: Tensor,
     reference: Reference,
     heldout: Reference | None,
     settings: MetricSettings,
 ) -> list[Number]:
-    features = {**s.card(), "hash": s.hash}
-    if s.name == LOGITS:
+    """Return every number of one feature set, whose features are `rows`."""
+    name, features = feature_set.name, {**feature_set.metadata(), "hash": feature_set.hash}
+    if name == LOGITS:
         score = inception_score(rows, settings.split_size)
-        how = {"split_size": settings.split_size, "std_over_splits": score.std}
-        return [Number(metric="IS", value=score.mean, features=features, settings=how)]
-    against = {"name": reference.name, "hash": reference.hash, "n": reference.card.get("n")}
-    found: list[Number] = []
-    if s.name in reference.statistics:
-        found += _distances(s, rows, reference, heldout, settings)
-    if s.name in reference.features and s.name.partition(":")[0] != SPATIAL:
-        found += _by_image(s, rows, reference.features[s.name], settings)
+        details = {"split_size": settings.split_size, "std_over_splits": score.std}
+        return [Number(metric="IS", value=score.mean, features=features, settings=details)]
+    numbers: list[Number] = []
+    if name in reference.statistics:
+        numbers += _frechet_numbers(feature_set, rows, reference, heldout, settings)
+    # Manifold metrics and KID in sFID's 2,023 spatial numbers have no meaning in the literature.
+    if name in reference.features and name.partition(":")[0] != SPATIAL:
+        numbers += _neighbour_numbers(feature_set, rows, reference.features[name], settings)
+    against = {
+        "name": reference.name,
+        "hash": reference.hash,
+        "num_images": reference.metadata.get("num_images"),
+    }
     return [
         dataclasses.replace(n, features=features, reference=against | (n.reference or {}))
-        for n in found
+        for n in numbers
     ]
 
 
-def _distances(
-    s: FeatureSet,
+def _frechet_numbers(
+    feature_set: FeatureSet,
     rows: Tensor,
     reference: Reference,
     heldout: Reference | None,
     settings: MetricSettings,
 ) -> list[Number]:
-    there = reference.statistics[s.name].gaussian()
-    distance = Gaussian.of(Moments.of(rows)).distance(there)
-    found = Number(metric=s.distance, value=distance, features={})
+    """Return the Fréchet distance, with an interval if requested, and FDr if there is `heldout`."""
+    name = feature_set.distance_name
+    real = reference.statistics[feature_set.name].gaussian()
+    distance = Gaussian.of(Moments.of(rows)).distance(real)
+    number = Number(metric=name, value=distance, features={})
     if settings.resamples:
-        # Resamples have fewer distinct images; the warning for few images was given above, once.
-        def again(drawn: Tensor) -> float:
-            m = Moments.of(drawn)
-            return Gaussian(m.mean, m.cov, m.n).distance(there)
 
-        low, high, level = bootstrap(again, rows, settings.resamples, settings.level, settings.seed)
-        how = {"resamples": settings.resamples, "level": level, "seed": settings.seed}
-        found = dataclasses.replace(found, low=low, high=high, settings=how)
-    if heldout is None or s.name not in heldout.statistics:
-        return [found]
-    real = heldout.statistics[s.name].gaussian().distance(there)
+        def resampled_distance(drawn: Tensor) -> float:
+            # Not Gaussian.of: it would warn of few distinct images for every resample.
+            moments = Moments.of(drawn)
+            return Gaussian(moments.mean, moments.cov).distance(real)
+
+        low, high, level = bootstrap(
+            resampled_distance, rows, settings.resamples, settings.level, settings.seed
+        )
+        details = {"resamples": settings.resamples, "level": level, "seed": settings.seed}
+        number = dataclasses.replace(number, low=low, high=high, settings=details)
+    if heldout is None or feature_set.name not in heldout.statistics:
+        return [number]
+    base = heldout.statistics[feature_set.name].gaussian().distance(real)
     versus = {
         "heldout": heldout.name,
         "heldout_hash": heldout.hash,
-        "heldout_n": heldout.card.get("n"),
+        "heldout_num_images": heldout.metadata.get("num_images"),
     }
-    base = Number(
-        metric=f"{s.distance} of held-out images", value=real, features={}, reference=versus
-    )
+    ratio = fdr(distance, base)
     return [
-        found,
-        base,
-        Number(
-            metric=f"FDr ({s.distance})", value=fdr(distance, real), features={}, reference=versus
-        ),
+        number,
+        Number(metric=f"{name} of held-out images", value=base, features={}, reference=versus),
+        Number(metric=f"FDr ({name})", value=ratio, features={}, reference=versus),
     ]
 
 
-def _by_image(
-    s: FeatureSet, rows: Tensor, real: np.ndarray, settings: MetricSettings
+def _neighbour_numbers(
+    feature_set: FeatureSet, rows: Tensor, real: np.ndarray, settings: MetricSettings
 ) -> list[Number]:
-    of = {"real_images": len(real)}
-    near = precision_recall(real, rows, settings.neighbours)
-    dense = density_coverage(real, rows, settings.density_neighbours)
+    """Return precision, recall, density, coverage and KID against features of real images."""
+    manifold = precision_recall(real, rows, settings.neighbours)
+    density = density_coverage(real, rows, settings.density_neighbours)
     discrepancy = kid(real, rows, settings.subset_size, settings.subsets, settings.seed)
-    how: dict[str, dict[str, Any]] = {
+    details: dict[str, dict[str, Any]] = {
         "precision": {"k": settings.neighbours},
+        "recall": {"k": settings.neighbours},
         "density": {"k": settings.density_neighbours},
+        "coverage": {"k": settings.density_neighbours},
         "KID": {
             "subset_size": settings.subset_size,
             "subsets": settings.subsets,
             "seed": settings.seed,
         },
     }
-    how |= {"recall": how["precision"], "coverage": how["density"]}
-    values = {**near._asdict(), **dense._asdict(), "KID": discrepancy.value}
-    # Only the 2048-d pool of the published network gives the numbers that papers print under the bare names.
-    suffix = "" if s.distance == "FID" else f" ({s.name})"
+    values = {**manifold._asdict(), **density._asdict(), "KID": discrepancy.value}
+    # Papers compute these on the published network's 2048 features: only there a bare name.
+    suffix = "" if feature_set.distance_name == "FID" else f" ({feature_set.name})"
     return [
         Number(
             metric=f"{metric}{suffix}",
             value=value,
             features={},
             error=discrepancy.standard_error if metric == "KID" else None,
-            settings=how[metric] | of,
+            settings=details[metric] | {"real_images": len(real)},
         )
         for metric, value in values.items()
     ]
 
 
 def print_evaluation(evaluation: Evaluation, claims: dict[str, str] | None = None) -> None:
-    """A table of the numbers, beside what a paper claims where `claims` has the metric, and the protocol's lines."""
+    """Print the numbers and the protocol.
+
+    Args:
+        claims: metric -> a paper's number, shown in a column of its own.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     table = Table("metric", "value", "interval or error", *(["claimed"] if claims else []))
     for number in evaluation.numbers:
-        spread = f"± {number.error:.3g}" if number.error is not None else ""
-        spread = f"{number.low:.4g} ... {number.high:.4g}" if number.low is not None else spread
-        table.add_row(
-            number.metric,
-            f"{number.value:.6g}",
-            spread,
-            *([claims.get(number.metric, "")] if claims else []),
-        )
+        spread = "" if number.error is None else f"± {number.error:.3g}"
+        if number.low is not None:
+            spread = f"{number.low:.4g} ... {number.high:.4g}"
+        claim = [claims.get(number.metric, "")] if claims else []
+        table.add_row(number.metric, f"{number.value:.6g}", spread, *claim)
     console.print(table)
     for name, value in dataclasses.asdict(evaluation.protocol).items():
-        console.print(
-            f"{name}: {'not stated' if value is None else value}", markup=False, highlight=False
-        )
+        text = "unknown" if value is None else value
+        console.print(f"{name}: {text}", markup=False, highlight=False)
 
 
 def evaluate_memorization(
     source: ImageSource,
     train: ImageSource,
     heldout: ImageSource,
-    s: FeatureSet,
-    picture: str | Path | None = None,
+    feature_set: FeatureSet,
+    sheet: str | Path | None = None,
     rows: int = 16,
     quantile: float = 0.01,
 ) -> Memorization:
-    """Copy rate of samples against the training images, judged by held-out ones, and the sheet of the nearest.
+    """Measure how often samples are copies of training images, with held-out images as a baseline.
 
     Args:
-        s: the features in which nearness is meant.
-        picture: where to write the sheet, a PNG with the `rows` samples nearest to the training set, nearest first.
-            Samples and training images must then be of one size.
+        feature_set: distances between images are taken in its features.
+        sheet: a PNG to write: the `rows` samples nearest to the training set, each with its nearest
+            training images. Samples and training images must then be of one size.
+        quantile: see `measure_memorization`.
     """
-    found: list[Features] = [
-        compute_features([s], x.batches(0, x.n)) for x in (source, train, heldout)
+    features = [
+        compute_features([feature_set], x.batches(0, x.num_images))[feature_set.name]
+        for x in (source, train, heldout)
     ]
-    result = measure_memorization(*(f[s.name] for f in found), quantile=quantile)
-    if picture is not None:
-        order = result.distance[:, 0].argsort(stable=True)[:rows].tolist()
-        samples = torch.cat([_one(source, i) for i in order])
-        neighbour_sheet(
-            samples,
-            [torch.cat([_one(train, j) for j in result.index[i].tolist()]) for i in order],
-            picture,
+    result = measure_memorization(*features, quantile=quantile)
+    if sheet is not None:
+        nearest = result.distance[:, 0].argsort(stable=True)[:rows].tolist()
+        save_neighbour_sheet(
+            _load_images(source, nearest),
+            [_load_images(train, result.index[i].tolist()) for i in nearest],
+            sheet,
         )
     return result
 
 
-def _one(source: ImageSource, i: int) -> Tensor:
-    return torch.cat(list(source.batches(i, i + 1)))
+def _load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:
+    return torch.cat([image for i in indices for image in source.batches(i, i + 1)])

@@ -1,30 +1,32 @@
-"""Features of many images in pieces: shared over ranks, kept on disk, taken up where an interruption left them."""
+"""Features of many images, extracted in pieces: shared over ranks, stored on disk, resumable."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint.core.distributed import all_ranks, gather_to_rank0, rank, world_size
+from mezzotint.core.distributed import all_ranks, gather_to_rank0, get_rank, get_world_size
+from mezzotint.core.progress import ProgressBar
 from mezzotint.evaluate.features import NETWORK_BATCH, FeatureSet, compute_features
-from mezzotint.evaluate.image_source import ImageSource, read_npz
+from mezzotint.evaluate.image_source import ImageSource
+from mezzotint.evaluate.npz_files import read_npz, write_npz
 
-PIECE_IMAGES = 512  # at most
-PIECES = 64  # at least, where that leaves whole network batches, so that many ranks have work
+MAX_PIECE_IMAGES = 512
+MIN_PIECES = 64  # so that many ranks have work, as long as a piece fills a network batch
 
 Features = dict[str, Tensor]
+Piece = tuple[int, int]  # first image, last image + 1
 
 
-def piece_images(n: int) -> int:
-    """Images in a piece of n; a function of n alone, so that other ranks can take up what is there."""
-    return min(PIECE_IMAGES, NETWORK_BATCH * max(1, n // (PIECES * NETWORK_BATCH)))
+def piece_images(num_images: int) -> int:
+    """Return the images per piece, for any number of ranks the same, so that any can resume."""
+    batches = max(1, num_images // (MIN_PIECES * NETWORK_BATCH))
+    return min(MAX_PIECE_IMAGES, NETWORK_BATCH * batches)
 
 
 def extract_features(
@@ -33,110 +35,88 @@ def extract_features(
     folder: str | Path | None = None,
     show: bool = False,
 ) -> Features | None:
-    """Features of every image of `source`, each (n, dims) float32 in the images' order, on rank 0; None on the others.
+    """Return features of every image of `source` on rank 0, None on the others.
 
-    Piece i of `piece_images` images is done by rank i modulo the number of ranks. As an image's features depend on
-    nothing but the image, the result is bitwise the same for any number of ranks, interrupted or not.
+    Each is (num_images, dims) float32, in the order of the images. Rank r computes every
+    world-size-th piece from the r-th on. An image's features depend on that image alone, so the
+    result is bitwise the same for any number of ranks, interrupted or not.
 
     Args:
-        folder: keep finished pieces there and take up those found, which needs `source.identity`; all ranks must see
-            it. None: keep everything in memory.
-        show: a progress bar, on rank 0.
+        folder: store finished pieces there and reuse those found. Needs `source.identity`, and all
+            ranks must see the folder. None: keep everything in memory.
+        show: show progress on rank 0.
 
-    Errors: ValueError for bad images; `ranks.EvaluationFailed` on every rank when there are several.
+    Errors: ValueError for bad images; `RankFailed` on the other ranks.
     """
-    if source.n < 2:
-        raise ValueError(f"{source.name} has {source.n} images; at least two are needed")
-    each = piece_images(source.n)
-    pieces = [(first, min(source.n, first + each)) for first in range(0, source.n, each)]
-    store = all_ranks(lambda: None if folder is None else _store(Path(folder), source, sets))
-    mine = all_ranks(lambda: _work(source, sets, pieces[rank() :: world_size()], store, show))
+    if source.num_images < 2:
+        raise ValueError(f"{source.name} has {source.num_images} images; at least two are needed")
+    size = piece_images(source.num_images)
+    starts = range(0, source.num_images, size)
+    pieces = [(start, min(source.num_images, start + size)) for start in starts]
+    own = pieces[get_rank() :: get_world_size()]
+    store = all_ranks(lambda: None if folder is None else _open_store(Path(folder), source, sets))
+    computed = all_ranks(lambda: _compute_pieces(source, sets, own, store, show))
     if store is not None:
-        return all_ranks(
-            lambda: _joined([_read(store, p, sets) for p in pieces]) if rank() == 0 else None
-        )
-    everything = gather_to_rank0(mine)
-    if everything is None:
+        is_rank0 = get_rank() == 0
+        return all_ranks(lambda: _read_pieces(store, pieces, sets) if is_rank0 else None)
+    gathered = gather_to_rank0(computed)
+    if gathered is None:
         return None
-    found = {p: features for part in everything for p, features in part.items()}
-    return _joined([found[p] for p in pieces])
+    by_piece = {piece: features for part in gathered for piece, features in part.items()}
+    return _concatenate([by_piece[piece] for piece in pieces])
 
 
-def _work(
+def _compute_pieces(
     source: ImageSource,
     sets: Sequence[FeatureSet],
-    pieces: Sequence[tuple[int, int]],
+    pieces: Sequence[Piece],
     store: Path | None,
     show: bool,
-) -> dict[tuple[int, int], Features]:
-    """Features of these pieces by piece; empty where they went to `store`."""
-    done: dict[tuple[int, int], Features] = {}
-    with _progress(source, sum(b - a for a, b in pieces), show and rank() == 0) as advance:
-        for piece in pieces:
-            if store is None or not _file(store, piece).is_file():
-                found = compute_features(sets, source.batches(*piece))
-                if len(found[sets[0].name]) != piece[1] - piece[0]:
+) -> dict[Piece, Features]:
+    """Return features by piece; with a store, write them there and return none."""
+    computed: dict[Piece, Features] = {}
+    total = sum(stop - start for start, stop in pieces)
+    with ProgressBar(f"features of {source.name}", total, show=show and get_rank() == 0) as bar:
+        for start, stop in pieces:
+            path = None if store is None else _piece_path(store, (start, stop))
+            if path is None or not path.is_file():
+                features = compute_features(sets, source.batches(start, stop))
+                count = len(features[sets[0].name])
+                if count != stop - start:
                     raise ValueError(
-                        f"{source.name} gave {len(found[sets[0].name])} images for numbers {piece}"
+                        f"{source.name} gave {count} images for indices {start} ... {stop - 1}"
                     )
-                if store is None:
-                    done[piece] = found
+                if path is None:
+                    computed[start, stop] = features
                 else:
-                    _write(store, piece, found)
-            advance(piece[1] - piece[0])
-    return done
+                    write_npz(path, {name: rows.numpy() for name, rows in features.items()})
+            bar.advance(stop - start)
+    return computed
 
 
-@contextmanager
-def _progress(source: ImageSource, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    if not show:
-        yield lambda count: None
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task(f"features of {source.name}", total=total)
-        yield lambda count: bar.advance(task, count)
-
-
-def _store(folder: Path, source: ImageSource, sets: Sequence[FeatureSet]) -> Path:
+def _open_store(folder: Path, source: ImageSource, sets: Sequence[FeatureSet]) -> Path:
+    """Make the folder for pieces of these images and features."""
     if source.identity is None:
         raise ValueError(
-            f"{source.name} has no identity, so its pieces could not be told from another's; give no folder"
+            f"{source.name} has no identity, so its pieces cannot be told from those of other "
+            "images; give no folder"
         )
-    key = json.dumps([source.identity, source.n, piece_images(source.n), *(s.hash for s in sets)])
+    count = source.num_images
+    key = json.dumps([source.identity, count, piece_images(count), *(s.hash for s in sets)])
     store = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     store.mkdir(parents=True, exist_ok=True)
     return store
 
 
-def _file(store: Path, piece: tuple[int, int]) -> Path:
+def _piece_path(store: Path, piece: Piece) -> Path:
     return store / f"{piece[0]:08d}-{piece[1]:08d}.npz"
 
 
-def _write(store: Path, piece: tuple[int, int], found: Features) -> None:
-    part = store / f"{_file(store, piece).name}.{rank()}.part"
-    with open(part, "wb") as file:
-        np.savez(file, **{name: rows.numpy() for name, rows in found.items()})  # pyright: ignore[reportArgumentType]
-    part.replace(_file(store, piece))
+def _read_pieces(store: Path, pieces: Sequence[Piece], sets: Sequence[FeatureSet]) -> Features:
+    names = [s.name for s in sets]
+    arrays = [read_npz(_piece_path(store, piece), names) for piece in pieces]
+    return _concatenate([{k: torch.from_numpy(v) for k, v in part.items()} for part in arrays])
 
 
-def _read(store: Path, piece: tuple[int, int], sets: Sequence[FeatureSet]) -> Features:
-    arrays = read_npz(_file(store, piece), [s.name for s in sets])
-    return {name: torch.from_numpy(rows) for name, rows in arrays.items()}
-
-
-def _joined(parts: Sequence[Features]) -> Features:
+def _concatenate(parts: Sequence[Features]) -> Features:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

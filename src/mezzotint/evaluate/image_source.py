@@ -1,31 +1,30 @@
-"""Where the images to be judged come from: a folder, a sample file, prepared data, or a model's samples by seed.
+"""Images to evaluate: a folder, a sample file, a prepared dataset, or a model's samples by seed.
 
-Each is an `ImageSource`: n images by index, so that work can be shared over ranks, interrupted and taken up again.
+Each is an `ImageSource`, which gives images by index. Evaluation can therefore be shared over
+ranks, interrupted, and resumed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.core.files import sha256_of_file
+from mezzotint.core.files import read_json, sha256_of_file
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images, split_suffix
-from mezzotint.data.sources import Folder, Zip, open_files
+from mezzotint.data.sources import FolderStore, ZipStore, open_files
 from mezzotint.data.tables import CARD
-from mezzotint.sampling.generate_images import CARD_FORMAT, SamplingJob
+from mezzotint.evaluate.npz_files import DAMAGE, open_npy_member
+from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
 
 READ_BATCH = 64  # images decoded at a time
 
@@ -34,40 +33,44 @@ READ_BATCH = 64  # images decoded at a time
 class ImageSource:
     """Images by index.
 
-    name: for print. n: how many. resolution: (height, width), None before the first is seen.
-    batches: (start, stop) -> tensors (b, channels, h, w), uint8 or float in [0, 1], images start ... stop - 1 in order.
-    card: what is known of how they were made (see `card.Protocol`), by field.
-    identity: of the content, for resuming; None when pieces must not be kept.
+    name: for print. num_images: how many.
+    resolution: (height, width), None if it is unknown before the first image is drawn.
+    batches: (start, stop) -> tensors (b, channels, h, w) of images start ... stop - 1 in order,
+        uint8 or float in [0, 1].
+    metadata: how the images were made as far as known, by field of `results.Protocol`.
+    identity: of the content, for resuming; None if finished pieces cannot be reused.
     """
 
     name: str
-    n: int
+    num_images: int
     resolution: tuple[int, int] | None
     batches: Callable[[int, int], Iterable[Tensor]] = field(repr=False)
-    card: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
     identity: str | None = None
 
 
-def from_dataset(images: ImageDataset, name: str, n: int | None = None) -> ImageSource:
-    """Prepared data (`n` spread over the set, all by default), cropped and resized as `images` says."""
-    count = len(images) if n is None else n
+def from_dataset(images: ImageDataset, name: str, num_images: int | None = None) -> ImageSource:
+    """Return a dataset's images, cropped and resized as `images` does.
+
+    Args:
+        num_images: how many, evenly spaced over the dataset; all by default.
+    """
+    count = len(images) if num_images is None else num_images
     if not 0 < count <= len(images):
-        raise ValueError(f"{count} images of {name} asked for; it has {len(images)}")
+        raise ValueError(f"{count} images requested of {name}; it has {len(images)}")
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
         for first in range(start, stop, READ_BATCH):
-            # Sets are often sorted by class, so a part of one is taken evenly.
-            numbers = [
-                i * len(images) // count for i in range(first, min(stop, first + READ_BATCH))
-            ]
-            yield images.batch(numbers)[0]
+            # Even spacing, since datasets are often sorted by class.
+            last = min(stop, first + READ_BATCH)
+            yield images.batch([i * len(images) // count for i in range(first, last)])[0]
 
     return ImageSource(
         name=name,
-        n=count,
+        num_images=count,
         resolution=(images.size, images.size),
         batches=batches,
-        card={
+        metadata={
             "preprocessing": f"crop {images.crop} to {images.size} px",
             "uint8_rule": "as stored",
         },
@@ -75,15 +78,16 @@ def from_dataset(images: ImageDataset, name: str, n: int | None = None) -> Image
     )
 
 
-def read_metadata(card: dict[str, Any], n: int) -> dict[str, Any]:
-    """What a sampling card (`produce.Job.card`) says of n of its images, by field of `card.Protocol`."""
-    seeds = f"{card['first']}...{card['first'] + card['n'] - 1}"
-    grid = Spec(**card["grid"]) if isinstance(card["grid"], dict) else "of the family"
+def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
+    """Return the protocol fields of `num_images` images from their sampling card."""
+    seeds = f"{card['first_seed']}...{card['first_seed'] + card['num_images'] - 1}"
+    times = card["discretization"]
+    discretization = Spec(**times) if isinstance(times, dict) else "of the family"
     return {
-        "seeds": seeds if n == card["n"] else f"{n} of {seeds}",
-        "label_law": card["label_law"],
-        "prompts": _prompts(card.get("prompts")),
-        "sampler": f"{Spec(**card['sampler'])} on the grid {grid}",
+        "seeds": seeds if num_images == card["num_images"] else f"{num_images} of {seeds}",
+        "label_order": card["label_order"],
+        "prompts": _describe_prompts(card.get("prompts")),
+        "sampler": f"{Spec(**card['sampler'])}, discretization {discretization}",
         "steps": card["steps"],
         "network_calls": card["network_calls_per_image"],
         "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
@@ -93,185 +97,139 @@ def read_metadata(card: dict[str, Any], n: int) -> dict[str, Any]:
     }
 
 
-def _prompts(said: list[str] | None) -> str:
-    """How many prompts, and which, in few words."""
-    if not said:
+def _describe_prompts(prompts: list[str] | None) -> str:
+    """Return how many prompts there are, and a hash of them."""
+    if not prompts:
         return "none"
-    return (
-        f"{len(said)} in turn, SHA-256 {hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
-    )
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+    return f"{len(prompts)} in turn, SHA-256 {digest}"
 
 
-def _beside(path: Path, n: int) -> dict[str, Any]:
-    """`stated` of the card that `mezzotint sample` left at `path`; of images without such a card, what we know."""
+def _read_card_metadata(path: Path, num_images: int) -> dict[str, Any]:
+    """Return `read_metadata` of the card of `mezzotint sample` at `path`, if there is one."""
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = read_json(path)
         if card["mezzotint_samples"] == CARD_FORMAT:
-            return read_metadata(card, n)
-    except (OSError, ValueError, LookupError, TypeError):  # none, or of something else
+            return read_metadata(card, num_images)
+    except (ValueError, LookupError, TypeError):  # no file, or not a sampling card
         pass
     return {"preprocessing": "none"}
 
 
 def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
-    """Every picture below a folder or in a .zip, in the order of names, untouched: no resize, no crop.
+    """Return every image in a folder or .zip, sorted by name, without resize or crop.
 
-    The card.json of `mezzotint sample` in that folder is read.
+    The folder's card.json is read if `mezzotint sample` wrote one.
 
-    Errors: ValueError when there are fewer than two, when sizes differ, when a picture has not `channels` channels or
-    cannot be read.
+    Errors: ValueError for fewer than two images, for images of different sizes, and for one that is
+    damaged or does not have `channels` channels.
     """
     path = Path(folder).expanduser()
-    found = open_files(Zip(path) if path.suffix.lower() == ".zip" else Folder(path), "all")
-    if len(found) < 2:
-        raise ValueError(f"{folder} holds {len(found)} images; at least two are needed")
+    store = ZipStore(path) if path.suffix.lower() == ".zip" else FolderStore(path)
+    files = open_files(store, "all")
+    if len(files) < 2:
+        raise ValueError(f"{folder} holds {len(files)} images; at least two are needed")
     modes = {3: ("RGB",), 1: ("L", "1")}[channels]
-
-    first = found.read(0)
+    first = files.read(0)
     size = (first.height, first.width)
 
-    def pixels(i: int) -> Tensor:
+    def read_pixels(i: int) -> Tensor:
         try:
-            picture = found.read(i)
+            image = files.read(i)
         except ValueError as error:
-            raise ValueError(f"{found.name(i)} cannot be read: {error}") from error
-        if (picture.height, picture.width) != size:
+            raise ValueError(f"{files.name(i)} cannot be read: {error}") from error
+        if (image.height, image.width) != size:
             raise ValueError(
-                f"{found.name(i)} is {picture.width} x {picture.height} pixels, {found.name(0)} "
-                f"{size[1]} x {size[0]}; give images of one size (mezzotint prepare makes them so)"
+                f"{files.name(i)} is {image.width} x {image.height} pixels, {files.name(0)} is "
+                f"{size[1]} x {size[0]}; give images of one size (mezzotint prepare resizes them)"
             )
-        return torch.from_numpy(_untouched(picture, modes, found.name(i)))
+        return torch.from_numpy(_to_array(image, modes, files.name(i)))
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
         for begin in range(start, stop, READ_BATCH):
-            yield torch.stack([pixels(i) for i in range(begin, min(stop, begin + READ_BATCH))])
+            yield torch.stack([read_pixels(i) for i in range(begin, min(stop, begin + READ_BATCH))])
 
     return ImageSource(
         name=str(folder),
-        n=len(found),
+        num_images=len(files),
         resolution=size,
         batches=batches,
-        card=_beside(path / "card.json", len(found)),
-        identity=found.identity(),
+        metadata=_read_card_metadata(path / "card.json", len(files)),
+        identity=files.identity(),
     )
 
 
-def _untouched(picture: Image.Image, modes: tuple[str, ...], name: str) -> np.ndarray:
+def _to_array(image: Image.Image, modes: tuple[str, ...], name: str) -> np.ndarray:
+    """Return the pixels, (channels, h, w) uint8, unchanged; ValueError for another mode."""
     try:
-        if picture.mode == "RGBA" and np.asarray(picture)[..., 3].min() == 255:
-            picture = picture.convert("RGB")  # an alpha channel that hides nothing
-        if picture.mode not in modes:
-            grey = (
-                "; convert grey images to RGB first if that is meant"
-                if picture.mode in ("L", "1", "LA")
-                else ""
-            )
+        if image.mode == "RGBA" and np.asarray(image)[..., 3].min() == 255:
+            image = image.convert("RGB")  # fully opaque: the alpha channel hides nothing
+        if image.mode not in modes:
+            is_grey = image.mode in ("L", "1", "LA")
+            advice = "; convert grey images to RGB first" if is_grey else ""
             raise ValueError(
-                f"{name} is of mode {picture.mode}; the feature network reads {' or '.join(modes)}{grey}"
+                f"{name} has mode {image.mode}; the feature network needs {' or '.join(modes)}"
+                f"{advice}"
             )
-        array = np.array(picture.convert("L") if modes[0] == "L" else picture)
+        array = np.array(image.convert("L") if modes[0] == "L" else image)
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error}") from error
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
-@contextmanager
-def npy_member(
-    file: str | Path, key: str
-) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
-    """An array of a .npz as a stream behind its header, with shape, dtype and whether it is in Fortran order.
-
-    Errors: ValueError for a damaged file, an absent array, and pickled objects, before any of them is touched.
-    """
-    with ExitStack() as stack:
-        try:
-            archive = stack.enter_context(zipfile.ZipFile(file))
-            stream = stack.enter_context(archive.open(f"{key}.npy"))
-            version = np.lib.format.read_magic(stream)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
-            shape, fortran, dtype = read(stream)
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{file} is damaged or has no array {key!r} ({error})") from error
-        if dtype.hasobject:
-            raise ValueError(f"{file}: array {key!r} holds pickled objects; refused")
-        yield stream, shape, dtype, fortran
-
-
-def npz_names(file: str | Path) -> list[str]:
-    """The arrays of a .npz, sorted."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return sorted(name.removesuffix(".npy") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is no whole .npz file ({error})") from error
-
-
-def read_npz(file: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Arrays of a .npz by name; see `npy_member`."""
-    arrays: dict[str, np.ndarray] = {}
-    for name in names:
-        with npy_member(file, name) as (stream, shape, dtype, fortran):
-            try:
-                values = np.frombuffer(stream.read(), dtype)
-                arrays[name] = values.reshape(shape, order="F" if fortran else "C").copy()
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-                raise ValueError(f"{file}: array {name!r} is damaged ({error})") from error
-    return arrays
-
-
 def from_npz(file: str | Path) -> ImageSource:
-    """`arr_0` of an ADM sample file: uint8 (n, h, w, channels), read in pieces, since 50,000 images are 10 GB.
+    """Return the images of an ADM sample file: `arr_0`, uint8 (n, h, w, channels).
 
-    The card of `mezzotint sample` beside it, FILE.json, is read.
+    They are read in pieces, since 50,000 images at 256 pixels are 10 GB. FILE.json is read if
+    `mezzotint sample` wrote one.
     """
-    with npy_member(file, "arr_0") as (_, shape, dtype, fortran):
+    with open_npy_member(file, "arr_0") as (_, shape, dtype, fortran_order):
         pass
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order:
         raise ValueError(
-            f"{file}: arr_0 is {dtype} of shape {shape}; expected uint8 (images, height, width, 1 or 3)"
+            f"{file}: arr_0 is {dtype} of shape {shape}; expected uint8 (images, height, width, "
+            "1 or 3)"
         )
-    n, height, width, channels = shape
+    num_images, height, width, channels = shape
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
-        with npy_member(file, "arr_0") as (stream, *_):
+        image_bytes = height * width * channels
+        with open_npy_member(file, "arr_0") as (stream, *_):
             try:
-                stream.seek(stream.tell() + start * height * width * channels)
+                stream.seek(stream.tell() + start * image_bytes)
                 for begin in range(start, stop, READ_BATCH):
                     count = min(stop, begin + READ_BATCH) - begin
-                    data = stream.read(count * height * width * channels)
-                    rows = np.frombuffer(data, np.uint8).reshape(count, height, width, channels)
+                    data = np.frombuffer(stream.read(count * image_bytes), np.uint8)
+                    rows = data.reshape(count, height, width, channels)
                     yield torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
-            except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            except DAMAGE as error:
                 raise ValueError(f"{file}: arr_0 is damaged ({error})") from error
 
     return ImageSource(
         name=str(file),
-        n=n,
+        num_images=num_images,
         resolution=(height, width),
         batches=batches,
-        card=_beside(Path(f"{file}.json"), n),
+        metadata=_read_card_metadata(Path(f"{file}.json"), num_images),
         identity=sha256_of_file(file),
     )
 
 
 def from_samples(
     draw: Callable[[range], Tensor],
-    n: int,
+    num_images: int,
     name: str,
-    card: dict[str, Any],
+    metadata: dict[str, Any],
     identity: str | None = None,
     batch: int = 64,
 ) -> ImageSource:
-    """Samples of a model: `draw(range(a, b))` gives images a ... b - 1 as uint8, each a function of its number alone.
+    """Return a model's samples.
 
     Args:
-        card: fields of `card.Protocol` that say how they are made (seeds, sampler, steps, ...).
-        identity: of the model and those settings, so that an interrupted evaluation can be taken up; None: it cannot.
-        batch: images per call.
+        draw: range(a, b) -> images a ... b - 1 as uint8; each may depend on its index alone.
+        metadata: how they are made (seeds, sampler, steps, ...), by field of `results.Protocol`.
+        identity: of the model and its settings; None: an evaluation cannot be resumed.
+        batch: images per call of `draw`.
     """
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
@@ -279,57 +237,61 @@ def from_samples(
             yield draw(range(first, min(stop, first + batch)))
 
     return ImageSource(
-        name=name, n=n, resolution=None, batches=batches, card=card, identity=identity
+        name=name,
+        num_images=num_images,
+        resolution=None,
+        batches=batches,
+        metadata=metadata,
+        identity=identity,
+    )
+
+
+def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSource:
+    """Return the samples of seeds first_seed ... first_seed + num_images - 1.
+
+    Errors: ValueError for a job without a decoder, whose results are latents.
+    """
+    if job.decoder is None:
+        raise ValueError("latents cannot be evaluated; leave out --latents to decode them")
+    card = job.card(num_images, first_seed)
+    model = card["model"]
+    # Image i does not depend on how many there are, so that a longer evaluation can reuse the
+    # pieces of a shorter one.
+    essence = {k: v for k, v in card.items() if k not in ("num_images", "versions")}
+    return from_samples(
+        lambda indices: job.draw([first_seed + i for i in indices]),
+        num_images,
+        name=f"{model['preset'] or model['backbone']} {model['sha256'][:16]}",
+        metadata=read_metadata(card, num_images),
+        identity=hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest(),
+        batch=job.settings.batch,
     )
 
 
 def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
-    """A folder, .zip or .npz of finished images, or a set of `mezzotint prepare` at its own size."""
+    """Open a folder, .zip or .npz of images, or a prepared dataset at its own size."""
     base = Path(path).expanduser()
     base = base if base.exists() else Path(split_suffix(str(base))[0])
     if (base / CARD).is_file():
         return from_dataset(open_images(path, channels=channels), str(path))
     if (base / LATENTS).is_file():
         raise ValueError(
-            f"{path} holds latents, not pictures; give the pictures it was prepared from, and a size"
+            f"{path} holds latents, not images; give the images it was encoded from, and a size"
         )
     path = Path(path)
     if path.suffix == ".npz":
         return from_npz(path)
     if path.is_dir() or path.suffix == ".zip":
         return from_folder(path, channels)
-    raise ValueError(
-        f"no images at {path}; give a folder of images, a .zip of one, or an .npz with arr_0"
-    )
-
-
-def from_job(job: SamplingJob, n: int, first: int = 0) -> ImageSource:
-    """Images first ... first + n - 1 of `job` as a source; its identity is the job's card, so that pieces can be kept.
-
-    Errors: ValueError for a job without a decoder, whose latents are no images.
-    """
-    if job.decoder is None:
-        raise ValueError("latents cannot be judged; leave --latents out so that they are decoded")
-    card = job.card(n, first)
-    model = card["model"]
-    # The number of images is not part of what image i is, so a longer evaluation takes up a shorter one's pieces.
-    essence = {k: v for k, v in card.items() if k not in ("n", "versions")}
-    return from_samples(
-        lambda numbers: job.draw([first + i for i in numbers]),
-        n,
-        name=f"{model['preset'] or model['backbone']} {model['sha256'][:16]}",
-        card=read_metadata(card, n),
-        identity=hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest(),
-        batch=job.settings.batch,
-    )
+    raise ValueError(f"no images at {path}; give a folder or .zip of images, or a .npz with arr_0")
 
 
 def open_real_images(
     source: str, size: int | None, channels: int = 3, crop: str | None = None
 ) -> ImageSource:
-    """Real images to compare with: a set cropped and resized to `size`, finished images or a prepared set as they are.
+    """Open real images: a dataset cropped and resized to `size`, or without a size, as stored.
 
-    Errors: ValueError for data that cannot be opened, or neither finished images nor a size.
+    Errors: ValueError for a source that cannot be opened, e.g. raw data without a size.
     """
     if size is None:
         return open_image_source(source, channels)

@@ -1,8 +1,9 @@
-"""The FID Inception-v3: the TensorFlow graph of 2015-12-05 that every paper's FID, sFID and Inception Score use.
+"""Inception-v3 of FID, sFID and the Inception Score: the TensorFlow graph of 2015-12-05.
 
-It is Szegedy et al. 2016 (table 1, figures 5 to 7, with factorised 7x7 convolutions) but for two quirks of that graph:
-average pools leave the padding out of the mean, and the last block pools by maximum. Batch norm is folded into the
-convolutions when the weights are read. Layer names are those of the well-known PyTorch conversion of the weights.
+It is the network of Szegedy et al. 2016 (table 1, figures 5 to 7, with factorised 7x7 convolutions)
+except for two quirks: average pools exclude the padding from the mean, and the last block pools by
+maximum. Batch norm is folded into the convolutions when the weights are loaded. Layers are named as
+in the PyTorch conversion of the weights by M. Seitzer.
 """
 
 from __future__ import annotations
@@ -16,16 +17,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.core.files import (
-    PublishedFile,
-)
-from mezzotint.core.tensor_files import (
-    open_safetensors,
-    open_torch_file,
-)
+from mezzotint.core.files import PublishedFile
+from mezzotint.core.tensor_files import open_safetensors, open_torch_file
 
 BN_EPS = 1e-3  # of the graph's batch norms
-# Channels of each tap, from the image on; see `Inception.forward`.
+# Dimensions of each tap, from the image to the output; see `Inception.forward`.
 TAPS = {
     "64": 64,
     "192": 192,
@@ -35,24 +31,24 @@ TAPS = {
     "2048": 2048,
     "logits": 1008,
 }
-PARTIAL_TAPS = ("64", "192", "sfid", "768", "1280")  # what weights that end at Mixed_7a give
+PARTIAL_TAPS = ("64", "192", "sfid", "768", "1280")  # of weights that end at Mixed_7a
 
 
 class Conv(nn.Conv2d):
-    """Convolution, folded batch norm, ReLU."""
+    """A convolution with folded batch norm, then ReLU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c', h', w')."""
         return F.relu(super().forward(input))
 
 
-def _mean3(x: Tensor) -> Tensor:
-    # Quirk: the mean is over the pixels that exist, not over the padding.
+def _average_pool(x: Tensor) -> Tensor:
+    # Quirk: the padding is excluded from the mean.
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class BlockA(nn.Module):
-    """35 x 35 (Szegedy et al. 2016, figure 5)."""
+    """A block at 35 x 35 (Szegedy et al. 2016, figure 5)."""
 
     def __init__(self, channels: int, pool: int):
         super().__init__()
@@ -68,11 +64,11 @@ class BlockA(nn.Module):
         """(b, channels, 35, 35) -> (b, 224 + pool, 35, 35)."""
         five = self.branch5x5_2(self.branch5x5_1(x))
         three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_mean3(x))], 1)
+        return torch.cat([self.branch1x1(x), five, three, self.branch_pool(_average_pool(x))], 1)
 
 
 class BlockB(nn.Module):
-    """35 x 35 to 17 x 17 (Szegedy et al. 2016, figure 10)."""
+    """A block from 35 x 35 to 17 x 17 (Szegedy et al. 2016, figure 10)."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -88,7 +84,7 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """17 x 17 with 7x7 convolutions as 1x7 and 7x1 (Szegedy et al. 2016, figure 6)."""
+    """A block at 17 x 17, its 7x7 convolutions as 1x7 and 7x1 (Szegedy et al. 2016, figure 6)."""
 
     def __init__(self, channels: int, inner: int):
         super().__init__()
@@ -104,15 +100,15 @@ class BlockC(nn.Module):
         self.branch_pool = Conv(channels, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, 768, 17, 17) -> the same shape; the first 192 channels are the graph's `mixed_n/conv`."""
+        """(b, 768, 17, 17) -> the same; the first 192 channels are the graph's mixed_n/conv."""
         seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
-        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_mean3(x))], 1)
+        return torch.cat([self.branch1x1(x), seven, double, self.branch_pool(_average_pool(x))], 1)
 
 
 class BlockD(nn.Module):
-    """17 x 17 to 8 x 8."""
+    """A block from 17 x 17 to 8 x 8."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -131,11 +127,15 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8 x 8 with expanded filter banks (Szegedy et al. 2016, figure 7); `maximum`: pool by maximum, the last quirk."""
+    """A block at 8 x 8 with expanded filter banks (Szegedy et al. 2016, figure 7).
 
-    def __init__(self, channels: int, maximum: bool):
+    Args:
+        max_pool: pool by maximum, the quirk of the last block.
+    """
+
+    def __init__(self, channels: int, max_pool: bool):
         super().__init__()
-        self.maximum = maximum
+        self.max_pool = max_pool
         self.branch1x1 = Conv(channels, 320, 1)
         self.branch3x3_1 = Conv(channels, 384, 1)
         self.branch3x3_2a = Conv(384, 384, (1, 3), padding=(0, 1))
@@ -150,17 +150,17 @@ class BlockE(nn.Module):
         """(b, channels, 8, 8) -> (b, 2048, 8, 8)."""
         three = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.maximum else _mean3(x)
+        pooled = F.max_pool2d(x, 3, stride=1, padding=1) if self.max_pool else _average_pool(x)
         fans = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
         fans += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
         return torch.cat([self.branch1x1(x), *fans, self.branch_pool(pooled)], 1)
 
 
 class Inception(nn.Module):
-    """The network up to the classifier, or (`partial`) up to Mixed_7a.
+    """The network with its taps.
 
     Args:
-        partial: leave out Mixed_7b, Mixed_7c and the classifier, for weights that do not have them.
+        partial: without Mixed_7b, Mixed_7c and the classifier, for weights that end at Mixed_7a.
     """
 
     def __init__(self, partial: bool = False):
@@ -181,35 +181,37 @@ class Inception(nn.Module):
         self.Mixed_6e = BlockC(768, inner=192)
         self.Mixed_7a = BlockD(768)
         if not partial:
-            self.Mixed_7b = BlockE(1280, maximum=False)
-            self.Mixed_7c = BlockE(2048, maximum=True)
+            self.Mixed_7b = BlockE(1280, max_pool=False)
+            self.Mixed_7c = BlockE(2048, max_pool=True)
             self.fc = nn.Linear(2048, TAPS["logits"])
 
     def forward(self, x: Float[Tensor, "b 3 299 299"], taps: Collection[str]) -> dict[str, Tensor]:
-        """Features by tap, each (b, TAPS[tap]) float32; nothing beyond the last tap asked for is computed.
+        """Return features by tap, each (b, TAPS[tap]) float32.
 
-        "64", "192", "768", "1280", "2048": spatial means after the first and second max pool, Mixed_6e, Mixed_7a and
-        Mixed_7c. "sfid": the first 7 channels of Mixed_6d's 1x1 branch (the graph's `mixed_6/conv`), in the order row,
-        column, channel (Nash et al. 2021, section 5; 2,023 numbers). "logits": without their bias, as Inception Scores
-        are computed (the bias is left out in the original score's code and in ADM's).
+        "64", "192", "768", "1280", "2048": spatial means after the first and second max pool,
+        Mixed_6e, Mixed_7a and Mixed_7c. "sfid": the first 7 channels of Mixed_6d's 1x1 branch (the
+        graph's mixed_6/conv), in the order row, column, channel (Nash et al. 2021, section 5; 2,023
+        numbers). "logits": without their bias, as in the original code of the Inception Score and
+        in ADM's.
 
         Args:
-            x: images scaled to (v - 128) / 128 for v in 0...255, see `pixels`.
+            x: images scaled to (v - 128) / 128 for v in 0...255, see `resize`.
+            taps: stages after the last one of these are not computed.
         """
         for tap in taps:
             if tap not in self.taps:
-                what = "; these weights end at Mixed_7a" if tap in TAPS else ""
-                raise ValueError(f"no tap {tap!r}; known: {', '.join(self.taps)}{what}")
-        found: dict[str, Tensor] = {}
+                reason = "; these weights end at Mixed_7a" if tap in TAPS else ""
+                raise ValueError(f"no tap {tap!r}; known: {', '.join(self.taps)}{reason}")
+        features: dict[str, Tensor] = {}
         for tap, value in self._stages(x):
             if tap in taps:
-                found[tap] = value.mean((2, 3)) if value.ndim == 4 else value
-            if len(found) == len(set(taps)):
+                features[tap] = value.mean((2, 3)) if value.ndim == 4 else value
+            if len(features) == len(set(taps)):
                 break
-        return found
+        return features
 
     def _stages(self, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Each tap's name and map (or vector), in the order in which they are computed."""
+        """Yield each tap's name and map (or vector), in the order of computation."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         yield "64", x
@@ -228,10 +230,11 @@ class Inception(nn.Module):
         yield "logits", F.linear(x.mean((2, 3)), self.fc.weight)
 
 
-def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with every NAME.conv and NAME.bn made one NAME: W gamma / sqrt(var + eps), beta - mean gamma / sqrt(...).
+def fold_batch_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge every NAME.conv and NAME.bn of a state dict into one convolution NAME.
 
-    Keys of the folded layout and of the classifier pass through. Computed in float64, returned in float32.
+    Its weight is W gamma / sqrt(var + eps), its bias beta - mean gamma / sqrt(var + eps), computed
+    in float64 and returned in float32. Keys of folded layers and of the classifier stay.
     """
     out: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -252,12 +255,12 @@ def folded(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def inception_from(state: Mapping[str, Tensor]) -> Inception:
-    """The network with the weights of a state dict, folded or not, whole or up to Mixed_7a; in eval mode.
+def inception_from_state_dict(state: Mapping[str, Tensor]) -> Inception:
+    """Return the network, in eval mode, with weights folded or not, complete or up to Mixed_7a.
 
-    Every key is used and every parameter filled, or a ValueError names what is left over or missing.
+    Errors: ValueError unless every key is used and every parameter is filled.
     """
-    weights = folded(state)
+    weights = fold_batch_norms(state)
     model = Inception(
         partial=not any(key.startswith(("Mixed_7b", "Mixed_7c", "fc")) for key in weights)
     )
@@ -266,17 +269,21 @@ def inception_from(state: Mapping[str, Tensor]) -> Inception:
     wrong = [k for k in own if k in weights and own[k].shape != weights[k].shape]
     if unused or missing or wrong:
         raise ValueError(
-            f"these are not the weights of the FID Inception: missing {missing[:4]}, unknown {unused[:4]}, "
-            f"of another shape {wrong[:4]} ({len(missing)}, {len(unused)} and {len(wrong)} in all)"
+            f"these are not the weights of FID's Inception: missing {missing[:4]}, unknown "
+            f"{unused[:4]}, of another shape {wrong[:4]} ({len(missing)}, {len(unused)} and "
+            f"{len(wrong)} in total)"
         )
     model.load_state_dict(weights)
-    # Channels-last: 1.5 times as fast on a CPU core, and what tensor cores want.
-    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  (a keyword its stubs leave out)
+    # Channels last is 1.5 times as fast on a CPU core, and the layout of tensor cores.
+    model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     return model.eval().requires_grad_(False)
 
 
 def load_inception(path: str | Path) -> Inception:
-    """`inception_from` a .pth (no code in it is run) or .safetensors file; ValueError when it is damaged."""
+    """Load the network from a .pth (without running code in it) or .safetensors file.
+
+    Errors: ValueError for a missing or damaged file, and as in `inception_from_state_dict`.
+    """
     path = Path(path)
 
     def state_dict(contents: Any) -> Mapping[str, Tensor]:
@@ -288,14 +295,14 @@ def load_inception(path: str | Path) -> Inception:
 
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}; give one of Inception's weights, .pth or .safetensors"
+            f"there is no file {path}; give Inception's weights as .pth or .safetensors"
         )
     source = (
         open_safetensors(path)
         if path.suffix == ".safetensors"
         else open_torch_file(path, state_dict)
     )
-    return inception_from({name: source.read(name) for name in source.claims})
+    return inception_from_state_dict({name: source.read(name) for name in source.claims})
 
 
 # The 2015-12-05 TensorFlow Inception as converted for PyTorch by M. Seitzer; batch norm not folded.

@@ -1,4 +1,4 @@
-"""Kernel Inception Distance with its standard error (Bińkowski et al. 2018)."""
+"""Kernel Inception Distance and its standard error (Bińkowski et al. 2018)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.rng import philox
-from mezzotint.evaluate.metrics import Array, wide
+from mezzotint.evaluate.metrics import Array, to_float64
 
 
 class KID(NamedTuple):
-    """Squared maximum mean discrepancy, unbiased (it may be negative), and the standard error of that value."""
+    """Unbiased squared maximum mean discrepancy, which may be negative, and its standard error."""
 
     value: float
     standard_error: float
@@ -23,23 +23,26 @@ def _kernel(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
-def _sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row sums of the three kernel matrices: x with other x, y with other y, x with y, y with x."""
+def _kernel_sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return row sums of the kernel: x with other x, y with other y, x with y, y with x."""
     kxx, kyy, kxy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
     return kxx.sum(1) - kxx.diagonal(), kyy.sum(1) - kyy.diagonal(), kxy.sum(1), kxy.sum(0)
 
 
 def squared_mmd(x: Array, y: Array) -> float:
-    """Unbiased estimate of the squared MMD with the cubic kernel (Gretton et al. 2012, eq. 3); (m, d), (n, d)."""
-    x, y = wide(x), wide(y)
-    xx, yy, xy, _ = _sums(x, y)
+    """Return the unbiased squared MMD, x (m, d), y (n, d) (Gretton et al. 2012, eq. 3)."""
+    x, y = to_float64(x), to_float64(y)
+    xx, yy, xy, _ = _kernel_sums(x, y)
     m, n = len(x), len(y)
     return (xx.sum() / (m * (m - 1)) + yy.sum() / (n * (n - 1)) - 2 * xy.sum() / (m * n)).item()
 
 
 def _jackknife_error(x: Tensor, y: Tensor) -> float:
-    """Standard error of `squared_mmd` by leaving out each image of either side in turn (Efron and Stein 1981)."""
-    xx, yy, xy, yx = _sums(x, y)
+    """Return the standard error of `squared_mmd`, leaving out one image at a time.
+
+    Each image of either side is left out once (Efron and Stein 1981).
+    """
+    xx, yy, xy, yx = _kernel_sums(x, y)
     m, n = len(x), len(y)
     cross = xy.sum()
     without_x = (xx.sum() - 2 * xx) / ((m - 1) * (m - 2)) - 2 * (cross - xy) / ((m - 1) * n)
@@ -51,28 +54,29 @@ def _jackknife_error(x: Tensor, y: Tensor) -> float:
 def kid(
     real: Array, fake: Array, subset_size: int = 1000, subsets: int = 100, seed: int = 0
 ) -> KID:
-    """Mean unbiased squared MMD over random subsets of both sides, drawn without replacement.
+    """Return the mean unbiased squared MMD over random subsets, drawn without replacement.
 
-    The standard error is the subsets' standard deviation over the root of the number of subsets that could be disjoint,
-    since overlapping ones are not independent (our choice; papers mostly print the deviation itself). When no subset
-    can be drawn, because a side has no more than `subset_size` images, all images are used once and the error is the
-    jackknife's.
+    The standard error is the subsets' standard deviation divided by the root of the number of
+    subsets that could be disjoint, since overlapping subsets are not independent (our choice; most
+    papers print the deviation itself). If a side has no more than `subset_size` images, all images
+    are used once and the standard error is the jackknife's.
 
     Args:
         real, fake: features, (n, d) and (m, d), at least three rows each.
-        subset_size, subsets: 1000 and 100 are the field's habit.
+        subset_size, subsets: 1000 and 100 in most papers.
         seed: of the subsets.
     """
-    x, y = wide(real), wide(fake)
+    x, y = to_float64(real), to_float64(fake)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 3:
         raise ValueError(
-            f"features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (images >= 3, d) twice"
+            f"features of shapes {tuple(x.shape)} and {tuple(y.shape)}; expected (images >= 3, d) "
+            "for both"
         )
     if not (x.isfinite().all() and y.isfinite().all()):
         raise ValueError("features hold NaN or infinity")
     if subset_size < 2 or subsets < 2:
         raise ValueError(
-            f"subset_size {subset_size} and subsets {subsets} must be at least 2; e.g. 1000 and 100"
+            f"subset_size {subset_size} and subsets {subsets} must be at least 2, e.g. 1000 and 100"
         )
     if min(len(x), len(y)) <= subset_size:
         return KID(squared_mmd(x, y), _jackknife_error(x, y))

@@ -1,6 +1,7 @@
-"""From uint8 images to what a feature network reads: resizes whose differences move FID more than most papers' gains.
+"""From uint8 images to a feature network's input.
 
-Parmar et al. 2022 (clean-fid) measured that; so the rule is part of every feature set's card.
+Different resizes change FID by more than most papers improve it (Parmar et al. 2022, clean-fid).
+The rule is therefore part of every feature set's metadata.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ Prepare = Callable[[UInt8[Tensor, "b c h w"]], Tensor]
 
 
 def as_uint8(images: Tensor, channels: int) -> UInt8[Tensor, "b c h w"]:
-    """`images` as uint8, after looking at them: uint8 passes, floats in [0, 1] are rounded to the nearest of 0...255.
+    """Return images as uint8; floats in [0, 1] are rounded to the nearest of 0...255.
 
-    Errors: ValueError for other dtypes, ranges or numbers of channels, and for NaN. (Model output in [-1, 1] has a rule
-    of its own, `mezzotint.data.transforms.to_uint8`, which goes on the card.)
+    Model output in [-1, 1] is not accepted: `mezzotint.data.transforms.to_uint8` converts it by a
+    rule that is part of the protocol.
+
+    Errors: ValueError for other dtypes, ranges or numbers of channels, and for NaN.
     """
     if images.ndim != 4:
         raise ValueError(
@@ -34,7 +37,7 @@ def as_uint8(images: Tensor, channels: int) -> UInt8[Tensor, "b c h w"]:
             "; repeat the grey channel three times if that is meant" if images.shape[1] == 1 else ""
         )
         raise ValueError(
-            f"images have {images.shape[1]} channels, the feature network reads {channels}{grey}"
+            f"images have {images.shape[1]} channels, the feature network needs {channels}{grey}"
         )
     if images.dtype == torch.uint8:
         return images
@@ -45,8 +48,8 @@ def as_uint8(images: Tensor, channels: int) -> UInt8[Tensor, "b c h w"]:
     low, high = images.min().item(), images.max().item()
     if low < 0 or high > 1:
         raise ValueError(
-            f"float images lie in [{low:.4g}, {high:.4g}], outside [0, 1]; convert model output in [-1, 1] with "
-            f"mezzotint.data.transforms.to_uint8 first"
+            f"float images are in [{low:.4g}, {high:.4g}], outside [0, 1]; convert model output in "
+            "[-1, 1] with mezzotint.data.transforms.to_uint8 first"
         )
     return (images * 255).round().to(torch.uint8)
 
@@ -54,10 +57,10 @@ def as_uint8(images: Tensor, channels: int) -> UInt8[Tensor, "b c h w"]:
 def tf1_resize(
     images: UInt8[Tensor, "b c h w"] | Float[Tensor, "b c h w"], size: int
 ) -> Float[Tensor, "b c s s"]:
-    """TensorFlow 1's bilinear resize: neither aligned corners nor half-pixel centres, and no antialiasing.
+    """Resize as TensorFlow 1: bilinear, no aligned corners, no half-pixel centres, no antialiasing.
 
-    Output pixel i lies at i * (input / output) of the input; its right neighbour is clamped to the last pixel.
-    Positions and weights in float32, as in the graph.
+    Output pixel i is at i * (input size / output size) of the input. Its right neighbour is clamped
+    to the last pixel. Positions and weights are float32, as in the graph.
     """
     images = images.to(torch.float32)
     for dim in (2, 3):
@@ -73,31 +76,33 @@ def tf1_resize(
 
 
 def inception_tf1(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
-    """As inside the 2015 graph, hence in ADM's, EDM's and TTUR's FID: `tf1_resize`, then (v - 128) / 128."""
+    """Prepare as the 2015 graph does, used by TTUR, ADM and EDM: `tf1_resize`, (v - 128) / 128."""
     return (tf1_resize(images, INCEPTION_SIZE) - 128) / 128
 
 
 def inception_clean(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
-    """As clean-fid: Pillow's antialiased bicubic per channel in float32, clipped to 0...255, then (v - 128) / 128."""
+    """Prepare as clean-fid: Pillow's bicubic in float32, clipped to 0...255, (v - 128) / 128."""
     from PIL import Image
 
-    def resized(channel: np.ndarray) -> np.ndarray:
-        picture = Image.fromarray(channel.astype(np.float32))
-        return np.array(picture.resize((INCEPTION_SIZE, INCEPTION_SIZE), Image.Resampling.BICUBIC))
+    size = (INCEPTION_SIZE, INCEPTION_SIZE)
+
+    def resize_channel(channel: np.ndarray) -> np.ndarray:
+        image = Image.fromarray(channel.astype(np.float32))
+        return np.array(image.resize(size, Image.Resampling.BICUBIC))
 
     flat = images.reshape(-1, *images.shape[2:]).cpu().numpy()
-    stacked = torch.from_numpy(np.stack([resized(channel) for channel in flat])).clamp(0, 255)
-    return (stacked.reshape(-1, 3, INCEPTION_SIZE, INCEPTION_SIZE).to(images.device) - 128) / 128
+    resized = torch.from_numpy(np.stack([resize_channel(c) for c in flat])).clamp(0, 255)
+    return (resized.reshape(-1, 3, *size).to(images.device) - 128) / 128
 
 
 def inception_pytorch(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 299 299"]:
-    """As pytorch-fid: half-pixel bilinear without antialiasing on [0, 1], then 2v - 1."""
+    """Prepare as pytorch-fid: half-pixel bilinear without antialiasing on [0, 1], then 2v - 1."""
     scaled = images.to(torch.float32) / 255
     size = (INCEPTION_SIZE, INCEPTION_SIZE)
     return 2 * F.interpolate(scaled, size=size, mode="bilinear", align_corners=False) - 1
 
 
-# suffix of a feature set's name -> (words for its card, function)
+# Suffix of a feature set's name -> (description for its metadata, function).
 INCEPTION_RULES: dict[str, tuple[str, Prepare]] = {
     "": ("299 px, TensorFlow 1 bilinear, (v - 128) / 128", inception_tf1),
     "clean": ("299 px, clean-fid: Pillow bicubic in float32, (v - 128) / 128", inception_clean),
@@ -105,8 +110,8 @@ INCEPTION_RULES: dict[str, tuple[str, Prepare]] = {
 }
 
 
-def normalised(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Prepare:
-    """Antialiased bicubic to (size, size) on [0, 1], then (v - mean) / std per channel."""
+def make_prepare(size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Prepare:
+    """Return a function: antialiased bicubic to `size` on [0, 1], then (v - mean) / std."""
 
     def prepare(images: UInt8[Tensor, "b c h w"]) -> Tensor:
         scaled = images.to(torch.float32) / 255

@@ -1,4 +1,4 @@
-"""The card of an evaluation: how every number was made, as JSON; and what makes two of them comparable."""
+"""Results of an evaluation as JSON: numbers, the protocol behind them, and their comparison."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.files import atomic_write, read_json
 from mezzotint.core.registry import suggest
 
 FORMAT = 1
 
-# Lines in which two comparable evaluations may differ: what is being compared, and what should not matter. They are
-# shown all the same. Everything else must agree.
-FREE = ("source", "seeds", "code_version")
+# Fields in which two comparable evaluations may differ: what is compared, and what has no effect on
+# the expected value. All others must agree.
+FREE_FIELDS = ("source", "seeds", "code_version")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How the judged images were made; None where nobody said.
+    """How the evaluated images were made; None for what is unknown.
 
-    source: model, folder or file. n: images. seeds: as "0...49999". label_law: how labels were chosen. prompts: how
-    many and the hash of their words. sampler, steps: of the sampler. network_calls: forward passes per image, guidance
-    included. guidance: scale and interval in words. ema: which average of the weights. uint8_rule: "round" or
-    "truncate", see `mezzotint.data.transforms.to_uint8`.
-    resolution: (height, width). preprocessing: crop and resize done to the images. code_version: of mezzotint.
+    source: model, folder or file. num_images: how many. code_version: of mezzotint.
+    resolution: (height, width). seeds: as "0...49999". label_order: how labels were chosen.
+    prompts: how many, and a hash of them. sampler, steps: of the sampler.
+    network_calls: forward passes per image, guidance included.
+    guidance: scale and interval. ema: which average of the weights.
+    uint8_rule: "round" or "truncate", see `mezzotint.data.transforms.to_uint8`.
+    preprocessing: crop and resize applied to the images.
     """
 
     source: str
-    n: int
+    num_images: int
     code_version: str
     resolution: tuple[int, int] | None = None
     seeds: str | None = None
-    label_law: str | None = None
+    label_order: str | None = None
     prompts: str | None = None
     sampler: str | None = None
     steps: int | None = None
@@ -47,10 +50,12 @@ class Protocol:
 
 @dataclass(frozen=True, kw_only=True)
 class Number:
-    """One number: what it is called, its value, and what it was computed on and against.
+    """One metric's value, with what it was computed on and against.
 
-    low, high: an interval, with its `level` in settings. error: a standard error. features: a `FeatureSet.card` with
-    its hash. reference: name and hash of the reference, None for metrics without one. settings: k, subset sizes, ...
+    metric: its printed name. features: a `FeatureSet.metadata` with its hash.
+    reference: name and hash of the reference; None for metrics without one.
+    low, high: an interval, with its `level` in settings. error: a standard error.
+    settings: k, subset sizes, ...
     """
 
     metric: str
@@ -65,49 +70,44 @@ class Number:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """A protocol and the numbers under it."""
+    """A protocol and the numbers measured under it."""
 
     protocol: Protocol
     numbers: tuple[Number, ...]
 
     def __getitem__(self, metric: str) -> Number:
-        """The number called `metric`; ValueError lists near names."""
+        """Return the number called `metric`; ValueError suggests similar names."""
         for number in self.numbers:
             if number.metric == metric:
                 return number
-        raise ValueError(
-            f"no number {metric!r}; {suggest(metric, [n.metric for n in self.numbers])}"
-        )
+        known = [number.metric for number in self.numbers]
+        raise ValueError(f"no number {metric!r}; {suggest(metric, known)}")
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; NaN is written as null."""
+        """Return JSON values; NaN becomes null."""
         values = {"mezzotint_evaluation": FORMAT, "protocol": dataclasses.asdict(self.protocol)}
         values["numbers"] = [dataclasses.asdict(number) for number in self.numbers]
-        return _without_nan(values)
+        return _nan_to_none(values)
 
     def save(self, path: str | Path) -> None:
-        """Write `to_json`, whole or not at all."""
+        """Write `to_json` atomically."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(
-            json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        part.replace(path)
+        atomic_write(path, json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def _nan_to_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _without_nan(v) for k, v in value.items()}
+        return {k: _nan_to_none(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(v) for v in value]
+        return [_nan_to_none(v) for v in value]
     return None if isinstance(value, float) and value != value else value
 
 
 def load_evaluation(path: str | Path) -> Evaluation:
-    """The Evaluation of a saved file; ValueError when it is damaged or of another format."""
+    """Read what `Evaluation.save` wrote; ValueError for any other file."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(Path(path), "evaluate again")
         if values["mezzotint_evaluation"] != FORMAT:
             raise ValueError(
                 f"format {values['mezzotint_evaluation']}, this version reads {FORMAT}"
@@ -123,96 +123,89 @@ def load_evaluation(path: str | Path) -> Evaluation:
             protocol=Protocol(**protocol), numbers=tuple(Number(**n) for n in numbers)
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no evaluation written by mezzotint ({error})") from error
+        raise ValueError(f"{path} is not an evaluation written by mezzotint ({error})") from error
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two evaluations side by side.
 
-    different: lines that must agree and do not, name -> the two values. unstated: lines on which neither says
-    anything. noted: lines that may differ and do. rows: (metric, value of A, value of B) for metrics that both have.
+    conflicts: what must agree and does not, name -> the two values.
+    differences: what may differ and does, name -> the two values.
+    unknown: protocol fields that neither evaluation gives.
+    rows: (metric, value of A, value of B) for the metrics that both have.
     """
 
-    different: dict[str, tuple[Any, Any]]
-    unstated: tuple[str, ...]
-    noted: dict[str, tuple[Any, Any]]
+    conflicts: dict[str, tuple[Any, Any]]
+    differences: dict[str, tuple[Any, Any]]
+    unknown: tuple[str, ...]
     rows: tuple[tuple[str, float, float], ...]
 
 
 def compare(a: Evaluation, b: Evaluation, varying: Collection[str] = ()) -> Comparison:
-    """What two evaluations have in common.
+    """Compare two evaluations field by field.
 
     Args:
-        varying: protocol lines that are the subject of the comparison, e.g. ("guidance",); they are noted only.
+        varying: protocol fields under study, e.g. ("guidance",); a difference in them is allowed.
     """
-    lines = [f.name for f in dataclasses.fields(Protocol)]
+    names = [f.name for f in dataclasses.fields(Protocol)]
     for name in varying:
-        if name not in lines:
-            raise ValueError(f"no line {name!r} on a card; {suggest(name, lines)}")
-    different: dict[str, tuple[Any, Any]] = {}
-    noted: dict[str, tuple[Any, Any]] = {}
-    for name in lines:
-        pair = getattr(a.protocol, name), getattr(b.protocol, name)
-        if pair[0] != pair[1]:
-            (noted if name in FREE or name in varying else different)[name] = pair
-    mine, theirs = ({n.metric: n for n in e.numbers} for e in (a, b))
-    shared = [metric for metric in mine if metric in theirs]
+        if name not in names:
+            raise ValueError(f"no protocol field {name!r}; {suggest(name, names)}")
+    conflicts: dict[str, tuple[Any, Any]] = {}
+    differences: dict[str, tuple[Any, Any]] = {}
+    pairs = {name: (getattr(a.protocol, name), getattr(b.protocol, name)) for name in names}
+    for name, (x, y) in pairs.items():
+        if x != y:
+            allowed = name in FREE_FIELDS or name in varying
+            (differences if allowed else conflicts)[name] = x, y
+    numbers_a, numbers_b = ({n.metric: n for n in e.numbers} for e in (a, b))
+    shared = [metric for metric in numbers_a if metric in numbers_b]
     for metric in shared:
         for part in ("features", "reference", "settings"):
-            pair = _essence(getattr(mine[metric], part)), _essence(getattr(theirs[metric], part))
-            if pair[0] != pair[1]:
-                different[f"{metric}: {part}"] = pair
-    for metric in {*mine, *theirs} - {*shared}:
-        noted[metric] = _value(mine.get(metric)), _value(theirs.get(metric))
-    unstated = tuple(
-        name
-        for name in lines
-        if getattr(a.protocol, name) is None and getattr(b.protocol, name) is None
-    )
-    return Comparison(
-        different, unstated, noted, tuple((m, mine[m].value, theirs[m].value) for m in shared)
-    )
+            x, y = (_hash_or_values(getattr(n[metric], part)) for n in (numbers_a, numbers_b))
+            if x != y:
+                conflicts[f"{metric}: {part}"] = x, y
+    for metric in {*numbers_a, *numbers_b} - {*shared}:
+        x, y = numbers_a.get(metric), numbers_b.get(metric)
+        differences[metric] = x and x.value, y and y.value
+    unknown = tuple(name for name, pair in pairs.items() if pair == (None, None))
+    rows = tuple((m, numbers_a[m].value, numbers_b[m].value) for m in shared)
+    return Comparison(conflicts, differences, unknown, rows)
 
 
-def _value(number: Number | None) -> float | None:
-    return None if number is None else number.value
-
-
-def _essence(part: dict[str, Any] | None) -> Any:
-    """A hash where there is one: two files of one reference are the same reference, whatever their names."""
+def _hash_or_values(part: dict[str, Any] | None) -> Any:
+    """Return the hash if there is one: a copy of a reference file is the same reference."""
     return part["hash"] if part and "hash" in part else part
 
 
 def require_comparable(a: Evaluation, b: Evaluation, varying: Collection[str] = ()) -> Comparison:
-    """`compare`, refused with a ValueError that lists the lines in which the cards differ."""
-    found = compare(a, b, varying)
-    if found.different:
-        lines = "\n".join(f"  {name}: {x} | {y}" for name, (x, y) in found.different.items())
+    """Return `compare(a, b, varying)`; ValueError names every conflict, if there are any."""
+    comparison = compare(a, b, varying)
+    if comparison.conflicts:
+        lines = "\n".join(f"  {name}: {x} | {y}" for name, (x, y) in comparison.conflicts.items())
         raise ValueError(
-            f"these numbers are not comparable; their cards differ in\n{lines}\nshow them with --anyway"
+            "these numbers are not comparable; the evaluations differ in\n"
+            f"{lines}\nprint them with --anyway"
         )
-    if not found.rows:
+    if not comparison.rows:
         raise ValueError("these evaluations have no metric in common")
-    return found
+    return comparison
 
 
-def print_comparison(a: Evaluation, b: Evaluation, found: Comparison) -> None:
-    """A table of the common metrics, red where the cards forbid the comparison, and the lines that differ."""
+def print_comparison(a: Evaluation, b: Evaluation, comparison: Comparison) -> None:
+    """Print the shared metrics, in red if there are conflicts, and the fields that differ."""
     from rich.console import Console
     from rich.table import Table
 
-    console, style = Console(), "red" if found.different else None
+    console, style = Console(), "red" if comparison.conflicts else None
     table = Table("metric", a.protocol.source, b.protocol.source)
-    for metric, x, y in found.rows:
+    for metric, x, y in comparison.rows:
         table.add_row(metric, f"{x:.6g}", f"{y:.6g}", style=style)
     console.print(table)
-    for kind, lines in (("not comparable", found.different), ("differs", found.noted)):
-        for name, (x, y) in lines.items():
-            console.print(
-                f"{kind}: {name}: {x} | {y}",
-                style="red" if kind == "not comparable" else None,
-                markup=False,
-            )
-    if found.unstated:
-        console.print(f"stated by neither: {', '.join(found.unstated)}", markup=False)
+    for name, (x, y) in comparison.conflicts.items():
+        console.print(f"not comparable: {name}: {x} | {y}", style="red", markup=False)
+    for name, (x, y) in comparison.differences.items():
+        console.print(f"differs: {name}: {x} | {y}", markup=False)
+    if comparison.unknown:
+        console.print(f"unknown for both: {', '.join(comparison.unknown)}", markup=False)

@@ -1,7 +1,7 @@
-"""A reader of pickled arrays that can run nothing: for EDM2's reference files.
+"""Pickles of arrays read without running code, for EDM2's reference files.
 
-A pickle is a program. This reader knows eight names, all of them stand-ins written here; any other is refused, and
-numpy's own unpickling code is never called on the file's bytes.
+A pickle can call any function. This reader knows eight names, each replaced by one of the classes
+and functions below; it refuses all others. numpy's own unpickling code never sees the file's bytes.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
+NUMBER_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
 class _Dtype:
-    """numpy.dtype of plain numbers."""
+    """In place of numpy.dtype, for numbers only."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True):
-        if code.lstrip("<>|=") not in NUMBERS:
+        if code.lstrip("<>|=") not in NUMBER_DTYPES:
             raise pickle.UnpicklingError(f"an array of dtype {code!r}")
         self.dtype = np.dtype(code)
 
@@ -30,20 +30,19 @@ class _Dtype:
 
 
 class _Array:
-    """numpy.ndarray."""
+    """In place of numpy.ndarray."""
 
     value: np.ndarray
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = _made(data, dtype, shape, "F" if fortran else "C").value
+        _, shape, dtype, fortran_order, data = state
+        self.value = _make_array(data, dtype, shape, "F" if fortran_order else "C").value
 
 
-def _made(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
+def _make_array(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
-        raise pickle.UnpicklingError("an array that is not made of numbers")
-    count = math.prod(shape)
-    if count * dtype.dtype.itemsize != len(data):
+        raise pickle.UnpicklingError("an array of other things than numbers")
+    if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise pickle.UnpicklingError(f"an array of shape {shape} with {len(data)} bytes")
     array = _Array()
     array.value = np.frombuffer(data, dtype.dtype).reshape(
@@ -56,8 +55,8 @@ def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
     return _Array()
 
 
-def _scalar(dtype: _Dtype, data: bytes) -> Any:
-    return _made(data, dtype, (1,), "C").value[0].item()
+def _make_scalar(dtype: _Dtype, data: bytes) -> Any:
+    return _make_array(data, dtype, (1,), "C").value[0].item()
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -66,51 +65,55 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-_NAMES: dict[tuple[str, str], Any] = {
+_ALLOWED: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
     ("multiarray", "_reconstruct"): _reconstruct,
-    ("multiarray", "scalar"): _scalar,
-    ("numeric", "_frombuffer"): _made,
+    ("multiarray", "scalar"): _make_scalar,
+    ("numeric", "_frombuffer"): _make_array,
     ("_codecs", "encode"): _encode,
     ("collections", "OrderedDict"): dict,
-    ("dnnlib.util", "EasyDict"): dict,  # how EDM's code spells a dict
+    ("dnnlib.util", "EasyDict"): dict,  # EDM's own subclass of dict
 }
 
 
-class _Reader(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         short = module_name.removeprefix("numpy.core.").removeprefix("numpy._core.")
-        if (short, global_name) not in _NAMES:
+        if (short, global_name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"the name {module_name}.{global_name}")
-        return _NAMES[short, global_name]
+        return _ALLOWED[short, global_name]
 
     def persistent_load(self, pid: Any, /) -> Any:
         raise pickle.UnpicklingError("a persistent object")
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
+    """Replace `_Array` by numpy arrays; refuse anything that is not plain data."""
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise pickle.UnpicklingError(f"a {type(value).__name__}")
 
 
 def load_arrays(path: str | Path) -> Any:
-    """Numbers, strings, arrays of numbers, and dicts and lists of these; ValueError names anything else."""
+    """Load numbers, strings, arrays of numbers, and dicts and lists of these.
+
+    Errors: ValueError for a damaged file, and for anything else in it.
+    """
     try:
         with open(path, "rb") as file:
-            return _plain(_Reader(file).load())
+            return _to_plain(_ArrayUnpickler(file).load())
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} was refused: it holds {error}, and only arrays of numbers are read"
         ) from error
-    except Exception as error:  # a damaged pickle fails in any opcode, with any exception
+    except Exception as error:  # a damaged pickle can fail in any opcode, with any exception
         raise ValueError(
-            f"{path} is no readable pickle of arrays ({type(error).__name__}: {error})"
+            f"{path} is not a readable pickle of arrays ({type(error).__name__}: {error})"
         ) from error

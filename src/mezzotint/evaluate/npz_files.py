@@ -1,0 +1,75 @@
+"""Arrays in .npz files: read without unpickling anything, written atomically."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from mezzotint.core.files import atomic_open
+
+# What zipfile and numpy raise for a damaged archive.
+DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@contextmanager
+def open_npy_member(
+    file: str | Path, key: str
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
+    """Open one array of a .npz as a stream placed after its header.
+
+    Returns:
+        The stream, the shape, the dtype, and whether the array is in Fortran order.
+
+    Errors: ValueError for a damaged file, a missing array, or pickled objects (never unpickled).
+    """
+    with ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            stream = stack.enter_context(archive.open(f"{key}.npy"))
+            version = np.lib.format.read_magic(stream)
+            read_header = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, fortran_order, dtype = read_header(stream)
+        except DAMAGE as error:
+            raise ValueError(f"{file} is damaged or has no array {key!r} ({error})") from error
+        if dtype.hasobject:
+            raise ValueError(f"{file}: array {key!r} holds pickled objects; refused")
+        yield stream, shape, dtype, fortran_order
+
+
+def npz_names(file: str | Path) -> list[str]:
+    """Return the names of the arrays in a .npz, sorted."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return sorted(name.removesuffix(".npy") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is not a complete .npz file ({error})") from error
+
+
+def read_npz(file: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Read arrays of a .npz by name; errors as in `open_npy_member`."""
+    arrays: dict[str, np.ndarray] = {}
+    for name in names:
+        with open_npy_member(file, name) as (stream, shape, dtype, fortran_order):
+            try:
+                values = np.frombuffer(stream.read(), dtype)
+                arrays[name] = values.reshape(shape, order="F" if fortran_order else "C").copy()
+            except DAMAGE as error:
+                raise ValueError(f"{file}: array {name!r} is damaged ({error})") from error
+    return arrays
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays to a .npz atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_open(path) as file:
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
