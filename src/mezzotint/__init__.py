@@ -1,6 +1,6 @@
 """mezzotint: high-resolution image diffusion backbones, trained, sampled and evaluated.
 
-The promised names load lazily, so that `import mezzotint` and `mezzotint --help` do not wait for torch.
+Public names load lazily, so that `import mezzotint` and `mezzotint --help` do not wait for torch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# public name -> the module that holds it
+# Public name -> the module that defines it.
 _PUBLIC = {
     "Cond": "mezzotint.process.denoiser",
     "Denoised": "mezzotint.process.denoiser",
@@ -23,7 +23,7 @@ _PUBLIC = {
     "load_official": "mezzotint.convert.official.load",
     "sample": "mezzotint.sampling.sample",
 }
-# Once more in full, since type checkers read a plain list only.
+# Written out, since type checkers only read a plain list.
 __all__ = [
     "Cond",
     "Denoised",
@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    try:  # `mezzotint.process.logsnr` and the like after a plain `import mezzotint`
+    # `mezzotint.process.logsnr` and the like work after a plain `import mezzotint`.
+    try:
         return importlib.import_module(f"mezzotint.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"mezzotint.{name}":

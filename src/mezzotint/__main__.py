@@ -1,5 +1,6 @@
-"""Run the command line: python -m mezzotint."""
+"""Run the command line as `python -m mezzotint`."""
 
 from mezzotint.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

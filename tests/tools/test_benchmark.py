@@ -1,4 +1,4 @@
-"""Measuring: order of contenders, peaks, counts; CUDA graphs by a recorder that works without a GPU."""
+"""Benchmarks: order of contenders, peak memory, counts; CUDA graphs, emulated without a GPU."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ from mezzotint.tools import benchmark, summary
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_contenders_run_in_turn_and_the_first_time_does_not_count(monkeypatch):
+def test_contenders_run_in_turn_after_a_warm_up(monkeypatch):
     ran = []
     ticks = iter([0.0, 3.0, 10.0, 11.0, 20.0, 25.0, 30.0, 31.0, 40.0, 44.0, 50.0, 51.0])
     monkeypatch.setattr(benchmark, "read_clock", lambda device: next(ticks))
@@ -29,7 +29,7 @@ def test_contenders_run_in_turn_and_the_first_time_does_not_count(monkeypatch):
     assert ran == ["a", "b"] * 4
 
 
-def test_peak_is_the_most_held_at_once():
+def test_peak_bytes_of_known_allocations():
     def work():
         a = torch.ones(1_000_000)  # 4 MB
         b = torch.ones(500_000)  # 2 MB
@@ -39,7 +39,7 @@ def test_peak_is_the_most_held_at_once():
     assert benchmark.measure_peak_bytes(work, "cpu") == pytest.approx(6e6, rel=0.01)
 
 
-def test_ceiling_is_what_a_product_of_that_size_takes(monkeypatch):
+def test_matmul_rate_is_operations_over_seconds(monkeypatch):
     ticks = iter([float(t) for t in range(16)])  # every product takes one second
     monkeypatch.setattr(benchmark, "read_clock", lambda device: next(ticks))
     assert benchmark.measure_matmul_flops("cpu", "float32", side=10) == 2000.0
@@ -47,7 +47,7 @@ def test_ceiling_is_what_a_product_of_that_size_takes(monkeypatch):
 
 @pytest.mark.parametrize("mode", ["train", "sample"])
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_preset_is_measured(mode, precision, monkeypatch):
+def test_benchmark_of_a_preset(mode, precision, monkeypatch):
     monkeypatch.setattr(benchmark, "measure_matmul_flops", lambda device, precision: 1e12)
     settings = benchmark.BenchmarkSettings(
         preset="dimr-tiny",
@@ -89,7 +89,7 @@ def test_checkpointing_lowers_the_peak():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "value"),
     [
         ({"batch": 0}, "batch 0"),
         ({"rounds": 0}, "rounds 0"),
@@ -97,12 +97,12 @@ def test_checkpointing_lowers_the_peak():
         ({"graphs": True}, "graphs"),
     ],
 )
-def test_settings_that_mean_nothing(options, words):
-    with pytest.raises(ValueError, match=words):
+def test_invalid_settings(options, value):
+    with pytest.raises(ValueError, match=value):
         benchmark.BenchmarkSettings(preset="uvit-tiny", **options)
 
 
-def test_bf16_attention_written_out_is_the_fused_one():
+def test_bf16_attention_is_near_float32():
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, 33, 20, requires_grad=True) for _ in range(3))
     grad = torch.randn(2, 3, 33, 20)
@@ -116,7 +116,7 @@ def test_bf16_attention_written_out_is_the_fused_one():
 
 
 def emulated(function):
-    """Records like a graph: later runs read the same inputs and write the same outputs."""
+    """Emulate a recorded graph: replays read the same inputs and write the same outputs."""
     outputs = function()
 
     def replay():
@@ -137,9 +137,9 @@ def model():
     return model
 
 
-def test_graphs_answer_as_the_model_and_keep_no_reference(model):
+def test_graphs_return_new_tensors_equal_to_the_model(model):
     graphed = CudaGraphDenoiser(model, recorder=emulated)
-    answers, expected = [], []
+    results, expected = [], []
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         z, logsnr = (
@@ -147,19 +147,18 @@ def test_graphs_answer_as_the_model_and_keep_no_reference(model):
             torch.randn(2, generator=generator).double(),
         )
         cond = Cond(label=torch.tensor([seed, 9 - seed]))
-        answers.append(graphed(z, logsnr, cond))
+        results.append(graphed(z, logsnr, cond))
         with torch.no_grad():
             expected.append(model(z, logsnr, cond))
     assert len(graphed.recordings) == 1
-    for a, b in zip(
-        answers, expected, strict=True
-    ):  # compared at the end: a later replay must not change them
+    # Compared at the end: a later replay must not change earlier results.
+    for a, b in zip(results, expected, strict=True):
         assert torch.equal(a.x, b.x)
         assert torch.equal(a.eps, b.eps)
         assert a.var is None
 
 
-def test_an_interval_is_two_graphs(model):
+def test_guidance_interval_records_two_graphs(model):
     grid = torch.linspace(-4, 4, 7, dtype=torch.float64)
     scale = guidance.interval(guidance.dit_s(1.5), -2.0, 2.0)
     z, cond = torch.randn(2, 3, 16, 16), Cond(label=torch.tensor([1, 2]))
@@ -180,7 +179,7 @@ def test_graphs_need_a_gpu(model):
 
 @pytest.fixture
 def benchmark_module(monkeypatch):
-    """A function from a name to that module of benchmarks/, which is no package."""
+    """Return a function that imports a module of benchmarks/, which is not a package."""
     if not BENCHMARKS.exists():
         pytest.skip(f"{BENCHMARKS} is absent: benchmarks are not part of the source distribution")
     before = set(sys.modules)
@@ -196,7 +195,7 @@ def speed(benchmark_module):
     return benchmark_module("speed")
 
 
-def test_every_plain_form_is_the_same_network(speed):
+def test_switches_keep_the_gradients(speed):
     pairs = {
         name: speed.make(*speed.networks(small=True)[name], "cpu") for name in ("dimr-2r", "diffit")
     }
@@ -226,6 +225,6 @@ def test_pairs_hold_the_same_weights(speed):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_exponents(benchmark_module):
+def test_fitted_exponent(benchmark_module):
     exponent = benchmark_module("scaling").exponent
     assert exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)

@@ -40,8 +40,8 @@ def test_diffit_split_of_the_paper():
 
 
 def test_diffit_image_is_near_the_open_reading():
-    # specs/diffit.md section 4: 44.8 M with concatenated skips and 4 cells everywhere, temporal keys
-    # included.
+    # specs/diffit.md section 4: 44.8 M with concatenated skips and 4 cells everywhere, and with
+    # temporal keys.
     row = count.count_preset("diffit-ffhq64")
     net = count.meta_backbone("diffit-ffhq64")
     keys = sum(net.config.time_width * w + w for w in net.terms)

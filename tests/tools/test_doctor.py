@@ -20,7 +20,7 @@ from mezzotint.tools import doctor
 
 @pytest.fixture
 def folder(tmp_path):
-    """28 images of 80 x 70 in two classes, with a duplicate, one of another class, and a broken file."""
+    """28 files of 80 x 70 in two classes: two duplicates, one with another label, one broken."""
     rng = np.random.default_rng(0)
     for name, count in (("many", 24), ("few", 1)):
         (tmp_path / "set" / name).mkdir(parents=True)
@@ -95,14 +95,21 @@ def test_disk_speed_and_a_read_only_disk(tmp_path, monkeypatch):
 
 HEALTHY = {
     "environment": {
-        "python": "3.12", "torch": "2.13", "processor": "a", "cores": 8, "threads": 8, "load": [0.1, 0, 0],
-        "memory_bytes": 2**34, "gpus": [], "packages": {"gradio": "6", "wandb": None},
+        "python": "3.12",
+        "torch": "2.13",
+        "processor": "a",
+        "cores": 8,
+        "threads": 8,
+        "load": [0.1, 0, 0],
+        "memory_bytes": 2**34,
+        "gpus": [],
+        "packages": {"gradio": "6", "wandb": None},
     },
     "matmul": {"float32": 2e11, "bf16": 1e12},
     "distributed": {"backend": "gloo", "processes": 2, "passed": True, "error": "", "seconds": 3.0},
     "disk": {"folder": "runs", "free": 1e12, "write": 1e9, "read": 2e9},
     "data": None,
-}  # fmt: skip
+}
 
 
 def test_healthy_machine_has_no_concerns():

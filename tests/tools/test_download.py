@@ -1,8 +1,9 @@
-"""What a recipe needs from elsewhere is listed, fetched and checked; a hub that cannot be asked is no dead end."""
+"""Pretrained models of a recipe: listed, downloaded and checked, also without network access."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,11 @@ from mezzotint import config
 from mezzotint.cli import main
 from mezzotint.data.autoencoder import find_autoencoder, if_cached
 from mezzotint.recipes import recipe_for
-from mezzotint.tools.download import download, needs_for, needs_of
+from mezzotint.tools.download import (
+    download_requirements,
+    find_requirements,
+    recipe_requirements,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +29,23 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch) -> dict[str, dict[str, bytes]]:
-    """A hub of three repositories, one file of which nobody needs."""
+    """A hub of three repositories; pytorch.bin is a file that no recipe needs."""
     content = {
         "stabilityai/sd-vae-ft-ema": {
-            "config.json": b"{}", "diffusion_pytorch_model.safetensors": b"vae" * 100, "pytorch.bin": b"x"
+            "config.json": b"{}",
+            "diffusion_pytorch_model.safetensors": b"vae" * 100,
+            "pytorch.bin": b"x",
         },
-        "madebyollin/taesd": {"taesd_encoder.safetensors": b"e" * 50, "taesd_decoder.safetensors": b"d" * 60},
-        "google-t5/t5-small": {"config.json": b"{}", "tokenizer.json": b"{}", "model.safetensors": b"t5" * 80},
-    }  # fmt: skip
+        "madebyollin/taesd": {
+            "taesd_encoder.safetensors": b"e" * 50,
+            "taesd_decoder.safetensors": b"d" * 60,
+        },
+        "google-t5/t5-small": {
+            "config.json": b"{}",
+            "tokenizer.json": b"{}",
+            "model.safetensors": b"t5" * 80,
+        },
+    }
 
     def info(self, repo, files_metadata):
         if repo not in content:
@@ -62,74 +76,77 @@ def hub(tmp_path, monkeypatch) -> dict[str, dict[str, bytes]]:
     return content
 
 
-def test_what_recipes_need():
-    def names(preset, *changes):
-        return [need.name for need in needs_of(config.override(recipe_for(preset), changes))]
+def test_requirements_of_recipes():
+    def names(preset, *overrides):
+        return [r.name for r in find_requirements(preset, overrides)]
 
     assert names("unet-tiny") == []
     assert names("diffit-256") == ["sd-vae-ft-ema", "taesd"]
     assert names("diffit-latent-tiny", "data.codec=taesd") == ["taesd"]
     assert names("uvit-text-tiny") == ["google/t5-v1_1-xxl"]
     assert names("uvit-text-tiny", "data.text_encoder=google-t5/t5-small") == ["google-t5/t5-small"]
-    assert "needs no file" in download([])
 
 
-def test_fetching_puts_files_where_they_are_found(hub, tmp_path, monkeypatch, capsys):
-    listed = download(needs_of(recipe_for("diffit-256")), only_list=True)
+def test_requirements_of_a_recipe_file(tmp_path):
+    recipe = config.override(recipe_for("diffit-latent-tiny"), ["data.codec=taesd"])
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(recipe))
+    found = find_requirements(str(tmp_path / "recipe.yaml"))
+    assert found == recipe_requirements(recipe)
+    assert [r.name for r in found] == ["taesd"]
+
+
+def test_downloaded_files_are_found_in_the_cache(hub, tmp_path, monkeypatch, capsys):
+    listed = download_requirements(find_requirements("diffit-256"), only_list=True)
     assert hashlib.sha256(b"vae" * 100).hexdigest() in listed
-    assert "not on this machine" in listed
     assert not (tmp_path / "cache").exists()
-    monkeypatch.setattr("sys.argv", ["mezzotint", "prefetch", "diffit-256"])
+    monkeypatch.setattr("sys.argv", ["mezzotint", "download", "diffit-256"])
     main()
-    assert "fetched to" in capsys.readouterr().out
-    assert (
-        find_autoencoder("sd-vae-ft-ema", fetch=False)
-        == tmp_path / "cache" / "codecs" / "sd-vae-ft-ema"
-    )
+    codecs = tmp_path / "cache" / "codecs"
+    assert f"downloaded to {codecs}" in capsys.readouterr().out
+    assert find_autoencoder("sd-vae-ft-ema", fetch=False) == codecs / "sd-vae-ft-ema"
     assert sorted(p.name for p in find_autoencoder("taesd", fetch=False).iterdir()) == [
-        "taesd_decoder.safetensors", "taesd_encoder.safetensors"
-    ]  # fmt: skip
-    assert not (tmp_path / "cache" / "codecs" / "sd-vae-ft-ema" / "pytorch.bin").exists()
-    again = download(
-        needs_of(recipe_for("diffit-256"))
-    )  # now from disk, hashes of the files themselves
+        "taesd_decoder.safetensors",
+        "taesd_encoder.safetensors",
+    ]
+    assert not (codecs / "sd-vae-ft-ema" / "pytorch.bin").exists()
+    # The second time, files and hashes are those on the disk.
+    again = download_requirements(find_requirements("diffit-256"))
     assert hashlib.sha256(b"d" * 60).hexdigest() in again
-    assert "fetched to" not in again
+    assert "downloaded to" not in again
 
 
-def test_single_things_by_name(hub, tmp_path, capsys, monkeypatch):
-    download(needs_for("google-t5/t5-small", None))
+def test_models_by_name(hub, tmp_path, capsys, monkeypatch):
+    download_requirements(find_requirements("google-t5/t5-small"))
     assert (tmp_path / "cache" / "text" / "google-t5" / "t5-small" / "tokenizer.json").is_file()
-    monkeypatch.setattr("sys.argv", ["mezzotint", "prefetch", "taesd", "--list"])
+    monkeypatch.setattr("sys.argv", ["mezzotint", "download", "taesd", "--list"])
     main()
     assert "taesd_encoder.safetensors" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="nothing is known of 'taesdd'"):
-        needs_for("taesdd", None)
+    assert not (tmp_path / "cache" / "codecs").exists()
+    with pytest.raises(ValueError, match="taesdd"):
+        find_requirements("taesdd")
 
 
-def test_a_damaged_download_is_told(hub):
+def test_damaged_download_is_refused(hub):
     hub["served"]["taesd_decoder.safetensors"] = b"cut"
-    with pytest.raises(ValueError, match="is not what the hub states"):
-        download(needs_for("taesd", None))
+    with pytest.raises(ValueError, match=r"taesd_decoder\.safetensors"):
+        download_requirements(find_requirements("taesd"))
 
 
-def test_what_cannot_be_fetched_is_listed_with_its_place(hub, tmp_path):
+def test_failed_download_names_the_folder_and_fetches_the_rest(hub, tmp_path):
     del hub["stabilityai/sd-vae-ft-ema"]
-    with pytest.raises(ValueError, match="could not be fetched") as error:
-        download(needs_of(recipe_for("diffit-256")))
-    assert str(tmp_path / "cache" / "codecs" / "sd-vae-ft-ema") in str(error.value)
-    assert (
-        tmp_path / "cache" / "codecs" / "taesd" / "taesd_encoder.safetensors"
-    ).is_file()  # the rest was fetched
+    codecs = tmp_path / "cache" / "codecs"
+    with pytest.raises(ValueError, match=re.escape(str(codecs / "sd-vae-ft-ema"))):
+        download_requirements(find_requirements("diffit-256"))
+    assert (codecs / "taesd" / "taesd_encoder.safetensors").is_file()
 
 
-def test_real_taesd_is_at_hand_once_it_is_in_the_cache(shared, tmp_path):
+def test_real_taesd_opens_from_the_cache(shared, tmp_path):
     pytest.importorskip("diffusers")
     assert if_cached("taesd") is None
     shutil.copytree(shared("data/taesd"), tmp_path / "cache" / "codecs" / "taesd")
-    found = if_cached("taesd")
-    assert found is not None
-    assert found.name == "taesd"
-    listed = download(needs_for("taesd", None))
+    codec = if_cached("taesd")
+    assert codec is not None
+    assert codec.name == "taesd"
+    listed = download_requirements(find_requirements("taesd"))
     file = tmp_path / "cache" / "codecs" / "taesd" / "taesd_encoder.safetensors"
     assert hashlib.sha256(file.read_bytes()).hexdigest() in listed

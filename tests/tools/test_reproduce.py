@@ -1,4 +1,4 @@
-"""A paper's protocol, rehearsed whole on a tiny random model; a model, a folder and an .npz judged from the shell."""
+"""A paper's whole protocol on a tiny random model, and evaluation by command."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 
 import mezzotint as mz
+from mezzotint.backbones import presets
 from mezzotint.cli import evaluation, sampling
 from mezzotint.evaluate.results import load_evaluation, require_comparable
-from mezzotint.tools import reproduce as room
+from mezzotint.tools.reproduce import PUBLISHED, reproduce
 
 
 @pytest.fixture
@@ -25,55 +26,59 @@ def model(tmp_path):
 @pytest.fixture
 def reference(tmp_path):
     path = tmp_path / "digits.npz"
-    evaluation.evaluate(
-        make_reference=("digits:test", path), features=("digits",), size=8, channels=1
-    )
+    evaluation.reference("digits:test", path, features=("digits",), size=8, channels=1)
     return str(path)
 
 
-def test_the_whole_protocol_on_a_tiny_model(model, reference, tmp_path, capsys):
-    found = room.reproduce(
+def test_whole_protocol_on_a_tiny_model(model, reference, tmp_path, capsys):
+    result = reproduce(
         "uvit-256",
         model=str(model),
         reference=reference,
-        n=80,
+        num_images=80,
         steps=2,
         features=("digits",),
         out=tmp_path / "out",
     )
-    assert found is not None
-    assert found.protocol.n == 80
-    assert found.protocol.steps == 2
-    assert found.protocol.network_calls == 2
-    assert found["FD-digits"].value > 0
-    assert load_evaluation(tmp_path / "out" / "evaluation.json") == found
+    assert result is not None
+    assert result.protocol.num_images == 80
+    assert result.protocol.steps == 2
+    assert result.protocol.network_calls == 2
+    assert result["FD-digits"].value > 0
+    assert load_evaluation(tmp_path / "out" / "evaluation.json") == result
     assert "FID 2.77" in capsys.readouterr().out
 
 
-def test_dry_run_prices_and_runs_nothing(tmp_path, capsys):
-    assert room.reproduce("dimr-xl-2r-256", dry_run=True, out=tmp_path / "none") is None
+def test_dry_run_prints_the_cost_and_runs_nothing(tmp_path, capsys):
+    assert reproduce("dimr-xl-2r-256", dry_run=True, out=tmp_path / "none") is None
     printed = " ".join(capsys.readouterr().out.split())
     assert "50,000 images x 500 network calls x 160.2 GMAC" in printed
     assert not (tmp_path / "none").exists()
 
 
-def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(ValueError, match="give --model FOLDER and --reference FILE"):
-        room.reproduce("diffit-256", out=tmp_path)
-    with pytest.raises(ValueError, match="did you mean diffit-256"):
-        room.reproduce("diffit-25", out=tmp_path)
+def test_missing_files_and_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="--model"):
+        reproduce("diffit-256", out=tmp_path)
+    with pytest.raises(ValueError, match="diffit-256"):
+        reproduce("diffit-25", out=tmp_path)
 
 
-def test_every_claim_is_of_a_preset():
-    assert set(room.CLAIMS) == set(room.known())
+def test_every_published_result_is_of_a_preset():
+    assert set(PUBLISHED) <= set(presets())
 
 
-def test_model_and_its_samples_as_a_file_get_the_same_number(model, reference, tmp_path):
+def test_a_model_and_its_samples_get_the_same_number(model, reference, tmp_path):
     out = tmp_path / "of_model.json"
     evaluation.evaluate(
-        str(model), reference=reference, features=("digits",), channels=1, n=80, steps=2, out=out
+        str(model),
+        reference=reference,
+        features=("digits",),
+        channels=1,
+        num_images=80,
+        steps=2,
+        out=out,
     )
-    sampling.sample(str(model), out=tmp_path / "samples.npz", n=80, steps=2)
+    sampling.sample(str(model), out=tmp_path / "samples.npz", num_images=80, steps=2)
     evaluation.evaluate(
         str(tmp_path / "samples.npz"),
         reference=reference,
@@ -83,9 +88,8 @@ def test_model_and_its_samples_as_a_file_get_the_same_number(model, reference, t
     )
     of_model, of_file = load_evaluation(out), load_evaluation(tmp_path / "of_file.json")
     assert of_model["FD-digits"].value == pytest.approx(of_file["FD-digits"].value, rel=1e-9)
-    assert (
-        require_comparable(of_model, of_file).unstated == ()
-    )  # the file has the card of its sampling beside it
+    # samples.npz.json, next to the file, records how the images were made.
+    assert require_comparable(of_model, of_file).unknown == ()
     evaluation.compare(out, tmp_path / "of_file.json")
     (tmp_path / "samples.npz.json").unlink()
     evaluation.evaluate(
@@ -95,8 +99,6 @@ def test_model_and_its_samples_as_a_file_get_the_same_number(model, reference, t
         channels=1,
         out=tmp_path / "bare.json",
     )
-    with pytest.raises(
-        ValueError, match="not comparable"
-    ):  # nobody said how the file's images were made
+    with pytest.raises(ValueError, match="comparable"):
         evaluation.compare(out, tmp_path / "bare.json")
     evaluation.compare(out, tmp_path / "bare.json", anyway=True)

@@ -1,4 +1,4 @@
-"""Counts of the presets: the shipped file against fresh counts, layers against the whole network."""
+"""Counts of the presets: the shipped file against fresh counts, layers against the total."""
 
 import io
 import json

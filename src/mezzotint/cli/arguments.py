@@ -1,4 +1,4 @@
-"""Types of the command line's arguments that keep a help page on one screen."""
+"""Argument types of the command line that keep each help page on one screen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
-# Without tyro's "{None}|STR" and "(default: None)", which would double the length of the help.
+# They leave out tyro's "{None}|STR" and "(default: None)", which would double the help's length.
+Preset = Positional[Annotated[str, arg(metavar="PRESET", help_behavior_hint="")]]
+Overrides = Positional[
+    Annotated[tuple[str, ...], arg(metavar="[FIELD=VALUE ...]", help_behavior_hint="")]
+]
 Text = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 Count = Annotated[int, arg(metavar="N", help_behavior_hint="")]
 Given = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]

@@ -1,4 +1,4 @@
-"""Commands of data and of what else a recipe needs."""
+"""Commands for data and the models it needs: prepare, download."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Switch
+from mezzotint.cli.arguments import Overrides, Switch
 
 
 def prepare(
-    source: Positional[str],
-    out: Positional[Path],
+    source: Positional[Annotated[str, arg(metavar="SOURCE")]],
+    out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
     *,
     size: int,
@@ -20,54 +20,48 @@ def prepare(
     codec: str = "pixels",
     text: str = "",
 ) -> None:
-    """Resize a folder, zip or hub data set once into a memory-mapped set that training reads without decoding.
+    """Resize a dataset once, so that training reads it without decoding.
 
-    With --codec, write latents of the pictures and of their mirror images instead. That resumes when the same command
-    is given again, and torchrun shares it over processes.
+    With --codec, write latents of the images and of their mirror images instead. Run the same
+    command again to resume; torchrun splits the work over processes.
 
     Args:
         source: Folder of images (class subfolders or flat), zip, parquet or hub name.
-        out: Folder to write; appears only when complete.
+        out: Folder to write; it appears when it is complete.
         size: Height and width in pixels.
-        crop: adm (halve with BOX, bicubic, centre; as the papers) or plain (one antialiased resize, centre).
-        codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or any autoencoder of diffusers by folder or hub name.
-        text: T5 encoder that embeds the captions now rather than when training starts.
+        crop: Centre crop after adm's resizing, as in the papers, or one plain antialiased resize.
+        codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or a folder or hub name of a diffusers
+            autoencoder.
+        text: T5 encoder to embed the captions with; without it, training embeds them.
     """
-    from mezzotint.data.audit import describe
-    from mezzotint.data.prepare import prepare_captions, prepare_latents
-    from mezzotint.data.prepare import prepare_source as run
+    from mezzotint.data.audit import describe_audit
+    from mezzotint.data.prepare import prepare_captions, prepare_latents, prepare_source
 
     if codec == "pixels":
-        print(describe(run(source, out, size=size, crop=crop)))
+        print(describe_audit(prepare_source(source, out, size=size, crop=crop)))
     else:
         print(prepare_latents(source, out, size, codec, crop=crop))
     if text:
         print("\n".join(prepare_captions(out, text)))
 
 
-def prefetch(
-    what: Positional[str],
-    overrides: Positional[tuple[str, ...]] = (),
+def download(
+    what: Positional[Annotated[str, arg(metavar="WHAT")]],
+    overrides: Overrides = (),
     /,
     *,
     only_list: Annotated[Switch, arg(name="list")] = False,
 ) -> None:
-    """List and fetch what a recipe needs from elsewhere (autoencoder, text encoder), with sizes and hashes.
+    """Download what a recipe needs (autoencoder, text encoder), with sizes and hashes.
 
-    It lands in $MEZZOTINT_CACHE (or ~/.cache/mezzotint); copy that folder to a machine without network.
+    Files go to $MEZZOTINT_CACHE, by default ~/.cache/mezzotint. Copy that folder to a machine
+    without network access.
 
     Args:
         what: A preset, a recipe.yaml, or the name of an autoencoder or text encoder.
         overrides: Fields of the recipe, e.g. data.text_encoder=google-t5/t5-small.
-        only_list: Fetch nothing.
+        only_list: List the files; download nothing.
     """
-    from mezzotint import config, models
-    from mezzotint.recipes import recipe_for
-    from mezzotint.tools.download import download as run
-    from mezzotint.tools.download import needs_for
+    from mezzotint.tools.download import download_requirements, find_requirements
 
-    recipe = None
-    if Path(what).suffix in (".yaml", ".yml") or what in models.presets():
-        recipe = recipe_for(what) if what in models.presets() else config.from_yaml(what)
-        recipe = config.override(recipe, overrides)
-    print(run(needs_for(what, recipe), only_list))
+    print(download_requirements(find_requirements(what, overrides), only_list))

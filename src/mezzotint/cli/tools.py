@@ -7,13 +7,19 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, Given, Switch
+from mezzotint.cli.arguments import Count, Given, Overrides, Preset, Switch
 
 Precision = Literal["float32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
+NO_HINT = arg(help_behavior_hint="")
 
 
-def info(preset: Positional[str] = "", /, *, json: Switch = False) -> None:
+def info(
+    preset: Positional[Annotated[str, arg(metavar="[PRESET]", help_behavior_hint="")]] = "",
+    /,
+    *,
+    json: Switch = False,
+) -> None:
     """List the presets with their parameters and multiply-accumulates, counted and as published.
 
     Args:
@@ -37,17 +43,17 @@ def info(preset: Positional[str] = "", /, *, json: Switch = False) -> None:
 
 
 def plan(
-    preset: Positional[str],
-    overrides: Positional[tuple[str, ...]] = (),
+    preset: Preset,
+    overrides: Overrides = (),
     /,
     *,
-    gpus: int = 1,
+    gpus: Count = 1,
     batch: Given = None,
     device: str = "h200",
-    strategy: Literal["ddp", "fsdp"] | None = None,
-    precision: Precision | None = None,
-    checkpointing: Checkpointing | None = None,
-    efficiency: float | None = None,
+    strategy: Annotated[Literal["ddp", "fsdp"] | None, NO_HINT] = None,
+    precision: Annotated[Precision | None, NO_HINT] = None,
+    checkpointing: Annotated[Checkpointing | None, NO_HINT] = None,
+    efficiency: Annotated[float | None, arg(metavar="PART", help_behavior_hint="")] = None,
     json: Switch = False,
 ) -> None:
     """Estimate what a recipe needs: memory per rank, the largest batch that fits, time, FLOP.
@@ -55,7 +61,7 @@ def plan(
     Args:
         preset: Network and recipe, as for train.
         overrides: Fields of the recipe, e.g. model.size=128 engine.microbatch=32.
-        gpus: Number of ranks, one process each.
+        gpus: Number of ranks, one process each; 1 by default.
         batch: Images per step over all ranks; the recipe's by default.
         device: h200, b200, h100, a100, a100-40gb, l40s, rtx4090 or cpu.
         strategy: The one to advise on; both are shown.
@@ -92,19 +98,19 @@ def plan(
 
 
 def bench(
-    preset: Positional[str],
-    overrides: Positional[tuple[str, ...]] = (),
+    preset: Preset,
+    overrides: Overrides = (),
     /,
     *,
     train: Switch = False,
     sample: Switch = False,
-    batch: int = 8,
+    batch: Count = 8,
     precision: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     compile: Switch = False,
     checkpointing: Checkpointing = "none",
     graphs: Switch = False,
-    rounds: int = 5,
+    rounds: Count = 5,
     json: Switch = False,
 ) -> None:
     """Measure the speed and peak memory of a preset on this machine.
@@ -114,13 +120,13 @@ def bench(
         overrides: Fields of its config, e.g. size=64 num_classes=10.
         train: Measure a training step; by default both are measured.
         sample: Measure a guided network call.
-        batch: Images per step or call.
+        batch: Images per step or call; 8 by default.
         precision: float32, or bf16 autocast over float32 weights.
         device: auto is the GPU if there is one.
         compile: Compile each repeated block with torch.compile.
         checkpointing: Recompute nothing, cheap operations or whole blocks in the backward pass.
         graphs: Replay sampling from CUDA graphs.
-        rounds: Measured repetitions; the median counts.
+        rounds: Repetitions, of which the median counts; 5 by default.
         json: Print one JSON object per measurement.
     """
     from json import dumps
@@ -158,7 +164,7 @@ def bench(
 
 
 def doctor(
-    data: Positional[str] = "",
+    data: Positional[Annotated[str, arg(metavar="[DATA]", help_behavior_hint="")]] = "",
     /,
     *,
     size: Given = None,
@@ -171,7 +177,7 @@ def doctor(
     Args:
         data: Source as for train; by default only the machine is checked.
         size: Training size in pixels; by default the largest usual one that half the images reach.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey) or 3 (RGB, the default).
         out: Where runs will be written.
         json: Print one JSON object.
     """

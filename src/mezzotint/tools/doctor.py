@@ -21,7 +21,7 @@ import torch
 from mezzotint.core import distributed, rng
 from mezzotint.core.distributed import default_device
 from mezzotint.core.machine import describe_machine
-from mezzotint.data.audit import Audit, concerns, describe
+from mezzotint.data.audit import Audit, describe_audit, list_problems
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset, open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.transforms import UnreadableImage
@@ -201,7 +201,7 @@ def examine_data(data: str, size: int | None, channels: int, seconds: float) -> 
     audit = audit_within(images, seconds)
     threads = sorted({1, os.cpu_count() or 1})
     speeds = {str(n): measure_loading(images, n) for n in threads}
-    data_concerns = concerns(audit)
+    data_concerns = list_problems(audit)
     if max(speeds.values()) < MIN_IMAGES_PER_SECOND:
         data_concerns.append(
             f"loading reaches only {max(speeds.values()):.0f} images/s; resize once: "
@@ -353,7 +353,9 @@ def render_diagnosis(facts: dict[str, Any]) -> str:
 
 def _render_data(data: dict[str, Any]) -> list[str]:
     size = data["size"]
-    audit = [line for line in describe(data["audit"]).splitlines() if not line.startswith("!")]
+    audit = [
+        line for line in describe_audit(data["audit"]).splitlines() if not line.startswith("!")
+    ]
     speeds = [f"{v:,.0f} with {n} thread(s)" for n, v in data["images_per_second"].items()]
     return [
         f"data         {data['source']} at {size} px: "

@@ -1,33 +1,39 @@
-"""`mezzotint prefetch`: everything a recipe needs from elsewhere, listed with sizes and hashes, and fetched.
+"""Download the files that a recipe needs: its autoencoder and its text encoder.
 
-What is fetched lands in our cache ($MEZZOTINT_CACHE, else ~/.cache/mezzotint), under codecs/ and text/. For a machine
-without network, prefetch on another one and copy that folder.
+Files go to our cache ($MEZZOTINT_CACHE, by default ~/.cache/mezzotint), under codecs/ and
+text/. For a machine without network access, download on another one and copy that folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
+from mezzotint import config
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
 from mezzotint.core.files import cache_dir, format_bytes, sha256_of_file
 from mezzotint.data import autoencoder, text_encoder
-from mezzotint.models import preset_info
+from mezzotint.models import preset_info, presets
+from mezzotint.recipes import recipe_for
 
 
 @dataclass(frozen=True)
-class Need:
-    """One thing that a recipe needs.
+class Requirement:
+    """A pretrained model that a recipe needs.
 
-    name: as a recipe says it. why: what for. repo: on the hub; None for a folder. patterns: of its files.
-    target: where it is put. folder: where it is now, None if it is not on this machine.
+    name: as in the recipe.
+    purpose: what it is needed for.
+    repo: repository on the hub; None for a local folder.
+    patterns: its files, as glob patterns.
+    target: folder to download to.
+    folder: where it is now; None if it is not on this machine.
     """
 
     name: str
-    why: str
+    purpose: str
     repo: str | None
     patterns: tuple[str, ...]
     target: Path
@@ -35,153 +41,168 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file of a `Need`: bytes and SHA-256, where they are known."""
+class RequiredFile:
+    """A file of a `Requirement`; size (bytes) and SHA-256 are None where unknown."""
 
     name: str
-    bytes: int | None
+    size: int | None
     sha256: str | None
 
 
-def _here(find: Any, name: str) -> Path | None:
+def find_requirements(what: str, overrides: Sequence[str] = ()) -> list[Requirement]:
+    """Return what a recipe needs, or the autoencoder or text encoder of a name.
+
+    Args:
+        what: a preset, a recipe.yaml, an autoencoder, or OWNER/NAME on the hub.
+        overrides: fields of the recipe, FIELD=VALUE.
+
+    Errors: ValueError for a name that is none of these.
+    """
+    if what in presets() or Path(what).suffix in (".yaml", ".yml"):
+        recipe = recipe_for(what) if what in presets() else config.from_yaml(what)
+        return recipe_requirements(config.override(recipe, overrides))
+    if what in autoencoder.RELEASES:
+        return [_autoencoder(what, "an autoencoder")]
+    if what.count("/") == 1 and not what.startswith((".", "/", "~")):
+        is_t5 = "t5" in what.lower()
+        return [_text_encoder(what) if is_t5 else _autoencoder(what, "an autoencoder")]
+    raise ValueError(
+        f"unknown name {what!r}; give a preset, a recipe.yaml, an autoencoder "
+        f"({', '.join(autoencoder.RELEASES)}), or OWNER/NAME of an autoencoder or T5 encoder"
+    )
+
+
+def recipe_requirements(recipe: Recipe) -> list[Requirement]:
+    """Return the autoencoder, the sample grids' decoder and the text encoder; may be empty."""
+    info = preset_info(recipe.preset, **recipe.model)
+    codec = recipe.data.codec or info.codec
+    requirements = []
+    if codec != "pixels":
+        requirements.append(_autoencoder(codec, "encodes images and decodes samples"))
+    if codec in autoencoder.SD_LATENTS and codec != "taesd":
+        purpose = "decodes a run's sample grids faster than the autoencoder"
+        requirements.append(_autoencoder("taesd", purpose))
+    if text_width(info.config):
+        requirements.append(_text_encoder(recipe.data.text_encoder or text_encoder.XXL))
+    return requirements
+
+
+def _autoencoder(name: str, purpose: str) -> Requirement:
+    release = autoencoder.RELEASES.get(name)
+    return Requirement(
+        name,
+        purpose,
+        repo=release.repo if release else _repo_of(name),
+        patterns=release.files if release else autoencoder.DIFFUSERS_FILES,
+        target=cache_dir() / "codecs" / name,
+        folder=_find_locally(autoencoder.find_autoencoder, name),
+    )
+
+
+def _text_encoder(name: str) -> Requirement:
+    return Requirement(
+        name,
+        "embeds captions",
+        repo=_repo_of(name),
+        patterns=text_encoder.FILES,
+        target=cache_dir() / "text" / name,
+        folder=_find_locally(text_encoder.find_text_encoder, name),
+    )
+
+
+def _repo_of(name: str) -> str | None:
+    return None if Path(name).expanduser().is_dir() else name
+
+
+def _find_locally(find: Callable[..., Path], name: str) -> Path | None:
     try:
         return find(name, fetch=False)
     except ValueError:
         return None
 
 
-def codec_need(name: str, why: str) -> Need:
-    """An autoencoder by name, folder or repository."""
-    release = autoencoder.RELEASES.get(name)
-    repo = release.repo if release else None if Path(name).expanduser().is_dir() else name
-    files = release.files if release else ("config.json", "diffusion_pytorch_model.safetensors")
-    target = cache_dir() / "codecs" / name
-    return Need(name, why, repo, files, target, _here(autoencoder.find_autoencoder, name))
-
-
-def text_need(name: str) -> Need:
-    """A text encoder by folder or repository."""
-    repo = None if Path(name).expanduser().is_dir() else name
-    return Need(
-        name,
-        "reads captions",
-        repo,
-        text_encoder.FILES,
-        cache_dir() / "text" / name,
-        _here(text_encoder.find_text_encoder, name),
-    )
-
-
-def needs_of(recipe: Recipe) -> list[Need]:
-    """The autoencoder, the one that shows grids while training, and the text encoder of a recipe; may be empty."""
-    card = preset_info(recipe.preset, **recipe.model)
-    space, needs = recipe.data.codec or card.codec, []
-    if space != "pixels":
-        needs.append(codec_need(space, "encodes pictures, decodes samples"))
-    if space in autoencoder.SD_LATENTS and space != "taesd":
-        needs.append(
-            codec_need("taesd", "decodes the grids of a run (without it: the autoencoder itself)")
-        )
-    if text_width(card.config):
-        needs.append(text_need(recipe.data.text_encoder or text_encoder.XXL))
-    return needs
-
-
-def needs_for(what: str, recipe: Recipe | None) -> list[Need]:
-    """Of a recipe, or of a codec or text encoder by name; ValueError for a name that is neither."""
-    if recipe is not None:
-        return needs_of(recipe)
-    if what in autoencoder.RELEASES:
-        return [codec_need(what, "an autoencoder")]
-    if what.count("/") == 1 and not what.startswith((".", "/", "~")):
-        return [text_need(what) if "t5" in what.lower() else codec_need(what, "an autoencoder")]
-    raise ValueError(
-        f"nothing is known of {what!r}; give a preset, a recipe.yaml, a codec ({', '.join(autoencoder.RELEASES)}), or "
-        "OWNER/NAME of an autoencoder or T5 encoder"
-    )
-
-
-def local_files(need: Need) -> list[Found]:
-    """The files on this machine with their hashes."""
-    if need.folder is None:
+def list_local_files(requirement: Requirement) -> list[RequiredFile]:
+    """Return the files on this machine with the hashes of their bytes."""
+    folder = requirement.folder
+    if folder is None:
         return []
-    paths = sorted(
-        {path for pattern in need.patterns for path in need.folder.glob(pattern) if path.is_file()}
-    )
-    return [Found(path.name, path.stat().st_size, sha256_of_file(path)) for path in paths]
+    matches = {path for pattern in requirement.patterns for path in folder.glob(pattern)}
+    paths = sorted(path for path in matches if path.is_file())
+    return [RequiredFile(path.name, path.stat().st_size, sha256_of_file(path)) for path in paths]
 
 
-def remote_files(need: Need) -> list[Found]:
-    """The files on the hub, sizes and hashes as it states them; ValueError when it cannot be asked."""
-    from fnmatch import fnmatch
-
+def list_hub_files(requirement: Requirement) -> list[RequiredFile]:
+    """Return the files on the hub, with its sizes and hashes; ValueError without an answer."""
     from huggingface_hub import HfApi
 
+    repo = requirement.repo or ""
     try:
-        siblings = HfApi().model_info(need.repo or "", files_metadata=True).siblings or []
-    except Exception as error:  # the hub and the network raise their own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{need.repo} cannot be asked for: {first}") from None
-    wanted = [
-        s for s in siblings if any(fnmatch(s.rfilename, pattern) for pattern in need.patterns)
+        siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
+    except Exception as error:  # the hub and the network raise their own kinds
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"the hub does not answer for {repo}: {reason}") from None
+    return [
+        RequiredFile(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None)
+        for s in siblings
+        if any(fnmatch(s.rfilename, pattern) for pattern in requirement.patterns)
     ]
-    return [Found(s.rfilename, s.size, s.lfs.sha256 if s.lfs else None) for s in wanted]
 
 
-def listing(need: Need, files: Sequence[Found]) -> str:
-    """A need and its files in lines."""
-    place = f"in {need.folder}" if need.folder else f"not on this machine; goes to {need.target}"
-    lines = [f"{need.name} ({need.why}): {place}"]
-    for f in files:
-        size = format_bytes(f.bytes) if f.bytes is not None else "size unknown"
-        lines.append(
-            f"  {f.name}  {size}  {'sha256 ' + f.sha256 if f.sha256 else 'no hash stated'}"
-        )
+def _format_requirement(requirement: Requirement, files: Sequence[RequiredFile]) -> str:
+    place = (
+        f"in {requirement.folder}"
+        if requirement.folder
+        else f"not on this machine; goes to {requirement.target}"
+    )
+    lines = [f"{requirement.name} ({requirement.purpose}): {place}"]
+    for file in files:
+        size = "unknown size" if file.size is None else format_bytes(file.size)
+        sha256 = f"sha256 {file.sha256}" if file.sha256 else "no hash stated"
+        lines.append(f"  {file.name}  {size}  {sha256}")
     return "\n".join(lines)
 
 
-def fetch_files(need: Need) -> Path:
-    """Download a need to its target and compare with the hub's hashes; ValueError where it cannot be had or differs."""
+def _fetch(requirement: Requirement, files: Sequence[RequiredFile]) -> Path:
+    """Download to the target and check the hub's hashes; ValueError where a file differs."""
     from huggingface_hub import snapshot_download
 
-    expected = {f.name: f for f in remote_files(need)}
-    if not expected:
-        raise ValueError(
-            f"{need.repo} holds none of {', '.join(need.patterns)}; is it the right repository?"
-        )
-    snapshot_download(
-        need.repo or "", allow_patterns=list(need.patterns), local_dir=str(need.target)
-    )
-    for name, stated in expected.items():
-        path = need.target / name
-        if stated.sha256 and sha256_of_file(path) != stated.sha256:
+    repo, patterns, target = requirement.repo or "", requirement.patterns, requirement.target
+    if not files:
+        raise ValueError(f"{repo} has none of {', '.join(patterns)}; is it the right repository?")
+    snapshot_download(repo, allow_patterns=list(patterns), local_dir=str(target))
+    for file in files:
+        path = target / file.name
+        if file.sha256 and sha256_of_file(path) != file.sha256:
             raise ValueError(
-                f"{path} is not what the hub states (SHA-256 {stated.sha256}); delete it and fetch again"
+                f"{path} is damaged (the hub states SHA-256 {file.sha256}); "
+                "delete it and download again"
             )
-    return need.target
+    return target
 
 
-def download(needs: Sequence[Need], only_list: bool = False) -> str:
-    """List, and unless `only_list` fetch what is missing; the listing as text.
+def download_requirements(requirements: Sequence[Requirement], only_list: bool = False) -> str:
+    """Download what is missing, or with `only_list` nothing; return the list of files as text.
 
-    Errors: ValueError naming everything that could not be fetched, after fetching the rest.
+    Errors: ValueError naming everything that could not be downloaded, after downloading the rest.
     """
-    if not needs:
-        return "nothing: this recipe needs no file from elsewhere"
-    said, failed = [], []
-    for need in needs:
-        if need.folder is not None or need.repo is None:
-            said.append(listing(need, local_files(need)))
+    if not requirements:
+        return "this recipe needs no files"
+    lines, failures = [], []
+    for requirement in requirements:
+        if requirement.folder is not None or requirement.repo is None:
+            lines.append(_format_requirement(requirement, list_local_files(requirement)))
             continue
         try:
-            said.append(listing(need, remote_files(need)))
+            files = list_hub_files(requirement)
+            lines.append(_format_requirement(requirement, files))
             if not only_list:
-                said.append(f"  fetched to {fetch_files(need)}")
+                lines.append(f"  downloaded to {_fetch(requirement, files)}")
         except (ValueError, OSError) as error:
-            said.append(listing(need, []))
-            failed.append(
-                f"{need.name}: {error}; put {' and '.join(need.patterns)} of {need.repo} into {need.target}"
+            lines.append(_format_requirement(requirement, []))
+            failures.append(
+                f"{requirement.name}: {error}; put {' and '.join(requirement.patterns)} of "
+                f"{requirement.repo} into {requirement.target}"
             )
-    if failed and not only_list:
-        raise ValueError("\n".join([*said, "could not be fetched:", *failed]))
-    return "\n".join([*said, *failed])
+    if failures and not only_list:
+        raise ValueError("\n".join([*lines, "could not be downloaded:", *failures]))
+    return "\n".join([*lines, *failures])
