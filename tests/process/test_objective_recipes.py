@@ -59,10 +59,10 @@ def one_step(run, recipe):
         build(objectives.registry, recipe.objective),
     )
     check_objective(recipe, run.model, objective, schedule)
-    now = dataclasses.replace(run, recipe=recipe, card=card, schedule=schedule, objective=objective)
-    loaded = next(load_batches(run.images, seed=0, start_image=0, batch=recipe.batch))
+    now = dataclasses.replace(run, recipe=recipe, info=card, schedule=schedule, objective=objective)
+    loaded = next(load_batches(run.dataset, seed=0, start_image=0, batch=recipe.batch))
     losses = gradient(
-        now, make_batch(recipe, run.images, card.config.num_classes, loaded, torch.device("cpu"))
+        now, make_batch(recipe, run.dataset, card.config.num_classes, loaded, torch.device("cpu"))
     )
     verdict = reduce_step(losses, gradient_norms(now)[0], False, False, run.world)
     run.model.zero_grad(set_to_none=True)

@@ -145,7 +145,7 @@ def test_any_width_from_two_tracked_ones(two_widths, std, steps):
     """Nearly as if it had been tracked, at the end of the run and halfway; those that were, exactly."""
     path, kept, averages = two_widths
     until = [i for i, (images, _) in enumerate(kept) if images <= steps * BATCH]
-    x, distance = posthoc_ema.coefficients([kept[i] for i in until], steps * BATCH, std)
+    x, distance = posthoc_ema.solve_coefficients([kept[i] for i in until], steps * BATCH, std)
     rebuilt = x @ averages[until]
     direct = tracked(path[:steps], lambda k: ema.power_beta(std, k * BATCH, BATCH))[-1]
     error = float((rebuilt - direct).norm() / direct.norm())
@@ -156,7 +156,7 @@ def test_any_width_from_two_tracked_ones(two_widths, std, steps):
 
 def test_more_snapshots_come_nearer():
     distances = [
-        posthoc_ema.coefficients(
+        posthoc_ema.solve_coefficients(
             [(i * 4096 // n, w) for i in range(1, n + 1) for w in (0.05, 0.1)], 4096, 0.15
         )[1]
         for n in (4, 8, 16, 32)
@@ -176,7 +176,7 @@ def averaged(tmp_path_factory):
 
 
 def test_a_run_keeps_snapshots_as_asked(averaged):
-    kept = posthoc_ema.snapshots(averaged)
+    kept = posthoc_ema.list_snapshots(averaged)
     assert [s.images for s in kept if s.std == 0.05] == list(range(8, 161, 8))
     assert {s.std for s in kept} == {0.05, 0.1, 0.15}
 
@@ -185,7 +185,7 @@ def test_rebuilding_a_run_equals_tracking_it(averaged):
     direct = load_file(posthoc_ema.snapshot_path(averaged, 160, 0.15))
     hidden = averaged / "hidden"
     hidden.mkdir()
-    for snapshot in posthoc_ema.snapshots(averaged):
+    for snapshot in posthoc_ema.list_snapshots(averaged):
         if snapshot.std == 0.15:
             snapshot.path.rename(hidden / snapshot.path.name)
     try:
@@ -239,7 +239,7 @@ def test_snapshots_after_a_resume_are_the_same(averaged, tmp_path):
     ]  # fmt: skip
     train(small(*recipe, "images=80"), tmp_path / "run", quiet=True)
     train(small(*recipe, "images=160"), tmp_path / "run", quiet=True)
-    for snapshot in posthoc_ema.snapshots(averaged):
+    for snapshot in posthoc_ema.list_snapshots(averaged):
         again = posthoc_ema.snapshot_path(tmp_path / "run", snapshot.images, snapshot.std)
         assert_same_tensors(load_file(snapshot.path), load_file(again))
 

@@ -12,7 +12,7 @@ import mezzotint
 from helpers.runs import small
 from mezzotint.train import environment
 from mezzotint.train.loop import train
-from mezzotint.train.report import environment as rows_of
+from mezzotint.train.report import environment_rows
 
 
 def test_each_start_adds_what_it_runs_on(tmp_path):
@@ -25,7 +25,7 @@ def test_each_start_adds_what_it_runs_on(tmp_path):
     assert list(second["devices"].values()) == [1]
     assert second["cores"] >= 1
     assert Path(sys.argv[0]).name in second["command"]
-    rows = dict(rows_of(tmp_path))
+    rows = dict(environment_rows(tmp_path))
     assert "2 times so far" in rows["started"]
     assert rows["images seen at the start"] == "48"
     assert "torch 2." in rows["versions"]
@@ -56,11 +56,11 @@ def test_the_commit_of_a_checkout_and_of_no_checkout(tmp_path):
     git("commit", "-qm", "first")
     git("tag", "v1")
     head = git("rev-parse", "HEAD")
-    assert environment.commit(package) == head
+    assert environment.find_commit(package) == head
     (package / "__init__.py").write_text("x = 1\n")
-    assert environment.commit(package) == f"{head}-dirty"
+    assert environment.find_commit(package) == f"{head}-dirty"
     assert (
-        environment.commit(installed) != head
+        environment.find_commit(installed) != head
     )  # it lies inside the checkout without being part of it
 
 
@@ -76,4 +76,6 @@ def test_the_home_folder_is_not_named(monkeypatch, tmp_path):
         f"{tmp_path}/my pictures",
     ]
     monkeypatch.setattr(environment.sys, "orig_argv", words)
-    assert environment.command() == "python -m mezzotint train unet-tiny --data '~/my pictures'"
+    assert (
+        environment.command_line() == "python -m mezzotint train unet-tiny --data '~/my pictures'"
+    )

@@ -18,7 +18,7 @@ from mezzotint.core.distributed import World, init_distributed
 from mezzotint.models import create_model, meta_model
 from mezzotint.train import distributed, log, trackers
 from mezzotint.train.loop import train
-from mezzotint.train.setup import flop_per_image, setup
+from mezzotint.train.setup import count_training_flop, setup
 
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
 
@@ -45,7 +45,9 @@ def test_norms_against_torch():
 
 def test_speed_and_memory_are_logged(tmp_path):
     train(small("images=32", "log_every_images=16", "engine.peak_tflops=0.5"), tmp_path, quiet=True)
-    flop = flop_per_image(meta_model(setup(small(), tmp_path / "other", init_distributed()).info))
+    flop = count_training_flop(
+        meta_model(setup(small(), tmp_path / "other", init_distributed()).info)
+    )
     for line in lines(tmp_path):
         assert line["tflops"] == pytest.approx(line["images_per_second"] * flop / 1e12, rel=2e-3)
         assert line["utilisation"] == pytest.approx(line["tflops"] / 0.5, rel=2e-3)
@@ -54,11 +56,11 @@ def test_speed_and_memory_are_logged(tmp_path):
 
 def test_flop_of_a_step_is_three_forward_passes():
     """Against the count of `mezzotint info`, 1e9 multiply-accumulates of one forward pass."""
-    from mezzotint.tools.summary import describe
+    from mezzotint.tools.summary import read_summary
 
     card = create_model("unet-tiny").info
-    assert flop_per_image(meta_model(card)) == pytest.approx(
-        3 * 2 * describe("unet-tiny")["gmac"] * 1e9, rel=1e-6
+    assert count_training_flop(meta_model(card)) == pytest.approx(
+        3 * 2 * read_summary("unet-tiny")["gmac"] * 1e9, rel=1e-6
     )
 
 
@@ -151,13 +153,13 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_remedy(tmp_path, monk
         train(small("trackers=[wandb]"), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
     with pytest.raises(
-        ValueError, match=r"track\[0\] is 'tensorbord'; allowed: tensorboard, wandb, trackio"
+        ValueError, match=r"trackers\[0\] is 'tensorbord'; allowed: tensorboard, wandb, trackio"
     ):
         small("trackers=[tensorbord]")
 
 
 def test_two_folders_of_one_name_are_two_runs(tmp_path):
-    names = [trackers.identity(tmp_path / place / "run") for place in ("a", "b")]
+    names = [trackers.folder_id(tmp_path / place / "run") for place in ("a", "b")]
     assert names[0] != names[1]
     assert all(name.startswith("run-") for name in names)
     assert Path(names[0]).name == names[0]

@@ -14,13 +14,14 @@ from helpers.runs import assert_same_tensors, events, records, small, weights
 from mezzotint.core import distributed
 from mezzotint.data.image_dataset import open_images
 from mezzotint.train import log, loop, nonfinite
-from mezzotint.train.nonfinite import NonFiniteError, spike
+from mezzotint.train.nonfinite import NonFiniteError, find_spike
+from mezzotint.train.progress import ProgressDisplay
 from mezzotint.train.replay import replay
 from mezzotint.train.setup import setup
 
 
 def quiet(run):
-    loop.loop(run, loop.Console(quiet=True), loop.StopSignal())
+    loop.loop(run, ProgressDisplay(show=False), loop.StopSignal())
     run.writer.close()
 
 
@@ -69,7 +70,7 @@ def test_stop_writes_a_bundle_that_fails_again_at_the_same_layer(begun):
         "manifest.json",
     }
     facts = json.loads((bundle / "bundle.json").read_text())
-    assert facts["numbers"] == list(range(64, 80))
+    assert facts["image_numbers"] == list(range(64, 80))
     assert all(math.isfinite(v) for v in facts["logsnr"])
     assert list(facts["layers"]) == names(run)
     assert facts["layers"][f"{broken}.weight"]["weight_norm"] == "nan"
@@ -143,7 +144,7 @@ def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
         responded.append(run.state.images)
         return event
 
-    monkeypatch.setattr(nonfinite, "respond", watched)
+    monkeypatch.setattr(nonfinite, "handle_nonfinite", watched)
     quiet(dataclasses.replace(run, objective=objective))
     assert seen == list(range(64, 160, 16))
     assert responded == [80, 112]
@@ -159,7 +160,7 @@ def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
 def test_skips_are_limited(begun):
     run = begun("nonfinite.on_nonfinite=skip", "nonfinite.limit=2")
     with pytest.raises(
-        NonFiniteError, match=r"2 steps were passed over, sentinel\.limit allows no more"
+        NonFiniteError, match=r"nonfinite\.limit=2"
     ):
         quiet(
             dataclasses.replace(
@@ -222,15 +223,17 @@ def test_a_damaged_bundle_and_other_data_are_refused(begun, tmp_path):
 
 def test_what_is_a_spike():
     usual = [1 + 0.1 * math.sin(7 * i) for i in range(128)]
-    assert spike(usual[:31], 100.0, 10) is None  # too few to know
-    assert spike(usual, 1.3, 10) is None
-    assert spike(usual, 2.5, 10) == pytest.approx(1, abs=0.02)
+    assert find_spike(usual[:31], 100.0, 10) is None  # too few to know
+    assert find_spike(usual, 1.3, 10) is None
+    assert find_spike(usual, 2.5, 10) == pytest.approx(1, abs=0.02)
     assert (
-        spike([*usual[:100], *[50.0] * 28], 5.0, 10) is not None
+        find_spike([*usual[:100], *[50.0] * 28], 5.0, 10) is not None
     )  # earlier spikes hide no later one
-    assert spike([1.0] * 128, 1.05, 10) is None  # a flat curve: 1 % of the median is the least unit
-    assert spike([1.0] * 128, 1.2, 10) is not None
-    assert spike(usual, 0.0, 10) is None  # falling is no spike
+    assert (
+        find_spike([1.0] * 128, 1.05, 10) is None
+    )  # a flat curve: 1 % of the median is the least unit
+    assert find_spike([1.0] * 128, 1.2, 10) is not None
+    assert find_spike(usual, 0.0, 10) is None  # falling is no spike
 
 
 def test_spikes_are_reported_and_counted_across_a_resume(tmp_path):
@@ -292,6 +295,6 @@ def test_an_average_longer_than_the_run_is_announced(tmp_path):
     loop.train(recipe, tmp_path / "run", quiet=True)
     (event,) = events(tmp_path / "run")
     assert (event["event"], event["images"]) == ("ema", 80)
-    assert "71% of the averaged weights is still the initial ones" in event["why"]  # 0.5^(80 / 160)
+    assert "71%" in event["why"]  # 0.5^(80 / 160) of the average is still the initial weights
     loop.train(small("images=80", "ema.half_life_images=160"), tmp_path / "ramp", quiet=True)
     assert not (tmp_path / "ramp" / "events.jsonl").exists()

@@ -84,7 +84,7 @@ def test_a_loss_that_is_nan_on_one_rank_stops_both_before_the_update(tmp_path, s
     )
     facts = json.loads((tmp_path / "run" / "bundles" / "64" / "bundle.json").read_text())
     assert facts["ranks"] == 2
-    assert facts["numbers"] == list(range(64, 80))
+    assert facts["image_numbers"] == list(range(64, 80))
     assert all(isinstance(layer["grad_norm"], float) for layer in facts["layers"].values())
     again = replay(tmp_path / "run" / "bundles" / "64", device=torch.device("cpu"))
     assert not again.fails
@@ -115,7 +115,7 @@ def test_sigterm_to_the_launcher_saves_once_and_resumes(tmp_path):
     process = launch(2, tmp_path / "run", "", "images=1600")
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("64/1,600"):
+        if "64/1,600 images" in line:
             process.send_signal(signal.SIGTERM)
             break
     process.communicate(timeout=200)

@@ -52,7 +52,7 @@ def train(
     from mezzotint.evaluate.during_training import make_evaluator
     from mezzotint.recipes import difference, recipe_for
     from mezzotint.train.loop import train as run
-    from mezzotint.train.setup import describe_data
+    from mezzotint.train.dataset import describe_data
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
     if chosen.preset != preset:

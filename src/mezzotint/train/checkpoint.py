@@ -1,20 +1,18 @@
-"""Training state on disk: written beside, checked by hash, renamed into place; found again, or named as damaged.
+"""Checkpoints: the training state on disk, written aside, verified by hash, renamed into place.
 
-A checkpoint is a folder `checkpoints/IMAGES/` of PyTorch's distributed format, so that what two processes saved one or
-three can resume, plus `manifest.json` with the size and SHA-256 of every file.
+A checkpoint is a folder `checkpoints/IMAGES/` in the format of `torch.distributed.checkpoint`, which
+any number of processes can restore, and `manifest.json` with the size and SHA-256 of every file.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -31,59 +29,56 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from mezzotint.core.distributed import World, raise_on_all_ranks, sum_over_ranks
-from mezzotint.core.files import fsync_path
+from mezzotint.core.files import fsync_path, read_json, sha256_of_file
 
 MANIFEST = "manifest.json"
-RECENT = 128  # losses that the sentinel remembers
+RECENT_LOSSES = 128  # kept to detect spikes
 
 
 @dataclass
 class TrainingState:
     """Everything that changes during training.
 
-    images: images seen; every random draw, the learning rate and the data cursor are functions of it.
-    window: sums since the last log line (see `log`), so that a resumed log continues to the letter.
-    recent: losses of the latest steps; skipped, spikes: steps of either kind in the whole run (see `sentinel`).
+    images: images seen. Draws, learning rate and data order are functions of it.
+    metrics_window: sums since the last log line (see `train.log`), so that a resumed run logs the same
+        lines.
+    recent: losses of the latest steps.
+    skipped, spikes: steps of either kind in the whole run (see `train.nonfinite`).
     """
 
     backbone: nn.Module
     optimisers: list[torch.optim.Optimizer]
     averages: dict[str, dict[str, Tensor]]
-    window: Tensor
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    metrics_window: Tensor
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_LOSSES))
     skipped: int = 0
     spikes: int = 0
     images: int = 0
 
     def tensors(self, world: World) -> dict[str, Any]:
-        """The state as nested dictionaries of (possibly sharded) tensors, in the form that is saved."""
+        """Return the state as saved: nested dictionaries of tensors, sharded or not."""
         return {
             "model": get_model_state_dict(self.backbone),
             "optimiser": get_optimizer_state_dict(self.backbone, self.optimisers),
             "average": self.averages,
-            "window": sum_over_ranks(self.window.clone(), world),
-            "history": self._history(),
+            "window": sum_over_ranks(self.metrics_window.clone(), world),
+            "history": self._pack_history(),
         }
 
-    def _history(self) -> Tensor:
-        losses = [*self.recent, *[torch.nan] * (RECENT - len(self.recent))]
+    def _pack_history(self) -> Tensor:
+        """Return skipped, spikes and the recent losses as one tensor of fixed length."""
+        losses = [*self.recent, *[torch.nan] * (RECENT_LOSSES - len(self.recent))]
         return torch.tensor([self.skipped, self.spikes, *losses], dtype=torch.float64)
 
-    def set_history(self, history: Tensor) -> None:
-        """The inverse of what `tensors` holds as "history"."""
+    def unpack_history(self, history: Tensor) -> None:
+        """Restore skipped, spikes and the recent losses from a saved "history"."""
         skipped, spikes, *losses = history.tolist()
         self.skipped, self.spikes = int(skipped), int(spikes)
-        self.recent = deque((loss for loss in losses if loss == loss), maxlen=RECENT)
-
-
-def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        self.recent = deque((v for v in losses if not math.isnan(v)), maxlen=RECENT_LOSSES)
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """List every file of `folder` with its size and hash, and flush all of them."""
+    """Write manifest.json, the size and hash of every file of `folder`, and flush all to disk."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     listing = {
         p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)}
@@ -96,47 +91,49 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None when every file is as its manifest says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, facts in manifest["files"].items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != facts["bytes"]:
-                return f"{name} has {path.stat().st_size} bytes, its manifest says {facts['bytes']}"
-            if sha256_of_file(path) != facts["sha256"]:
-                return f"{name} has changed since it was written (SHA-256 differs)"
-    except FileNotFoundError:
+    """Return what is wrong with a checkpoint folder; None where every file matches its manifest."""
+    if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
+    try:
+        manifest = read_json(folder / MANIFEST, "it is damaged")
+        files = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
+    for name, size, sha256 in files:
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
+        if sha256_of_file(path) != sha256:
+            return f"{name} has changed since it was written (SHA-256 differs)"
     return None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, damaged ones included."""
-    found = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
-    return sorted(found, key=lambda p: int(p.name))
+    """Return the checkpoint folders of a run, oldest first, damaged ones included."""
+    folders = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+    return sorted(folders, key=lambda p: int(p.name))
 
 
 def find_newest_intact(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint, and a sentence for each newer one that had to be passed over."""
-    passed = []
+    """Return the newest undamaged checkpoint, and a message for each newer one that is damaged."""
+    messages = []
     for folder in reversed(list_checkpoints(run)):
-        wrong = find_damage(folder)
-        if wrong is None:
-            return folder, passed
-        passed.append(f"checkpoint {folder.name} is damaged and passed over: {wrong}")
-    return None, passed
+        damage = find_damage(folder)
+        if damage is None:
+            return folder, messages
+        messages.append(f"checkpoint {folder.name} is damaged and passed over: {damage}")
+    return None, messages
 
 
 class CheckpointWriter:
-    """Writes behind training, one thing at a time; what goes wrong waits to be asked for."""
+    """Writes in a background thread, one task at a time; `wait` raises what went wrong."""
 
     def __init__(self, world: World):
         self.world = world
-        # The ranks' writing threads agree on a checkpoint in a group of their own, apart from training's.
+        # The writing threads communicate in a process group of their own: a collective of theirs in
+        # training's group would pair with one of the training step.
         self.group: dist.ProcessGroup | None = None
         if world.size > 1:
             self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -145,37 +142,38 @@ class CheckpointWriter:
 
     @property
     def failed(self) -> bool:
-        """Whether the last thing given could not be written, as far as is known without waiting."""
+        """Whether the last task has failed by now, without waiting for it."""
         return (
             self._pending is not None
             and self._pending.done()
             and self._pending.exception() is not None
         )
 
-    def settle(self) -> None:
-        """Wait for what is being written; where it failed on any rank, raise on all. All ranks call this together."""
+    def wait(self) -> None:
+        """Wait for the last task; if it failed on any rank, raise on all. All ranks call this together."""
         pending, self._pending = self._pending, None
         error = None if pending is None else pending.exception()
         raise_on_all_ranks(error if isinstance(error, Exception) else None, self.world)
 
     def start(self, task: Callable[[], object]) -> None:
-        """Run `task` behind training; what was started before must have been settled."""
-        assert self._pending is None, "settle first"
+        """Run `task` in the background; the one before must have been waited for."""
+        assert self._pending is None, "wait first"
         self._pending = self._pool.submit(task)
 
     def close(self) -> None:
-        """Wait for what is being written, come what may."""
+        """Wait for the last task, whether or not it fails."""
         self._pool.shutdown(wait=True)
 
 
 def begin_checkpoint(
     state: TrainingState, run: Path, writer: CheckpointWriter
 ) -> Callable[[], Path]:
-    """Copy the state to the CPU now; the function returned writes it as the checkpoint of `state.images`.
+    """Copy the state to the CPU now; return the function that writes it as checkpoint `state.images`.
 
-    All ranks call both together. On any failure nothing half-written stays and the previous checkpoint is untouched.
+    All ranks call both together. On failure nothing half-written stays, and earlier checkpoints are
+    untouched.
 
-    Errors: OSError from the function returned when the disk is full, not writable or gone.
+    Errors: OSError from the returned function when the disk is full, not writable or gone.
     """
     world, images = writer.world, state.images
     final = run / "checkpoints" / str(images)
@@ -186,9 +184,10 @@ def begin_checkpoint(
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         except OSError as reason:
-            error = _not_written(images, run, reason)
-    raise_on_all_ranks(error, world)  # and no rank goes on before the folder is there
-    # Without a process group torch warns that it assumes a single process, which is what we tell it.
+            error = _write_error(images, run, reason)
+    # Also a barrier: no rank writes before the folder exists.
+    raise_on_all_ranks(error, world)
+    # Without a process group torch warns that it assumes a single process, as no_dist says.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     writing = dcp.async_save(
         state.tensors(world),
@@ -205,7 +204,7 @@ def begin_checkpoint(
                 write_manifest(partial, images=images, ranks=world.size, torch=torch.__version__)
                 publish_folder(partial, final)
         except (OSError, RuntimeError, dcp.api.CheckpointException) as reason:
-            raise _not_written(images, run, reason) from reason
+            raise _write_error(images, run, reason) from reason
         finally:
             if world.is_rank0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -214,63 +213,37 @@ def begin_checkpoint(
     return finish
 
 
-def _not_written(images: int, run: Path, reason: BaseException) -> OSError:
+def _write_error(images: int, run: Path, reason: BaseException) -> OSError:
     return OSError(
-        f"the checkpoint at {images} images could not be written to {run}: {reason}; "
-        "earlier checkpoints are intact. Free some space or mend the folder and run the same command again."
+        f"the checkpoint at {images} images could not be written to {run}: {reason}; earlier "
+        "checkpoints are intact. Free some space or repair the folder, then run the same command again."
     )
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Put a written folder in its place and have the disk keep its name; what was there before goes."""
-    if final.exists():  # of a run that was resumed from an earlier checkpoint
+    """Rename a written folder into place, instead of any folder there, and flush its name to disk."""
+    if final.exists():  # written before the run was resumed from an earlier checkpoint
         shutil.rmtree(final)
     partial.rename(final)
     fsync_path(final.parent)
 
 
-@contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Within the block the run's folder is ours alone; however the process ends, the lock ends with it.
-
-    Errors: ValueError where another process holds it; OSError where the folder cannot be made.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with (run / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {run}; let it, or use another --out"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-
-
-def remove_partial(run: Path) -> list[Path]:
-    """Remove what a killed process left half-written in a run's folder; returns what there was."""
-    left = [*run.glob(".*.partial"), *run.glob("*/.*.partial")]
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return left
-
-
 def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
-    """Drop all but the newest `keep` checkpoints and those at multiples of `keep_every` images."""
+    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` images."""
     for folder in list_checkpoints(run)[:-keep] if keep > 0 else []:
         if not (keep_every and int(folder.name) % keep_every == 0):
             shutil.rmtree(folder)
 
 
 def restore_checkpoint(state: TrainingState, folder: Path, world: World) -> None:
-    """Read a checkpoint into `state`, in place, whatever the number of ranks that wrote it."""
+    """Read a checkpoint into `state`, in place; any number of ranks may have written it."""
     tensors = state.tensors(world)
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as in `begin`
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as above
     dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
     set_model_state_dict(state.backbone, tensors["model"])
     set_optimizer_state_dict(state.backbone, state.optimisers, tensors["optimiser"])
-    state.set_history(tensors["history"])
-    # The sums were saved over all ranks, so the first one continues them and the others start anew.
-    state.window.copy_(tensors["window"] if world.is_rank0 else torch.zeros_like(state.window))
+    state.unpack_history(tensors["history"])
+    # The saved sums are over all ranks: rank 0 continues them, the others start from zero.
+    window = tensors["window"]
+    state.metrics_window.copy_(window if world.is_rank0 else torch.zeros_like(window))
     state.images = int(folder.name)

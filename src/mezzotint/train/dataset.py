@@ -1,110 +1,211 @@
-"""What a recipe trains on, in the space its network works in, with the captions it reads."""
+"""The data of a recipe: opened in the space the network works in, fitted to the network, described."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from pathlib import Path
+
+import torch
 
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
-from mezzotint.core.distributed import World, raise_on_all_ranks
+from mezzotint.core.distributed import World, on_rank0
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
-from mezzotint.data.image_dataset import open_source
-from mezzotint.data.latent_dataset import Dataset, codec_of, open_dataset
+from mezzotint.data.dataset import Dataset
+from mezzotint.data.image_dataset import open_images, open_source
+from mezzotint.data.latent_dataset import LATENTS, open_dataset
 from mezzotint.data.text_encoder import XXL, embed_captions, open_text_encoder
 from mezzotint.models import ModelInfo, preset_info
+from mezzotint.train.run_folder import data_folder
 
 
-def open_data(recipe: Recipe, world: World, source: str | None = None) -> Dataset:
-    """The recipe's set: pictures, or latents for a preset that works on latents; made at every read if not prepared.
+def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None = None) -> Dataset:
+    """Open the recipe's images, or their latents for a network that works on latents.
+
+    Images of a latent network are encoded at every read, unless the source holds prepared latents.
 
     Args:
-        world: whose device encodes; the first rank embeds captions that are not embedded yet, the others wait.
+        info: of the recipe's preset and model.
+        world: its device encodes. Rank 0 embeds new captions while the others wait.
         source: where the data is now, if it moved.
 
-    Errors: ValueError where the data do not fit the network's space, resolution or channels.
+    Errors: ValueError where the data do not fit the network's space, size or channels.
     """
-    card = preset_info(recipe.preset, **recipe.model)
-    source = source or recipe.data.source
+    source, config = source or recipe.data.source, info.config
     if recipe.data.buckets:
-        return open_buckets(recipe, card, source, world)
-    if recipe.data.portrait:
+        dataset: Dataset = _open_buckets(recipe, info, source)
+    elif recipe.data.portrait:
         raise ValueError(
-            "data.portrait turns pictures for a shape wider than tall: name it, data.buckets=[[384,640]]"
+            "data.portrait turns images for a bucket wider than tall, but data.buckets is empty; "
+            "set e.g. data.buckets=[[384,640]]"
         )
-    images = open_dataset(
-        source,
-        size=card.config.size,
-        channels=card.config.channels,
-        crop=recipe.data.crop,
-        space=recipe.data.codec or card.codec,
-        mirror=recipe.data.flip,
-        device=world.device,
+    else:
+        dataset = open_dataset(
+            source,
+            size=config.size,
+            channels=config.channels,
+            crop=recipe.data.crop,
+            codec_name=recipe.data.codec or info.codec,
+            mirror=recipe.data.flip,
+            device=world.device,
+        )
+        _check_codec(recipe, dataset, source)
+    dataset.caption_embeddings = _open_captions(recipe, dataset, text_width(config), world)
+    return dataset
+
+
+def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDataset:
+    """Open images in aspect-ratio buckets; ValueError for a latent network."""
+    if (recipe.data.codec or info.codec) != "pixels":
+        raise ValueError(
+            "data.buckets holds sizes in pixels and this network works on latents; leave it out"
+        )
+    size, channels = info.config.size, info.config.channels
+    opened, _ = open_source(source, size)
+    return BucketedDataset(
+        opened, recipe.data.buckets, channels=channels, portrait=recipe.data.portrait
     )
-    asked, found = recipe.data.codec, codec_of(images)
-    if asked and found not in (asked, str(Path(asked).expanduser().resolve())):
+
+
+def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
+    """Raise ValueError where prepared latents are of another autoencoder than data.codec."""
+    wanted, actual = recipe.data.codec, dataset.codec_name
+    if wanted and actual not in (wanted, str(Path(wanted).expanduser().resolve())):
         raise ValueError(
-            f"{source} holds latents of {found}, data.codec asks for {asked}; leave data.codec out"
+            f"{source} holds latents of {actual}, data.codec asks for {wanted}; leave data.codec out"
         )
-    images.words = open_captions(recipe, images, text_width(card.config), world)
-    return images
 
 
-def open_buckets(recipe: Recipe, card: ModelInfo, source: str, world: World) -> BucketedDataset:
-    """The recipe's pictures in its aspect-ratio buckets; ValueError for a network that works on latents."""
-    if (recipe.data.codec or card.codec) != "pixels":
-        raise ValueError(
-            "aspect-ratio buckets are of pixels; leave data.buckets out for a latent network"
-        )
-    opened, _ = open_source(source, card.config.size)
-    config = card.config
-    images = BucketedDataset(
-        opened, recipe.data.buckets, channels=config.channels, portrait=recipe.data.portrait
-    )
-    images.words = open_captions(recipe, images, text_width(config), world)
-    return images
-
-
-def open_captions(
-    recipe: Recipe, images: Dataset, width: int, world: World
+def _open_captions(
+    recipe: Recipe, dataset: Dataset, width: int, world: World
 ) -> CaptionEmbeddings | None:
-    """The embedded captions for a network that reads text of that width; None for one that does not (width 0).
+    """Return the embedded captions for a network that reads text `width` wide; None for width 0.
 
-    Errors: ValueError for a text network without encoder or with one of another width, for an encoder given to an
-    image-only network, and for pictures without captions.
+    Errors: ValueError for a text network without an encoder or with one of another width, for an
+    encoder given to a network that reads no text, and for images without captions.
     """
     name = recipe.data.text_encoder
-    if not width and name:
-        raise ValueError(
-            f"{recipe.preset} reads no text; leave data.text_encoder out, or use a network that does: uvit-text-tiny, or a "
-            "uvit with model.text_dim"
-        )
     if not width:
+        if name:
+            raise ValueError(
+                f"{recipe.preset} reads no text; leave data.text_encoder out, or use a network "
+                "that does: uvit-text-tiny, or a uvit with model.text_dim"
+            )
         return None
     if not name:
         raise ValueError(
-            f"{recipe.preset} reads captions: name a T5 encoder, e.g. data.text_encoder=google-t5/t5-small (the paper's is "
-            f"{XXL})"
+            f"{recipe.preset} reads captions; name a T5 encoder, e.g. "
+            f"data.text_encoder=google-t5/t5-small (the paper uses {XXL})"
         )
-    reader = open_text_encoder(name, world.device)
-    if reader.width != width:
+    encoder = open_text_encoder(name, world.device)
+    if encoder.width != width:
         raise ValueError(
-            f"encoder {name} is {reader.width} wide, the network reads {width}; set model.text_dim={reader.width}"
+            f"encoder {name} is {encoder.width} wide, the network reads {width}; "
+            f"set model.text_dim={encoder.width}"
         )
-    texts = [images.text(i) for i in range(len(images))]
-    words = error = None
-    if world.is_rank0:
-        try:
-            words = embed_captions(texts, reader, progress=True)
-        except (ValueError, OSError) as found:
-            error = found
-    raise_on_all_ranks(error, world)
-    return words or embed_captions(texts, reader)
+    captions = [dataset.text(i) for i in range(len(dataset))]
+
+    def fill_cache() -> None:
+        embed_captions(captions, encoder, progress=True)
+
+    on_rank0(fill_cache, world)
+    return embed_captions(captions, encoder)  # from the cache
 
 
-def text_encoder_info(words: CaptionEmbeddings | None) -> dict[str, object]:
-    """What a model's card keeps of its encoder, so that prompts are read by the same one."""
-    if words is None:
+def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
+    """Fill in what depends on the data or the machine: classes, schedule, precision, label names, codec.
+
+    Errors: ValueError where the dataset's labels do not fit the network.
+    """
+    model, config = dict(recipe.model), info.config
+    if dataset.num_classes and "num_classes" not in model and not text_width(config):
+        model["num_classes"] = dataset.num_classes
+        config = dataclasses.replace(config, num_classes=dataset.num_classes)
+    wanted = config.num_classes
+    if wanted and not dataset.num_classes:
+        raise ValueError(
+            f"{recipe.preset} is conditioned on {wanted} classes but {recipe.data.source} has no "
+            "labels; use class subfolders, or train without classes: model.num_classes=0"
+        )
+    if wanted and dataset.num_classes > wanted:
+        raise ValueError(
+            f"{recipe.data.source} has {dataset.num_classes} classes, more than "
+            f"model.num_classes={wanted}; set model.num_classes={dataset.num_classes}"
+        )
+    precision = recipe.engine.precision
+    if precision == "auto":
+        precision = "bf16" if _bf16_is_fast() else "float32"
+    schedule = recipe.schedule or info.schedule
+    engine = dataclasses.replace(recipe.engine, precision=precision)
+    return (
+        dataclasses.replace(recipe, model=model, schedule=schedule, engine=engine),
+        dataclasses.replace(
+            info,
+            config=config,
+            schedule=schedule,
+            labels=dataset.label_names,
+            codec=dataset.codec_name,
+            extra=_text_encoder_info(dataset.caption_embeddings),
+        ),
+    )
+
+
+def _text_encoder_info(captions: CaptionEmbeddings | None) -> dict[str, object]:
+    """Return what config.json keeps of the text encoder, so that prompts are read by the same one."""
+    if captions is None:
         return {}
-    kept = {k: words.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash")}
-    return {"text": {**kept, "max_tokens": words.max_tokens}}
+    encoder = {k: captions.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash")}
+    return {"text": {**encoder, "max_tokens": captions.max_tokens}}
+
+
+def _bf16_is_fast() -> bool:
+    """Return whether this machine multiplies bf16 matrices faster than float32 ones."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def describe_data(recipe: Recipe) -> str:
+    """Return one line about the recipe's data, or why it cannot be trained on.
+
+    Downloads nothing and loads no encoder.
+    """
+    source = recipe.data.source
+    if not source:
+        return "none given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
+    info = preset_info(recipe.preset, **recipe.model)
+    codec, base = recipe.data.codec or info.codec, data_folder(source)
+    folder = Path(base).expanduser()
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not folder.exists():
+        return (
+            f"there is no folder {base}; training will look for a dataset of that name on the hub"
+        )
+    needs_encoding = codec != "pixels" and not (folder / LATENTS).is_file()
+    try:
+        if recipe.data.buckets:
+            dataset: Dataset = _open_buckets(recipe, info, source)
+        elif needs_encoding:
+            dataset = open_images(source, size=info.config.size, crop=recipe.data.crop)
+        else:
+            size, channels = info.config.size, info.config.channels
+            dataset = open_dataset(
+                source, size=size, channels=channels, crop=recipe.data.crop, codec_name=codec
+            )
+        resolve(recipe, info, dataset)
+    except (ValueError, OSError) as error:
+        return f"cannot be trained on: {error}"
+    names = dataset.label_names or ()
+    shown = f"{', '.join(names[:3])}{' ...' if names[3:] else ''}"
+    classes = f"{len(names):,} classes ({shown})" if names else "no labels"
+    kind = "images" if dataset.codec_name == "pixels" else "latents"
+    line = f"{source} holds {len(dataset):,} {kind}, {classes}"
+    if not needs_encoding:
+        return line
+    return (
+        f"{line}; {recipe.preset} needs latents. {codec} encodes the images at every read "
+        "(data.codec names another autoencoder). To encode them once: "
+        f"mezzotint prepare {source} FOLDER --size PIXELS --codec {codec}"
+    )

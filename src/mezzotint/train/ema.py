@@ -1,4 +1,4 @@
-"""Averages of the weights as functions of images seen, so that neither batch nor world size changes them."""
+"""Averages of the weights, with lengths in images: neither batch nor world size changes them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ Weights = dict[str, Tensor]
 
 
 def exponential_beta(ema: Ema, images: int, batch: int) -> float:
-    """What the average keeps of itself in the step that ends at `images` and saw `batch` of them.
+    """Return the decay of the average in the step of `batch` images that ends at `images` seen.
 
-    EDM training_loop: beta = 0.5^(batch / half_life), half_life = min(half_life, rampup * images before the step).
+    EDM training_loop: beta = 0.5^(batch / half_life), where half_life is at most rampup times the
+    images before the step.
     """
     half_life = ema.half_life_images
     if ema.rampup is not None:
@@ -25,35 +26,37 @@ def exponential_beta(ema: Ema, images: int, batch: int) -> float:
 
 
 def horizon_event(ema: Ema, images: int) -> dict[str, Any] | None:
-    """For events.jsonl: that the average reaches back beyond the start of the run at `images` seen; None if not so.
+    """Return an event for events.jsonl if the average's half-life exceeds the images seen, else None.
 
-    With a ramp the half-life never exceeds a fraction of the images seen; without one, 0.5^(images / half_life) of the
-    average is still the initial weights.
+    Then 0.5^(images / half_life) of the average is still the initial weights. With a rampup the
+    half-life never exceeds a fraction of the images seen.
     """
-    half_life = (
-        ema.half_life_images
-        if ema.rampup is None
-        else min(ema.half_life_images, ema.rampup * images)
-    )
+    half_life = ema.half_life_images
+    if ema.rampup is not None:
+        half_life = min(half_life, ema.rampup * images)
     if half_life <= images:
         return None
     why = (
-        f"the average's half-life of {half_life:,.0f} images is longer than the run so far: "
-        f"{0.5 ** (images / half_life):.0%} of the averaged weights is still the initial ones, which "
-        "grids and model/ show; ema.rampup=0.05 shortens the average early in the run"
+        f"the average's half-life of {half_life:,.0f} images exceeds the images seen: "
+        f"{0.5 ** (images / half_life):.0%} of the averaged weights are still the initial ones, which "
+        "sample grids and model/ show; set ema.rampup=0.05 to shorten the average early in the run"
     )
     return {"images": images, "event": "ema", "why": why}
 
 
 def power_gamma(std: float) -> float:
-    """The exponent gamma of a power-function average of relative width `std`; EDM2 section 3.1 and appendix C.
+    """Return the exponent gamma of a power-function average of relative width `std`.
 
-    std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), falling in gamma; std lies below 0.2887, where gamma is 0.
+    EDM2 section 3.1 and appendix C: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), which falls
+    with gamma.
+
+    Errors: ValueError for std outside (0, 0.2887), the width of gamma = 0.
     """
     if not 0 < std < 12**-0.5:
         raise ValueError(f"EMA width {std} is outside (0, {12**-0.5:.4f}); EDM2 uses 0.05 and 0.10")
     low, high = 0.0, 1.0
     variance = lambda g: (g + 1) / ((g + 2) ** 2 * (g + 3))  # noqa: E731
+    # Bisection: double the upper end until it is beyond the root, then halve the interval.
     while variance(high) > std**2:
         high *= 2
     for _ in range(200):
@@ -63,21 +66,21 @@ def power_gamma(std: float) -> float:
 
 
 def power_beta(std: float, images: int, batch: int) -> float:
-    """EDM2 section 3.1: beta = (1 - dt / t)^(gamma + 1), t and dt in images; 0 at the first step."""
+    """Return beta = (1 - batch / images)^(gamma + 1), EDM2 section 3.1; 0 at the first step."""
     return math.pow(max(0.0, 1 - batch / images), power_gamma(std) + 1)
 
 
 def weights_of(module: nn.Module) -> Weights:
-    """The parameters by name, as they are (not copied), without gradient."""
+    """Return the parameters by name, not copied, detached."""
     return {name: p.detach() for name, p in module.named_parameters()}
 
 
-def snapshot(weights: Weights) -> Weights:
-    """A detached copy in float32, the start of an average."""
+def copy_weights(weights: Weights) -> Weights:
+    """Return a detached copy in float32, the start of an average."""
     return {name: w.detach().to(torch.float32).clone() for name, w in weights.items()}
 
 
 @torch.no_grad()
 def update(average: Weights, weights: Weights, beta: float) -> None:
-    """average <- beta average + (1 - beta) weights, in place."""
+    """Set average to beta average + (1 - beta) weights, in place."""
     torch._foreach_lerp_(list(average.values()), [weights[k].detach() for k in average], 1 - beta)

@@ -1,4 +1,4 @@
-"""What a run is made with: environment.json in its folder, an entry for each time it was started."""
+"""The environment of a run: environment.json in its folder, with an entry for each start."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from mezzotint.core.files import atomic_replace
+from mezzotint.core.distributed import gather_from_ranks
+from mezzotint.core.files import write_json
 from mezzotint.core.machine import describe_machine
 from mezzotint.train.setup import Run
 
@@ -35,37 +35,39 @@ PACKAGES = (
 
 
 def record(run: Run) -> None:
-    """Add this start to the run's environment.json; all ranks call this together.
+    """Add an entry for this start to environment.json; all ranks call this together.
 
     Errors: OSError where the folder cannot be written.
     """
     name = describe_machine(run.world.device.type)["processor"]
-    names: list[Any] = [name] * run.world.size
-    if run.world.size > 1:
-        dist.all_gather_object(names, name)
+    names = gather_from_ranks(name, run.world)
     if run.world.is_rank0:
         path = run.folder / FILE
-        text = json.dumps([*read(path), start(run.state.images, names)], indent=1) + "\n"
-        atomic_replace(path, lambda beside: beside.write_text(text, "utf-8"))
+        write_json(path, [*read(path), describe_start(run.state.images, names)])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where there is no such file or a damaged one."""
+    """Return the entries, oldest first; none where the file is missing or damaged."""
     try:
-        found = json.loads(path.read_text("utf-8"))
+        entries = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return []
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 
 
-def start(images: int, devices: list[str]) -> dict[str, Any]:
-    """This process's start after `images` seen, on the named devices, one for each rank."""
+def describe_start(images: int, devices: list[str]) -> dict[str, Any]:
+    """Return the entry of this process.
+
+    Args:
+        images: seen when it starts.
+        devices: name of each rank's device.
+    """
     return {
         "images": images,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command(),
-        "commit": commit(Path(__file__).parents[1]),
-        "versions": versions(),
+        "command": command_line(),
+        "commit": find_commit(Path(__file__).parents[1]),
+        "versions": installed_versions(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
@@ -75,32 +77,33 @@ def start(images: int, devices: list[str]) -> dict[str, Any]:
     }
 
 
-def command() -> str:
-    """The command line of this process, where the home folder is ~."""
-    program, *words = sys.orig_argv
-    return shlex.join([Path(program).name, *words]).replace(str(Path.home()), "~")
+def command_line() -> str:
+    """Return the command line of this process, with ~ for the home folder."""
+    program, *arguments = sys.orig_argv
+    return shlex.join([Path(program).name, *arguments]).replace(str(Path.home()), "~")
 
 
-def versions() -> dict[str, str]:
-    """Those of PACKAGES that are installed."""
-    found = {}
+def installed_versions() -> dict[str, str]:
+    """Return the versions of those of PACKAGES that are installed."""
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
-def commit(package: Path) -> str | None:
-    """The git commit that the code in `package` is of, with "-dirty" where files differ from it; None if none is known.
+def find_commit(package: Path) -> str | None:
+    """Return the git commit of the code in `package`, with "-dirty" where files differ; None if unknown.
 
-    Either the folder belongs to a checkout, or pip noted the commit when it installed from a repository.
+    It is that of the checkout the folder belongs to, or the one pip noted when it installed from a
+    repository.
     """
 
-    def git(*words: str) -> str:
+    def git(*arguments: str) -> str:
         done = subprocess.run(
-            ["git", "-C", str(package), *words],
+            ["git", "-C", str(package), *arguments],
             capture_output=True,
             text=True,
             timeout=20,
@@ -109,14 +112,13 @@ def commit(package: Path) -> str | None:
         return done.stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # a checkout around an installation is not its own
+        # Fails for a package that is installed inside the checkout of another project.
+        git("ls-files", "--error-unmatch", "__init__.py")
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         pass
     try:
-        noted = importlib.metadata.distribution("mezzotint").read_text("direct_url.json")
-        return json.loads(noted or "{}")["vcs_info"]["commit_id"]
+        origin = importlib.metadata.distribution("mezzotint").read_text("direct_url.json")
+        return json.loads(origin or "{}")["vcs_info"]["commit_id"]
     except (importlib.metadata.PackageNotFoundError, ValueError, KeyError):
         return None

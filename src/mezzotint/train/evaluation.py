@@ -1,6 +1,7 @@
-"""Evaluation along the way: the averaged weights' samples are judged by whoever was given, on all ranks together.
+"""Evaluation during training: an evaluator measures samples of the averaged weights, on all ranks.
 
-A judge's failure ends that evaluation everywhere and training goes on. What judges is not this package's business.
+An evaluator that fails ends its evaluation on every rank, and training continues.
+`evaluate.during_training` makes evaluators; this package knows only their type.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from mezzotint.sampling.protocols import parse_sampler
 from mezzotint.train import log
 from mezzotint.train.setup import Run, averaged_model
 
-# judge(averaged model, folder to keep cards and pieces in, whether to stop) -> a value for each metric. All ranks call
-# it together and get the same; it raises on all of them or on none, soon after `whether to stop` has become true.
+# evaluator(averaged model, folder for its results, should_stop) -> a value for each metric. All ranks
+# call it together and get the same values. It raises soon after should_stop() has become true.
 Evaluator = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
 
 
-def check_evaluator(recipe: Recipe, judge: Evaluator | None) -> None:
-    """ValueError where the recipe asks for evaluations and nobody judges, or the other way round; for its sampler."""
-    if (recipe.evaluate.every_images > 0) != (judge is not None):
+def check_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> None:
+    """Raise ValueError unless there is an evaluator where the recipe evaluates, with a known sampler."""
+    every = recipe.evaluate.every_images
+    if every > 0 and evaluator is None:
         raise ValueError(
-            f"evaluate.every_images={recipe.evaluate.every_images} and {'no' if judge is None else 'a'} judge do not "
-            "fit together; mezzotint.evaluate.during_training.make_evaluator(recipe) makes the recipe's own"
+            f"evaluate.every_images={every} and no evaluator; pass evaluator="
+            "mezzotint.evaluate.during_training.make_evaluator(recipe)"
+        )
+    if every == 0 and evaluator is not None:
+        raise ValueError(
+            "evaluate.every_images=0 and an evaluator; set evaluate.every_images or leave it out"
         )
     try:
         parse_sampler(recipe.evaluate.sampler)
@@ -37,34 +43,34 @@ def check_evaluator(recipe: Recipe, judge: Evaluator | None) -> None:
 
 
 def is_recorded(run: Run) -> bool:
-    """Whether the log has an evaluation at the images seen; all ranks call this together."""
-    path, found = run.folder / "log.jsonl", False
-    if run.world.is_rank0 and path.exists():
-        found = any(record["images"] == run.state.images for record in log.read_evaluations(path))
-    return broadcast_from_rank0(found, run.world)
+    """Return whether the log has an evaluation at the images seen; all ranks call this together."""
+    recorded = False
+    if run.world.is_rank0:
+        evaluations = log.read_evaluations(run.folder / "log.jsonl")
+        recorded = any(record["images"] == run.state.images for record in evaluations)
+    return broadcast_from_rank0(recorded, run.world)
 
 
 def evaluate_average(
-    run: Run, judge: Evaluator, stopping: Callable[[], bool]
+    run: Run, evaluator: Evaluator, should_stop: Callable[[], bool]
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """Have the average judged as it is now; all ranks call this together.
+    """Evaluate the averaged weights as they are now; all ranks call this together.
 
-    Returns:
-        The line for the log, or None and why there is none; twice None where it ended because training is to stop.
+    Returns: the record for the log and None, or None and the reason of a failure, or None twice where
+        the evaluation ended because of `should_stop`.
     """
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     model, error = averaged_model(run), None
     try:
-        found = judge(model, run.folder / "evaluations", stopping)
+        metrics = evaluator(model, run.folder / "evaluations", should_stop)
     except Exception as failure:
         # Without its traceback, which would keep every tensor of the evaluation alive.
         error = failure.with_traceback(None)
     if run.world.device.type == "cuda":
-        torch.cuda.empty_cache()  # blocks of the samplers' sizes are of no use to training
+        torch.cuda.empty_cache()  # training does not reuse blocks of the sampler's sizes
     try:
         raise_on_all_ranks(error, run.world)
     except Exception as reason:
-        return None, None if any_rank(
-            stopping(), run.world
-        ) else f"{type(reason).__name__}: {reason}"
-    return {"images": run.state.images, "evaluation": found}, None
+        stopped = any_rank(should_stop(), run.world)
+        return None, None if stopped else f"{type(reason).__name__}: {reason}"
+    return {"images": run.state.images, "evaluation": metrics}, None

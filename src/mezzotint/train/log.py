@@ -1,5 +1,5 @@
-"""What training leaves to read: log.jsonl, one line per window of images, with the loss split by log-SNR; events.jsonl
-for what is out of the ordinary; unreadable.txt for the pictures that could not be read.
+"""The log of a run: log.jsonl, one line per window of images, with the loss split by log-SNR;
+events.jsonl for unusual steps; unreadable.txt for images that could not be read.
 """
 
 from __future__ import annotations
@@ -17,28 +17,33 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.distributed import World, sum_over_ranks
-from mezzotint.core.files import atomic_replace
+from mezzotint.core.files import atomic_write
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)
 BINS = len(EDGES) + 1
-# A window is a row of sums: loss, images, steps; loss per bin, images per bin; gradient norm, of the whole and by part.
+# A metrics window is one row of sums: HEAD of loss, images, steps; loss per bin; images per bin; norm
+# of the whole gradient; norm of each part.
 HEAD = 3
-# Of a log line, what depends on the machine and the hour; all else is a function of the recipe.
+# Keys of a log line that depend on the machine. All others depend on the recipe alone.
 MEASURED = ("images_per_second", "tflops", "utilisation", "peak_memory_gib")
 
 
 def new_window(device: torch.device, parts: int) -> Tensor:
-    """Sums since the last log line, all zero; float64, so that adding a million losses loses nothing."""
+    """Return a metrics window of zeros; float64, so that adding a million losses loses nothing.
+
+    Args:
+        parts: number of parts of the gradient whose norms are logged.
+    """
     return torch.zeros(HEAD + 2 * BINS + 1 + parts, dtype=torch.float64, device=device)
 
 
-def add(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: World) -> None:
-    """Add one step, without leaving the device.
+def add_step(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: World) -> None:
+    """Add one step to the window, without waiting for the device.
 
     Args:
-        losses, logsnr: this rank's, (b,).
-        norms: of the gradient, of the whole and by part; the same on all ranks and counted on the first.
+        losses, logsnr: of this rank, (b,).
+        norms: of the whole gradient, then of each part; equal on all ranks and added on rank 0.
     """
     losses = losses.double()
     bins = torch.bucketize(logsnr.float(), EDGES.to(logsnr.device, non_blocking=True))
@@ -51,8 +56,8 @@ def add(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, world: Wo
         window[HEAD + 2 * BINS :] += norms
 
 
-def summary(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any]:
-    """The window's means, over all ranks; resets it. Empty bins are left out."""
+def reset_window(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any]:
+    """Return the means over the window and all ranks, and set it to zero. Empty bins are left out."""
     total = sum_over_ranks(window.clone(), world).tolist()
     window.zero_()
     between = [f"{a:.0f}..{b:.0f}" for a, b in pairwise(EDGES.tolist())]
@@ -70,22 +75,21 @@ def summary(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any
 def measure_speed(
     images: int, seconds: float, flop_per_image: float, peak_tflops: float | None, world: World
 ) -> dict:
-    """Speed and memory: images per second and 1e12 floating-point operations per second of all ranks together.
+    """Return images and 1e12 floating-point operations per second of all ranks, and peak memory.
 
     Args:
         images: seen by all ranks in `seconds`.
         flop_per_image: of forward and backward pass, without recomputation.
-        peak_tflops: of one device; with it, the fraction reached is added.
+        peak_tflops: of one device; given, the fraction of it that is reached is returned too.
     """
     speed = images / max(seconds, 1e-9)
     tflops = speed * flop_per_image / 1e12
     cuda = world.device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()
     result = {
         "images_per_second": round(speed, 2),
         "tflops": float(f"{tflops:.4g}"),
-        "peak_memory_gib": round(
-            (torch.cuda.max_memory_allocated() if cuda else peak_resident_bytes()) / 2**30, 3
-        ),
+        "peak_memory_gib": round(peak_bytes / 2**30, 3),
     }
     if peak_tflops is not None:
         result["utilisation"] = float(f"{tflops / (peak_tflops * world.size):.4g}")
@@ -93,63 +97,63 @@ def measure_speed(
 
 
 def peak_resident_bytes() -> int:
-    """The most memory this process has had resident."""
+    """Return the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux kilobytes
 
 
 class Log:
-    """Append-only JSON lines that a resumed run first cuts back to where its checkpoint was."""
+    """A file of JSON lines. Opening it drops the records beyond `images` and a line cut short by a kill."""
 
     def __init__(self, path: Path, images: int):
         self.path = path
         text = path.read_text() if path.exists() else ""
-        kept = "".join(f"{line}\n" for line in text.splitlines() if _images(line) <= images)
+        kept = "".join(f"{line}\n" for line in text.splitlines() if _images_of_line(line) <= images)
         if kept != text:
-            atomic_replace(path, lambda beside: beside.write_text(kept))
+            atomic_write(path, kept)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; "images" says where it belongs."""
+        """Append one record, whose "images" are the images seen."""
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _images(line: str) -> float:
-    """Images seen at a log line; a line cut short by a kill belongs nowhere and is dropped."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log without those of evaluations; none where there is no file."""
+    return [record for record in _read_records(path) if "evaluation" not in record]
+
+
+def read_evaluations(path: Path) -> list[dict[str, Any]]:
+    """Return the evaluations of a log: "images", and a value per metric in "evaluation"."""
+    return [record for record in _read_records(path) if "evaluation" in record]
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _images_of_line(line) < math.inf]
+
+
+def _images_of_line(line: str) -> float:
+    """Return the images seen at a log line; infinity for a line cut short."""
     try:
         return json.loads(line)["images"]
     except (ValueError, KeyError, TypeError):
         return math.inf
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All whole records of a log but those of evaluations."""
-    return [record for record in _whole(path) if "evaluation" not in record]
+def append_unreadable(path: Path, reasons: dict[str, str]) -> int:
+    """Add images that could not be read to the list at `path`; return how many are new to it.
 
-
-def read_evaluations(path: Path) -> list[dict[str, Any]]:
-    """The records of evaluations in a log: "images", and in "evaluation" a value for each metric."""
-    return [record for record in _whole(path) if "evaluation" in record]
-
-
-def _whole(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if _images(line) < math.inf]
-
-
-def append_unreadable(path: Path, found: dict[str, str]) -> int:
-    """Add pictures that could not be read to the list at `path`, name and reason a line; returns how many are new."""
+    Args:
+        reasons: by name of the image; each line of the file holds a name, a tab and a reason.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
     listed = {line.partition("\t")[0] for line in lines}
     new = [
         f"{name}\t{' '.join(reason.split())}"
-        for name, reason in found.items()
+        for name, reason in reasons.items()
         if name not in listed
     ]
     if new:
-        atomic_replace(
-            path,
-            lambda beside: beside.write_text(
-                "".join(f"{line}\n" for line in sorted([*lines, *new]))
-            ),
-        )
+        atomic_write(path, "".join(f"{line}\n" for line in sorted([*lines, *new])))
     return len(new)

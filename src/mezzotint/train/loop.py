@@ -1,4 +1,4 @@
-"""The training loop in plain sight: batch, step, averages; log, grid and checkpoint when due.
+"""The training loop: batch, gradient, update, averages; then log, checkpoint, sample grid, evaluation.
 
 Progress is counted in images seen. To resume, call `train` again with the same recipe and folder.
 """
@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from mezzotint.config import Recipe
 from mezzotint.core import distributed
-from mezzotint.core.distributed import World
 from mezzotint.data.loader import load_batches
 from mezzotint.models import save_model
 from mezzotint.process.denoiser import Model
@@ -34,15 +33,9 @@ from mezzotint.train import (
 from mezzotint.train.distributed import full_tensor
 from mezzotint.train.evaluation import Evaluator
 from mezzotint.train.progress import ProgressDisplay
+from mezzotint.train.run_folder import run_lock
 from mezzotint.train.sample_grid import grid_path, save_sample_grid
-from mezzotint.train.setup import (
-    Run,
-    averaged_model,
-    check_run_folder,
-    copy_to_cpu,
-    flop_per_image,
-    setup,
-)
+from mezzotint.train.setup import Run, averaged_model, copy_to_cpu, count_training_flop, setup
 from mezzotint.train.step import (
     Batch,
     gradient,
@@ -53,51 +46,30 @@ from mezzotint.train.step import (
     update,
 )
 
-Listeners = Sequence[Callable[[dict[str, Any]], None]]
 
+class Listeners(NamedTuple):
+    """Functions that get every record of log.jsonl or of events.jsonl; none on ranks other than 0."""
 
-def update_averages(run: Run) -> None:
-    """Every average of the weights after one step."""
-    weights = ema.weights_of(run.state.backbone)
-    images, batch = run.state.images, run.recipe.batch
-    ema.update(
-        run.state.averages["ema"], weights, ema.exponential_beta(run.recipe.ema, images, batch)
-    )
-    for std in run.recipe.ema.power_stds:
-        ema.update(
-            run.state.averages[f"power-{std:g}"], weights, ema.power_beta(std, images, batch)
-        )
-
-
-def due(run: Run, every: int) -> bool:
-    """Whether the step just done crossed a multiple of `every` images, or ended the run; never where `every` is 0."""
-    images, batch = run.state.images, run.recipe.batch
-    return every > 0 and (
-        images // every > (images - batch) // every or images >= run.recipe.images
-    )
-
-
-def grid_due(run: Run) -> bool:
-    """Whether a grid shows the images seen."""
-    return run.recipe.samples.count > 0 and due(run, run.recipe.samples.every_images)
+    log: Sequence[Callable[[dict[str, Any]], None]] = ()
+    events: Sequence[Callable[[dict[str, Any]], None]] = ()
 
 
 class StopSignal:
-    """Set by SIGTERM or SIGUSR1: finish the step, save, leave. A second signal leaves at once."""
+    """Set by SIGTERM or SIGUSR1: finish the step, save, exit. A second signal exits at once."""
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self):
-        self.asked = False
+        self.requested = False
 
     def _handle(self, number: int, frame: Any) -> None:
-        if self.asked:
-            os._exit(128 + number)  # no waiting for threads; the next start clears up
-        self.asked = True
+        if self.requested:
+            os._exit(128 + number)  # without waiting for threads; the next start cleans up
+        self.requested = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals within the block; outside the main thread there is nothing to catch."""
+        """Catch the signals within the block; does nothing outside the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -113,62 +85,142 @@ def train(
     recipe: Recipe,
     folder: str | Path,
     quiet: bool = False,
-    initialise: Callable[[Model], None] | None = None,
-    judge: Evaluator | None = None,
+    init_weights: Callable[[Model], None] | None = None,
+    evaluator: Evaluator | None = None,
 ) -> Path:
-    """Train `recipe` in `folder` until `recipe.images` have been seen; continue if it was begun. Returns the folder.
+    """Train `recipe` in `folder` until `recipe.images` images have been seen; resume a run that has started.
 
-    Leaves recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/, model/ (the averaged weights) and
-    model-raw/ (those without average) there.
+    Writes recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/, model/ (the averaged
+    weights) and model-raw/ (the weights without averaging).
 
     Args:
-        judge: makes the evaluations of `recipe.evaluate`; see `evaluate.during_training`.
+        quiet: print nothing.
+        init_weights: called on the network before its first step, e.g. to load weights to fine-tune;
+            not on resume.
+        evaluator: makes the evaluations of `recipe.evaluate`; see `evaluate.during_training`.
 
-    Errors: ValueError for a recipe, data or folder that do not fit; NotFinite before a non-finite update;
-    OSError when a checkpoint cannot be written (earlier ones stay).
+    Returns: the folder.
+
+    Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before a
+    non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
     """
-    trackers.check(recipe.trackers)
-    evaluation.check_evaluator(recipe, judge)
+    folder = Path(folder)
+    trackers.check_installed(recipe.trackers)
+    evaluation.check_evaluator(recipe, evaluator)
     world = distributed.init_distributed()
-    console = ProgressDisplay(quiet or not world.is_rank0)
+    progress = ProgressDisplay(show=not quiet and world.is_rank0)
     stop = StopSignal()
     with ExitStack() as stack:
         stack.callback(distributed.shutdown_distributed)
-        stack.callback(console.close)
+        stack.callback(progress.close)
         stack.enter_context(stop.listening())
-        lock_run_folder(Path(folder), recipe.data.source, world, stack)
-        run = setup(recipe, Path(folder), world, console.say, initialise)
+        lock = run_lock(folder, recipe.data.source)
+        distributed.on_rank0(lambda: stack.enter_context(lock), world)
+        run = setup(recipe, folder, world, progress.print_line, init_weights)
         stack.callback(run.writer.close)
         environment.record(run)
-        track = stack.enter_context(trackers.opened(run)) if world.is_rank0 else []
-        loop(run, console, stop, track, judge)
-    return Path(folder)
+        writers = stack.enter_context(trackers.open_trackers(run)) if world.is_rank0 else []
+        loop(run, progress, stop, writers, evaluator)
+    return folder
 
 
-def lock_run_folder(folder: Path, source: str, world: World, stack: ExitStack) -> None:
-    """Make the run's folder and keep other processes out of it until `stack` ends; all ranks fail if it cannot be.
+def loop(
+    run: Run,
+    progress: ProgressDisplay,
+    stop: StopSignal,
+    tracker_writers: trackers.Trackers = (),
+    evaluator: Evaluator | None = None,
+) -> None:
+    """Train until `recipe.images` images have been seen; all ranks call this together."""
+    recipe, state, world = run.recipe, run.state, run.world
+    listeners = open_listeners(run, progress, tracker_writers)
+    flop = count_training_flop(run.meta_model)
+    run.model.train()
+    progress.start(recipe.images, state.images)
+    # The process before may have ended between a checkpoint and the grid or the evaluation due there.
+    if grid_pending(run):
+        draw_grid(run)
+    if evaluator is not None and evaluation_pending(run):
+        run_evaluation(run, evaluator, stop, progress, listeners)
+    batches = training_batches(run)
+    logged_images, logged_at = state.images, time.monotonic()
 
-    source: of the data, among which a run has no place.
-    """
-    error = None
-    if world.is_rank0:
-        try:
-            check_run_folder(folder, source)
-            stack.enter_context(checkpoint.run_lock(folder))
-        except ValueError as reason:
-            error = reason
-        except OSError as reason:
-            error = OSError(
-                f"the run's folder {folder} cannot be written: {reason}; mend it or use another --out"
-            )
-    distributed.raise_on_all_ranks(error, world)
+    while state.images < recipe.images:
+        # Threads draw and load several batches ahead, so this does not wait for the data.
+        batch = next(batches)
+
+        # Forward and backward pass. The norms stay on the device: reading them here would stall it.
+        losses = gradient(run, batch)
+        norms = gradient_norms(run)
+
+        # All ranks agree whether the step is finite, and whether to stop. Before the update, so that
+        # nothing has to be undone; the step's only wait for the device.
+        result = reduce_step(losses, norms[0], stop.requested, run.writer.failed, world)
+        if result.failing:
+            run.writer.wait()  # raises the error of the failed write
+
+        # A non-finite gradient never reaches the weights: this raises, or skips the step.
+        if result.finite:
+            update(run, norms[0])
+            log.add_step(state.metrics_window, losses.loss, losses.logsnr, norms, world)
+            event = nonfinite.detect_spike(run, result)
+        else:
+            event = nonfinite.handle_nonfinite(run, batch, losses, result)
+
+        # Skipped images count as seen: data order, draws and learning rate are functions of this.
+        state.images += recipe.batch
+
+        # After the count, because the length of each average depends on the images seen.
+        update_averages(run)
+
+        # Before the checkpoint, which holds the metrics since the last log line: a resumed run logs
+        # the same lines.
+        record = None
+        if due(run, recipe.log_every_images):
+            seconds = time.monotonic() - logged_at
+            record = log_record(run, state.images - logged_images, seconds, flop)
+            logged_images, logged_at = state.images, time.monotonic()
+        emit(record, listeners.log)
+        emit(event, listeners.events)
+        if grid_due(run):
+            emit(ema.horizon_event(recipe.ema, state.images), listeners.events)
+        progress.update(state.images, record)
+
+        # Before the grid and the evaluation: if either fails, the next start repeats it from here.
+        evaluation_due = evaluator is not None and due(run, recipe.evaluate.every_images)
+        save_if_due(run, result.stopping or evaluation_due)
+        if result.stopping:
+            exit_gracefully(run, progress)
+
+        # Last, because both sample from the averages, which are on disk by now.
+        if grid_due(run):
+            draw_grid(run)
+        if evaluator is not None and evaluation_due:
+            paused_at = time.monotonic()
+            run_evaluation(run, evaluator, stop, progress, listeners)
+            logged_at += (
+                time.monotonic() - paused_at
+            )  # the log measures the speed of training alone
+    run.writer.wait()
+
+
+def open_listeners(
+    run: Run, progress: ProgressDisplay, tracker_writers: trackers.Trackers
+) -> Listeners:
+    """Open log.jsonl and events.jsonl; a resumed run drops what they hold beyond its checkpoint."""
+    if not run.world.is_rank0:
+        return Listeners()
+    lines, events = (
+        log.Log(run.folder / f"{n}.jsonl", run.state.images) for n in ("log", "events")
+    )
+    return Listeners([lines.write, *tracker_writers], [events.write, progress.print_event])
 
 
 def training_batches(run: Run) -> Iterator[Batch]:
-    """This rank's batches from the images seen on, drawn and loaded ahead of the loop."""
+    """Yield this rank's batches from `state.images` on, drawn and loaded ahead of the loop."""
     recipe, world = run.recipe, run.world
     loaded = load_batches(
-        run.images,
+        run.dataset,
         seed=recipe.seed,
         start_image=run.state.images,
         batch=recipe.batch,
@@ -177,171 +229,78 @@ def training_batches(run: Run) -> Iterator[Batch]:
         workers=max(1, recipe.data.workers),
         processes=recipe.data.workers > 0,
     )
+    num_classes = run.info.config.num_classes
     return prefetch(
-        loaded,
-        lambda batch: make_batch(
-            recipe, run.images, run.info.config.num_classes, batch, world.device
-        ),
+        loaded, lambda batch: make_batch(recipe, run.dataset, num_classes, batch, world.device)
     )
 
 
-def loop(
-    run: Run,
-    console: ProgressDisplay,
-    stop: StopSignal,
-    track: trackers.Trackers = (),
-    judge: Evaluator | None = None,
+def update_averages(run: Run) -> None:
+    """Update every average of the weights after a step."""
+    weights = ema.weights_of(run.state.backbone)
+    images, batch = run.state.images, run.recipe.batch
+    beta = ema.exponential_beta(run.recipe.ema, images, batch)
+    ema.update(run.state.averages["ema"], weights, beta)
+    for std in run.recipe.ema.power_stds:
+        beta = ema.power_beta(std, images, batch)
+        ema.update(run.state.averages[f"power-{std:g}"], weights, beta)
+
+
+def due(run: Run, every: int) -> bool:
+    """Return whether this step crossed a multiple of `every` images or ended the run; never for 0."""
+    images, batch = run.state.images, run.recipe.batch
+    return every > 0 and (
+        images // every > (images - batch) // every or images >= run.recipe.images
+    )
+
+
+def grid_due(run: Run) -> bool:
+    """Return whether this step ends at a sample grid."""
+    return run.recipe.samples.count > 0 and due(run, run.recipe.samples.every_images)
+
+
+def log_record(run: Run, images: int, seconds: float, flop_per_image: float) -> dict[str, Any]:
+    """Return the log line of the latest `images`, trained in `seconds`; all ranks call this together."""
+    peak_tflops = run.recipe.engine.peak_tflops
+    return {
+        "images": run.state.images,
+        **log.reset_window(run.state.metrics_window, list(run.parts), run.world),
+        "skipped_steps": run.state.skipped,
+        "spikes": run.state.spikes,
+        **log.measure_speed(images, seconds, flop_per_image, peak_tflops, run.world),
+    }
+
+
+def emit(
+    record: dict[str, Any] | None, listeners: Sequence[Callable[[dict[str, Any]], None]]
 ) -> None:
-    """Until the images are seen: batch, gradient, agreement, update, averages; log, grid, save and judge when due."""
-    recipe, now, world = run.recipe, run.state, run.world
-    lines = [log.Log(run.folder / "log.jsonl", now.images).write, *track] if world.is_rank0 else []
-    events = (
-        [log.Log(run.folder / "events.jsonl", now.images).write, console.event]
-        if world.is_rank0
-        else []
-    )
-    flop = flop_per_image(run.shell)
-    run.model.train()
-    console.start(recipe.images, now.images)
-    if grid_pending(run):
-        draw_grid(run)
-    if (
-        judge is not None
-        and evaluation_pending(run)
-        and not run_evaluation(run, judge, stop, console, lines, events)
-    ):
-        exit_gracefully(run, console)
-    feed = training_batches(run)
-    since, began = now.images, time.monotonic()
-    while now.images < recipe.images:
-        batch = next(feed)
-        losses = gradient(run, batch)
-        norms = gradient_norms(run)
-        verdict = reduce_step(
-            losses, norms[0], stop.asked, run.writer.failed, world
-        )  # the step's one wait for the device
-        if verdict.failing:
-            run.writer.settle()  # raises what went wrong
-        if verdict.finite:
-            update(run, norms[0])
-            log.add(now.window, losses.loss, losses.logsnr, norms, world)
-            event = nonfinite.detect_spike(run, verdict)
-        else:
-            event = nonfinite.handle_nonfinite(
-                run, batch, losses, verdict
-            )  # raises, or leaves the weights as they were
-        now.images += recipe.batch
-        update_averages(run)
-
-        record = None
-        if due(run, recipe.log_every_images):
-            seconds = time.monotonic() - began
-            speed = log.measure_speed(
-                now.images - since, seconds, flop, recipe.engine.peak_tflops, world
-            )
-            means = log.summary(now.window, list(run.parts), world)
-            record = {
-                "images": now.images,
-                **means,
-                "skipped_steps": now.skipped,
-                "spikes": now.spikes,
-                **speed,
-            }
-            since, began = now.images, time.monotonic()
-        emit(record, lines)
-        emit(event, events)
-        console.progress(now.images, record)
-        if grid_due(run):
-            emit(ema.horizon_event(recipe.ema, now.images), events)
-        judging_due = judge is not None and due(run, recipe.evaluate.every_images)
-        # A grid may fail, an evaluation take long: what was reached is saved before, and the next start takes them up.
-        ended = now.images >= recipe.images
-        save_due = due(run, recipe.save.every_images) or ended or judging_due or verdict.stopping
-        snapshots = due(run, recipe.ema.snapshot_every_images or recipe.save.every_images) or ended
-        if save_due or snapshots:
-            save(run, save_due, recipe.ema.power_stds if snapshots else ())
-        stopping = verdict.stopping
-        if grid_due(run) and not stopping:
-            draw_grid(run)
-        if judge is not None and judging_due and not stopping:
-            paused = time.monotonic()
-            stopping = not run_evaluation(run, judge, stop, console, lines, events)
-            began += time.monotonic() - paused
-        if stopping:
-            exit_gracefully(run, console)
-    run.writer.settle()
-
-
-def exit_gracefully(run: Run, console: ProgressDisplay) -> NoReturn:
-    """End the process in good order, its state being saved."""
-    run.writer.settle()
-    again = f": {environment.command()}" if run.world.size == 1 else ", under the same launcher"
-    console.say(
-        f"stopped at {run.state.images:,} images; run the same command again to go on{again}"
-    )
-    raise SystemExit(0)
-
-
-def draw_grid(run: Run) -> None:
-    """Sample the averaged weights as they are now; all ranks call this together."""
-    save_sample_grid(
-        averaged_model(run), run.folder, run.recipe.samples, run.recipe.seed, run.world, run.images
-    )
-
-
-def grid_pending(run: Run) -> bool:
-    """Whether the process before ended between a checkpoint and its grid; all ranks call this together."""
-    there = run.world.is_rank0 and grid_path(run.folder, run.state.images).exists()
-    return (
-        not distributed.broadcast_from_rank0(there, run.world)
-        and run.state.images > 0
-        and grid_due(run)
-    )
-
-
-def evaluation_pending(run: Run) -> bool:
-    """Whether the process before ended between a checkpoint and its evaluation; all ranks call this together."""
-    milestone = run.state.images > 0 and due(run, run.recipe.evaluate.every_images)
-    return milestone and not evaluation.is_recorded(run)
-
-
-def run_evaluation(
-    run: Run,
-    judge: Evaluator,
-    stop: StopSignal,
-    console: ProgressDisplay,
-    lines: Listeners,
-    events: Listeners,
-) -> bool:
-    """Have the averaged weights judged and tell what was found, or why nothing; False where training is to stop."""
-    console.say(
-        f"judging {run.recipe.evaluate.num_images:,} samples at {run.state.images:,} images"
-    )
-    found, failure = evaluation.evaluate_average(run, judge, lambda: stop.asked)
-    emit(found, lines)
-    if found is not None:
-        console.say(
-            ", ".join(f"{metric} {value:.6g}" for metric, value in found["evaluation"].items())
-        )
-    if failure is not None:
-        emit({"images": run.state.images, "event": "evaluation failed", "why": failure}, events)
-    return found is not None or failure is not None
-
-
-def emit(record: dict[str, Any] | None, readers: Listeners) -> None:
-    """Give a record, if there is one, to everyone who reads such."""
+    """Pass a record, if there is one, to every listener."""
     if record is not None:
-        for reader in readers:
-            reader(record)
+        for listener in listeners:
+            listener(record)
+
+
+def save_if_due(run: Run, checkpoint_due: bool) -> None:
+    """Save a checkpoint, snapshots of the power averages, or both, where this step is due for them.
+
+    Args:
+        checkpoint_due: save a checkpoint whatever the images seen.
+    """
+    recipe, finished = run.recipe, run.state.images >= run.recipe.images
+    snapshot_every = recipe.ema.snapshot_every_images or recipe.save.every_images
+    checkpoint_due = checkpoint_due or finished or due(run, recipe.save.every_images)
+    snapshots_due = finished or due(run, snapshot_every)
+    if checkpoint_due or snapshots_due:
+        save(run, checkpoint_due, recipe.ema.power_stds if snapshots_due else ())
 
 
 def save(run: Run, with_checkpoint: bool, snapshot_stds: Sequence[float]) -> None:
-    """Copy what is to be kept to the CPU now, and have it written behind training.
+    """Copy the state to the CPU, and write it in the background; all ranks call this together.
 
-    A checkpoint brings along model/, the averaged weights, model-raw/, those without average, and unreadable.txt.
-    Training waits only where the writing before is not yet done. All ranks call this together.
+    With a checkpoint go model/ (the averaged weights), model-raw/ (those without averaging) and
+    unreadable.txt. Training waits only for an earlier write that has not ended.
     """
-    run.writer.settle()
+    run.writer.wait()
     tasks: list[Callable[[], object]] = []
     images, keep = run.state.images, run.recipe.save
     for std in snapshot_stds:
@@ -361,3 +320,56 @@ def save(run: Run, with_checkpoint: bool, snapshot_stds: Sequence[float]) -> Non
             tasks.append(partial(save_model, raw, run.folder / "model-raw"))
     if tasks:
         run.writer.start(lambda: [task() for task in tasks])
+
+
+def draw_grid(run: Run) -> None:
+    """Sample a grid from the averaged weights; all ranks call this together."""
+    save_sample_grid(
+        averaged_model(run), run.folder, run.recipe.samples, run.recipe.seed, run.world, run.dataset
+    )
+
+
+def grid_pending(run: Run) -> bool:
+    """Return whether the grid of the restored checkpoint is missing; all ranks call this together."""
+    exists = run.world.is_rank0 and grid_path(run.folder, run.state.images).exists()
+    exists = distributed.broadcast_from_rank0(exists, run.world)
+    return not exists and run.state.images > 0 and grid_due(run)
+
+
+def evaluation_pending(run: Run) -> bool:
+    """Return whether the evaluation of the restored checkpoint is missing; all ranks call this together."""
+    was_due = run.state.images > 0 and due(run, run.recipe.evaluate.every_images)
+    return was_due and not evaluation.is_recorded(run)
+
+
+def run_evaluation(
+    run: Run,
+    evaluator: Evaluator,
+    stop: StopSignal,
+    progress: ProgressDisplay,
+    listeners: Listeners,
+) -> None:
+    """Evaluate the averaged weights and log the metrics, or why there are none; exit when asked to stop."""
+    images, count = run.state.images, run.recipe.evaluate.num_images
+    progress.print_line(f"evaluating {count:,} samples at {images:,} images")
+    record, failure = evaluation.evaluate_average(run, evaluator, lambda: stop.requested)
+    if record is not None:
+        emit(record, listeners.log)
+        metrics = record["evaluation"].items()
+        progress.print_line(", ".join(f"{metric} {value:.6g}" for metric, value in metrics))
+    elif failure is not None:
+        event = {"images": images, "event": "evaluation failed", "why": failure}
+        emit(event, listeners.events)
+    else:
+        exit_gracefully(run, progress)
+
+
+def exit_gracefully(run: Run, progress: ProgressDisplay) -> NoReturn:
+    """Wait for the checkpoint, say how to resume, and exit with status 0."""
+    run.writer.wait()
+    command = environment.command_line()
+    resume = f": {command}" if run.world.size == 1 else ", under the same launcher"
+    progress.print_line(
+        f"stopped at {run.state.images:,} images; run the same command again to go on{resume}"
+    )
+    raise SystemExit(0)

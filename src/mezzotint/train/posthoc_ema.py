@@ -1,4 +1,7 @@
-"""Averages of any width after the run, from snapshots of power-function averages: EDM2 section 3.2 and appendix C."""
+"""Averages of any width after the run, from snapshots of power-function averages.
+
+EDM2 section 3.2 and appendix C.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from mezzotint.train.ema import Weights, power_gamma
 
 
 class Snapshot(NamedTuple):
-    """A power-function average on disk: of relative width `std`, up to `images` seen."""
+    """A power-function average on disk, of relative width `std` at `images` seen."""
 
     images: int
     std: float
@@ -24,32 +27,32 @@ class Snapshot(NamedTuple):
 
 
 def write_snapshot(run: Path, weights: Weights, images: int, std: float) -> None:
-    """Write ema/IMAGES-STD.safetensors, float32, in one rename."""
+    """Write ema/IMAGES-STD.safetensors, float32, atomically."""
     from safetensors.torch import save_file
 
     (run / "ema").mkdir(exist_ok=True)
-    atomic_replace(snapshot_path(run, images, std), lambda beside: save_file(weights, beside))
+    atomic_replace(snapshot_path(run, images, std), lambda path: save_file(weights, path))
 
 
 def snapshot_path(run: Path, images: int, std: float) -> Path:
-    """Where a run keeps the snapshot of relative width `std` at `images` seen."""
+    """Return the path of the snapshot of relative width `std` at `images` seen."""
     return run / "ema" / f"{images:012d}-{std:g}.safetensors"
 
 
-def snapshots(run: Path) -> list[Snapshot]:
-    """A run's snapshots, oldest first."""
-    found = []
+def list_snapshots(run: Path) -> list[Snapshot]:
+    """Return a run's snapshots, oldest first."""
+    snapshots = []
     for path in sorted((run / "ema").glob("*-*.safetensors")):
         images, _, std = path.stem.partition("-")
-        found.append(Snapshot(int(images), float(std), path))
-    return found
+        snapshots.append(Snapshot(int(images), float(std), path))
+    return snapshots
 
 
 def profile_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
-    """Inner product of the profiles p(t; t_a, gamma_a) and p(t; t_b, gamma_b) over t; all broadcast, float64.
+    """Return the inner product over t of the profiles p(t; t_a, gamma_a) and p(t; t_b, gamma_b).
 
-    p(t; T, gamma) = (gamma + 1) t^gamma / T^(gamma + 1) up to T, then 0: how much of the average at T is the weights
-    of time t (EDM2 eq. 3 normalised to integral 1).
+    p(t; T, gamma) = (gamma + 1) t^gamma / T^(gamma + 1) up to T, then 0, is the share of the weights of
+    time t in the average at T (EDM2 eq. 3 normalised to integral 1). All broadcast, float64.
     """
     # EDM2 appendix C: the integral to min(t_a, t_b) of the product of two powers
     first = torch.minimum(t_a, t_b)
@@ -58,34 +61,39 @@ def profile_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) 
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * shorter * powers.exp()
 
 
-def coefficients(kept: list[tuple[int, float]], images: int, std: float) -> tuple[Tensor, float]:
-    """Factors on the snapshots `kept`, (images, std) each, whose sum is nearest to the average (images, std).
+def solve_coefficients(
+    snapshots: list[tuple[int, float]], images: int, std: float
+) -> tuple[Tensor, float]:
+    """Return the factors on snapshots whose sum comes nearest to the average of width `std` at `images`.
 
-    Returns:
-        (n,) float64, and the distance of the profiles relative to the length of the one wanted.
+    Args:
+        snapshots: (images, std) each.
+
+    Returns: the factors, (n,) float64, and the distance of the sum's profile from the wanted one,
+        relative to the length of the wanted one.
     """
-    t = torch.tensor([float(i) for i, _ in kept], dtype=torch.float64)
-    gamma = torch.tensor([power_gamma(s) for _, s in kept], dtype=torch.float64)
+    t = torch.tensor([float(i) for i, _ in snapshots], dtype=torch.float64)
+    gamma = torch.tensor([power_gamma(s) for _, s in snapshots], dtype=torch.float64)
     target_t = torch.tensor(float(images), dtype=torch.float64)
     target_gamma = torch.tensor(power_gamma(std), dtype=torch.float64)
     # EDM2 appendix C: min over x of || p - sum_i x_i p_i ||^2 is A x = b with A_ij = <p_i, p_j>, b_i = <p_i, p>
     A = profile_product(t[:, None], gamma[:, None], t, gamma)
     b = profile_product(t, gamma, target_t, target_gamma)
-    # Scaled to a unit diagonal, then by singular values: neighbouring snapshots are nearly parallel.
+    # Neighbouring snapshots are nearly parallel: scale to a unit diagonal, solve by singular values.
     length = A.diagonal().sqrt()
-    x = (
-        torch.linalg.lstsq(
-            A / (length[:, None] * length), (b / length)[:, None], driver="gelsd"
-        ).solution[:, 0]
-        / length
-    )
+    unit_A, unit_b = A / (length[:, None] * length), b / length
+    x = torch.linalg.lstsq(unit_A, unit_b[:, None], driver="gelsd").solution[:, 0] / length
     wanted = profile_product(target_t, target_gamma, target_t, target_gamma)
     square = wanted - 2 * (x @ b) + x @ A @ x
     return x, float((square.clamp(min=0) / wanted).sqrt())
 
 
 class Reconstruction(NamedTuple):
-    """An average rebuilt: weights, images seen, the snapshots it is of, the profiles' relative distance."""
+    """A reconstructed average.
+
+    sources: the snapshots it is a sum of.
+    distance: of its profile from the wanted one, see `solve_coefficients`.
+    """
 
     weights: Weights
     images: int
@@ -94,41 +102,43 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct(run: Path, std: float, images: int | None = None) -> Reconstruction:
-    """The power-function average of relative width `std` at `images` seen (the newest snapshot's by default).
+    """Reconstruct the power-function average of relative width `std` at `images` seen.
 
-    Errors: ValueError for a run without snapshots, none early enough, or a width outside (0, 0.2887).
+    Args:
+        images: of the newest snapshot by default.
+
+    Errors: ValueError for a run without snapshots up to `images`, or a width outside (0, 0.2887).
     """
     from safetensors import safe_open
 
-    power_gamma(std)
-    every = snapshots(run)
-    if not every:
+    power_gamma(std)  # refuses a width outside its range before anything is read
+    snapshots = list_snapshots(run)
+    if not snapshots:
         raise ValueError(
             f"{run} has no snapshots in ema/; train with e.g. ema.power_stds=[0.05,0.10]"
         )
-    images = every[-1].images if images is None else images
-    kept = [s for s in every if s.images <= images]
-    if not kept or images > every[-1].images:
-        raise ValueError(
-            f"{run} has snapshots from {every[0].images:,} to {every[-1].images:,} images, not {images:,}"
-        )
-    x, distance = coefficients([(s.images, s.std) for s in kept], images, std)
+    first, last = snapshots[0].images, snapshots[-1].images
+    images = last if images is None else images
+    sources = [s for s in snapshots if s.images <= images]
+    if not sources or images > last:
+        raise ValueError(f"{run} has snapshots from {first:,} to {last:,} images, not {images:,}")
+    x, distance = solve_coefficients([(s.images, s.std) for s in sources], images, std)
     weights: dict[str, Any] = {}
-    for factor, snapshot in zip(x.tolist(), kept, strict=True):
+    for factor, snapshot in zip(x.tolist(), sources, strict=True):
         with safe_open(snapshot.path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (no dictionary)
                 part = factor * file.get_tensor(name).double()
                 weights[name] = part if name not in weights else weights[name] + part
-    return Reconstruction({k: w.float() for k, w in weights.items()}, images, kept, distance)
+    return Reconstruction({k: w.float() for k, w in weights.items()}, images, sources, distance)
 
 
 def reconstruct_model(
     run: Path, std: float, images: int | None = None
 ) -> tuple[Model, Reconstruction]:
-    """The run's model with a reconstructed average as its weights."""
+    """Return the run's model with a reconstructed average as its weights."""
     rebuilt = reconstruct(run, std, images)
     model = load_model(run / "model")
-    # Coefficients do not sum to exactly 1, which would scale what is not trained (fixed positions).
+    # The factors do not sum to exactly 1, which would scale parameters that are not trained.
     trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
     averaged = {name: weight for name, weight in rebuilt.weights.items() if name in trained}
     model.backbone.load_state_dict({**model.backbone.state_dict(), **averaged})
@@ -140,7 +150,11 @@ def reconstruct_model(
 def save_reconstruction(
     run: Path, std: float, images: int | None = None, out: Path | None = None
 ) -> tuple[Path, Reconstruction]:
-    """Write `rebuilt_model` as a model folder, RUN/model-STD by default; returns where, and what it was made from."""
+    """Write a reconstructed model as a model folder; return its path and the reconstruction.
+
+    Args:
+        out: the folder; RUN/model-STD by default.
+    """
     model, rebuilt = reconstruct_model(run, std, images)
     folder = out or run / f"model-{std:g}"
     save_model(model, folder)

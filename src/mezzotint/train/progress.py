@@ -1,72 +1,53 @@
-"""What a person sees while training: one progress bar with loss, speed and time left."""
+"""The display of a training run: a progress bar with loss, speed and time left; messages and events above it."""
 
 from __future__ import annotations
 
-import sys
-import time
 from typing import Any
 
-from rich.console import Console as Terminal
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Console
+
+from mezzotint.core.progress import ProgressBar
 
 
 class ProgressDisplay:
-    """A progress bar on a terminal; a line per log record where there is none; nothing when quiet."""
+    """Progress on standard error: a bar on a terminal, elsewhere a line per log record.
 
-    def __init__(self, quiet: bool):
-        self.quiet = quiet
-        self.terminal = Terminal(stderr=True, soft_wrap=True)
-        self.bar: Progress | None = None
-        self.total = 0
-        self.begun = (0, 0.0)
+    Args:
+        show: False prints nothing.
+    """
+
+    def __init__(self, show: bool):
+        self.show = show
+        self.console = Console(stderr=True, soft_wrap=True)
+        self.bar: ProgressBar | None = None
         self.loss = ""
 
-    def say(self, sentence: str) -> None:
-        """One line to the person."""
-        if not self.quiet:
-            self.terminal.print(sentence, highlight=False)
+    def print_line(self, line: str) -> None:
+        """Print one line above the bar."""
+        if self.show:
+            self.console.print(line, highlight=False, markup=False)
 
     def start(self, total: int, done: int) -> None:
-        """Show the bar; `total` and `done` in images."""
-        self.total, self.begun = total, (done, time.monotonic())
-        if self.quiet or not sys.stderr.isatty():
-            return
-        self.bar = Progress(
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            console=self.terminal,
-        )
-        self.task = self.bar.add_task("", total=total, completed=done, facts="")
-        self.bar.start()
+        """Show the bar.
 
-    def progress(self, images: int, record: dict[str, Any] | None = None) -> None:
-        """After each step; `record` is the log line when one was written."""
+        Args:
+            total, done: length of the run and images seen so far.
+        """
+        self.bar = ProgressBar("training", total, done, show=self.show, console=self.console)
+
+    def update(self, images: int, record: dict[str, Any] | None = None) -> None:
+        """Show the images seen after a step, and the loss of `record` where a log line was due."""
+        assert self.bar is not None, "start comes first"
         if record is not None:
             self.loss = f"loss {record['loss']:.4f}"
-        done, since = self.begun
-        speed = (images - done) / max(time.monotonic() - since, 1e-9)
-        facts = f"{self.loss}  {speed:,.1f} images/s  {clock((self.total - images) / max(speed, 1e-9))} left"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=min(images, self.total), facts=facts)
-        elif record is not None:
-            self.say(f"{images:,}/{self.total:,} images  {facts}")
+        self.bar.update(images, self.loss, line=record is not None)
 
-    def event(self, record: dict[str, Any]) -> None:
-        """What is out of the ordinary, as events.jsonl has it."""
+    def print_event(self, record: dict[str, Any]) -> None:
+        """Print a record of events.jsonl."""
         facts = ", ".join(f"{k} {v}" for k, v in record.items() if k not in ("images", "event"))
-        self.say(f"{record['event']} at {record['images']:,} images: {facts}")
+        self.print_line(f"{record['event']} at {record['images']:,} images: {facts}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         if self.bar is not None:
-            self.bar.stop()
-            self.bar = None
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds as h:mm:ss or m:ss."""
-    minutes, rest = divmod(int(max(0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+            self.bar.close()

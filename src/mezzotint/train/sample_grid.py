@@ -1,4 +1,4 @@
-"""The sample grids of a run: fixed seeds, fixed labels, one PNG per milestone."""
+"""Sample grids of a run: the same seeds, labels and captions at every milestone, one PNG each."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mezzotint.config import SampleGrid
-from mezzotint.core.distributed import World
+from mezzotint.core.distributed import World, gather_from_ranks
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data import autoencoder
-from mezzotint.data.latent_dataset import Dataset
+from mezzotint.data.dataset import Dataset
 from mezzotint.data.transforms import to_uint8
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.sampling.protocols import parse_sampler
@@ -22,98 +21,105 @@ from mezzotint.sampling.settings import Guidance, SamplingSettings
 
 
 def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
-    """Labels of a grid, in class order, as even as the count allows; None for an unconditional network."""
+    """Return the labels of a grid in class order, as even as `count` allows; None without classes."""
     if not num_classes:
         return None
-    return (
-        torch.arange(count) * num_classes // count if count >= num_classes else torch.arange(count)
-    )
+    positions = torch.arange(count)
+    return positions * num_classes // count if count >= num_classes else positions
+
+
+def spread_indices(count: int, total: int) -> list[int]:
+    """Return `count` evenly spaced indices into a dataset of `total` images."""
+    return [i * total // count for i in range(count)]
 
 
 @functools.lru_cache(maxsize=2)
 def preview_codec(name: str, device: torch.device) -> autoencoder.Codec | None:
-    """What shows latents while training: TAESD for Stable Diffusion's, since it is quick; None if none is at hand."""
-    quick = autoencoder.if_cached("taesd", device) if name in autoencoder.SD_LATENTS else None
-    return quick or autoencoder.if_cached(name, device)
+    """Return a decoder for previews: TAESD, which is fast, for Stable Diffusion's latents; else `name`.
+
+    None where no decoder is in the cache; nothing is downloaded.
+    """
+    taesd = autoencoder.if_cached("taesd", device) if name in autoencoder.SD_LATENTS else None
+    return taesd or autoencoder.if_cached(name, device)
 
 
 def to_visible(images: torch.Tensor, codec: str) -> torch.Tensor:
-    """Images in [-1, 1] of a network's output; where no decoder is on this machine, three channels of the latents."""
-    space = preview_codec(codec, images.device)
-    return images[:, :3] / 3 if space is None else space.decode(images)
+    """Decode a network's output to images in [-1, 1]; without a decoder, show three latent channels."""
+    decoder = preview_codec(codec, images.device)
+    return images[:, :3] / 3 if decoder is None else decoder.decode(images)
 
 
-def grid_settings(asked: SampleGrid) -> SamplingSettings:
-    """How a grid is sampled; ValueError for an unknown sampler or option."""
-    guided = None if asked.guidance is None else Guidance(dit_s=asked.guidance)
+def grid_settings(grid: SampleGrid) -> SamplingSettings:
+    """Return the sampling settings of a grid; ValueError for an unknown sampler or option."""
+    guidance = None if grid.guidance is None else Guidance(scale=grid.guidance)
     try:
-        return SamplingSettings(
-            sampler=parse_sampler(asked.sampler), steps=asked.steps, guidance=guided
-        )
+        sampler = parse_sampler(grid.sampler)
+        return SamplingSettings(sampler=sampler, steps=grid.steps, guidance=guidance)
     except ValueError as error:
-        raise ValueError(f"samples.sampler={asked.sampler}: {error}") from None
+        raise ValueError(f"samples.sampler={grid.sampler}: {error}") from None
 
 
-def check_sample_grid(asked: SampleGrid, model: Model) -> None:
-    """ValueError for what the first grid would fail with, by running the sampler around an empty network."""
-    settings = grid_settings(asked)
-    if asked.every_images and asked.count:
+def check_sample_grid(grid: SampleGrid, model: Model) -> None:
+    """Raise the ValueError that the first grid would fail with, by a dry run of the sampler."""
+    settings = grid_settings(grid)
+    if grid.every_images and grid.count:
         try:
             count_network_calls(model, settings)
         except ValueError as error:
-            raise ValueError(f"the grids cannot be sampled as samples.* asks: {error}") from None
+            raise ValueError(f"samples.* cannot be sampled from this network: {error}") from None
 
 
 def grid_path(folder: Path, images: int) -> Path:
-    """The grid of a run's folder after so many images."""
+    """Return the path of the grid at `images` seen in a run folder."""
     return folder / "samples" / f"{images:012d}.png"
-
-
-def grid_samples(count: int, total: int) -> list[int]:
-    """Evenly spaced samples of a set of `total` pictures; a grid shows their captions."""
-    return [i * total // count for i in range(count)]
 
 
 def save_sample_grid(
     model: Model,
     folder: Path,
-    settings: SampleGrid,
+    grid: SampleGrid,
     seed: int,
     world: World,
-    images: Dataset | None = None,
+    dataset: Dataset | None = None,
 ) -> Path:
-    """Sample the grid, every rank a share of it, and write samples/IMAGES.png.
+    """Sample a grid, a share on every rank, and write samples/IMAGES.png.
 
-    images: the set whose captions are asked for if it has embedded ones; they are listed in samples/captions.txt.
+    Sample i has seed `seed + i` and the i-th label of `grid_labels`.
+
+    Args:
+        dataset: where it has embedded captions, the grid shows evenly spaced ones, which are listed
+            in samples/captions.txt.
+
+    Returns: the path of the grid.
     """
     config = model.info.config
-    labels = grid_labels(config.num_classes, settings.count)
-    mine = list(range(world.rank, settings.count, world.size))
-    cond = Cond() if labels is None else Cond(label=labels[mine])
-    if images is not None and images.words is not None:
-        shown = grid_samples(settings.count, len(images))
-        text, mask = images.words.batch([shown[i] for i in mine])
+    labels = grid_labels(config.num_classes, grid.count)
+    positions = list(range(world.rank, grid.count, world.size))
+    cond = Cond() if labels is None else Cond(label=labels[positions])
+    if dataset is not None and dataset.caption_embeddings is not None:
+        shown = spread_indices(grid.count, len(dataset))
+        text, mask = dataset.caption_embeddings.batch([shown[i] for i in positions])
         cond = replace(cond, text=text, text_mask=mask)
         if world.is_rank0:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-            lines = [" ".join((images.text(i) or "").split()) for i in shown]
-            (folder / "samples" / "captions.txt").write_text(
-                "".join(f"{line}\n" for line in lines), "utf-8"
-            )
-    made = generate(model, [seed + i for i in mine], cond, grid_settings(settings))
-    pixels = to_uint8(to_visible(made, model.info.codec).cpu())
-    shares = [(mine, pixels)]
-    if world.size > 1:
-        gathered: list = [None] * world.size
-        dist.all_gather_object(gathered, (mine, pixels))
-        shares = gathered
+            _write_captions(folder / "samples" / "captions.txt", dataset, shown)
+    samples = generate(model, [seed + i for i in positions], cond, grid_settings(grid))
+    pixels = to_uint8(to_visible(samples, model.info.codec).cpu())
     path = grid_path(folder, model.info.images)
+    shares = gather_from_ranks((positions, pixels), world)
     if world.is_rank0:
-        sheet = torch.empty(settings.count, *pixels.shape[1:], dtype=torch.uint8)
-        for numbers, part in shares:
-            sheet[numbers] = part
+        images = torch.empty(grid.count, *pixels.shape[1:], dtype=torch.uint8)
+        for rows, share in shares:
+            images[rows] = share
         names = model.info.labels
         captions = [names[i] for i in labels.tolist()] if names and labels is not None else None
-        columns = settings.count // config.num_classes if labels is not None else None
-        save_png(make_grid(sheet, columns=columns or None, captions=captions), path)
+        # One row per class where all classes are shown.
+        columns = grid.count // config.num_classes if labels is not None else None
+        save_png(make_grid(images, columns=columns or None, captions=captions), path)
     return path
+
+
+def _write_captions(path: Path, dataset: Dataset, indices: list[int]) -> None:
+    """Write the captions of these images, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [" ".join((dataset.text(i) or "").split()) for i in indices]
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")

@@ -1,4 +1,4 @@
-"""The error of a denoiser on held-out images at fixed log-SNRs, comparable across every family and prediction."""
+"""The error of a denoiser on held-out images at fixed log-SNRs, comparable across families."""
 
 from __future__ import annotations
 
@@ -19,36 +19,41 @@ LEVELS = (-6.0, -3.0, 0.0, 3.0, 6.0)  # natural log-SNR, from nearly noise to ne
 @torch.no_grad()
 def eps_mse_by_level(
     model: Model,
-    images: ImageDataset,
+    dataset: ImageDataset,
     levels: Sequence[float] = LEVELS,
     count: int = 256,
     seed: int = 0,
     batch: int = 64,
 ) -> dict[float, float]:
-    """Mean squared error of the implied noise, per log-SNR, on `count` images spread over the set, with fixed noise.
+    """Return the mean squared error of the predicted noise at each log-SNR, with fixed noise.
 
-    Predicting eps = 0 scores 1 at every level. Labels are given where the network takes them.
+    Predicting eps = 0 scores 1 at every level. A class-conditional network gets the labels.
+
+    Args:
+        levels: natural log-SNRs.
+        count: images, evenly spread over the dataset.
+        batch: images at a time.
     """
-    count = min(count, len(images))
-    spread = [i * len(images) // count for i in range(count)]  # sets are often sorted by class
+    count = min(count, len(dataset))
+    spread = [i * len(dataset) // count for i in range(count)]  # datasets are often sorted by class
     device = next(model.parameters()).device
     totals = torch.zeros(len(levels), dtype=torch.float64)
     training = model.training
     model.eval()
     for start in range(0, count, batch):
-        numbers = spread[start : start + batch]
-        pixels, labels = images.batch(numbers)
+        indices = spread[start : start + batch]
+        pixels, labels = dataset.batch(indices)
         x = to_model_range(pixels.to(device))
-        eps = rng.normal("noise", seed, numbers, tuple(pixels.shape[1:])).to(device)
+        eps = rng.normal("noise", seed, indices, tuple(pixels.shape[1:])).to(device)
         conditional = model.info.config.num_classes > 0
         cond = Cond(label=labels.to(device)) if conditional and labels is not None else Cond()
         for i, level in enumerate(levels):
-            logsnr = torch.full((len(numbers),), level, device=device)
+            logsnr = torch.full((len(indices),), level, device=device)
             totals[i] += squared_error(model, x, eps, logsnr, cond).double().sum().cpu()
     model.train(training)
     return dict(zip(levels, (totals / count).tolist(), strict=True))
 
 
 def squared_error(model: Model, x: Tensor, eps: Tensor, logsnr: Tensor, cond: Cond) -> Tensor:
-    """||eps - eps_hat||^2 per element, one number per image."""
+    """Return the mean over elements of (eps - eps_hat)^2, (b,)."""
     return (model(diffuse(x, eps, logsnr), logsnr, cond).eps - eps).square().flatten(1).mean(1)

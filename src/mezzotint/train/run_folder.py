@@ -1,0 +1,132 @@
+"""The folder of a run: which folder may become one, who may write to it, and the recipe it belongs to."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mezzotint import config
+from mezzotint.config import Recipe
+from mezzotint.core.files import atomic_write
+from mezzotint.data.image_dataset import split_suffix
+
+RECIPE = "recipe.yaml"
+# Fields that may differ when a run is resumed: how long, how fast, how often, what to do on failure.
+CHANGEABLE = (
+    "images", "engine", "save", "samples", "evaluate", "log_every_images", "nonfinite", "trackers",
+    "data.workers", "ema.snapshot_every_images",
+)  # fmt: skip
+
+
+def data_folder(source: str) -> str:
+    """Return the path or hub name of a data source, without its :split."""
+    return source if os.path.isdir(source) else split_suffix(source)[0]
+
+
+def check_run_folder(folder: Path, source: str) -> None:
+    """Raise ValueError for a folder inside the data folder, or one that holds other files."""
+    base = data_folder(source)
+    data = Path(base).expanduser()
+    # The sample grids of the run would become training images.
+    if base and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"{folder} is inside the data folder {base}, so that sample grids would become "
+            "training images; use an --out elsewhere, e.g. --out runs/NAME"
+        )
+    if folder.is_dir() and not (folder / RECIPE).exists():
+        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        if others:
+            listing = f"{', '.join(others[:3])}{' ...' if others[3:] else ''}"
+            raise ValueError(
+                f"{folder} is not a run folder and holds {listing}; use an --out that is new or empty"
+            )
+
+
+@contextmanager
+def run_lock(folder: Path, source: str = "") -> Iterator[None]:
+    """Make the run folder and keep other processes out of it; the lock ends with the process.
+
+    Args:
+        source: of the data, see `check_run_folder`.
+
+    Errors: ValueError for a folder that cannot become a run's or that another process holds; OSError
+    where the folder cannot be written.
+    """
+    check_run_folder(folder, source)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is training in {folder}; wait for it or use another --out"
+            ) from None
+        except OSError:
+            pass  # some network file systems have no locks
+        yield
+
+
+def has_started(folder: Path) -> bool:
+    """Return whether training wrote anything but the recipe, which a failed start leaves too."""
+    log = folder / "log.jsonl"
+    folders = ("checkpoints", "model", "samples", "ema", "evaluations", "bundles")
+    return (log.exists() and log.stat().st_size > 0) or any(
+        any((folder / name).glob("[!.]*")) for name in folders
+    )
+
+
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise ValueError where the folder's run was trained with another recipe; list the differences."""
+    path = folder / RECIPE
+    if not (path.exists() and has_started(folder)):
+        return
+    old, new = _fixed_fields(config.from_yaml(path)), _fixed_fields(recipe)
+    differences = [
+        f"  {k}: {old.get(k)} there, {new[k]} asked" for k in new if old.get(k) != new[k]
+    ]
+    if differences:
+        raise ValueError(
+            "\n".join([f"{folder} belongs to another recipe:", *differences])
+            + "\nUse another --out, or the same recipe."
+        )
+
+
+def write_recipe(folder: Path, recipe: Recipe) -> None:
+    """Write recipe.yaml and remove what a killed process left half-written; OSError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_partial(folder)
+        atomic_write(folder / RECIPE, config.to_yaml(recipe))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove half-written files and folders of a killed process from a run folder."""
+    for path in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _fixed_fields(recipe: Recipe) -> dict[str, Any]:
+    """Return the recipe as a dictionary, without the fields that may differ on resume."""
+    values = config.to_dict(recipe)
+    for path in CHANGEABLE:
+        *outer, key = path.split(".")
+        del (values[outer[0]] if outer else values)[key]
+    return values
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+    return OSError(
+        f"the run folder {folder} cannot be written: {error}; check its permissions or use another "
+        "--out"
+    )
