@@ -293,7 +293,9 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
         raise ValueError(
             f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; {suggest(name, ['pixels', *RELEASES])}"
         )
-    release = RELEASES.get(name) or Release(repo=name, files=DIFFUSERS_FILES, megabytes=0, licence="")
+    release = RELEASES.get(name) or Release(
+        repo=name, files=DIFFUSERS_FILES, megabytes=0, licence=""
+    )
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,50 +1,51 @@
-"""Aspect-ratio buckets: pictures of any shape, each resized to the nearest of a few shapes, in batches of one shape.
+"""Aspect-ratio buckets: images of any shape, each resized to the nearest of a few shapes.
 
-Every picture is in exactly one bucket and is shown in every epoch. A bucket whose pictures do not fill its last batch
-is filled up with pictures of its own that come round again.
+A batch holds images of one shape. Every image is in exactly one bucket and appears in every epoch.
+A bucket that does not fill its last batch fills it with images of its own, repeated from its start.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import final
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Int64
 from PIL import ExifTags, Image
 from torch import Tensor
 
 from mezzotint.core.rng import philox
-from mezzotint.data.caption_embeddings import CaptionEmbeddings
-from mezzotint.data.image_dataset import MAX_REPLACEMENTS, Send, UnreadableReport
-from mezzotint.data.sources import NO_LABEL, Source, hash_parts
+from mezzotint.data.dataset import Labels, PixelDataset, Pixels
+from mezzotint.data.sources import Source, hash_parts
 from mezzotint.data.transforms import (
     MAX_INTERMEDIATE_PIXELS,
     UnreadableImage,
-    draw_flips,
-    flip,
+    to_array,
     to_mode,
-    to_model_range,
+    to_pillow,
 )
 
-PORTRAIT = "portrait mode"  # the flag of a rotated picture's caption; the paper's own words are not known ([M])
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
+PORTRAIT = (
+    "portrait mode"  # added to a rotated image's caption; the paper's words are unknown ([M])
+)
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 Shape = tuple[int, int]  # height, width
 
 
 @final
-class BucketedDataset:
-    """Pictures by index in a few shapes: the surface of `Images`, where a batch holds one bucket's pictures alone.
+class BucketedDataset(PixelDataset):
+    """Images by index in a few shapes; a batch holds images of one bucket.
 
     Args:
         shapes: heights and widths, e.g. ((384, 640),) or ((64, 64), (48, 80), (80, 48)).
-        portrait: turn pictures taller than wide a quarter to the left and add "portrait mode" to their caption, as
-            simple diffusion's 384x640 model does (specs/simple-diffusion.md section 6, [M]).
+        portrait: rotate images taller than wide a quarter to the left and add "portrait mode" to
+            their captions, as simple diffusion's 384x640 model does (specs/simple-diffusion.md
+            section 6, [M]).
     """
 
     def __init__(
@@ -56,180 +57,106 @@ class BucketedDataset:
             )
         if len(set(shapes)) < len(shapes):
             raise ValueError(f"shapes {shapes} repeat; give each once")
-        self.source, self.shapes, self.channels, self.portrait = (
-            source,
-            tuple(shapes),
-            channels,
-            portrait,
-        )
-        self.label_names = source.label_names
-        self.num_classes = len(source.label_names or ())
-        self.words: CaptionEmbeddings | None = None
-        sizes = _sizes(source)
-        self.turned = np.array([portrait and h > w for h, w in sizes])
-        seen = [
-            (w, h) if turned else (h, w) for turned, (h, w) in zip(self.turned, sizes, strict=True)
-        ]
-        self.bucket = np.array([self._nearest(h, w) for h, w in seen])
-        self.fingerprint = hash_parts(
+        self.shapes, self.portrait = tuple(shapes), portrait
+        sizes = _read_sizes(source)
+        self.rotated = np.array([portrait and h > w for h, w in sizes])
+        sizes = [(w, h) if r else (h, w) for r, (h, w) in zip(self.rotated, sizes, strict=True)]
+        self.bucket = np.array([self._nearest_bucket(h, w) for h, w in sizes])
+        fingerprint = hash_parts(
             [source.identity(), f"{self.shapes} {channels} {portrait}", self.bucket.tobytes()]
         )
         counts = ", ".join(
-            f"{h}x{w} {n:,}" for (h, w), n in zip(shapes, self.counts(), strict=True)
+            f"{h}x{w} {n:,}" for (h, w), n in zip(shapes, self.bucket_counts(), strict=True)
         )
-        self.report = UnreadableReport(len(source), notes=(*source.notes, f"buckets: {counts}"))
-        self._unreadable: dict[int, str] = {}
+        super().__init__(source, channels, fingerprint, (*source.notes, f"buckets: {counts}"))
 
-    def _nearest(self, height: int, width: int) -> int:
-        """The bucket whose aspect ratio is nearest, by the logarithm."""
-        apart = [abs(math.log(width / height) - math.log(w / h)) for h, w in self.shapes]
-        return apart.index(min(apart))
+    def _nearest_bucket(self, height: int, width: int) -> int:
+        """Return the bucket of the nearest aspect ratio, by its logarithm."""
+        distance = [abs(math.log(width / height) - math.log(w / h)) for h, w in self.shapes]
+        return distance.index(min(distance))
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def counts(self) -> list[int]:
-        """Pictures in each bucket."""
+    def bucket_counts(self) -> list[int]:
+        """Return the number of images in each bucket."""
         return np.bincount(self.bucket, minlength=len(self.shapes)).tolist()
 
-    def indices(self, seed: int, start: int, count: int, batch: int) -> Int64[Tensor, " count"]:
-        """Pictures of the sample numbers start ... start + count - 1, which lie within one batch of `batch`.
+    def text(self, i: int) -> str | None:
+        """Return the caption of image i, with "portrait mode" added if it is rotated, or None."""
+        text = self.source.text(i)
+        return f"{text}, {PORTRAIT}" if text and self.rotated[i] else text
 
-        A function of (seed, epoch): each bucket is permuted and filled up to whole batches, then batches are permuted.
+    def batch_indices(self, seed: int, start: int, count: int, batch: int) -> Int64[Tensor, " n"]:
+        """Return the image indices of the sample numbers start ... start + count - 1 of a run.
+
+        A function of (seed, epoch): each bucket is permuted and filled to whole batches, then the
+        batches are permuted.
+
+        Errors: ValueError where the sample numbers are not within one batch of `batch`.
         """
-        whole, first = divmod(start, batch)
+        number, first = divmod(start, batch)
         if first + count > batch:
             raise ValueError(
                 f"samples {start}...{start + count - 1} are not within one batch of {batch}"
             )
-        per_epoch = sum(-(-n // batch) for n in self.counts())
-        epoch, number = divmod(whole, per_epoch)
-        plan = _plan(self.bucket.tobytes(), seed, epoch, batch)
+        batches_per_epoch = sum(-(-n // batch) for n in self.bucket_counts())
+        epoch, number = divmod(number, batches_per_epoch)
+        plan = _plan_epoch(self.bucket.tobytes(), seed, epoch, batch)
         return torch.from_numpy(plan[number, first : first + count].copy())
 
-    def label(self, i: int) -> int | None:
-        """Class index of sample i, or None."""
-        labels = self.source.labels
-        return None if labels is None or labels[i] == NO_LABEL else int(labels[i])
-
-    def text(self, i: int) -> str | None:
-        """Caption of sample i, flagged if the picture is turned, or None."""
-        text = self.source.text(i)
-        return f"{text}, {PORTRAIT}" if text and self.turned[i] else text
-
-    def name(self, i: int) -> str:
-        """What reports call sample i."""
-        return self.source.name(i)
-
-    def image(self, i: int) -> UInt8[Tensor, "c h w"]:
-        """Sample i in its bucket's shape; may raise `Unreadable`."""
-        stored = self.source.read(i)
-        if isinstance(stored, np.ndarray):
-            grey = stored.shape[0] == 1
-            stored = Image.fromarray(
-                stored[0] if grey else np.ascontiguousarray(stored.transpose(1, 2, 0))
-            )
-        picture = to_mode(stored, self.channels)
-        if self.turned[i]:
-            picture = picture.transpose(Image.Transpose.ROTATE_90)
-        array = np.asarray(cover_crop(picture, *self.shapes[self.bucket[i]]))
-        return torch.from_numpy(
-            array[None].copy() if self.channels == 1 else array.transpose(2, 0, 1).copy()
-        )
-
-    def readable(self, i: int) -> int:
-        """i, or the next readable picture of the same bucket, cyclically."""
-        fellows = np.flatnonzero(self.bucket == self.bucket[i])
-        at = int(np.searchsorted(fellows, i))
-        for k in range(min(MAX_REPLACEMENTS, len(fellows))):
-            j = int(fellows[(at + k) % len(fellows)])
-            if j in self._unreadable:
-                continue
-            try:
-                self.image(j)
-                return j
-            except UnreadableImage as reason:
-                self.mark_unreadable({j: str(reason)})
-        raise ValueError(f"{self.name(i)} and its bucket cannot be read: {self.report}")
-
-    def batch(
-        self, indices: Sequence[int] | Int64[Tensor, " b"]
-    ) -> tuple[UInt8[Tensor, "b c h w"], Int64[Tensor, " b"] | None]:
-        """Pictures of one bucket and their labels; unreadable ones replaced."""
-        chosen = [int(i) for i in indices]
-        if len({int(self.bucket[i]) for i in chosen}) > 1:
+    def batch(self, indices: Sequence[int] | Labels) -> tuple[Pixels, Labels | None]:
+        """Return images of one bucket and their labels; see `Dataset`."""
+        if len({int(self.bucket[int(i)]) for i in indices}) > 1:
             raise ValueError(
-                "a batch of pictures of several shapes; take the indices from `indices`"
+                "these images are of several shapes; take a batch's indices from `batch_indices`"
             )
-        pictures: list[Tensor] = []
-        used: list[int] = []
-        for i in chosen:
-            try:
-                if i in self._unreadable:
-                    raise UnreadableImage(self._unreadable[i])
-                pictures.append(self.image(i))
-                used.append(i)
-            except UnreadableImage as reason:
-                self.mark_unreadable({i: str(reason)})
-                used.append(self.readable(i))
-                pictures.append(self.image(used[-1]))
-        labels = self.source.labels
-        return torch.stack(pictures), None if labels is None else torch.from_numpy(labels[used])
+        return super().batch(indices)
 
-    def to_model(
-        self,
-        loaded: UInt8[Tensor, "b c h w"],
-        seed: int,
-        numbers: list[int],
-        mirror: bool,
-        send: Send,
-    ) -> Float[Tensor, "b c h w"]:
-        """See `Images.to_model`."""
-        return to_model_range(send(flip(loaded, draw_flips(seed, numbers)) if mirror else loaded))
+    def _replacements(self, i: int) -> Iterable[int]:
+        """Return i and the other images of its bucket, cyclically."""
+        members = np.flatnonzero(self.bucket == self.bucket[i])
+        return np.roll(members, -int(np.searchsorted(members, i))).tolist()
 
-    def mark_unreadable(self, found: dict[int, str]) -> None:
-        """See `Images.mark_unreadable`."""
-        for i, reason in found.items():
-            self._unreadable[i] = self.report.unreadable[self.name(i)] = reason
-
-    def unreadable(self) -> dict[int, str]:
-        """See `Images.unreadable`."""
-        return dict(self._unreadable)
+    def _decode_pixels(self, i: int) -> np.ndarray:
+        stored = self.source.read(i)
+        image = to_mode(
+            to_pillow(stored) if isinstance(stored, np.ndarray) else stored, self.channels
+        )
+        if self.rotated[i]:
+            image = image.transpose(Image.Transpose.ROTATE_90)
+        return to_array(cover_crop(image, *self.shapes[self.bucket[i]]))
 
 
 @functools.lru_cache(maxsize=4)
-def _plan(bucket: bytes, seed: int, epoch: int, batch: int) -> np.ndarray:
-    """(batches, batch) picture indices of one epoch, from the int64 bucket of every picture."""
-    of_picture, batches = np.frombuffer(bucket, np.int64), []
+def _plan_epoch(bucket_bytes: bytes, seed: int, epoch: int, batch: int) -> np.ndarray:
+    """Return (batches, batch) image indices of one epoch; `bucket_bytes` are int64, per image."""
+    bucket, batches = np.frombuffer(bucket_bytes, np.int64), []
     rng = philox("order", seed, epoch)
-    for b in range(int(of_picture.max()) + 1):
-        members = rng.permutation(np.flatnonzero(of_picture == b))
+    for b in range(int(bucket.max()) + 1):
+        members = rng.permutation(np.flatnonzero(bucket == b))
         if len(members):
-            batches.append(
-                np.resize(members, (-(-len(members) // batch), batch))
-            )  # repeats from the start
+            # resize repeats from the start
+            batches.append(np.resize(members, (-(-len(members) // batch), batch)))
     return rng.permutation(np.concatenate(batches))
 
 
-def _sizes(source: Source) -> list[Shape]:
-    """(height, width) of every picture as it is seen, from its header; (1, 1) for what cannot be opened."""
+def _read_sizes(source: Source) -> list[Shape]:
+    """Return (height, width) of every image as displayed, from its header; (1, 1) if unreadable."""
 
-    def one(i: int) -> Shape:
+    def read_size(i: int) -> Shape:
         try:
             stored = source.read(i)
             if isinstance(stored, np.ndarray):
                 return stored.shape[1], stored.shape[2]
-            turned = stored.getexif().get(ExifTags.Base.Orientation) in TURNED
-            return (stored.width, stored.height) if turned else (stored.height, stored.width)
-        except Exception:  # decoders raise anything; reading it for a batch will say what
+            rotated = stored.getexif().get(ExifTags.Base.Orientation) in ROTATED
+            return (stored.width, stored.height) if rotated else (stored.height, stored.width)
+        except Exception:  # decoders raise anything; reading it for a batch reports the reason
             return 1, 1
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(one, range(len(source)), chunksize=64))
+        return list(pool.map(read_size, range(len(source)), chunksize=64))
 
 
 def cover_crop(image: Image.Image, height: int, width: int) -> Image.Image:
-    """`adm_crop` for any shape: halve with BOX, bicubic until both sides are reached, central crop."""
+    """Return `adm_crop` for any shape: halve with BOX, bicubic until it covers, centre crop."""
     while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)

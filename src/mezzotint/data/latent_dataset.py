@@ -1,10 +1,11 @@
-"""Latents to train on: `LatentImages` reads a folder of `mezzotint.data.encode_latents`, `EncodedImages` makes them anew at
-every read. Both round the moments to float16, so that training is bit for bit the same from either.
+"""Latents to train on: `LatentDataset` reads a prepared folder, `EncodedDataset` encodes at every read.
 
-A folder of latents holds pieces, each complete or absent: `piece-N.npy` float16 (images, 2, 2, channels, side, side),
-the axes of length two being picture and mirrored picture, mean and log-variance; `piece-N.json` with names, labels,
-captions and sums; `plan.json`, what is being encoded by which codec; and, when all pieces are there, `labels.npy` and
-`latents.json`.
+Both round the moments to float16, so that training is bitwise the same from either.
+
+A folder of `mezzotint.data.encode_latents` holds pieces, each complete or absent: `piece-N.npy`,
+float16 (images, 2, 2, channels, side, side), whose axes of length two are (image, mirror image) and
+(mean, log-variance); `piece-N.json` with names, labels, captions and sums; `plan.json`, the codec and
+the images; and, when all pieces are there, `labels.npy` and `latents.json`.
 """
 
 from __future__ import annotations
@@ -24,239 +25,230 @@ from torch import Tensor
 from mezzotint.core import rng
 from mezzotint.core.files import read_json
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
-from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
+from mezzotint.data.dataset import Dataset, Labels, Moments, Send, UnreadableReport
 from mezzotint.data.image_dataset import (
     LATENTS,
     ImageDataset,
-    Send,
-    UnreadableReport,
     check_split,
     open_images,
     split_suffix,
 )
+from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import NO_LABEL, hash_parts, split_indices
 from mezzotint.data.transforms import draw_flips, to_model_range
 
 PLAN = "plan.json"
 LABELS = "labels.npy"
+ADVICE = "prepare the folder again"
 
-Moments = Float16[Tensor, "b view 2 c h w"]  # view 0 is the picture, 1 its mirror image
 
+def encode_moments(codec: Codec, pixels: Tensor, mirror: bool) -> Tensor:
+    """Return the moments, float16 (views, 2, channels, h, w), of one uint8 image.
 
-def encode_moments(space: Codec, pixels: Tensor, mirror: bool) -> Tensor:
-    """Moments float16 (views, 2, channels, h, w) of one uint8 picture; the mirror is the mirrored picture's encoding.
+    Args:
+        mirror: encode the mirror image too, as the second view.
 
-    Errors: ValueError for moments that are not numbers or beyond float16.
+    Errors: ValueError for moments that are not finite in float16.
     """
     x = to_model_range(pixels)
     views = torch.stack([x, x.flip(-1)] if mirror else [x])
-    moments = torch.stack(space.encode_moments(views), 1).to("cpu", torch.float16)
-    if (
-        not torch.isfinite(moments[:, 0]).all()
-        or torch.isnan(moments[:, 1]).any()
-        or (moments[:, 1] == math.inf).any()
-    ):
-        raise ValueError(f"codec {space.name} made latents that are not finite in float16")
+    moments = torch.stack(codec.encode_moments(views), 1).to("cpu", torch.float16)
+    mean, logvar = moments.unbind(1)
+    # A deterministic codec's log-variance is -inf.
+    if not mean.isfinite().all() or logvar.isnan().any() or (logvar == math.inf).any():
+        raise ValueError(f"codec {codec.name} gives latents that are not finite in float16")
     return moments
 
 
 def sample_latents(
-    moments: Moments, seed: int, numbers: list[int], mirror: bool, send: Send
+    moments: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
 ) -> Float[Tensor, "b c h w"]:
-    """Latents drawn anew for each image number; with `mirror`, half of the numbers show the mirrored picture."""
-    view = (
-        draw_flips(seed, numbers).long() if mirror else torch.zeros(len(moments), dtype=torch.long)
-    )
-    chosen = moments[torch.arange(len(moments)), view]
-    noise = rng.normal("latent", seed, numbers, tuple(chosen.shape[2:]))
+    """Draw a latent for each image number; with `mirror`, half of them from the mirror image."""
+    rows = torch.arange(len(moments))
+    view = draw_flips(seed, image_numbers).long() if mirror else torch.zeros_like(rows)
+    chosen = moments[rows, view]
+    noise = rng.normal("latent", seed, image_numbers, tuple(chosen.shape[2:]))
     mean, logvar = send(chosen).unbind(1)
     return draw_latents(mean, logvar, send(noise))
 
 
 @final
 class EncodedDataset:
-    """Pictures as moments, encoded at every read: the surface of `Images`, for networks that work on latents."""
+    """Images encoded to moments at every read."""
 
-    def __init__(self, images: ImageDataset, space: Codec, mirror: bool):
-        self.images, self.codec, self.mirror = images, space, mirror
-        self.size, self.channels = images.size // space.factor, space.channels
+    def __init__(self, images: ImageDataset, codec: Codec, mirror: bool):
+        self.images, self.codec, self.mirror = images, codec, mirror
+        self.codec_name: str = codec.name
+        self.size, self.channels = images.size // codec.factor, codec.channels
         self.label_names, self.num_classes = images.label_names, images.num_classes
-        self.fingerprint = hash_parts([images.fingerprint, space.hash])
+        self.fingerprint = hash_parts([images.fingerprint, codec.hash])
         self.report = images.report
-        self.words: CaptionEmbeddings | None = None
+        self.caption_embeddings: CaptionEmbeddings | None = None
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(
-        self, indices: Sequence[int] | Int64[Tensor, " b"]
-    ) -> tuple[Moments, Int64[Tensor, " b"] | None]:
-        """Moments, without the mirror (view 1) where none was asked for, and labels; see `Images.batch`."""
+    def batch_indices(self, seed: int, start: int, count: int, batch: int) -> Int64[Tensor, " n"]:
+        """Return the image indices of the sample numbers start ... start + count - 1 of a run."""
+        return self.images.batch_indices(seed, start, count, batch)
+
+    def batch(self, indices: Sequence[int] | Labels) -> tuple[Moments, Labels | None]:
+        """Return moments and labels; the mirror view is there only if the dataset has `mirror`."""
         pixels, labels = self.images.batch(indices)
-        return torch.stack([encode_moments(self.codec, one, self.mirror) for one in pixels]), labels
+        return torch.stack([encode_moments(self.codec, x, self.mirror) for x in pixels]), labels
 
     def to_model(
-        self, loaded: Moments, seed: int, numbers: list[int], mirror: bool, send: Send
+        self, inputs: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
-        """See `latents_of`."""
-        return sample_latents(loaded, seed, numbers, mirror, send)
+        """Return latents, see `sample_latents`."""
+        return sample_latents(inputs, seed, image_numbers, mirror, send)
 
     def label(self, i: int) -> int | None:
-        """Class index of sample i, or None."""
+        """Return the class index of image i, or None."""
         return self.images.label(i)
 
     def text(self, i: int) -> str | None:
-        """Caption of sample i, or None."""
+        """Return the caption of image i, or None."""
         return self.images.text(i)
 
     def name(self, i: int) -> str:
-        """What reports call sample i."""
+        """Return the name of image i in reports."""
         return self.images.name(i)
 
     def readable(self, i: int) -> int:
-        """See `Images.readable`."""
+        """Return i, or the index of the image that replaces it."""
         return self.images.readable(i)
 
-    def mark_unreadable(self, found: dict[int, str]) -> None:
-        """See `Images.mark_unreadable`."""
-        self.images.mark_unreadable(found)
+    def mark_unreadable(self, reasons: dict[int, str]) -> None:
+        """Record images that another process found unreadable: index -> reason."""
+        self.images.mark_unreadable(reasons)
 
     def unreadable(self) -> dict[int, str]:
-        """See `Images.unreadable`."""
+        """Return the images found unreadable so far: index -> reason."""
         return self.images.unreadable()
 
 
 @final
 class LatentDataset:
-    """A folder of latents, or its part "train" or "test" (every tenth): the surface of `Images`.
+    """A folder of latents, or its split "train" or "test" (every tenth).
 
-    codec, codec_hash: what encoded it. size: cells per side. Errors: ValueError for a folder that is incomplete,
-    damaged, or of another format.
+    codec_name, codec_hash: of the codec that encoded it. size: cells per side.
+
+    Errors: ValueError for a folder that is incomplete, damaged, or of another format.
     """
 
     def __init__(self, folder: Path, split: str | None = None):
         self.folder = folder.resolve()
-        card = read_json(self.folder / LATENTS, "prepare the folder again")
+        card = read_json(self.folder / LATENTS, ADVICE)
         if card.get("format") != 1:
-            raise ValueError(f"{folder} is of format {card.get('format')}, not 1; prepare it again")
-        self.codec, self.codec_hash = card["codec"], card["codec_hash"]
+            raise ValueError(f"{folder} is of format {card.get('format')}, not 1; {ADVICE}")
+        self.codec_name: str = card["codec"]
+        self.codec_hash: str = card["codec_hash"]
         self.size, self.channels = card["size"] // card["factor"], card["channels"]
-        self.label_names = tuple(card["label_names"]) if card["label_names"] else None
+        names = card["label_names"]
+        self.label_names: tuple[str, ...] | None = tuple(names) if names else None
         self.num_classes = len(self.label_names or ())
         self.statistics: dict[str, Any] = card["statistics"]
         self.rows = split_indices(card["count"], split or "all", None)
         self.fingerprint = hash_parts([card["fingerprint"], self.rows.tobytes()])
         self.report = UnreadableReport(len(self.rows), notes=tuple(card["notes"]))
-        self.words: CaptionEmbeddings | None = None
+        self.caption_embeddings: CaptionEmbeddings | None = None
         self._starts = np.cumsum([0, *card["pieces"]])
-        self._labels = _labels(self.folder)[self.rows]
+        self._labels = _read_labels(self.folder)[self.rows]
         for k in range(len(card["pieces"])):
-            if (
-                not piece_path(self.folder, k, "npy").is_file()
-                or not piece_path(self.folder, k, "json").is_file()
-            ):
-                raise ValueError(f"{folder} is damaged: piece {k} is gone; prepare it again")
+            if not all(piece_path(self.folder, k, suffix).is_file() for suffix in ("npy", "json")):
+                raise ValueError(f"{folder} is damaged: piece {k} is missing; {ADVICE}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def _place(self, i: int) -> tuple[int, int]:
-        """Piece and row within it."""
+    def _locate(self, i: int) -> tuple[int, int]:
+        """Return the piece of image i and its row there."""
         if not 0 <= i < len(self):
-            raise ValueError(f"sample {i} of a set of {len(self)}")
+            raise ValueError(f"image {i} of a dataset of {len(self)}")
         row = int(self.rows[i])
         piece = int(np.searchsorted(self._starts, row, side="right")) - 1
         return piece, row - int(self._starts[piece])
 
-    def moments(self, i: int) -> Float16[Tensor, "2 2 c h w"]:
-        """Of sample i: (picture and mirror, mean and log-variance, c, h, w)."""
-        piece, row = self._place(i)
-        stored = _moments(str(self.folder), piece, self.fingerprint)[row].copy()
-        if np.isnan(stored).any():
-            raise ValueError(
-                f"the latents of {self.name(i)} in {self.folder} are not numbers; prepare the folder again"
-            )
-        return torch.from_numpy(stored)
+    def _read_cell(self, column: str, i: int) -> Any:
+        piece, row = self._locate(i)
+        return _read_facts(str(self.folder), piece, self.fingerprint)[column][row]
 
-    def batch(
-        self, indices: Sequence[int] | Int64[Tensor, " b"]
-    ) -> tuple[Moments, Int64[Tensor, " b"] | None]:
-        """Moments of both views, and labels (None for a set without)."""
-        chosen = [int(i) for i in indices]
-        labels = None if self.label_names is None else torch.from_numpy(self._labels[chosen])
-        return torch.stack([self.moments(i) for i in chosen]), labels
+    def moments(self, i: int) -> Float16[Tensor, "2 2 c h w"]:
+        """Return the moments of image i: (image and mirror image, mean and log-variance, c, h, w)."""
+        piece, row = self._locate(i)
+        moments = _map_moments(str(self.folder), piece, self.fingerprint)[row].copy()
+        if np.isnan(moments).any():
+            raise ValueError(f"the latents of {self.name(i)} in {self.folder} hold NaN; {ADVICE}")
+        return torch.from_numpy(moments)
+
+    def batch_indices(self, seed: int, start: int, count: int, batch: int) -> Int64[Tensor, " n"]:
+        """Return the image indices of the sample numbers start ... start + count - 1 of a run."""
+        return shuffled_indices(seed, start, count, len(self))
+
+    def batch(self, indices: Sequence[int] | Labels) -> tuple[Moments, Labels | None]:
+        """Return moments of both views, and labels, None for a dataset without labels."""
+        rows = [int(i) for i in indices]
+        labels = None if self.label_names is None else torch.from_numpy(self._labels[rows])
+        return torch.stack([self.moments(i) for i in rows]), labels
 
     def to_model(
-        self, loaded: Moments, seed: int, numbers: list[int], mirror: bool, send: Send
+        self, inputs: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
-        """See `latents_of`."""
-        return sample_latents(loaded, seed, numbers, mirror, send)
+        """Return latents, see `sample_latents`."""
+        return sample_latents(inputs, seed, image_numbers, mirror, send)
 
     def label(self, i: int) -> int | None:
-        """Class index of sample i, or None."""
+        """Return the class index of image i, or None."""
         return None if self._labels[i] == NO_LABEL else int(self._labels[i])
 
-    def _cell(self, column: str, i: int) -> Any:
-        piece, row = self._place(i)
-        return _facts(str(self.folder), piece, self.fingerprint)[column][row]
-
     def text(self, i: int) -> str | None:
-        """Caption of sample i, or None."""
-        return self._cell("text", i)
+        """Return the caption of image i, or None."""
+        return self._read_cell("text", i)
 
     def name(self, i: int) -> str:
-        """The name it had where it came from."""
-        return self._cell("name", i)
+        """Return the name of image i in its source."""
+        return self._read_cell("name", i)
+
+    # Unreadable images were left out when the folder was prepared.
 
     def readable(self, i: int) -> int:
-        """i: what could not be read was left out when the set was made."""
+        """Return i."""
         return i
 
-    def mark_unreadable(self, found: dict[int, str]) -> None:
-        """Nothing: every row is readable."""
+    def mark_unreadable(self, reasons: dict[int, str]) -> None:
+        """Do nothing."""
 
     def unreadable(self) -> dict[int, str]:
-        """Nothing."""
+        """Return no image."""
         return {}
 
 
-Dataset = (
-    ImageDataset | BucketedDataset | LatentDataset | EncodedDataset
-)  # what the loop reads; all have the same surface
-
-
-def codec_of(images: Dataset) -> str:
-    """The name of the codec in whose space a set is: "pixels" or an autoencoder's."""
-    if isinstance(images, (ImageDataset, BucketedDataset)):
-        return "pixels"
-    return images.codec if isinstance(images, LatentDataset) else images.codec.name
-
-
 def piece_path(folder: Path, piece: int, suffix: str) -> Path:
-    """One of the two files of a piece."""
+    """Return the path of one of the two files of a piece."""
     return folder / f"piece-{piece:06d}.{suffix}"
 
 
-# `key` tells apart what was prepared again at the same place.
+# `key` is the fingerprint: a folder prepared again must not be read from the cache.
 @functools.lru_cache(maxsize=4096)
-def _moments(folder: str, piece: int, key: str) -> np.ndarray:
+def _map_moments(folder: str, piece: int, key: str) -> np.ndarray:
     try:
         return np.load(piece_path(Path(folder), piece, "npy"), mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder} is damaged: piece {piece}: {error}; prepare it again") from None
+        raise ValueError(f"{folder} is damaged: piece {piece}: {error}; {ADVICE}") from None
 
 
 @functools.lru_cache(maxsize=16)
-def _facts(folder: str, piece: int, key: str) -> dict[str, Any]:
-    return read_json(piece_path(Path(folder), piece, "json"), "prepare the folder again")
+def _read_facts(folder: str, piece: int, key: str) -> dict[str, Any]:
+    return read_json(piece_path(Path(folder), piece, "json"), ADVICE)
 
 
-def _labels(folder: Path) -> np.ndarray:
+def _read_labels(folder: Path) -> np.ndarray:
     try:
         return np.load(folder / LABELS, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{folder} is damaged: {LABELS}: {error}; prepare it again") from None
+        raise ValueError(f"{folder} is damaged: {LABELS}: {error}; {ADVICE}") from None
 
 
 def open_dataset(
@@ -265,56 +257,60 @@ def open_dataset(
     size: int,
     channels: int,
     crop: str,
-    space: str = "pixels",
+    codec_name: str = "pixels",
     mirror: bool = False,
     device: torch.device | str = "cpu",
 ) -> Dataset:
-    """What a network of `size` x `size` x `channels` input trains on.
+    """Open the training data of a network of `size` x `size` x `channels` input.
 
     Args:
-        source: a folder of latents, or anything `open_images` takes; latents of the latter are then made at every read.
-        size, channels: of the network's input, cells or pixels.
+        source: a folder of latents, or anything that `open_images` takes. For a latent network, the
+            latter's images are encoded at every read.
+        size, channels: of the network's input, in cells or pixels.
         crop: see `open_images`.
-        space: name of the codec the network works in.
-        mirror: whether mirrored pictures will be asked for.
-        device: where pictures are encoded.
+        codec_name: name of the codec whose latents the network takes.
+        mirror: whether training mirrors images.
+        device: where images are encoded.
 
-    Errors: ValueError where the source is latents and the network's space is not theirs, and the reverse.
+    Errors: ValueError where the network does not take the source's latents, or its pixels.
     """
     base, split = (source, "") if os.path.isdir(source) else split_suffix(source)
     folder = Path(base).expanduser()
     if (folder / PLAN).is_file() and not (folder / LATENTS).is_file():
         raise ValueError(
-            f"{folder} is not complete: the same prepare command again goes on where it was stopped"
+            f"{folder} is not complete; run the same prepare command again to finish it"
         )
     if not (folder / LATENTS).is_file():
-        if space == "pixels":
+        if codec_name == "pixels":
             return open_images(source, size=size, channels=channels, crop=crop)
-        made = open_codec(space, device)
-        check_codec_fits(made, channels, "the network")
-        pictures = open_images(source, size=size * made.factor, channels=3, crop=crop)
-        return EncodedDataset(pictures, made, mirror)
+        codec = open_codec(codec_name, device)
+        check_codec_fits(codec, channels, "the network")
+        images = open_images(source, size=size * codec.factor, channels=3, crop=crop)
+        return EncodedDataset(images, codec, mirror)
     latents = LatentDataset(folder, check_split(base, split or None))
-    if space == "pixels":
+    if codec_name == "pixels":
         raise ValueError(
-            f"{source} holds latents of {latents.codec}, but the network works on pixels; train on the pictures, or "
-            "choose a latent preset (mezzotint info)"
+            f"{source} holds latents of {latents.codec_name}, but the network works on pixels; "
+            "train on the images, or choose a latent preset (mezzotint info)"
         )
     if (latents.channels, latents.size) != (channels, size):
         raise ValueError(
-            f"{source} holds latents of {latents.channels} channels and {latents.size}x{latents.size} cells, the "
-            f"network takes {channels} and {size}x{size}; set model.size={latents.size} "
-            f"model.channels={latents.channels}, or prepare at another --size"
+            f"{source} holds latents of {latents.channels} channels and "
+            f"{latents.size}x{latents.size} cells, the network takes {channels} and {size}x{size}; "
+            f"set model.size={latents.size} model.channels={latents.channels}, or prepare at "
+            "another --size"
         )
     return latents
 
 
 def describe_latents(latents: LatentDataset) -> str:
-    """Number, resolution and statistics in a few lines."""
+    """Return number, resolution and statistics as a few lines of text."""
     s = latents.statistics
+    shape = f"{latents.channels}x{latents.size}x{latents.size}"
     by_channel = ", ".join(f"{m:+.3f} ± {d:.3f}" for m, d in zip(s["mean"], s["std"], strict=True))
     lines = [
-        f"{len(latents):,} latents of {latents.channels}x{latents.size}x{latents.size}, codec {latents.codec}",
-        f"mean and standard deviation by channel: {by_channel}; overall {s['overall_std']:.3f}, expected about 1",
+        f"{len(latents):,} latents of {shape}, codec {latents.codec_name}",
+        f"mean and standard deviation by channel: {by_channel}; "
+        f"overall {s['overall_std']:.3f}, expected about 1",
     ]
     return "\n".join(lines + [f"! {note}" for note in latents.report.notes])

@@ -167,7 +167,9 @@ class ShapeSource:
         """uint8 (3, size, size)."""
         # Draw number 1: number 0 of this purpose belongs to the training loop.
         rng = philox("augment", self.seed, i, draw=1)
-        return np.ascontiguousarray(draw_shape(self.attributes(i), rng, self.size).transpose(2, 0, 1))
+        return np.ascontiguousarray(
+            draw_shape(self.attributes(i), rng, self.size).transpose(2, 0, 1)
+        )
 
     def text(self, i: int) -> str:
         """The caption."""
@@ -178,7 +180,9 @@ class ShapeSource:
         return hash_parts([f"shapes 1 {self.seed} {self.count} {self.split}"])
 
 
-def open_shapes(size: int, *, split: str = "train", count: int | None = None, seed: int = 0) -> ShapeSource:
+def open_shapes(
+    size: int, *, split: str = "train", count: int | None = None, seed: int = 0
+) -> ShapeSource:
     """The part "train", "test" (combinations of words that "train" never shows) or "all".
 
     Args:

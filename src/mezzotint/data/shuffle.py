@@ -1,7 +1,7 @@
-"""Which picture comes when: a function of (seed, epoch) alone, so that a resumed run continues by counting.
+"""The data order: a function of (seed, epoch), so that a resumed run continues by counting.
 
-Sample number k of a run, counted from 0 over the whole run, is entry k % n of the permutation of epoch k // n. Workers,
-ranks and batch sizes do not enter.
+Sample number k of a run, counted from 0 over the whole run, is entry k % n of the permutation of
+epoch k // n. Workers, ranks and batch sizes do not enter.
 """
 
 from __future__ import annotations
@@ -23,20 +23,15 @@ def _permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     return permutation
 
 
-def epoch_permutation(seed: int, epoch: int, n: int) -> Int64[Tensor, " n"]:
-    """The permutation of 0...n-1 in which epoch `epoch` (from 0) visits the n pictures."""
-    return torch.from_numpy(_permutation(seed, epoch, n).copy())
-
-
 def shuffled_indices(seed: int, start: int, count: int, n: int) -> Int64[Tensor, " count"]:
-    """Picture indices of the sample numbers start, ..., start + count - 1 of the run, each in 0...n-1."""
+    """Return the image indices, in 0...n-1, of the sample numbers start ... start + count - 1."""
     if n < 1 or start < 0 or count < 0:
         raise ValueError(
             f"n {n}, start {start}, count {count}: n must be positive, start and count not negative"
         )
     numbers = np.arange(start, start + count)
-    out = np.empty(count, dtype=np.int64)
+    indices = np.empty(count, dtype=np.int64)
     for epoch in np.unique(numbers // n):
-        inside = numbers // n == epoch
-        out[inside] = _permutation(seed, int(epoch), n)[numbers[inside] % n]
-    return torch.from_numpy(out)
+        mask = numbers // n == epoch
+        indices[mask] = _permutation(seed, int(epoch), n)[numbers[mask] % n]
+    return torch.from_numpy(indices)

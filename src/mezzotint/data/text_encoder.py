@@ -198,7 +198,9 @@ def embed_captions(
         raise ValueError(
             "no picture has a caption; put a .txt beside each, a metadata.jsonl, or a column 'text'"
         )
-    key = hash_parts([reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct])
+    key = hash_parts(
+        [reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct]
+    )
     folder = cache_dir() / "words" / key
     if not (folder / EMBEDDINGS_CARD).is_file():
         _write_embeddings(folder, key, captions, reader, progress)
