@@ -33,9 +33,14 @@ from mezzotint.core.registry import Spec, build
 from mezzotint.models import ModelInfo, build_model, preset_info
 from mezzotint.process import guidance, objectives
 from mezzotint.process.denoiser import Cond, Model
-from mezzotint.tools.benchmark import Work, interleaved, matmul_ceiling, peak_bytes
+from mezzotint.tools.benchmark import (
+    Work,
+    measure_matmul_flops,
+    measure_peak_bytes,
+    time_interleaved,
+)
 from mezzotint.tools.memory import StepMemoryEstimator
-from plain.diffit import DiffiT as PlainDiffiT
+from plain.diffit import PlainDiffiT
 from plain.dimr import PlainDiMR
 from plain.uvit import PlainUViT
 
@@ -186,7 +191,7 @@ def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
             f"{which} {'bf16' if bf16 else 'float32'}": make_work(which, bf16)
             for which, bf16 in kinds
         }
-        seconds = interleaved(works, device, rounds)
+        seconds = time_interleaved(works, device, rounds)
         row[mode] = {
             "seconds": seconds,
             "float32": seconds["plain float32"] / seconds["ours float32"],
@@ -202,7 +207,7 @@ def compare(name: str, pair: Pair, rounds: int, device: str) -> dict[str, Any]:
         label: with_checkpointing(pair, on)
         for label, on in (("kept", "none"), ("selective", "selective"), ("checkpointed", "full"))
     }
-    seconds = interleaved({**works, "plain": pair.train("plain", False)}, device, rounds)
+    seconds = time_interleaved({**works, "plain": pair.train("plain", False)}, device, rounds)
     pair.ours.backbone.checkpointing = "none"
     row["train, checkpointing"] = seconds["plain"] / seconds["checkpointed"]
     row["train, selective checkpointing"] = seconds["plain"] / seconds["selective"]
@@ -306,13 +311,15 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
         for bf16 in (False, True):
             for mode in ("train", "sample"):
                 work = getattr(pair, mode)("ours", bf16)
-                seconds = interleaved({"ours": work, "other": switched(work, swap)}, device, rounds)
+                seconds = time_interleaved(
+                    {"ours": work, "other": switched(work, swap)}, device, rounds
+                )
                 row[f"{mode} {'bf16' if bf16 else 'float32'}"] = seconds["other"] / seconds["ours"]
             step = pair.train("ours", bf16)
             peaks = []
             for work in (step, switched(step, swap)):
                 pair.ours.zero_grad(set_to_none=True)
-                peaks.append(peak_bytes(work, device))
+                peaks.append(measure_peak_bytes(work, device))
             row[f"peak {'bf16' if bf16 else 'float32'}"] = peaks[1] / peaks[0]
         rows.append(row)
         print(row, flush=True)
@@ -320,9 +327,9 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
         for family, pair in pairs.items():
             step = pair.train("ours", False)
             with ExitStack() as stack:
-                eager = interleaved({"step": step}, device, rounds)["step"]
+                eager = time_interleaved({"step": step}, device, rounds)["step"]
                 stack.enter_context(compiled(pair.ours))
-                fast = interleaved({"step": step}, device, rounds)["step"]
+                fast = time_interleaved({"step": step}, device, rounds)["step"]
             rows.append(
                 {
                     "family": family,
@@ -354,7 +361,7 @@ def updates(rounds: int, device: str, small: bool) -> dict[str, float]:
         fused.step()
         torch._foreach_lerp_(averages, [p.detach() for p in parameters], 0.001)
 
-    return interleaved({"plain": loop, "ours": listed}, device, rounds)
+    return time_interleaved({"plain": loop, "ours": listed}, device, rounds)
 
 
 def main() -> None:
@@ -382,7 +389,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "speed-cpu.json")
     args = parser.parse_args()
     one_thread()
-    ceilings = {p: matmul_ceiling(args.device, p) for p in ("float32", "bf16")}
+    ceilings = {p: measure_matmul_flops(args.device, p) for p in ("float32", "bf16")}
     if args.switches:
         rows = switches(args.rounds, args.device, args.small, args.compile)
         write(args.out, args.device, ceiling_flops=ceilings, rows=rows)

@@ -1,18 +1,17 @@
 """Latent DiffiT against recorded numbers, and against its plain twin where nothing was recorded."""
 
-import importlib.util
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from helpers.plain import plain_module
 from mezzotint.backbones.diffit import DiffiT, DiffiTConfig, resize_table, sincos_positions
-from mezzotint.convert.official import Rows, load_official, registry
-from mezzotint.convert.official.load import to_official
+from mezzotint.convert.official import Rows, registry
+from mezzotint.convert.official.load import load_official, to_official
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.guidance import classifier_free, null_label, power_cosine
@@ -115,18 +114,10 @@ def test_way_back_is_bitwise(shared, name):
 # The plain twin is the oracle where nothing was recorded.
 
 
-def plain_module():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "plain" / "diffit.py"
-    spec = importlib.util.spec_from_file_location("plain_diffit", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def pair(config, seed=0):
     """The plain twin with every parameter drawn at random, and ours from its state dict."""
     generator = torch.Generator().manual_seed(seed)
-    plain = plain_module().DiffiT(config)
+    plain = plain_module("diffit").PlainDiffiT(config)
     with torch.no_grad():
         for p in plain.parameters():
             std = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
@@ -312,7 +303,7 @@ def test_config_that_does_not_fit(changes, words):
 
 
 def official_state():
-    return plain_module().DiffiT(CONFIGS["windows"]).state_dict()
+    return plain_module("diffit").PlainDiffiT(CONFIGS["windows"]).state_dict()
 
 
 def without(state, key):

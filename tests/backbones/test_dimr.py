@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from helpers.plain import plain_module
 import mezzotint as mz
 from mezzotint.backbones import presets
 from mezzotint.backbones.dimr import DiMR, DiMRConfig
@@ -27,14 +26,6 @@ from mezzotint.process.samplers.grids import even
 from mezzotint.process.schedules import scaled_linear
 
 HEADS = {"mini2r": 2, "latent2r": 4, "norm_LN": 2}
-
-
-def plain_module():
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "plain" / "dimr.py"
-    spec = importlib.util.spec_from_file_location("plain_dimr", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def close(ours, theirs, tolerance=1e-5):
@@ -291,7 +282,7 @@ def randomised(module, seed=0):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_equals_the_plain_twin_unseen(name, checkpointing):
     config = VARIANTS[name]
-    plain = randomised(plain_module().PlainDiMR(config))
+    plain = randomised(plain_module("dimr").PlainDiMR(config))
     state = plain.state_dict()
     model = mz.load_official(
         state, heads=config.heads, null_label=config.null_label, time=config.time

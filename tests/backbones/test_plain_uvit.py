@@ -1,17 +1,15 @@
 """simple diffusion's U-ViT against the plain transcription of its specification: outputs, loss and every gradient."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.plain import plain_module
 from mezzotint.backbones.uvit import UViT, UViTConfig, parameterisation
 from mezzotint.process.denoiser import Cond, Model
 from mezzotint.process.objectives import registry
 
-PLAIN = Path(__file__).resolve().parents[2] / "benchmarks" / "plain" / "uvit.py"
 BASE = UViTConfig(
     size=16,
     num_classes=5,
@@ -25,18 +23,9 @@ BASE = UViTConfig(
 )
 
 
-def plain_module():
-    if not PLAIN.exists():
-        pytest.skip(f"{PLAIN} is absent: benchmarks are not part of the source distribution")
-    spec = importlib.util.spec_from_file_location("plain_uvit", PLAIN)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def pair(config, seed=0):
     """Both networks with the same random weights, none of them zero."""
-    plain = plain_module().PlainUViT(config)
+    plain = plain_module("uvit").PlainUViT(config)
     net = UViT(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -68,7 +57,7 @@ def test_outputs_loss_and_gradients(changes, checkpointing):
     ours = registry["eps_mse"]()(
         Model(net, parameterisation(config)), x, eps, logsnr, Cond(label=label)
     )
-    theirs = plain_module().loss(plain, x, eps, logsnr, label)
+    theirs = plain_module("uvit").loss(plain, x, eps, logsnr, label)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     ours.mean().backward()
     theirs.mean().backward()
@@ -83,7 +72,10 @@ def test_outputs_loss_and_gradients(changes, checkpointing):
 
 def test_channels_last_is_the_same_network():
     net, plain = pair(BASE)
-    z, logsnr = torch.randn(2, 3, 16, 16), torch.tensor([-3.0, 2.0])
+    z = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    logsnr = torch.tensor([-3.0, 2.0])
     net = net.to(memory_format=torch.channels_last)
     out = net(z.contiguous(memory_format=torch.channels_last), logsnr, Cond())[0]
-    torch.testing.assert_close(out, plain(z, logsnr, torch.full((2,), 5)), rtol=1e-4, atol=1e-5)
+    expected = plain(z, logsnr, torch.full((2,), 5))
+    tolerance = 1e-5 * float(expected.detach().abs().max())
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=tolerance)
