@@ -90,7 +90,7 @@ def build_page(studio: Studio) -> Any:
     ) as page:
         gr.HTML(
             '<header class="mz-head"><h1>mezzotint studio</h1>'
-            "<span>images burnished out of noise</span></header>",
+            "<span>sample, watch and understand diffusion models</span></header>",
             apply_default_css=False,
         )
         with gr.Tabs():

@@ -255,7 +255,7 @@ def add_strips(studio: Studio, fields: dict[str, Any], status: Any) -> list[Any]
             interpolate = gr.Button("Interpolate", elem_id="interpolate", min_width=120)
         with gr.Accordion("One seed, several settings", open=False), gr.Row():
             setting = gr.Radio(["guidance", "steps"], value="guidance", label="Vary", min_width=160)
-            settings = gr.Textbox("1, 1.5, 2, 4", label="Values", min_width=120)
+            choices = gr.Textbox("1, 1.5, 2, 4", label="Values", min_width=120)
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
             vary = gr.Button("Vary", elem_id="vary", min_width=120)
     strip = gallery("", elem_id="strip")
@@ -267,14 +267,14 @@ def add_strips(studio: Studio, fields: dict[str, Any], status: Any) -> list[Any]
         yield from keep_if_none(handlers.report_errors(steps))
 
     def run_variations(values: dict[Any, Any]) -> Iterator[handlers.Step]:
-        arguments = [values[c] for c in (setting, settings, seed)]
+        arguments = [values[c] for c in (setting, choices, seed)]
         steps = handlers.variations(studio, read_form(fields, values), *arguments)
         yield from keep_if_none(handlers.report_errors(steps))
 
     outputs, options = [strip, status], network_event()
     return [
         interpolate.click(run_interpolation, {*form, first, last, count}, outputs, **options),
-        vary.click(run_variations, {*form, setting, settings, seed}, outputs, **options),
+        vary.click(run_variations, {*form, setting, choices, seed}, outputs, **options),
     ]
 
 

@@ -38,11 +38,12 @@ def network_table(preset: str) -> str:
     totals: dict[tuple[int, str, str], list[float]] = {}
     for row in summary.read_layers(preset):
         shape, resolution = row["output"], row["resolution"]
-        if resolution:
+        if resolution:  # "32x32", or "65 tokens"
             is_image = len(shape) == 3 and f"{shape[1]}x{shape[2]}" == resolution
             channels = str(shape[0] if is_image else shape[-1])
-            # The largest resolution comes first, vectors last.
-            key = (-int(resolution.split("x")[0]), resolution.replace("x", "×"), channels)
+            # The largest image comes first; tokens and vectors come last.
+            side = int(resolution.split("x")[0]) if "x" in resolution else 0
+            key = (-side, resolution.replace("x", "×"), channels)
         else:
             key = (0, "vectors, and outside layers", "")
         total = totals.setdefault(key, [0, 0.0, 0.0])
