@@ -1,4 +1,7 @@
-"""Looks: films, interpolation, image-to-image and inpainting, the last two on photographs with an analytic denoiser."""
+"""Edits: trajectories and interpolation, and image to image and inpainting of photographs.
+
+Photographs are edited with an analytic denoiser.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,32 @@ from mezzotint.models import preset_info
 from mezzotint.process import prediction
 from mezzotint.process.denoiser import Cond, Model, Parameterisation
 from mezzotint.process.logsnr import alpha, append_dims, sigma
-from mezzotint.sampling.generate_images import SamplingJob
-from mezzotint.sampling.img2img import img2img, inpaint_denoiser, read_image
+from mezzotint.sampling.img2img import (
+    img2img,
+    inpaint,
+    inpaint_denoiser,
+    read_image,
+    read_image_and_mask,
+    save_img2img,
+    save_inpainting,
+)
+from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import make_logsnr_steps
 from mezzotint.sampling.settings import Guidance, SamplingSettings
-from mezzotint.sampling.trajectory import interpolate, look, slerp, trajectory
+from mezzotint.sampling.trajectory import (
+    interpolate,
+    save_interpolation,
+    save_trajectory,
+    slerp,
+    trajectory,
+)
 
 SIDE = 64
 GREY, STD = -0.1, 0.5  # of photographs in [-1, 1], roughly
 
 
 class Wiener(nn.Module):
-    """The exact denoiser of Gaussian pictures with a spectrum and colours like those of photographs."""
+    """The exact denoiser of Gaussian images with the spectrum and colours of photographs."""
 
     def __init__(self, height: int, width: int):
         super().__init__()
@@ -83,7 +100,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def hole_mask(path: Path, like: Path) -> Path:
-    """White where to paint: a square in the middle of the picture's central square."""
+    """Write a mask: a white square in the middle of the image's central square."""
     width, height = size_of(like)
     side = min(width, height) // 5
     mask = np.zeros((height, width), np.uint8)
@@ -94,24 +111,24 @@ def hole_mask(path: Path, like: Path) -> Path:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun", "dpmpp_2m", "ancestral"])
-def test_inpainting_keeps_what_is_known_and_continues_it(photograph, tmp_path, sampler):
+def test_inpainting_keeps_the_known_part_and_continues_it(photograph, tmp_path, sampler):
     job = photographer(sampler=Spec(sampler))
-    picture, paint = read_image(job, photograph, hole_mask(tmp_path / "mask.png", photograph))
-    assert 0.1 < paint.float().mean() < 0.3
-    made = img2img(job, range(8), picture, paint=paint)
-    kept = ~paint.expand(3, -1, -1)
-    assert all(torch.equal(image[kept], picture[kept]) for image in made)
+    image, mask = read_image_and_mask(job, photograph, hole_mask(tmp_path / "m.png", photograph))
+    assert 0.1 < mask.float().mean() < 0.3
+    made = inpaint(job, range(8), image, mask)
+    kept = ~mask.expand(3, -1, -1)
+    assert all(torch.equal(m[kept], image[kept]) for m in made)
 
-    def error(image):  # root mean square in the hole, in grey levels
-        return float((image.float() - picture.float())[:, paint].square().mean().sqrt())
+    def error(x):  # root mean square in the hole, in grey levels
+        return float((x.float() - image.float())[:, mask].square().mean().sqrt())
 
-    grey = torch.full_like(picture, float(picture[:, ~paint].float().mean()), dtype=torch.float32)
+    grey = torch.full_like(image, float(image[:, ~mask].float().mean()), dtype=torch.float32)
     fresh = job.draw(range(8))
-    # Better than samples that know nothing of the surroundings, and on average better than filling with their mean.
+    # Better than fresh samples, and on average better than filling the hole with the mean.
     assert sum(map(error, made)) < 0.95 * sum(map(error, fresh))
     assert error(made.float().mean(0)) < 0.95 * error(grey)
     assert not torch.equal(made[0], made[1])
-    rows, columns = (torch.nonzero(paint.any(i)).flatten() for i in (1, 0))
+    rows, columns = (torch.nonzero(mask.any(i)).flatten() for i in (1, 0))
 
     def seam(images):  # mean step across the hole's upper edge
         return float(
@@ -120,23 +137,22 @@ def test_inpainting_keeps_what_is_known_and_continues_it(photograph, tmp_path, s
             .mean()
         )
 
-    assert seam(made) < 0.7 * seam(torch.where(paint, fresh, picture))
+    assert seam(made) < 0.7 * seam(torch.where(mask, fresh, image))
 
 
 def test_a_start_with_less_noise_stays_closer(photograph):
     job = photographer(steps=40)
-    picture, _ = read_image(job, photograph)
-    near = [
-        psnr(img2img(job, [0], picture, logsnr)[0], picture) for logsnr in (-6.0, -2.0, 1.0, 5.0)
-    ]
+    image = read_image(job, photograph)
+    starts = (-6.0, -2.0, 1.0, 5.0)
+    near = [psnr(img2img(job, [0], image, logsnr)[0], image) for logsnr in starts]
     assert near == sorted(near)
     assert near[-1] > 25
     assert near[-1] - near[0] > 10
-    # What is noised least keeps the picture; what is noised most keeps no more than a fresh sample.
-    assert abs(near[0] - psnr(job.draw([0])[0], picture)) < 3
+    # The least noise keeps the image; the most keeps no more than a fresh sample does.
+    assert abs(near[0] - psnr(job.draw([0])[0], image)) < 3
 
 
-def test_the_known_part_of_the_denoised_image_is_replaced_and_z_still_explained():
+def test_inpainting_replaces_the_known_part_and_stays_consistent_with_z():
     model = photographer().model
     z, logsnr = torch.randn(2, 3, SIDE, SIDE), torch.tensor([0.3, -4.0])
     keep = torch.rand(SIDE, SIDE) > 0.5
@@ -149,18 +165,21 @@ def test_the_known_part_of_the_denoised_image_is_replaced_and_z_still_explained(
 
 
 def test_masks_in_latent_cells(shared, tmp_path):
-    """A cell of eight pixels is painted if one of its pixels is."""
+    """A cell of eight by eight pixels is painted if one of its pixels is."""
     pytest.importorskip("diffusers")
     photograph = shared("data/photos/kodim23.png")
     model = tiny("diffit-latent-tiny")
     job = SamplingJob(
-        model=model, settings=SamplingSettings(steps=2), classes=(1,), codec=str(shared("data/taesd"))
+        model=model,
+        settings=SamplingSettings(steps=2),
+        classes=(1,),
+        codec=str(shared("data/taesd")),
     )
-    picture, _ = read_image(job, photograph)
+    picture = read_image(job, photograph)
     assert picture.shape == (3, 64, 64)
     paint = torch.zeros(64, 64, dtype=torch.bool)
     paint[9, 9] = True
-    made = img2img(job, [0], picture, paint=paint)[0]
+    made = inpaint(job, [0], picture, paint)[0]
     decoded = job.decode(job.decoder.encode_moments(to_model_range(picture)[None])[0])[0]
     # Other cells see it only through the reach of the decoder.
     assert (
@@ -193,7 +212,7 @@ def test_interpolation_meets_its_ends():
 
 
 @pytest.mark.parametrize(("sampler", "calls"), [("ddim", 4), ("heun", 7)])
-def test_a_film_has_every_call_and_ends_in_the_image(sampler, calls):
+def test_a_trajectory_has_every_call_and_ends_in_the_image(sampler, calls):
     settings = SamplingSettings(sampler=Spec(sampler), steps=4, guidance=Guidance(scale=2.0))
     job = SamplingJob(model=tiny(), settings=settings, classes=(4, 5))
     frames, levels = trajectory(job, [7, 8])
@@ -205,73 +224,65 @@ def test_a_film_has_every_call_and_ends_in_the_image(sampler, calls):
     assert levels == sorted(levels)
 
 
-def test_looks_are_written_with_their_card(tmp_path, shared):
+def test_edits_are_written_with_their_card(tmp_path, shared):
     job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=12), classes=(4, 5))
-    film = look(job, tmp_path / "film.png", 2, film=True)
-    between = look(job, tmp_path / "between.png", 3, frames=4)
     photograph = shared("data/photos/kodim19.png")
-    painted = look(
-        job,
-        tmp_path / "painted.png",
-        2,
-        picture=photograph,
-        mask=hole_mask(tmp_path / "mask.png", photograph),
-    )
-    assert [p.name for p in (*film, *between, *painted)] == [
-        "film.png", "film.gif", "between.png", "between.gif", "painted.png",
+    mask = hole_mask(tmp_path / "mask.png", photograph)
+    film = save_trajectory(job, tmp_path / "film.png", range(2), False)
+    between = save_interpolation(job, 4, tmp_path / "between.png", range(3), False)
+    painted = save_inpainting(job, photograph, mask, None, tmp_path / "o.png", range(2), False)
+    noised = save_img2img(job, photograph, -1.0, tmp_path / "i.png", range(2), False)
+    assert [p.name for p in (*film, *between, *painted, *noised)] == [
+        "film.png", "film.gif", "between.png", "between.gif", "o.png", "i.png",
     ]  # fmt: skip
-    cells = {p.name: size_of(p) for p in (*film, *between, *painted)}
-    assert cells["film.png"][0] == 10 * 66 + 2
-    assert cells["between.png"] == (4 * 66 + 2, 2 * 66 + 2)
+    assert size_of(film[0])[0] == 10 * 66 + 2
+    assert size_of(between[0]) == (4 * 66 + 2, 2 * 66 + 2)
+    assert size_of(painted[0])[0] == 2 * 66 + 2  # given, masked, two images: a square of four
     with Image.open(tmp_path / "film.gif") as gif:
         assert gif.n_frames >= 12  # equal neighbours are merged
         assert gif.info["loop"] == 0
-    card = json.loads((tmp_path / "painted.png.json").read_text())
-    assert (card["look"], card["image"], card["mask"]) == ("image", "kodim19.png", "mask.png")
+    card = json.loads((tmp_path / "o.png.json").read_text())
+    assert (card["edit"], card["image"], card["mask"]) == ("inpaint", "kodim19.png", "mask.png")
     assert json.loads((tmp_path / "between.png.json").read_text())["frames"] == 4
 
 
-@pytest.mark.parametrize("theirs", ["a.png", "a.gif"])
-def test_a_look_replaces_looks_alone(tmp_path, theirs):
-    job, out = (
-        SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), classes=(4,)),
-        tmp_path / "a.png",
-    )
-    (tmp_path / theirs).write_bytes(b"mine")
-    with pytest.raises(ValueError, match=rf"{theirs} exists already.*--overwrite"):
-        look(job, out, 1, film=True)
-    assert [p.name for p in tmp_path.iterdir()] == [theirs]
-    look(job, out, 1, film=True, overwrite=True)
-    assert (tmp_path / theirs).read_bytes() != b"mine"
-    look(job, out, 1, film=True)
+@pytest.mark.parametrize("name", ["a.png", "a.gif"])
+def test_an_edit_replaces_edits_only(tmp_path, name):
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), classes=(4,))
+    out = tmp_path / "a.png"
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(ValueError, match=rf"{name} exists already.*--overwrite"):
+        save_trajectory(job, out, range(1), False)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    save_trajectory(job, out, range(1), True)
+    assert (tmp_path / name).read_bytes() != b"mine"
+    written = (tmp_path / "a.gif").read_bytes()
+    save_trajectory(job, out, range(7, 8), False)
+    assert (tmp_path / "a.gif").read_bytes() != written
 
 
-def test_other_sizes_need_a_picture_that_fits(photograph, tmp_path):
+def test_other_sizes_need_an_image_that_fits(photograph, tmp_path):
     wide = photographer(32, 48)
-    with pytest.raises(ValueError, match="for this size it must be 48 x 32"):
+    with pytest.raises(ValueError, match="48 x 32"):
         read_image(wide, photograph)
     with Image.open(photograph) as image:
         image.resize((48, 32)).save(tmp_path / "small.png")
-    picture, _ = read_image(wide, tmp_path / "small.png")
-    assert img2img(wide, [0], picture, 3.0).shape == (1, 3, 32, 48)
+    image = read_image(wide, tmp_path / "small.png")
+    assert img2img(wide, [0], image, 3.0).shape == (1, 3, 32, 48)
 
 
-def test_bad_requests(tmp_path, photograph):
+def test_bad_edits(tmp_path, photograph):
     job = photographer()
-    picture, _ = read_image(job, photograph)
-    with pytest.raises(ValueError, match=r"log-SNR -40 is outside the sampler's grid"):
-        img2img(job, [0], picture, -40.0)
-    with pytest.raises(ValueError, match="needs a log-SNR to noise it to, a mask, or both"):
-        img2img(job, [0], picture)
-    (tmp_path / "no.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="cannot be read as a picture"):
+    image = read_image(job, photograph)
+    with pytest.raises(ValueError, match="-40"):
+        img2img(job, [0], image, -40.0)
+    (tmp_path / "no.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"no\.png"):
         read_image(job, tmp_path / "no.png")
     Image.new("L", (5, 5)).save(tmp_path / "mask.png")
-    with pytest.raises(ValueError, match="they must be alike"):
-        read_image(job, photograph, tmp_path / "mask.png")
-    with pytest.raises(ValueError, match=r"written as \.png"):
-        look(job, tmp_path / "a.npz", 2, film=True)
-    with pytest.raises(ValueError, match="one look at a time"):
-        look(job, tmp_path / "a.png", 2)
+    with pytest.raises(ValueError, match=r"\(5, 5\)"):
+        read_image_and_mask(job, photograph, tmp_path / "mask.png")
+    with pytest.raises(ValueError, match=r"a\.npz"):
+        save_trajectory(job, tmp_path / "a.npz", range(2), False)
     with pytest.raises(ValueError, match="leave latents out"):
-        img2img(dataclasses.replace(job, codec=None), [0], picture, 0.0)
+        img2img(dataclasses.replace(job, codec=None), [0], image, 0.0)

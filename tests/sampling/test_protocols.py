@@ -18,7 +18,7 @@ from mezzotint.core import rng
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond
 from mezzotint.sampling import protocols
-from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import count_network_calls, integrate, make_logsnr_steps
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 

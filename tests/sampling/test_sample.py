@@ -87,7 +87,8 @@ def test_sample_is_generate_with_defaults():
 
 @pytest.mark.parametrize("sampler", mz.process.samplers.registry)
 @pytest.mark.parametrize(
-    "guidance", [None, Guidance(scale=2.0), Guidance(scale=0.5, convention="dimr", low=-2.0, high=3.0)]
+    "guidance",
+    [None, Guidance(scale=2.0), Guidance(scale=0.5, convention="dimr", low=-2.0, high=3.0)],
 )
 def test_network_calls_are_those_of_the_network(sampler, guidance):
     model = tiny()
@@ -124,7 +125,11 @@ def test_one_scale_in_three_units():
     model = tiny()
     made = [
         generate(model, [0, 1], cond_for(2), SamplingSettings(steps=3, guidance=g))
-        for g in (Guidance(scale=1.5), Guidance(scale=0.5, convention="simple_diffusion"), Guidance(scale=0.5, convention="dimr"))
+        for g in (
+            Guidance(scale=1.5),
+            Guidance(scale=0.5, convention="simple_diffusion"),
+            Guidance(scale=0.5, convention="dimr"),
+        )
     ]
     assert torch.equal(made[0], made[1])
     assert torch.equal(made[0], made[2])

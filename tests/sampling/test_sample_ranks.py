@@ -65,7 +65,7 @@ def test_two_processes_make_what_one_makes(model, alone, tmp_path):
 FAILING = """
 import sys, time
 from mezzotint import cli
-from mezzotint.sampling.generate_images import Job
+from mezzotint.sampling.job import SamplingJob
 real = SamplingJob.draw
 def draw(self, seeds):
     if {fails!r} in seeds:

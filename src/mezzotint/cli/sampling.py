@@ -1,119 +1,223 @@
-"""Commands that make images and take models elsewhere."""
+"""Commands that sample and edit images, open the studio, and take models elsewhere."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from mezzotint.cli.arguments import Count, File, Given, Switch, Text
 
+if TYPE_CHECKING:
+    from mezzotint.sampling.job import SamplingJob
+
+MODEL = arg(metavar="MODEL", help_behavior_hint="", help="Run folder, model folder or hub name.")
+PromptArgs = tyro.conf.UseAppendAction[
+    Annotated[tuple[str, ...], arg(metavar="PROMPT", help_behavior_hint="")]
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How to sample; by default as the model and the protocol say."""
+
+    seed: Count = 0
+    """Seed of the first image, 0 by default; image i has seed --seed + i."""
+    label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = ()
+    """Class names or numbers to choose from; all by default."""
+    label_order: Text = None
+    """turn (default), random, or balanced: 50 in a row of each class."""
+    text: PromptArgs = ()
+    """Prompt of a model with text conditioning; may be repeated."""
+    prompts: File = None
+    """File of prompts, one per line, taken in turn."""
+    encoder: Text = None
+    """Folder of the text encoder, if it moved."""
+    protocol: Text = None
+    """simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2."""
+    sampler: Text = None
+    """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40."""
+    discretization: Text = None
+    """even, even_logsnr, karras:rho=5, respaced; by default the family's."""
+    steps: Given = None
+    """Intervals of the discretization; 50 by default."""
+    guidance: Text = None
+    """1.5, or scale=0.4,convention=dimr; and low=-3,high=5, power=4, channels=3."""
+    guide_model: Text = None
+    """A weaker model to guide away from (autoguidance)."""
+    clip: Text = None
+    """none (default), static, dynamic:quantile=0.995."""
+    size: Text = None
+    """Of the network's input: 64, or 48x64 (height first)."""
+    dtype: Text = None
+    """float32 (default), bfloat16, float16."""
+    batch: Given = None
+    """Images per network call; 64 by default."""
+    cuda_graphs: Switch = False
+    """Replay the network from CUDA graphs: faster for small batches."""
+    codec: Text = None
+    """Autoencoder to decode with; by default the model's."""
+
+    def make_job(self, model: str, latents: bool = False) -> SamplingJob:
+        """Open the model and return the job that these options describe."""
+        from mezzotint.sampling import protocols
+        from mezzotint.sampling.conditioning import read_prompts
+        from mezzotint.sampling.job import make_job
+
+        parsers = {
+            "sampler": protocols.parse_sampler,
+            "discretization": protocols.parse_discretization,
+            "guidance": protocols.parse_guidance,
+            "size": protocols.parse_size,
+            "clip": protocols.parse_clip,
+        }
+        changes: dict[str, Any] = {"cuda_graphs": self.cuda_graphs}
+        for name in (*parsers, "steps", "dtype", "batch"):
+            value = getattr(self, name)
+            if value is not None:
+                changes[name] = parsers[name](value) if name in parsers else value
+        return make_job(
+            model,
+            changes,
+            protocol=self.protocol,
+            labels=self.label,
+            label_order=self.label_order,
+            guide_model=self.guide_model,
+            codec=self.codec,
+            latents=latents,
+            prompts=(*self.text, *(read_prompts(self.prompts) if self.prompts else ())),
+            encoder=self.encoder,
+        )
+
 
 def sample(
-    model: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]],
+    model: Positional[Annotated[str, MODEL]],
     /,
     *,
     out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path(
         "samples.png"
     ),
     num_images: Annotated[Count, arg(aliases=["-n"])] = 16,
-    seed: Count = 0,
-    label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = (),
-    label_order: Text = None,
-    text: tyro.conf.UseAppendAction[
-        Annotated[tuple[str, ...], arg(metavar="WORDS", help_behavior_hint="")]
-    ] = (),
-    prompts: File = None,
-    encoder: Text = None,
-    protocol: Text = None,
-    sampler: Text = None,
-    discretization: Text = None,
-    steps: Given = None,
-    guidance: Text = None,
-    guide_model: Text = None,
-    clip: Text = None,
-    size: Text = None,
-    dtype: Text = None,
-    batch: Given = None,
-    codec: Text = None,
     latents: Switch = False,
     overwrite: Switch = False,
-    trajectory: Switch = False,
-    interpolate: Given = None,
-    image: File = None,
-    image_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint="")] = None,
-    mask: File = None,
+    sampling: OmitArgPrefixes[SamplingOptions] = SamplingOptions(),
 ) -> None:
-    """Sample images from a run, a model folder or a hub repository. The same command resumes; torchrun shares.
+    """Sample images from a run, a model folder or a hub repository. The same command resumes.
 
     Args:
-        model: Run folder, model folder or hub name.
         out: FILE.png (one grid, the default), a folder of PNGs, .npz (ADM's), .tar.
         num_images: Number of images; 16 by default.
-        seed: Number of the first image, 0 by default; each depends on its own alone.
-        label: Class names or numbers to choose from; all by default.
-        label_order: turn (default), random, or balanced: 50 in a row.
-        text: What to show, for a model that reads text; --text may be repeated, they are taken in turn.
-        prompts: A file of such, one a line.
-        encoder: Folder of the text encoder, if it moved.
-        protocol: simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2.
-        sampler: With options: ddim (default), ddim:eta=0.5, heun:s_churn=40.
-        discretization: even, even_logsnr, karras:rho=5, respaced; by default the family's.
-        steps: Of the grid; 50 by default.
-        guidance: 1.5, or scale=0.4,convention=dimr; and low=-3,high=5 (log-SNR), power=4,
-            channels=3.
-        guide_model: A weaker model to guide away from (autoguidance).
-        clip: none (default), static, dynamic:quantile=0.995.
-        size: Of the network's input: 64, or 48x64 (height first).
-        dtype: float32 (default), bfloat16, float16.
-        batch: Images per network call; 64 by default.
-        codec: Autoencoder to decode with; by default the model's.
-        latents: Write latents (.npz), not images.
-        overwrite: Replace what exists or has other settings.
-        trajectory: The way to each image: filmstrip and GIF.
-        interpolate: So many frames from each seed to the next.
-        image: Start from this picture noised to --image-logsnr.
-        image_logsnr: Lower forgets more of it.
-        mask: Paint only where this picture is white.
+        latents: Write latents (.npz) instead of images.
+        overwrite: Replace an output that exists or has other settings.
     """
-    from mezzotint.sampling import protocols as words
-    from mezzotint.sampling.conditioning import read_prompts
-    from mezzotint.sampling.generate_images import generate_images, make_job
+    from mezzotint.sampling.generate_images import generate_images
 
-    given = {
-        "sampler": None if sampler is None else words.parse_sampler(sampler),
-        "discretization": discretization and words.parse_discretization(discretization),
-        "steps": steps,
-        "guidance": None if guidance is None else words.parse_guidance(guidance),
-        "size": None if size is None else words.parse_size(size),
-        "dtype": dtype,
-        "batch": batch,
-    }
-    changes = {field: value for field, value in given.items() if value is not None}
-    if clip is not None:
-        changes["clip"] = words.parse_clip(clip)
-    job = make_job(
-        model, changes, protocol=protocol, labels=label, label_order=label_order, guide_model=guide_model, codec=codec, latents=latents,
-        prompts=(*text, *(read_prompts(prompts) if prompts else ())), encoder=encoder,
-    )  # fmt: skip
-    if (
-        trajectory
-        or interpolate is not None
-        or image is not None
-        or mask is not None
-        or image_logsnr is not None
-    ):
-        from mezzotint.sampling.trajectory import look
+    job = sampling.make_job(model, latents)
+    written = generate_images(job, out, num_images, sampling.seed, overwrite)
+    print(f"{num_images} images, {job.network_calls} network calls each:", written)
 
-        written = look(
-            job, out, num_images, seed,
-            film=trajectory, frames=interpolate, picture=image, logsnr=image_logsnr, mask=mask, overwrite=overwrite,
-        )  # fmt: skip
-    else:
-        written = [generate_images(job, out, num_images, seed, overwrite)]
-    print(f"{num_images} images, {job.network_calls} network calls each:", *written)
+
+@dataclass(frozen=True, kw_only=True)
+class Edit(SamplingOptions):
+    """Options of every edit."""
+
+    model: Positional[Annotated[str, MODEL]]
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = Path(
+        "edited.png"
+    )
+    """A .png, edited.png by default."""
+    num_images: Annotated[Count, arg(aliases=["-n"])] = 4
+    """Number of images; 4 by default."""
+    overwrite: Switch = False
+    """Replace files that no edit has written."""
+
+    def save(self, job: SamplingJob, seeds: range) -> list[Path]:
+        """Write the edit's files and return them."""
+        raise NotImplementedError
+
+
+InputFile = Annotated[Path, arg(metavar="FILE")]
+LogSNR = Annotated[float, arg(metavar="L")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Img2Img(Edit):
+    """Noise an image to a log-SNR and sample from there."""
+
+    image: InputFile
+    """Image to start from; cropped and resized to the model's size."""
+    start_logsnr: LogSNR
+    """Log-SNR to start from; lower keeps less of the image."""
+
+    def save(self, job: SamplingJob, seeds: range) -> list[Path]:
+        """See `Edit`."""
+        from mezzotint.sampling.img2img import save_img2img
+
+        return save_img2img(job, self.image, self.start_logsnr, self.out, seeds, self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inpaint(Edit):
+    """Paint the white part of a mask and keep the rest of an image."""
+
+    image: InputFile
+    """Image to keep; cropped and resized to the model's size."""
+    mask: InputFile
+    """Image of the same size, white where to paint."""
+    start_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint="")] = None
+    """Start from the image noised to this log-SNR; by default from noise."""
+
+    def save(self, job: SamplingJob, seeds: range) -> list[Path]:
+        """See `Edit`."""
+        from mezzotint.sampling.img2img import save_inpainting
+
+        start = self.start_logsnr
+        return save_inpainting(job, self.image, self.mask, start, self.out, seeds, self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpolate(Edit):
+    """Sample images between the noises of consecutive seeds: a grid and a GIF."""
+
+    frames: Count = 8
+    """Images from one seed to the next, both included; 8 by default."""
+
+    def save(self, job: SamplingJob, seeds: range) -> list[Path]:
+        """See `Edit`."""
+        from mezzotint.sampling.trajectory import save_interpolation
+
+        return save_interpolation(job, self.frames, self.out, seeds, self.overwrite)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory(Edit):
+    """Show the denoised image along the sampler's way: a filmstrip and a GIF."""
+
+    def save(self, job: SamplingJob, seeds: range) -> list[Path]:
+        """See `Edit`."""
+        from mezzotint.sampling.trajectory import save_trajectory
+
+        return save_trajectory(job, self.out, seeds, self.overwrite)
+
+
+def edit(
+    *,
+    mode: OmitArgPrefixes[
+        Annotated[Img2Img, subcommand("img2img", prefix_name=False)]
+        | Annotated[Inpaint, subcommand("inpaint", prefix_name=False)]
+        | Annotated[Interpolate, subcommand("interpolate", prefix_name=False)]
+        | Annotated[Trajectory, subcommand("trajectory", prefix_name=False)]
+    ],
+) -> None:
+    """Edit images with a model: from a given image, between seeds, or along the sampler's way."""
+    if mode.num_images < 1:
+        raise ValueError(f"num_images {mode.num_images} must be at least 1")
+    job = mode.make_job(mode.model)
+    written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
+    print(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
 
 
 def serve(
@@ -123,11 +227,11 @@ def serve(
     port: int | None = None,
     auth: str = "",
 ) -> None:
-    """Open the studio, one page on 127.0.0.1: sample, watch runs, see what schedules and networks do, compare.
+    """Open the studio, a web page on 127.0.0.1: sample, watch runs, look inside models, compare.
 
     Args:
         sources: Run folders, model folders or hub names.
-        port: A free one from 7860 upwards by default.
+        port: By default a free one from 7860 upwards.
         auth: user:password that visitors must give.
     """
     from mezzotint.web.app import serve as run
@@ -145,19 +249,19 @@ def convert(
     hint: tuple[str, ...] = (),
     check: bool = False,
 ) -> None:
-    """Convert an official checkpoint of DiMR or DiffiT to a model folder, or a model folder back, bitwise.
+    """Convert an official DiMR or DiffiT checkpoint to a model folder, or back, bit for bit.
 
     Args:
         source: Official .safetensors or .pth file, or a model folder for --to official.
         out: Model folder to write, or the official file.
         to: Direction.
-        family: dimr or diffit; recognised by its keys by default.
-        hint: What shapes cannot tell, e.g. heads=16 (docs/checkpoints.md lists them).
-        check: Read the result back, convert it back and compare every tensor bit for bit.
+        family: dimr or diffit; by default recognised by its keys.
+        hint: What shapes do not say, e.g. heads=16 (docs/checkpoints.md lists them).
+        check: Convert the result back and compare every tensor bit for bit.
     """
     import yaml
 
-    from mezzotint.convert.official.load import convert as run
+    from mezzotint.convert.official.load import convert_checkpoint as run
 
     pairs = [h.partition("=") for h in hint]
     for name, equals, _ in pairs:
@@ -176,15 +280,17 @@ def export(
     to: Literal["diffusers", "torch", "onnx"],
     size: int | None = None,
 ) -> None:
-    """Take a model elsewhere: a diffusers pipeline, or its denoiser (z, logsnr, label) -> (x, eps) as one file.
+    """Export a model as a diffusers pipeline, or its denoiser as a torch or ONNX file.
+
+    The denoiser is (z, logsnr, label) -> (x, eps).
 
     Args:
         model: Run folder, model folder or hub name.
         out: Folder (diffusers), .pt2 file (torch) or .onnx file.
-        to: Form; for torch and onnx the file is read back and its outputs compared.
-        size: Height and width of z in torch's and onnx's; the network's own by default.
+        to: Format; a torch or onnx file is read back and its outputs are compared.
+        size: Height and width of z in a torch or onnx file; by default the network's own.
     """
-    from mezzotint.convert.export import export as run
+    from mezzotint.convert.export import export_model as run
 
     for line in run(model, out, to, size):
         print(line)
@@ -200,15 +306,15 @@ def card(
     push: str | None = None,
     private: bool = False,
 ) -> None:
-    """Write the card of a run's model (README.md with the hub's metadata, samples.png), and push the model if asked.
+    """Write a model card (README.md, samples.png), and push the model to the Hugging Face hub.
 
     Args:
         source: Run folder or model folder.
-        evaluation: Files of `mezzotint evaluate`; those in the run folder are found without being named.
+        evaluation: Files of `mezzotint evaluate`; those in the run folder are always found.
         licence: Of the weights, as the hub names it: apache-2.0, cc-by-4.0, other ...
-        fresh: Sample the picture anew instead of taking the run's newest grid.
-        push: Repository of the Hugging Face hub, owner/name, made if it is not there.
-        private: Make that repository private.
+        fresh: Sample new images instead of using the run's newest grid.
+        push: Repository of the hub, owner/name; it is created if it does not exist.
+        private: Create the repository as private.
     """
     from mezzotint.convert.model_card import push_to_hub, write_card
 

@@ -20,7 +20,7 @@ Schedule = Callable[[Tensor], Tensor]  # u in (0, 1), 0 clean -> log-SNR, decrea
 
 @dataclass(frozen=True, kw_only=True)
 class Cond:
-    """What the picture should show; every field optional, batch first.
+    """What the image should show; every field optional, batch first. `cond[rows]` slices the batch.
 
     label: class index; `num_classes` of the backbone is the null label (no class).
     text: token embeddings; text_mask: True where a token is real, not padding.
@@ -30,8 +30,12 @@ class Cond:
     text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
 
+    def __getitem__(self, rows: slice | Tensor) -> Cond:
+        """Return the condition of some images of the batch: a slice, or indices or a mask."""
+        return self.map(lambda t: t[rows])
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
-        """The same condition with `function` applied to every tensor present."""
+        """Return the same condition with `function` applied to every tensor present."""
         fields = {"label": self.label, "text": self.text, "text_mask": self.text_mask}
         return replace(self, **{k: function(t) for k, t in fields.items() if t is not None})
 

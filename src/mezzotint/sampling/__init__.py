@@ -1,1 +1,1 @@
-"""Images from a trained model: settings, conditions, samplers' loop, writers."""
+"""Images from a trained model: conditions, settings and protocols, sampling, editing, files."""

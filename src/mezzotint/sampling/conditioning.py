@@ -1,4 +1,4 @@
-"""Prompts: words to the condition of a model that reads text, through the encoder that its card names."""
+"""Conditions for a model: class labels, and prompts through the model's own text encoder."""
 
 from __future__ import annotations
 
@@ -15,62 +15,71 @@ from mezzotint.core.registry import suggest
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Cond, Model
-from mezzotint.sampling import conditioning
 
 
 @functools.lru_cache(maxsize=2)
-def _open_checked_encoder(name: str, max_tokens: int, expected: str, device: str) -> TextEncoder:
-    found = open_text_encoder(name, device, max_tokens)
-    if found.hash != expected:
+def _open_checked_encoder(name: str, max_tokens: int, sha256: str, device: str) -> TextEncoder:
+    encoder = open_text_encoder(name, device, max_tokens)
+    if encoder.hash != sha256:
         raise ValueError(
-            f"the text encoder at {name} is not the one the model was trained with (SHA-256 {found.hash[:12]}..., not "
-            f"{expected[:12]}...); put the right one there"
+            f"the text encoder at {name} is not the one the model was trained with: its SHA-256 is "
+            f"{encoder.hash[:12]}..., not {sha256[:12]}...; give the right folder"
         )
-    return found
+    return encoder
 
 
 def text_encoder_info(model: Model) -> dict[str, Any]:
-    """What the card keeps of the text encoder that a model was trained with; ValueError where it names none."""
-    kept = model.info.extra.get("text")
-    if kept is None:
+    """Return what a model's info says of its text encoder: encoder, encoder_hash, max_tokens.
+
+    Errors: ValueError for a model that names none.
+    """
+    info = model.info.extra.get("text")
+    if info is not None:
+        return info
+    if text_width(model.info.config):
         raise ValueError(
-            "this model's card names no text encoder; give embeddings instead: Cond(text=..., text_mask=...)"
-            if text_width(model.info.config)
-            else "this model reads no text; leave the prompts out"
+            "this model's config.json names no text encoder; give embeddings instead: "
+            "Cond(text=..., text_mask=...)"
         )
-    return kept
+    raise ValueError("this model has no text conditioning; leave the prompts out")
 
 
 def text_encoder_for(model: Model, name: str | None = None) -> TextEncoder:
-    """The encoder that a model was trained with; ValueError where it is not on this machine or is another.
+    """Open the text encoder that a model was trained with.
 
-    name: where it is now, if it moved.
+    Args:
+        name: its folder or name, if it is not where the model's info says.
+
+    Errors: ValueError if it is not on this machine or is another encoder.
     """
-    kept = text_encoder_info(model)
+    info = text_encoder_info(model)
     device = next(model.parameters()).device
     return _open_checked_encoder(
-        name or kept["encoder"], kept["max_tokens"], kept["encoder_hash"], str(device)
+        name or info["encoder"], info["max_tokens"], info["encoder_hash"], str(device)
     )
 
 
 def encode_prompts(model: Model, prompts: Sequence[str], name: str | None = None) -> Cond:
-    """The condition of one prompt per image; an empty prompt is the empty condition. Errors: as `reader_of`."""
+    """Return the condition of one prompt per image; an empty prompt is the empty condition.
+
+    Errors: as `text_encoder_for`.
+    """
     text, mask = text_encoder_for(model, name).conditions(prompts)
     return Cond(text=text, text_mask=mask)
 
 
 def null_condition(model: Model) -> guide.Null:
-    """The function that empties a condition of this model: the null label, or no words."""
+    """Return the function that empties a condition of this model: the null label, or no text."""
     config = model.info.config
     if needs_label(config):
         raise ValueError(
-            "this network has no null label, so nothing guides it; sample it without guidance"
+            "this network has no null label, which guidance needs; sample it without guidance"
         )
     return guide.null_text if text_width(config) else guide.null_label(config.num_classes)
 
 
 def empty_condition(model: Model, count: int) -> Cond:
-    """A condition with the fields that `null_of` asks for, of the cheapest kind."""
+    """Return a small condition of `count` images that has every field `null_condition` reads."""
     config = model.info.config
     label = torch.zeros(count, dtype=torch.long) if config.num_classes else None
     if not (width := text_width(config)):
@@ -80,34 +89,51 @@ def empty_condition(model: Model, count: int) -> Cond:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line, blank lines left out; ValueError for a file that cannot be read or holds none."""
+    """Read a file of prompts, one per line; blank lines are skipped.
+
+    Errors: ValueError for a file that cannot be read or has no prompt.
+    """
     try:
-        lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts {path} cannot be read: {error}") from None
-    if not lines:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return lines
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt; write one per line")
+    return prompts
 
 
 def text_condition(model: Model, text: str | Sequence[str] | Tensor | None, count: int) -> Cond:
-    """The text part of a condition for `count` images; ValueError for another number of prompts."""
+    """Return the text part of a condition for `count` images.
+
+    Args:
+        text: one prompt for all images, one per image, or token embeddings (count, t, d).
+
+    Errors: ValueError for another number of prompts.
+    """
     if text is None:
         return Cond()
     if isinstance(text, Tensor):
-        return Cond(
-            text=text, text_mask=torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        return Cond(text=text, text_mask=mask)
+    prompts = [text] * count if isinstance(text, str) else list(text)
+    if len(prompts) != count:
+        raise ValueError(
+            f"{len(prompts)} prompts for {count} seeds; give one prompt, or one per seed"
         )
-    said = [text] * count if isinstance(text, str) else list(text)
-    if len(said) != count:
-        raise ValueError(f"{len(said)} prompts for {count} seeds; give one prompt, or one per seed")
-    return conditioning.encode_prompts(model, said)
+    return encode_prompts(model, prompts)
 
 
 def label_condition(
     model: Model, label: int | str | Sequence[int | str] | Tensor | None, count: int
 ) -> Tensor | None:
-    """Labels, by index or name, as a (count,) tensor, checked against the model's classes."""
+    """Return class labels as a (count,) tensor, checked against the model's classes.
+
+    Args:
+        label: index or name, one for all images or one per image; None is no class.
+
+    Errors: ValueError for unknown or missing labels and for another number of them.
+    """
     classes = model.info.config.num_classes
     if label is None:
         if needs_label(model.info.config):
@@ -122,27 +148,26 @@ def label_condition(
     row = row.expand(count) if len(row) == 1 else row
     if len(row) != count:
         raise ValueError(f"{len(row)} labels for {count} seeds; give one label, or one per seed")
-    null = not needs_label(model.info.config)
-    last = classes if null else classes - 1
+    has_null = not needs_label(model.info.config)
+    last = classes if has_null else classes - 1
     if len(row) and (row.min() < 0 or row.max() > last):
         raise ValueError(
             f"label {int(row.max() if row.max() > last else row.min())} is out of range: "
-            f"0 to {classes - 1}" + (f", or {classes} for no class" if null else "")
+            f"0 to {classes - 1}" + (f", or {classes} for no class" if has_null else "")
         )
     return row
 
 
 def label_indices(model: Model, names: Sequence[str]) -> list[int]:
-    """Class names or numbers as indices; ValueError lists near names."""
-    known = model.info.labels or ()
-    found = []
-    for name in names:
-        if name in known:
-            found.append(known.index(name))
-        elif name.isdigit():
-            found.append(int(name))
-        else:
-            raise ValueError(
-                f"unknown label {name!r}; {suggest(name, known) if known else 'this model has no label names'}"
-            )
-    return found
+    """Return the indices of classes given by name or number; ValueError lists similar names."""
+    labels = model.info.labels or ()
+
+    def index(name: str) -> int:
+        if name in labels:
+            return labels.index(name)
+        if name.isdigit():
+            return int(name)
+        advice = suggest(name, labels) if labels else "this model has no label names"
+        raise ValueError(f"unknown label {name!r}; {advice}")
+
+    return [index(name) for name in names]

@@ -1,7 +1,7 @@
-"""CUDA graphs for sampling: a denoiser recorded once per shape and replayed without launching kernels from Python.
+"""CUDA graphs: record a denoiser once per shape and replay it without launching kernels one by one.
 
-Opt-in, `Graphed(model)` in place of the model. A guidance interval needs nothing more: outside of it the network is
-called with the plain batch, inside with the doubled one, and each shape has its own graph.
+Used with `SamplingSettings(cuda_graphs=True)`. Guidance that acts in an interval has two shapes,
+the plain batch outside of it and the doubled batch inside. Each gets its own graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Recorder = Callable[[Function], tuple[Callable[[], object], Outputs]]
 
 
 class Recording(NamedTuple):
-    """replay() runs the recorded work on what `inputs` hold and leaves the answer in `outputs`, the same each time."""
+    """A recorded call: `replay()` reads `inputs` and writes `outputs`, always the same tensors."""
 
     inputs: list[Tensor]
     replay: Callable[[], object]
@@ -28,14 +28,15 @@ class Recording(NamedTuple):
 
 
 def record(function: Function) -> tuple[Callable[[], object], Outputs]:
-    """`function` as a CUDA graph on the current device: (what replays it, its outputs).
+    """Record `function` as a CUDA graph on the current device; return its replay and its outputs.
 
-    It runs three times on a side stream before, so that kernels are chosen, tables copied and workspaces made.
+    `function` first runs three times on a side stream, so that kernels are chosen, tables copied
+    and workspaces allocated.
     """
     device = torch.cuda.current_device()
     side = torch.cuda.Stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
-    # Autocast's cache of cast weights would be freed under the graph; within the graph each weight is cast again.
+    # Without the cache of cast weights, which would be freed while the graph still reads it.
     with torch.autocast(
         "cuda",
         dtype=torch.get_autocast_dtype("cuda"),
@@ -53,13 +54,15 @@ def record(function: Function) -> tuple[Callable[[], object], Outputs]:
 
 
 class CudaGraphDenoiser:
-    """A denoiser whose every call replays a graph recorded at the first call of that shape.
+    """A denoiser that records a graph at its first call of a shape and replays it from then on.
 
-    Inputs are copied into the graph's own and answers out of it, so the result is the denoiser's, bit for bit. Weights
-    may change between calls as long as they stay where they are; autocast and training mode must stay as they were.
+    Inputs are copied into the graph's tensors and outputs out of them, so the result equals the
+    denoiser's bit for bit. Weights may change between calls but must not move. Autocast and
+    training mode must not change.
 
     Args:
-        denoise: a model (or any denoiser without random draws and without reading values back) on one CUDA device.
+        denoise: a model on a CUDA device, or any denoiser there that draws nothing at random and
+            reads no value back to the host.
         recorder: replaces CUDA graphs, in tests.
 
     Errors: ValueError for inputs that are not on a CUDA device.
@@ -72,33 +75,33 @@ class CudaGraphDenoiser:
 
     @torch.no_grad()
     def __call__(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        """The denoiser's answer."""
+        """Return the denoiser's answer."""
         if self.recorder is record and z.device.type != "cuda":
             raise ValueError(
-                f"graphs need a CUDA device; the image is on {z.device}. Call the model itself there"
+                f"CUDA graphs need a CUDA device and the image is on {z.device}; "
+                "call the model itself there"
             )
-        given = {
+        inputs = {
             "z": z,
             "logsnr": logsnr,
             "label": cond.label,
             "text": cond.text,
             "text_mask": cond.text_mask,
         }
-        present = {name: t for name, t in given.items() if t is not None}
+        present = {name: t for name, t in inputs.items() if t is not None}
         key = tuple((name, t.shape, t.dtype) for name, t in present.items())
         if key not in self.recordings:
-            self.recordings[key] = self.recorded(present, z.device)
+            self.recordings[key] = self._record(present, z.device)
         recording = self.recordings[key]
         for own, t in zip(recording.inputs, present.values(), strict=True):
-            own.copy_(t, non_blocking=True)  # levels may come from the CPU
+            own.copy_(t, non_blocking=True)  # log-SNRs may come from the CPU
         recording.replay()
         x, eps, var = (None if t is None else t.clone() for t in recording.outputs)
         assert x is not None
         assert eps is not None
         return Denoised(x, eps, var)
 
-    def recorded(self, present: dict[str, Tensor], device: torch.device) -> Recording:
-        """The denoiser on inputs of these shapes, recorded."""
+    def _record(self, present: dict[str, Tensor], device: torch.device) -> Recording:
         own = {name: t.detach().to(device, copy=True) for name, t in present.items()}
         z, logsnr = own["z"], own["logsnr"]
         cond = Cond(**{name: t for name, t in own.items() if name not in ("z", "logsnr")})

@@ -1,7 +1,8 @@
-"""Images that start from a given one: image to image and inpainting."""
+"""Edits that start from a given image: image to image, and inpainting."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,120 +12,156 @@ from PIL import Image as Pillow
 from PIL import UnidentifiedImageError
 from torch import Tensor
 
+from mezzotint.core.files import write_json
+from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.transforms import to_mode, to_model_range, to_pixels
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
 from mezzotint.process.guidance import with_image
 from mezzotint.process.logsnr import diffuse
-from mezzotint.sampling.generate_images import SamplingJob
-from mezzotint.sampling.sample import draw_start_noise, integrate, make_logsnr_steps
+from mezzotint.process.samplers import Grid
+from mezzotint.sampling.job import SamplingJob
+from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
+from mezzotint.sampling.writers import card_path, check_edit_output
 
 
 def inpaint_denoiser(denoise: Denoiser, known: Image, keep: Tensor) -> Denoiser:
-    """The denoiser with `known` in place of its image where `keep`, the noise recomputed (inpainting).
+    """Return the denoiser with `known` in place of its image where `keep`, the noise recomputed.
 
-    Replacing the image's known part at every level (DDNM, arXiv 2212.00490 eq. 13, whose A is here the mask) keeps the
-    state's known part at alpha known + sigma eps, what score-SDE (arXiv 2011.13456, appendix I.2) and RePaint (arXiv
-    2201.09865 eq. 8) write into it; there is no resampling. With no noise left at the end the known part is exact.
+    Replacing the known part of the image at every level (DDNM, arXiv 2212.00490 eq. 13, whose A is
+    here the mask) keeps that part of the state at alpha known + sigma eps, which score-SDE (arXiv
+    2011.13456, appendix I.2) and RePaint (arXiv 2201.09865 eq. 8) write into it. There is no
+    resampling. With no noise left at the end the known part is exact.
 
     Args:
-        known: (b, c, h, w), in the model's space. keep: True where `known` holds, broadcastable to it.
+        known: (b, c, h, w), in the model's space.
+        keep: True where `known` holds, broadcastable to it.
     """
 
-    def guess(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
+    def denoise_unknown(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
         return with_image(z, logsnr, raw, torch.where(keep, known.to(raw.x), raw.x))
 
-    return guess
+    return denoise_unknown
 
 
-def img2img(
-    job: SamplingJob,
-    seeds: Sequence[int],
-    picture: Tensor,
-    logsnr: float | None = None,
-    paint: Tensor | None = None,
-) -> Tensor:
-    """Pictures that start from a given one: noised to a log-SNR (SDEdit, arXiv 2108.01073), inpainted, or both.
+def img2img(job: SamplingJob, seeds: Sequence[int], image: Tensor, start_logsnr: float) -> Tensor:
+    """Noise an image to a log-SNR and sample from there (SDEdit, arXiv 2108.01073).
 
     Args:
-        picture: (c, h, w) uint8, see `read_picture`.
-        logsnr: where to start; lower forgets more. None starts from noise, which needs `paint`.
-        paint: (h, w) bool, True where to paint anew; the rest stays as it is. For latents a cell stays if no pixel of
-            it is painted.
+        image: (c, h, w) uint8, see `read_image`.
+        start_logsnr: lower keeps less of the image.
 
     Returns:
         (len(seeds), c, h, w) uint8.
 
-    Errors: ValueError for a log-SNR outside the sampler's grid.
+    Errors: ValueError for a log-SNR outside the sampler's steps, and for a job without a codec.
     """
+    x = _encode(job, image)
+    steps = _steps_from(job, start_logsnr)
+    z = _noise(job, seeds, x, steps)
+    return job.decode(job.integrate(z, steps, seeds))
+
+
+def inpaint(
+    job: SamplingJob,
+    seeds: Sequence[int],
+    image: Tensor,
+    mask: Tensor,
+    start_logsnr: float | None = None,
+) -> Tensor:
+    """Paint the masked part of an image and keep the rest.
+
+    Args:
+        image: (c, h, w) uint8, see `read_image`.
+        mask: (h, w) bool, True where to paint. A cell of latents is painted if one of its pixels
+            is.
+        start_logsnr: start the masked part from the image noised to this log-SNR; None starts it
+            from noise alone.
+
+    Returns:
+        (len(seeds), c, h, w) uint8.
+
+    Errors: as `img2img`.
+    """
+    x = _encode(job, image)
+    assert job.decoder is not None
+    painted = torch.nn.functional.max_pool2d(mask[None, None].float(), job.decoder.factor)
+    keep = (painted == 0).to(x.device)
+    if start_logsnr is None:
+        steps = make_logsnr_steps(job.model, job.settings)
+        start = torch.where(keep, x, torch.zeros_like(x))
+    else:
+        steps, start = _steps_from(job, start_logsnr), x
+    z = _noise(job, seeds, start, steps)
+    known = x.expand(len(seeds), -1, -1, -1)
+    wrap = functools.partial(inpaint_denoiser, known=known, keep=keep)
+    return job.decode(job.integrate(z, steps, seeds, wrap))
+
+
+def _encode(job: SamplingJob, image: Tensor) -> Tensor:
+    """Return an image in the model's space, (1, c, h, w)."""
     if job.decoder is None:
-        raise ValueError("starting from a picture makes pictures; leave latents out")
-    if logsnr is None and paint is None:
-        raise ValueError("a picture to start from needs a log-SNR to noise it to, a mask, or both")
-    stops = make_logsnr_steps(job.model, job.settings)
+        raise ValueError("editing an image needs the model's codec; leave latents out")
     device = next(job.model.parameters()).device
-    x = job.decoder.encode_moments(to_model_range(picture)[None].to(device))[0].expand(
-        len(seeds), -1, -1, -1
-    )
-    keep = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=device)
-    if paint is not None:
-        cells = torch.nn.functional.max_pool2d(paint[None, None].float(), job.decoder.factor)
-        keep = (cells == 0).to(device)
-    if logsnr is not None:
-        first, last = float(stops[0]), float(stops[stops.isfinite()][-1])
-        if not first <= logsnr <= last:
-            raise ValueError(
-                f"log-SNR {logsnr:g} is outside the sampler's grid, {first:.4g} (noise) to {last:.4g}"
-            )
-        stops = torch.cat([torch.tensor([logsnr], dtype=stops.dtype), stops[stops > logsnr]])
-    eps = draw_start_noise(job.model, seeds, job.settings)
-    known = x if logsnr is not None else torch.where(keep, x, torch.zeros_like(x))
-    z = diffuse(known, eps, stops[:1].expand(len(seeds)).to(eps))
-
-    def around(denoise: Denoiser) -> Denoiser:
-        return inpaint_denoiser(denoise, x, keep)
-
-    wrap = around if paint is not None else None
-    return job.decode(
-        integrate(job.model, z, stops, seeds, job.cond(seeds), job.settings, job.guide_model, wrap)
-    )
+    return job.decoder.encode_moments(to_model_range(image)[None].to(device))[0]
 
 
-def read_image(
-    job: SamplingJob, path: Path, mask: Path | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """A picture and a mask in the size that the job makes: (c, h, w) uint8, and (h, w) bool, True where white.
-
-    Pictures of another size are centre-cropped to a square and resized, as ADM does, the mask with them.
-
-    Errors: ValueError for unreadable files, a mask of another size than its picture, and a non-square size that the
-        picture does not have.
-    """
-    opened = [_open(p) for p in (path, *([] if mask is None else [mask]))]
-    if len({p.size for p in opened}) > 1:
+def _steps_from(job: SamplingJob, start_logsnr: float) -> Grid:
+    """Return the sampler's log-SNRs from `start_logsnr` on."""
+    steps = make_logsnr_steps(job.model, job.settings)
+    first, last = float(steps[0]), float(steps[steps.isfinite()][-1])
+    if not first <= start_logsnr <= last:
         raise ValueError(
-            f"{mask} is {opened[1].size}, {path} {opened[0].size} (width, height); they must be alike"
+            f"start log-SNR {start_logsnr:g} is outside the sampler's steps, {first:.4g} (noise) "
+            f"to {last:.4g}"
         )
+    return torch.cat([torch.tensor([start_logsnr], dtype=steps.dtype), steps[steps > start_logsnr]])
+
+
+def _noise(job: SamplingJob, seeds: Sequence[int], x: Tensor, steps: Grid) -> Image:
+    """Return x at the first log-SNR of `steps`, with each seed's noise."""
+    eps = draw_start_noise(job.model, seeds, job.settings)
+    return diffuse(x.expand(len(seeds), -1, -1, -1), eps, steps[:1].expand(len(seeds)).to(eps))
+
+
+def read_image(job: SamplingJob, path: Path) -> Tensor:
+    """Read an image in the size that the job makes: (c, h, w) uint8.
+
+    An image of another size is centre-cropped to a square and resized, as ADM does.
+
+    Errors: ValueError for a file that cannot be read, and for an image of another size if the job's
+        is not square.
+    """
+    channels = job.model.info.config.channels if job.codec == "pixels" else 3
+    return _fit(job, _open(path), path, channels)
+
+
+def read_image_and_mask(job: SamplingJob, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
+    """Read an image as `read_image` does, and its mask: (h, w) bool, True where white.
+
+    Errors: as `read_image`; ValueError for a mask of another size than its image.
+    """
+    image, white = _open(path), _open(mask)
+    if image.size != white.size:
+        raise ValueError(
+            f"{mask} is {white.size}, {path} {image.size} (width, height); they must be equal"
+        )
+    return read_image(job, path), _fit(job, white, mask, 1)[0] > 127
+
+
+def _fit(job: SamplingJob, image: Pillow.Image, path: Path, channels: int) -> Tensor:
+    """Return an image as (channels, h, w) uint8 in the job's size."""
     factor = 1 if job.decoder is None else job.decoder.factor
-    config = job.model.info.config
-    height, width = (side * factor for side in job.settings.size or (config.size, config.size))
-    channels = config.channels if job.codec == "pixels" else 3
-
-    def fitted(image: Pillow.Image, channels: int) -> Tensor:
-        if image.size == (width, height):
-            array = np.array(to_mode(image, channels))
-            return (
-                torch.from_numpy(array)[None]
-                if channels == 1
-                else torch.from_numpy(array).permute(2, 0, 1)
-            )
-        if height != width:
-            raise ValueError(
-                f"{path} is {image.width} x {image.height}; for this size it must be {width} x {height}"
-            )
-        return torch.from_numpy(np.array(to_pixels(image, height, channels, "adm")))
-
-    return fitted(opened[0], channels), None if mask is None else fitted(opened[1], 1)[0] > 127
+    size = job.model.info.config.size
+    height, width = (side * factor for side in job.settings.size or (size, size))
+    if image.size == (width, height):
+        array = torch.from_numpy(np.array(to_mode(image, channels)))
+        return array[None] if channels == 1 else array.permute(2, 0, 1)
+    if height != width:
+        raise ValueError(
+            f"{path} is {image.width} x {image.height}; for this size it must be {width} x {height}"
+        )
+    return torch.from_numpy(np.array(to_pixels(image, height, channels, "adm")))
 
 
 def _open(path: Path) -> Pillow.Image:
@@ -133,4 +170,44 @@ def _open(path: Path) -> Pillow.Image:
             image.load()
             return image
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from None
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+
+
+def save_img2img(
+    job: SamplingJob, image: Path, start_logsnr: float, out: Path, seeds: range, overwrite: bool
+) -> list[Path]:
+    """Write a grid of the given image and its `img2img` versions, with a card."""
+    check_edit_output(out, overwrite)
+    given = read_image(job, image)
+    edited = img2img(job, seeds, given, start_logsnr)
+    save_png(_captioned(["given"], [given], seeds, edited), out)
+    how = {"edit": "img2img", "image": image.name, "start_logsnr": start_logsnr}
+    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    return [out]
+
+
+def save_inpainting(
+    job: SamplingJob,
+    image: Path,
+    mask: Path,
+    start_logsnr: float | None,
+    out: Path,
+    seeds: range,
+    overwrite: bool,
+) -> list[Path]:
+    """Write a grid of the image, its mask and its `inpaint` versions, with a card."""
+    check_edit_output(out, overwrite)
+    given, painted = read_image_and_mask(job, image, mask)
+    edited = inpaint(job, seeds, given, painted, start_logsnr)
+    masked = torch.where(painted, torch.full_like(given, 127), given)
+    save_png(_captioned(["given", "masked"], [given, masked], seeds, edited), out)
+    how = {"edit": "inpaint", "image": image.name, "mask": mask.name, "start_logsnr": start_logsnr}
+    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    return [out]
+
+
+def _captioned(
+    names: list[str], given: list[Tensor], seeds: Sequence[int], edited: Tensor
+) -> Pillow.Image:
+    captions = [*names, *map(str, seeds)]
+    return make_grid(torch.stack([*given, *edited]), captions=captions)

@@ -1,4 +1,4 @@
-"""How published samples were made, by name; which label an image gets; and settings written as one word.
+"""Published ways of sampling by name, the order of labels, and settings as text.
 
 `docs/protocols.md` lists the differences and what the papers leave open.
 """
@@ -17,29 +17,28 @@ from mezzotint.process import samplers
 from mezzotint.process.samplers import grids
 from mezzotint.sampling.settings import CLIPS, Guidance, SamplingSettings
 
-PER_CLASS = (
-    50  # images in a row of one class under the law "balanced": 50 x 1000 is ImageNet's 50,000
-)
+# Images in a row of one class in the order "balanced": 50 x 1000 classes are ImageNet's 50,000.
+IMAGES_PER_CLASS = 50
 
-# How image number i gets its class out of a pool of K classes; functions of i alone, so that any part can be made.
+# The class of image i, out of K classes. Functions of i alone, so that any image can be made alone.
 LABEL_ORDERS: dict[str, Callable[[int, int], int]] = {
     "turn": lambda i, k: i % k,
     "random": lambda i, k: int(rng.philox("label", 0, i).integers(k)),
-    "balanced": lambda i, k: i // PER_CLASS % k,
+    "balanced": lambda i, k: i // IMAGES_PER_CLASS % k,
 }
 LABEL_ORDER_RULES = {
     "turn": "image i: class i mod K of the K classes",
     "random": "image i: uniform over the classes, Philox keyed by (label, 0, i)",
-    "balanced": f"image i: class floor(i / {PER_CLASS}) mod K of the K classes",
+    "balanced": f"image i: class floor(i / {IMAGES_PER_CLASS}) mod K of the K classes",
 }
 SEED_RULE = (
-    "image i starts from float32 normals of Philox keyed by (sample, 0, i); draw d of a stochastic sampler is keyed by "
-    "(sampler, 0, i, d)"
+    "image i starts from float32 normals of Philox keyed by (sample, 0, i); draw d of a stochastic "
+    "sampler is keyed by (sampler, 0, i, d)"
 )
 
 
 def choose_labels(order: str, seeds: Sequence[int], classes: Sequence[int]) -> list[int]:
-    """The classes of images by seed out of `classes`, e.g. range(1000)."""
+    """Return the class of each seed's image, out of `classes`, e.g. range(1000)."""
     if order not in LABEL_ORDERS:
         raise ValueError(f"unknown label order {order!r}; {suggest(order, LABEL_ORDERS)}")
     return [classes[LABEL_ORDERS[order](i, len(classes))] for i in seeds]
@@ -49,9 +48,12 @@ def choose_labels(order: str, seeds: Sequence[int], classes: Sequence[int]) -> l
 class Protocol:
     """How a paper's images were made.
 
-    settings: sampler, discretization, steps, guidance, clipping, dtype. label_order: of `LABEL_ORDERS`. uint8_rule: see
-    `mezzotint.data.transforms.to_uint8`. codec: of the paper's model. source: where this is published. chosen: what is not
-    published, and what we took.
+    settings: sampler, discretization, steps, guidance, clipping, dtype.
+    label_order: of `LABEL_ORDERS`.
+    uint8_rule: of `mezzotint.data.transforms.to_uint8`.
+    codec: of the paper's model.
+    source: where this is published.
+    chosen: what is not published, and our choice.
     """
 
     settings: SamplingSettings
@@ -68,8 +70,13 @@ _RESPACED = {
     "steps": 250,
 }
 
+_DIFFIT_CHOSEN = (
+    "labels, the rule to eight bits, float32 (the released half-precision switch does not run)"
+)
+
 PROTOCOLS: dict[str, Protocol] = {
-    # specs/simple-diffusion.md section 2: x clipped after guidance, u even from 1 to 0, the last step gives x.
+    # specs/simple-diffusion.md section 2: x is clipped after guidance, u is even from 1 to 0, and
+    # the last step gives x.
     "simple-diffusion-512steps": Protocol(
         settings=SamplingSettings(
             sampler=Spec("ancestral", {"variance": "posterior"}),
@@ -80,9 +87,10 @@ PROTOCOLS: dict[str, Protocol] = {
         label_order="random",
         uint8_rule="round",
         codec="pixels",
-        source="simple diffusion, arXiv 2301.11093, section 2 and appendix; 512 steps as in its ablations",
-        chosen="the smaller (posterior) variance, no guidance (guided rows: scale=0.1,convention=simple_diffusion), labels, dtype, "
-        "the rule to eight bits",
+        source="simple diffusion, arXiv 2301.11093, section 2 and appendix; 512 steps as in its "
+        "ablations",
+        chosen="the smaller (posterior) variance, no guidance (guided rows: "
+        "scale=0.1,convention=simple_diffusion), labels, dtype, the rule to eight bits",
     ),
     # specs/diffit.md 2.1 and section 5.
     "diffit-256": Protocol(
@@ -92,8 +100,9 @@ PROTOCOLS: dict[str, Protocol] = {
         label_order="random",
         uint8_rule="round",
         codec="sd-vae-ft-ema",
-        source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 says 4.6)",
-        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
+        source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 "
+        "says 4.6)",
+        chosen=_DIFFIT_CHOSEN,
     ),
     "diffit-512": Protocol(
         settings=SamplingSettings(**_RESPACED, guidance=Guidance(scale=1.49, channels=3)),
@@ -101,7 +110,7 @@ PROTOCOLS: dict[str, Protocol] = {
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, section 5.8",
-        chosen="labels, the rule to eight bits, float32 (the released half-precision switch does not run)",
+        chosen=_DIFFIT_CHOSEN,
     ),
     # specs/dimr.md 6.1 to 6.3.
     "dimr-256": Protocol(
@@ -115,18 +124,19 @@ PROTOCOLS: dict[str, Protocol] = {
         uint8_rule="round",
         codec="sd-vae-ft-ema",
         source="DiMR, arXiv 2406.09416, with the defaults of its released command",
-        chosen="which guidance gave which FID is not stated; float32 where the released code runs under fp16 autocast",
+        chosen="which guidance gave which FID is not stated; float32 where the released code runs "
+        "under fp16 autocast",
     ),
-    # ADM (arXiv 2105.05233), its released image_sample.py: 250 respaced steps, x clipped, fp16 network.
+    # ADM (arXiv 2105.05233), its released image_sample.py: 250 respaced steps, x clipped, fp16.
     "adm": Protocol(
         settings=SamplingSettings(**_RESPACED, clip=Spec("static"), dtype="float16"),
         label_order="random",
         uint8_rule="truncate",
         codec="pixels",
         source="ADM, arXiv 2105.05233, and its released sampling script",
-        chosen="unguided, since ADM guides by a classifier",
+        chosen="no guidance, since ADM guides by a classifier",
     ),
-    # EDM2 (arXiv 2312.02696), its released generate_images.py: algorithm 1 of EDM, 32 steps, fp16 network.
+    # EDM2 (arXiv 2312.02696), its released generate_images.py: EDM's algorithm 1, 32 steps, fp16.
     "edm2": Protocol(
         settings=SamplingSettings(
             sampler=Spec("heun"),
@@ -144,7 +154,7 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol of that name; ValueError lists near names."""
+    """Return the protocol of that name; ValueError lists similar names."""
     if name not in PROTOCOLS:
         raise ValueError(f"unknown protocol {name!r}; {suggest(name, PROTOCOLS)}")
     return PROTOCOLS[name]
@@ -153,15 +163,15 @@ def get_protocol(name: str) -> Protocol:
 def find_deviations(
     name: str, used: SamplingSettings, label_order: str, uint8_rule: str, codec: str
 ) -> list[str]:
-    """What is not as the protocol says, as "steps: 50 instead of 250"; for the card."""
+    """Return what differs from the protocol, as "steps: 50 instead of 250", for the card."""
     published = get_protocol(name)
     fields = ("sampler", "discretization", "steps", "guidance", "clip", "size", "dtype")
     pairs = {field: (getattr(used, field), getattr(published.settings, field)) for field in fields}
     pairs |= {
         "label_order": (label_order, published.label_order),
         "uint8_rule": (uint8_rule, published.uint8_rule),
+        "codec": (codec, published.codec),
     }
-    pairs |= {"codec": (codec, published.codec)}
     return [
         f"{field}: {ours} instead of {theirs}"
         for field, (ours, theirs) in pairs.items()
@@ -170,28 +180,31 @@ def find_deviations(
 
 
 def parse_sampler(text: str) -> Spec:
-    """A sampler with options, e.g. "heun" or "heun:s_churn=40,s_noise=1.007"."""
+    """Parse a sampler with options, e.g. "heun" or "heun:s_churn=40,s_noise=1.007"."""
     return _parse_spec("sampler", text, samplers.registry)
 
 
 def parse_discretization(text: str) -> Spec:
-    """A discretization with options, e.g. "karras:rho=5"."""
+    """Parse a discretization with options, e.g. "karras:rho=5"."""
     return _parse_spec("discretization", text, grids.registry)
 
 
 def parse_clip(text: str) -> Spec | None:
-    """ "none", "static", "dynamic", or one with options, e.g. "dynamic:quantile=0.99"."""
+    """Parse "none", "static" or "dynamic", with options: "dynamic:quantile=0.99"."""
     return None if text == "none" else _parse_spec("clipping", text, CLIPS)
 
 
 def parse_guidance(text: str) -> Guidance:
-    """A scale as DiT counts it, "1.5", or fields of `Guidance`, "scale=0.4,convention=dimr"; both may go on, "4.4,power=4"."""
+    """Parse fields of `Guidance`: "1.5", "4.4,power=4" or "scale=0.4,convention=dimr"."""
     named = "=" in text.partition(",")[0]
-    return Guidance(**_parse_options("guidance", Guidance, text if named else f"scale={text}"))
+    options = _parse_options("guidance", Guidance, text if named else f"scale={text}")
+    if "scale" not in options:
+        raise ValueError(f"guidance {text!r} has no scale; write scale=1.5,... or 1.5,...")
+    return Guidance(**options)
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """(height, width) of "64" or "48x64", height first."""
+    """Parse "64" or "48x64", height first, to (height, width)."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
         raise ValueError(f"size {text!r} is neither a number nor HEIGHTxWIDTH, e.g. 64 or 48x64")
@@ -206,7 +219,7 @@ def _parse_spec(what: str, text: str, known: Mapping[str, Callable[..., Any]]) -
 
 
 def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str, Any]:
-    """ "a=1,b=x" as keyword options of `taker`, each of the type that its annotation asks for."""
+    """Parse "a=1,b=x" to keyword options of `taker`, each of its annotated type."""
     pairs = [assignment.partition("=") for assignment in text.split(",") if assignment]
     for key, equals, _ in pairs:
         if not equals:
@@ -214,20 +227,20 @@ def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str,
     given = check_options(what, taker, {key.strip(): value.strip() for key, _, value in pairs})
     hints = typing.get_type_hints(taker)
     for key in given:
-        if not any(
-            kind in (int, float, str, bool) for kind in typing.get_args(hints[key]) or (hints[key],)
-        ):
-            raise ValueError(f"{key} of {what} is no option that can be written as text")
+        kinds = typing.get_args(hints[key]) or (hints[key],)
+        if not {int, float, str, bool} & set(kinds):
+            raise ValueError(f"{key} of {what} cannot be written as text; set it in Python")
     return {
         key: _parse_value(f"{key} of {what}", value, hints[key]) for key, value in given.items()
     }
 
 
 def _parse_value(what: str, text: str, hint: Any) -> Any:
+    """Parse a value of the annotated type, e.g. `int | None`; the first type that fits is taken."""
     kinds = typing.get_args(hint) or (hint,)
-    words = {"true": True, "false": False}
-    if bool in kinds and text.lower() in words:
-        return words[text.lower()]
+    booleans = {"true": True, "false": False}
+    if bool in kinds and text.lower() in booleans:
+        return booleans[text.lower()]
     for kind in (int, float, str):
         if kind in kinds:
             try:
@@ -241,7 +254,7 @@ def _parse_value(what: str, text: str, hint: Any) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Settings as JSON values: specs and dataclasses as mappings without what is unset."""
+    """Return settings as JSON values: specs and dataclasses as mappings without their Nones."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {k: to_plain(v) for k, v in fields.items() if v is not None}

@@ -1,4 +1,4 @@
-"""Seeds to images: image i is a function of its own seed, label and settings, whatever it is batched with."""
+"""Seeds to images. An image depends on its own seed, condition and settings, not on its batch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from mezzotint.process import samplers
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Model, PerImage, Schedule
 from mezzotint.process.samplers import Grid, grids
 from mezzotint.process.schedules import Table, invert
-from mezzotint.sampling import conditioning
-from mezzotint.sampling.conditioning import label_condition, text_condition
+from mezzotint.sampling.conditioning import (
+    empty_condition,
+    label_condition,
+    null_condition,
+    text_condition,
+)
+from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, Recorder, record
 from mezzotint.sampling.settings import CLIPS, DTYPES, Guidance, SamplingSettings
+
+TILE_SIZE = 4  # images; a larger tile is a little faster for many images and slower for one
 
 
 def sample(
@@ -33,30 +40,34 @@ def sample(
     guidance: float | None = None,
     size: int | tuple[int, int] | None = None,
 ) -> Image:
-    """Images from seeds.
+    """Sample one image per seed.
 
     Args:
         model: in eval mode, on any device.
-        seeds: one non-negative integer per image; an image depends on its own seed alone.
-        label: class index or name of each image, or one for all; None is the null label (no class).
-        text: one prompt for all or one per image, or token embeddings (b, t, d), for models that read text.
+        seeds: non-negative integers; an image depends on its own seed alone.
+        label: class index or name of each image, or one for all; None is no class.
+        text: for models with text conditioning: one prompt for all images, one per image, or token
+            embeddings (b, t, d).
         sampler, steps: see `mezzotint.process.samplers`.
-        guidance: classifier-free scale as DiT counts it; None or 1 is none.
-        size: height and width of the network's input, one number for square.
+        guidance: classifier-free scale as DiT counts it; None or 1 is no guidance.
+        size: height and width of the network's input; one number for a square.
 
     Returns:
-        (len(seeds), c, h, w) float32, in [-1, 1] for pixel models; latents for latent models.
+        (len(seeds), c, h, w) float32: images in [-1, 1] of pixel models, latents of latent models.
 
-    Errors: ValueError for an unknown sampler, a label out of range, guidance of an unconditional model, a size that
-        the network cannot take.
+    Errors: ValueError for an unknown sampler, a label out of range, guidance of an unconditional
+        model, or a size that the network cannot take.
     """
     if not isinstance(model, Model):
         raise ValueError(
-            f"{model!r} is no model; open one first: sample(load_model(folder_or_hub_name), ...)"
+            f"{model!r} is not a model; open one first: sample(load_model(folder_or_hub_name), ...)"
         )
-    square = (size, size) if isinstance(size, int) else size
-    guided = None if guidance is None else Guidance(scale=guidance)
-    settings = SamplingSettings(sampler=Spec(sampler), steps=steps, guidance=guided, size=square)
+    settings = SamplingSettings(
+        sampler=Spec(sampler),
+        steps=steps,
+        guidance=None if guidance is None else Guidance(scale=guidance),
+        size=(size, size) if isinstance(size, int) else size,
+    )
     cond = replace(
         text_condition(model, text, len(seeds)), label=label_condition(model, label, len(seeds))
     )
@@ -64,84 +75,214 @@ def sample(
     return images.clamp(-1, 1) if model.info.codec == "pixels" else images
 
 
+def generate(
+    model: Model,
+    seeds: Sequence[int],
+    cond: Cond,
+    settings: SamplingSettings,
+    guide_model: Model | None = None,
+) -> Image:
+    """Sample one image per seed under `settings`, unclamped; see `sample`.
+
+    Args:
+        cond: one row per seed, on any device.
+        guide_model: a weaker model that guides in place of the empty condition (autoguidance).
+    """
+    denoise = make_denoiser(model, settings, guide_model)
+    return sample_batches(denoise, model, seeds, cond, settings)
+
+
+def sample_batches(
+    denoise: Denoiser, model: Model, seeds: Sequence[int], cond: Cond, settings: SamplingSettings
+) -> Image:
+    """Sample one image per seed with `denoise`, `settings.batch` images at a time."""
+    logsnr_steps = make_logsnr_steps(model, settings)
+    images = [draw_start_noise(model, (), settings)]
+    for start in range(0, len(seeds), settings.batch):
+        part = slice(start, start + settings.batch)
+        # At the noisy end z is standard normal, up to the image's trace of alpha(logsnr_steps[0]).
+        z = draw_start_noise(model, seeds[part], settings)
+        images.append(integrate(denoise, z, logsnr_steps, seeds[part], cond[part], settings))
+    return torch.cat(images)
+
+
+@torch.no_grad()
+def integrate(
+    denoise: Denoiser,
+    z: Image,
+    logsnr_steps: Grid,
+    seeds: Sequence[int],
+    cond: Cond,
+    settings: SamplingSettings,
+) -> Image:
+    """Run the sampler on one batch, from the state z at logsnr_steps[0].
+
+    Args:
+        denoise: of `make_denoiser`, or a wrapper around it.
+        z: (b, c, h, w) on the model's device.
+        logsnr_steps: rising log-SNRs, of `make_logsnr_steps` or others.
+        seeds: of the sampler's own noise, one per image.
+        cond: one row per image, on any device.
+    """
+    run = get_sampler(settings)
+
+    def noise(i: int, z: Image) -> Image:
+        return rng.normal("sampler", 0, list(seeds), tuple(z.shape[1:]), draw=i).to(z)
+
+    if "noise" in inspect.signature(run).parameters:
+        run = functools.partial(run, noise=noise)
+    return run(denoise, z, logsnr_steps, cond.map(lambda t: t.to(z.device)))
+
+
+def draw_start_noise(model: Model, seeds: Sequence[int], settings: SamplingSettings) -> Image:
+    """Draw each seed's standard normal start, (len(seeds), c, h, w) on the model's device."""
+    config = model.info.config
+    height, width = settings.size or (config.size, config.size)
+    noise = rng.normal("sample", 0, list(seeds), (config.channels, height, width))
+    return noise.to(next(model.parameters()).device)
+
+
 def default_discretization(schedule: Schedule, name: str, sampler: str) -> Spec:
-    """The grid when none is asked for; `name` is the schedule's."""
-    # EDM samples where it was not trained evenly: Karras' grid (EDM eq. 5). Its sampler steps in sigma = exp(-logsnr /
-    # 2), of which a grid even in u of a cosine would take nearly all, 1800 to 20, in its first step.
+    """Return the discretization for settings that name none; `name` is the schedule's."""
+    # EDM's sampling steps differ from its training distribution: Karras' (EDM eq. 5). Heun's method
+    # steps in sigma = exp(-logsnr / 2). Steps even in u of a cosine would leave nearly all of that,
+    # from 1800 to 20, to the first step.
     if name == "lognormal" or sampler == "heun":
         return Spec("karras")
     # A table's noisy end is finite; a continuous schedule may be infinite at u = 1.
-    ends = isinstance(schedule, Table) or bool(
+    is_finite = isinstance(schedule, Table) or bool(
         schedule(torch.ones((), dtype=torch.float64)).isfinite()
     )
-    return Spec("even") if ends else Spec("even", {"start": 0.999})
+    return Spec("even") if is_finite else Spec("even", {"start": 0.999})
 
 
 def make_logsnr_steps(model: Model, settings: SamplingSettings) -> Tensor:
-    """The rising log-SNRs at which the sampler stops."""
+    """Return the rising log-SNRs between which the sampler steps, float64 (steps + 1,)."""
     schedule = get_schedule(model)
     spec = settings.discretization or default_discretization(
         schedule, model.info.schedule.name, settings.sampler.name
     )
     build = grids.registry[spec.name]
-    return build(
-        schedule,
-        settings.steps,
-        **check_options(f"discretization {spec.name}", build, spec.options),
-    )
+    options = check_options(f"discretization {spec.name}", build, spec.options)
+    return build(schedule, settings.steps, **options)
 
 
-TILE = 4  # images; larger is a little faster for many images and slower for one
+def get_sampler(settings: SamplingSettings) -> samplers.Sampler:
+    """Return the sampler with its options: (denoiser, z, logsnr_steps, cond) -> image.
+
+    Stochastic samplers also take `noise`.
+    """
+    run = samplers.registry[settings.sampler.name]
+    options = check_options(f"sampler {settings.sampler.name}", run, settings.sampler.options)
+    return functools.partial(run, **options)
 
 
-def batched_by_tile(denoise: Denoiser, size: int = TILE) -> Denoiser:
-    """The same denoiser called with exactly `size` images at a time, the last tile filled up by repetition.
+def count_network_calls(model: Model, settings: SamplingSettings, autoguided: bool = False) -> int:
+    """Return the forward passes per image, counting both passes of guidance.
 
-    Matrix kernels choose their blocking, and with it their rounding, by the shape of the whole call; with one shape
-    for every call an image's bytes do not depend on what it is batched with.
+    Runs the sampler around an empty network, so that settings it cannot use raise here.
     """
 
-    def each(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        tiles = []
-        for start in range(0, len(z), size):
-            rows = torch.arange(start, start + size).clamp(max=len(z) - 1)
-            there = rows.to(z.device)
-            tiles.append(
-                denoise(
-                    z[there],
-                    logsnr[rows.to(logsnr.device)],
-                    cond.map(lambda t, rows=there: t[rows]),
-                )
-            )
-        x, eps, var = zip(*tiles, strict=True)
-        learned = None if var[0] is None else torch.cat(var)[: len(z)]
-        return Denoised(torch.cat(x)[: len(z)], torch.cat(eps)[: len(z)], learned)
+    def empty(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
+        learned = model.parameterisation.learned_variance
+        return Denoised(torch.zeros_like(z), z, torch.zeros_like(z) if learned else None)
 
-    return each
+    counter = guide.CallCounter(empty)
+    denoise = build_denoiser(counter, model, settings, counter if autoguided else None)
+    z = torch.zeros(1, model.info.config.channels, 1, 1)
+    get_sampler(settings)(denoise, z, make_logsnr_steps(model, settings), empty_condition(model, 1))
+    return counter.rows
+
+
+def make_denoiser(
+    model: Model, settings: SamplingSettings, guide_model: Model | None = None
+) -> Denoiser:
+    """Return the denoiser of a model, or of two, as `settings` asks for it.
+
+    Keep it for many batches: CUDA graphs are recorded once per denoiser and shape.
+    """
+    weak = None if guide_model is None else model_denoiser(guide_model, settings)
+    return build_denoiser(model_denoiser(model, settings), model, settings, weak)
+
+
+def model_denoiser(
+    model: Model, settings: SamplingSettings, recorder: Recorder = record
+) -> Denoiser:
+    """Return the unguided model: evaluated in tiles or by CUDA graphs, and in the settings' dtype.
+
+    Args:
+        recorder: replaces CUDA graphs, in tests.
+
+    Errors: ValueError for CUDA graphs without a CUDA device, or of a model evaluated in tiles.
+    """
+    device = next(model.parameters()).device
+    exact = device.type == "cpu" if settings.exact is None else settings.exact
+    denoise: Denoiser = model
+    if settings.cuda_graphs:
+        if device.type != "cuda" and recorder is record:
+            raise ValueError(
+                f"cuda_graphs needs a CUDA device and the model is on {device}; leave it out"
+            )
+        if exact:
+            raise ValueError("cuda_graphs cannot evaluate in tiles; leave out exact=True or it")
+        denoise = CudaGraphDenoiser(model, recorder)
+    elif exact:
+        denoise = batched_by_tile(model)
+    if settings.dtype == "float32":
+        return denoise
+    return autocast_denoiser(denoise, DTYPES[settings.dtype])
+
+
+def build_denoiser(
+    strong: Denoiser, model: Model, settings: SamplingSettings, weak: Denoiser | None = None
+) -> Denoiser:
+    """Wrap a denoiser in guidance, then in clipping.
+
+    Args:
+        strong: evaluates `model`, whose info says what classes and schedule it has.
+        weak: guides in place of the empty condition (autoguidance).
+    """
+    g, denoise = settings.guidance, strong
+    if weak is not None and g is None:
+        raise ValueError("a guide model needs a guidance scale, e.g. 1.5")
+    if g is not None and g.peak != 1:
+        scale, channels = guidance_scale(g, get_schedule(model)), model.info.config.channels
+        if g.channels is not None and not 1 <= g.channels <= channels:
+            raise ValueError(f"{g.channels} guided channels; this model has {channels}")
+        if weak is None:
+            denoise = guide.classifier_free(denoise, null_condition(model), scale, g.channels)
+        elif g.channels is not None:
+            raise ValueError("autoguidance guides all channels; leave channels out")
+        else:
+            denoise = guide.autoguidance(denoise, weak, scale)
+    if settings.clip is not None:
+        clip, name = CLIPS[settings.clip.name], settings.clip.name
+        denoise = clip(denoise, **check_options(f"clipping {name}", clip, settings.clip.options))
+    return denoise
 
 
 def guidance_scale(guidance: Guidance, schedule: Schedule) -> guide.Scale:
-    """The guidance scale as a function of log-SNR, in DiT's unit.
+    """Return the guidance scale as a function of log-SNR, as DiT counts it.
 
-    Errors: ValueError for an interval outside the schedule, and for time "index" of a schedule that is no table.
+    Errors: ValueError for an interval outside the schedule, and for time "index" of a schedule that
+        is not a table.
     """
     scale = guide.dit_s(guidance.peak)
     if guidance.power is not None:
-        scale = guide.power_cosine(
-            guidance.peak, guidance.power, _time(guidance.time or "u", schedule)
-        )
+        time = _guidance_time(guidance.time or "u", schedule)
+        scale = guide.power_cosine(guidance.peak, guidance.power, time)
     if guidance.low is None or guidance.high is None:
         return scale
     noisy, clean = schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()
     if guidance.high < noisy or guidance.low > clean:
         raise ValueError(
-            f"the guidance interval {guidance.low:g}...{guidance.high:g} lies outside the schedule, whose log-SNR runs "
-            f"from {noisy:.4g} (noise) to {clean:.4g} (clean)"
+            f"the guidance interval {guidance.low:g}...{guidance.high:g} lies outside the schedule,"
+            f" whose log-SNR runs from {noisy:.4g} (noise) to {clean:.4g} (clean)"
         )
     return guide.interval(scale, guidance.low, guidance.high)
 
 
-def _time(name: str, schedule: Schedule) -> Callable[[Tensor], Tensor]:
+def _guidance_time(name: str, schedule: Schedule) -> Callable[[Tensor], Tensor]:
     if name == "u":
         return lambda logsnr: invert(schedule, logsnr)
     if not isinstance(schedule, Table):
@@ -151,150 +292,32 @@ def _time(name: str, schedule: Schedule) -> Callable[[Tensor], Tensor]:
     return lambda logsnr: schedule.index(logsnr) / len(schedule)
 
 
-def autocast_denoiser(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """The denoiser with its matrix products in another dtype (autocast)."""
+def batched_by_tile(denoise: Denoiser, size: int = TILE_SIZE) -> Denoiser:
+    """Return the same denoiser, called with exactly `size` images at a time.
 
-    def cast(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
+    Matrix kernels choose their blocking, and with it their rounding, by the shape of the call. With
+    one shape for every call an image's bytes do not depend on its batch.
+    """
+
+    def denoise_tiles(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
+        tiles = []
+        for start in range(0, len(z), size):
+            # The last tile is filled up with copies of the last image.
+            rows = torch.arange(start, start + size).clamp(max=len(z) - 1)
+            on_device = rows.to(z.device)
+            tiles.append(denoise(z[on_device], logsnr[rows.to(logsnr.device)], cond[on_device]))
+        x, eps, var = zip(*tiles, strict=True)
+        learned = None if var[0] is None else torch.cat(var)[: len(z)]
+        return Denoised(torch.cat(x)[: len(z)], torch.cat(eps)[: len(z)], learned)
+
+    return denoise_tiles
+
+
+def autocast_denoiser(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """Return the denoiser with its matrix products in another dtype (autocast)."""
+
+    def denoise_autocast(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         with torch.autocast(z.device.type, dtype):
             return denoise(z, logsnr, cond)
 
-    return cast
-
-
-def build_denoiser(
-    strong: Denoiser, model: Model, settings: SamplingSettings, weak: Denoiser | None = None
-) -> Denoiser:
-    """The network as a sampler sees it: guided, then clipped.
-
-    Args:
-        strong: evaluates `model`, whose card says what classes and schedule it has.
-        weak: guides in place of the empty condition (autoguidance).
-    """
-    g, denoise = settings.guidance, strong
-    if weak is not None and g is None:
-        raise ValueError("a guide needs a guidance scale, e.g. 1.5")
-    if g is not None and g.peak != 1:
-        scale, channels = guidance_scale(g, get_schedule(model)), model.info.config.channels
-        if g.channels is not None and not 1 <= g.channels <= channels:
-            raise ValueError(f"{g.channels} guided channels; this model has {channels}")
-        if weak is None:
-            denoise = guide.classifier_free(
-                denoise, conditioning.null_condition(model), scale, g.channels
-            )
-        elif g.channels is not None:
-            raise ValueError("autoguidance guides all channels; leave channels out")
-        else:
-            denoise = guide.autoguidance(denoise, weak, scale)
-    if settings.clip is not None:
-        clip = CLIPS[settings.clip.name]
-        denoise = clip(
-            denoise, **check_options(f"clipping {settings.clip.name}", clip, settings.clip.options)
-        )
-    return denoise
-
-
-def model_denoiser(model: Model, settings: SamplingSettings) -> Denoiser:
-    """The model as `settings` want it evaluated: in tiles and in its dtype."""
-    exact = (
-        next(model.parameters()).device.type == "cpu" if settings.exact is None else settings.exact
-    )
-    denoise: Denoiser = batched_by_tile(model) if exact else model
-    return (
-        denoise
-        if settings.dtype == "float32"
-        else autocast_denoiser(denoise, DTYPES[settings.dtype])
-    )
-
-
-def get_sampler(settings: SamplingSettings) -> samplers.Sampler:
-    """The sampler with its options: (denoiser, z, grid, cond, noise=...) -> image, `noise` for stochastic ones."""
-    run = samplers.registry[settings.sampler.name]
-    options = check_options(f"sampler {settings.sampler.name}", run, settings.sampler.options)
-    return functools.partial(run, **options)
-
-
-def count_network_calls(model: Model, settings: SamplingSettings, autoguided: bool = False) -> int:
-    """Forward passes per image, both passes of guidance counted, by running the sampler around an empty network."""
-
-    def empty(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        return Denoised(
-            torch.zeros_like(z),
-            z,
-            torch.zeros_like(z) if model.parameterisation.learned_variance else None,
-        )
-
-    counted = guide.CallCounter(empty)
-    denoise = build_denoiser(counted, model, settings, counted if autoguided else None)
-    z = torch.zeros(1, model.info.config.channels, 1, 1)
-    get_sampler(settings)(
-        denoise, z, make_logsnr_steps(model, settings), conditioning.empty_condition(model, 1)
-    )
-    return counted.rows
-
-
-def draw_start_noise(model: Model, seeds: Sequence[int], settings: SamplingSettings) -> Image:
-    """The standard normal noise from which each seed starts, (len(seeds), c, h, w) on the model's device."""
-    config = model.info.config
-    height, width = settings.size or (config.size, config.size)
-    noise = rng.normal("sample", 0, list(seeds), (config.channels, height, width))
-    return noise.to(next(model.parameters()).device)
-
-
-@torch.no_grad()
-def integrate(
-    model: Model,
-    z: Image,
-    stops: Grid,
-    seeds: Sequence[int],
-    cond: Cond,
-    settings: SamplingSettings,
-    weak: Model | None = None,
-    around: Callable[[Denoiser], Denoiser] | None = None,
-) -> Image:
-    """One batch from the state z at stops[0] through the sampler.
-
-    Args:
-        z: (b, c, h, w) on the model's device.
-        stops: rising log-SNRs, of `grid_of` or one's own.
-        seeds: of the sampler's own noise, one per image.
-        weak: guides in place of the empty condition.
-        around: wraps the guided and clipped denoiser once more.
-    """
-    denoise = build_denoiser(
-        model_denoiser(model, settings), model, settings, weak and model_denoiser(weak, settings)
-    )
-    run = get_sampler(settings)
-
-    def noise(i: int, z: Image) -> Image:
-        return rng.normal("sampler", 0, list(seeds), tuple(z.shape[1:]), draw=i).to(z)
-
-    if "noise" in inspect.signature(run).parameters:
-        run = functools.partial(run, noise=noise)
-    return run(
-        denoise if around is None else around(denoise), z, stops, cond.map(lambda t: t.to(z.device))
-    )
-
-
-def generate(
-    model: Model,
-    seeds: Sequence[int],
-    cond: Cond,
-    settings: SamplingSettings,
-    weak: Model | None = None,
-) -> Image:
-    """Images from seeds under `settings`; see `sample`. `cond` holds one row per seed, on any device.
-
-    weak: a weaker model to guide away from, in place of the empty condition (autoguidance).
-    """
-    stops = make_logsnr_steps(model, settings)
-    images = [draw_start_noise(model, (), settings)]
-    for start in range(0, len(seeds), settings.batch):
-        part = slice(start, start + settings.batch)
-        # At the grid's noisy end z is standard normal up to the image's trace, alpha(grid[0]).
-        z = draw_start_noise(model, seeds[part], settings)
-        images.append(
-            integrate(
-                model, z, stops, seeds[part], cond.map(lambda t, p=part: t[p]), settings, weak
-            )
-        )
-    return torch.cat(images)
+    return denoise_autocast

@@ -88,6 +88,8 @@ class SamplingSettings:
         does so on the CPU.
     dtype: of the network's arithmetic: "float32", "bfloat16" or "float16". The solver always
         computes in float32.
+    cuda_graphs: record the network once per batch size and replay it, without Python's cost per
+        kernel. Needs a CUDA device and excludes `exact`.
     """
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
@@ -99,6 +101,7 @@ class SamplingSettings:
     batch: int = 64
     exact: bool | None = None
     dtype: str = "float32"
+    cuda_graphs: bool = False
 
     def __post_init__(self):
         if self.batch < 1:
