@@ -20,6 +20,7 @@ COMMANDS = {
     "train": training.train,
     "sample": sampling.sample,
     "edit": sampling.edit,
+    "edit": sampling.edit,
     "evaluate": evaluation.evaluate,
     "reference": evaluation.reference,
     "compare": evaluation.compare,
