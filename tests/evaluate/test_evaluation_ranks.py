@@ -1,8 +1,7 @@
-"""Evaluation along the way on two processes: both work, the number is that of one, and a failure ends it on both."""
+"""Evaluation during training on two processes: shared work, the numbers of one, common failures."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,99 +9,83 @@ from pathlib import Path
 
 import pytest
 
-from helpers.evaluators import judge, judged, reference
+from helpers.evaluators import digits_reference, evaluated_recipe, random_evaluator
+from helpers.runs import events, records
 from mezzotint.train.loop import train
 
 SCRIPT = """
-import os, sys
+import dataclasses, os
 import torch; torch.set_num_threads(1)
-from helpers.evaluators import judge, judged
+from helpers.evaluators import evaluated_recipe, random_evaluator
 from mezzotint.evaluate import during_training
 from mezzotint.train.loop import train
 rank, fails = int(os.environ["RANK"]), {fails!r}
-draw = judging.samples_of
+from_job = during_training.from_job
 
-def samples(job, n, first=0):
-    source = draw(job, n, first)
+def printing_job(job, num_images):
+    source, images = from_job(job, num_images), job.model.info.images
     def batches(start, stop):
-        line = f"rank {{rank}} makes {{start}} to {{stop}} at {{job.model.info.images}}\\n"
-        os.write(1, line.encode())  # one write: print makes several, and two ranks share the pipe
-        if rank == 1 and fails and job.model.info.images == 64:
-            raise ValueError("rank one has no memory")
+        # One write, since the ranks share a pipe and print makes several.
+        os.write(1, f"rank {{rank}}: {{start}} to {{stop}} at {{images}}\\n".encode())
+        if rank == 1 and fails and images == 64:
+            raise ValueError("no memory on rank one")
         yield from source.batches(start, stop)
-    return judging.dataclasses.replace(source, batches=batches)
+    return dataclasses.replace(source, batches=batches)
 
-judging.samples_of = samples
-recipe = judged({real!r}, *{overrides!r})
-train(recipe, {folder!r}, judge=judge(recipe))
+during_training.from_job = printing_job
+recipe = evaluated_recipe({reference!r}, *{overrides!r})
+train(recipe, {folder!r}, evaluator=random_evaluator(recipe))
 """
-SMOOTH = ("model.dropout=0", "images=128")
+SHORT = ("model.dropout=0", "images=128")
 
 
-def two(tmp_path: Path, real: str, fails: bool, *overrides: str) -> tuple[str, str]:
-    """The judged run on two processes; what they said on stdout and stderr."""
-    folder = tmp_path / "run"
-    script = tmp_path / "run.py"
-    words = {
-        "tests": str(Path(__file__).parents[1]),
-        "folder": str(folder),
-        "real": real,
-        "fails": fails,
-    }
-    script.write_text(SCRIPT.format(**words, overrides=(*SMOOTH, *overrides)))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(script),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=environment, check=False
+def train_on_two_ranks(tmp_path: Path, reference: str, *overrides: str, fails: bool = False) -> str:
+    """Run the evaluated recipe and return its standard output."""
+    script, folder = tmp_path / "run.py", str(tmp_path / "run")
+    overrides = (*SHORT, *overrides)
+    script.write_text(
+        SCRIPT.format(folder=folder, reference=reference, fails=fails, overrides=overrides)
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, done.stderr
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run(
+        [sys.executable, *launch, str(script)],
+        capture_output=True, text=True, timeout=200, env=environment, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    return process.stdout
 
 
-def values(folder: Path) -> dict[int, dict[str, float]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return {line["images"]: line["evaluation"] for line in lines if "evaluation" in line}
+def logged(folder: Path) -> dict[int, dict[str, float]]:
+    """Return the metrics in the log, by images seen."""
+    return {r["images"]: r["evaluation"] for r in records(folder) if "evaluation" in r}
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_both_work_and_give_the_number_of_one(tmp_path, strategy):
-    """The weights of two ranks differ from those of one by rounding, so the same weights are judged by one again."""
-    real = reference(tmp_path / "digits.npz")
-    said, _ = two(tmp_path, real, False, f"engine.strategy={strategy}")
-    for line in (
-        "rank 0 makes 0 to 32 at 64",
-        "rank 1 makes 32 to 50 at 64",
-        "rank 1 makes 32 to 50 at 128",
-    ):
-        assert line in said
-    folder = tmp_path / "run"
-    found = values(folder)
-    assert list(found) == [64, 128]
+def test_two_ranks_share_the_work_and_get_the_numbers_of_one(tmp_path, strategy):
+    """Weights trained on two ranks differ by rounding, so one rank evaluates the same weights."""
+    reference, folder = digits_reference(tmp_path / "digits.npz"), tmp_path / "run"
+    printed = train_on_two_ranks(tmp_path, reference, f"engine.strategy={strategy}")
+    assert "rank 0: 0 to 32 at 64" in printed
+    assert "rank 1: 32 to 50 at 64" in printed
+    assert "rank 1: 32 to 50 at 128" in printed
+    of_two = logged(folder)
+    assert list(of_two) == [64, 128]
+    # Without the log and the file, resuming the finished run repeats the last evaluation.
     (folder / "log.jsonl").unlink()
     (folder / "evaluations" / "128.json").unlink()
-    recipe = judged(real, *SMOOTH, f"engine.strategy={strategy}")
-    train(
-        recipe, folder, quiet=True, judge=judge(recipe)
-    )  # resumes at the end and owes the evaluation
-    assert values(folder)[128] == pytest.approx(found[128], rel=1e-9, abs=1e-12)
+    recipe = evaluated_recipe(reference, *SHORT, f"engine.strategy={strategy}")
+    train(recipe, folder, quiet=True, evaluator=random_evaluator(recipe))
+    assert logged(folder)[128] == pytest.approx(of_two[128], rel=1e-9, abs=1e-12)
 
 
-def test_one_rank_failing_ends_the_evaluation_on_both_and_training_goes_on(tmp_path):
-    real = reference(tmp_path / "digits.npz")
-    _, words = two(tmp_path, real, True)
-    assert "evaluation failed at 64 images" in words
-    (event,) = [
-        json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()
-    ]
-    assert event["event"] == "evaluation failed"
-    assert "rank 1: ValueError: rank one has no memory" in event["why"]
-    assert list(values(tmp_path / "run")) == [128]
-    assert sorted(p.name for p in (tmp_path / "run" / "evaluations").iterdir()) == ["128.json"]
+def test_a_failure_on_one_rank_ends_the_evaluation_on_both(tmp_path):
+    folder = tmp_path / "run"
+    train_on_two_ranks(tmp_path, digits_reference(tmp_path / "digits.npz"), fails=True)
+    (event,) = events(folder)
+    assert (event["images"], event["event"]) == (64, "evaluation failed")
+    assert "rank 1" in event["why"]
+    assert "no memory on rank one" in event["why"]
+    # Training went on to the next evaluation.
+    assert list(logged(folder)) == [128]
+    assert sorted(p.name for p in (folder / "evaluations").iterdir()) == ["128.json"]

@@ -1,4 +1,4 @@
-"""A judge of tiny runs: distances on the features of a small random network."""
+"""Evaluators of tiny runs: distances on the features of a small random network."""
 
 from __future__ import annotations
 
@@ -17,47 +17,41 @@ from mezzotint.evaluate.references import make_reference
 from mezzotint.train.evaluation import Evaluator
 
 
-class Net(nn.Module):
-    """Four numbers of an image, always the same four."""
+class RandomNet(nn.Module):
+    """Four numbers per image, from fixed random weights."""
 
     def __init__(self):
         super().__init__()
         self.conv = nn.Conv2d(1, 4, 3)
-        draw = torch.Generator().manual_seed(5)
+        generator = torch.Generator().manual_seed(5)
         for parameter in self.conv.parameters():
-            parameter.data.normal_(generator=draw)
+            parameter.data.normal_(generator=generator)
 
     def forward(self, x):
         return self.conv(x).relu().mean((2, 3))
 
 
-def seen() -> FeatureSet:
-    """The features "seen"."""
-    return from_module(Net(), name="seen", dims=4, size=8, channels=1)
+def random_features() -> FeatureSet:
+    """Return the feature set "random"."""
+    return from_module(RandomNet(), name="random", dims=4, size=8, channels=1)
 
 
-def reference(path: Path) -> str:
-    """Statistics of the digits at 8 px."""
-    make_reference(
-        from_dataset(open_images("digits", size=8, channels=1), "digits", 120),
-        path,
-        [seen()],
-        keep=60,
-    )
+def digits_reference(path: Path) -> str:
+    """Write statistics of 120 digits at 8 px."""
+    images = from_dataset(open_images("digits", size=8, channels=1), "digits", 120)
+    make_reference(images, path, [random_features()], keep=60)
     return str(path)
 
 
-def judged(real: str, *overrides: str) -> Recipe:
-    """The small run, judged by 50 samples at every 64 images and at its end."""
-    words = [
-        "evaluate.every_images=64",
-        "evaluate.num_images=50",
-        "evaluate.steps=2",
+def evaluated_recipe(reference: str, *overrides: str) -> Recipe:
+    """Return the small recipe with an evaluation of 50 samples at 64, 128 and 160 images."""
+    settings = [
+        "evaluate.every_images=64", "evaluate.num_images=50", "evaluate.steps=2",
         "evaluate.batch=16",
-    ]
-    return small(*words, f"evaluate.reference={real}", *overrides)
+    ]  # fmt: skip
+    return small(*settings, f"evaluate.reference={reference}", *overrides)
 
 
-def judge(recipe: Recipe) -> Evaluator | None:
-    """The recipe's judge, with the features above."""
-    return make_evaluator(recipe, [seen()])
+def random_evaluator(recipe: Recipe) -> Evaluator | None:
+    """Return the recipe's evaluator, with the feature set "random"."""
+    return make_evaluator(recipe, [random_features()])
