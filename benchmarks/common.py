@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers, and how: facts of the machine and the code, one JSON file."""
+"""What every benchmark writes with its numbers: the machine, the code, one JSON file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The commit measured; from COMMIT where there is no git or no repository."""
+    """Return the measured commit, or $COMMIT where there is no git or no repository."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -29,7 +29,7 @@ def commit() -> str:
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Where and with what a result was made."""
+    """Return the command, the versions and the machine of a result."""
     return {
         "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "mezzotint": mezzotint.__version__,
@@ -42,11 +42,11 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def write(out: Path, device: str, **content: Any) -> None:
-    """`facts` and `content` as one JSON file."""
+    """Write `facts` and `content` as one JSON file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps({**facts(device), **content}, indent=1) + "\n")
 
 
 def one_thread() -> None:
-    """A single thread unless OMP_NUM_THREADS says otherwise: two collapse when another job shares the cores."""
+    """Use one thread, or OMP_NUM_THREADS: two are very slow when another job shares the cores."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

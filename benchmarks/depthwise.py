@@ -1,4 +1,4 @@
-"""The 7x7 depthwise convolution of DiMR on a CPU, and its weight gradient by torch and by mezzotint.
+"""DiMR's 7x7 depthwise convolution on a CPU: its weight gradient by torch and by mezzotint.
 
 OMP_NUM_THREADS=1 python benchmarks/depthwise.py
 """

@@ -1,9 +1,11 @@
-"""How far real images are from real images: train against test, and class against class, on the features at hand.
+"""Distances between real images: train against test, and class against class.
 
-    python benchmarks/distances.py --data cifar10_jpg.npz --weights inception_2015_to_mixed7a.safetensors
+    python benchmarks/distances.py --data cifar10_jpg.npz \\
+        --weights inception_2015_to_mixed7a.safetensors
 
-These are the floor of any distance of samples: a model cannot be expected below train against test at the same number
-of images. Writes OUT.json; the weights end at Mixed_7a, so none of the numbers is a FID.
+These are a lower bound for the distance of samples: no model can be expected below train against
+test at the same number of images. Writes OUT.json. The weights end at Mixed_7a, so none of the
+numbers is a FID.
 """
 
 from __future__ import annotations

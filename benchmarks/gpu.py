@@ -1,9 +1,9 @@
-"""The parts of gpu.sh: correctness of every fast path, single kernels, the large presets. Each writes one JSON file.
+"""The parts of gpu.sh: correctness of every fast path, single kernels, the large presets.
 
     python benchmarks/gpu.py checks|kernels|presets --device cuda --out DIR
 
-With `--device cpu --small` everything runs in a minute or two without a GPU, except CUDA graphs and the count of host
-synchronisations, which that device does not have.
+Each part writes one JSON file. With `--device cpu --small` everything runs in a minute or two
+without a GPU, except CUDA graphs and the count of host synchronisations.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def outputs(pair: Pair, which: str, bf16: bool) -> Tensor:
 
 
 def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
-    """Ours against the plain twin and against itself; `ok` says whether a row is within its bound."""
+    """Compare ours with the plain twin and with itself; `ok`: whether a row is within its bound."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     end = time.monotonic() + budget
     pairs = {}
@@ -101,7 +101,7 @@ def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
                 yield judged(what, value, 0.0)
             count = synchronisations(pair.train("ours", True))
             yield judged("host synchronisations in a training step", count, 0.0)
-    # Last, since each takes up to a minute; on a CPU minutes, where speed.py --switches --compile measures it.
+    # Last, since each takes up to a minute (minutes on a CPU: see speed.py --switches --compile).
     for name in ("dimr-2r", "diffit") if device == "cuda" else ():
         if time.monotonic() > end:
             yield {"network": name, "check": "compiled", "error": "no time left"}
@@ -131,7 +131,7 @@ def judge(network: str, what: str, value: float, bound: float) -> Row:
 
 
 def graphs(pair: Pair) -> dict[str, float]:
-    """A guided run with an interval, from graphs and without: differences, all of which should be 0."""
+    """Compare a guided run with and without CUDA graphs; all differences should be 0."""
     pair.ours.eval()
     grid = torch.linspace(-4, 4, 9, dtype=torch.float64)
     null = guidance.null_label(pair.ours.info.config.num_classes)
@@ -172,7 +172,7 @@ def synchronisations(work: Callable[[], object]) -> int:
 
 
 def kernels(device: str, small: bool, budget: float) -> Iterator[Row]:
-    """Single kernels in each form: seconds, and the difference from float64 where a kernel is ours."""
+    """Time single kernels in each form, and compare our own kernels with float64."""
     end = time.monotonic() + budget
     yield from depthwise_kernels(device, small)
     for heads, d in ((2, 12),) if small else ((16, 60), (16, 64), (16, 72)):
@@ -308,7 +308,7 @@ def biased_kernels(device: str, batch: int, n: int) -> Iterator[Row]:
         yield row
 
 
-# preset -> images per training step and per sampling call on one 139 GiB GPU; the first two have targets
+# preset -> images per training step and per sampling call on one 139 GiB GPU
 LARGE = {
     "dimr-xl-2r-256": (128, 64),
     "diffit-256": (128, 64),

@@ -1,11 +1,12 @@
-"""What the data loader delivers per core, and whether that outruns the networks: rates measured, the rest arithmetic.
+"""Images per second of the data loader per core, and the cores that each preset needs.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
 
-Rates are processor time of one thread in random order: JPEG files decoded, resized and cropped; the same pictures
-prepared once (memory-mapped rows of uint8); latents of a 256 px picture, drawn from float16 moments of 4 x 32 x 32.
-Mirroring and the way to the model's range are included. `--gpu-flops` is the rate the network could at most run at; a
-preset's demand is that rate over 6 GMAC, so 8 cores suffice where 8 times the rate is more.
+Rates are processor time of one thread in random order: JPEG files decoded, resized and cropped; the
+same images prepared once (memory-mapped rows of uint8); latents of a 256 px image, drawn from
+float16 moments of 4 x 32 x 32. Mirroring and scaling to the model's range are included.
+`--gpu-flops` is the most that the network could run at; a preset's demand is that rate over 6 GMAC,
+so 8 cores suffice if 8 times the rate is more.
 """
 
 from __future__ import annotations
@@ -33,17 +34,15 @@ CORES = 8
 
 
 def jpegs(folder: Path, count: int, side: int) -> None:
-    """Smooth random colour pictures, about as compressible as photographs."""
+    """Write smooth random colour images, about as compressible as photographs."""
     from PIL import Image
 
     generator = torch.Generator().manual_seed(0)
     for i in range(count):
         coarse = torch.rand(1, 3, 24, 24, generator=generator)
-        picture = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic").clamp(0, 1)[
-            0
-        ]
+        image = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")[0].clamp(0, 1)
         grain = 0.04 * torch.randn(3, side, side, generator=generator)
-        pixels = ((picture + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
+        pixels = ((image + grain).clamp(0, 1) * 255).byte().permute(1, 2, 0).contiguous().numpy()
         (folder / f"{i % 10}").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(folder / f"{i % 10}" / f"{i:05d}.jpg", quality=90)
 
@@ -75,7 +74,7 @@ class Pooled:
 
 
 def rate(images: ImageDataset | LatentDataset, device: str, batch: int = 64) -> float:
-    """Images per second of one core, in random order and in the model's units; the median of five batches."""
+    """Return images per second of one core in random order; the median of five batches."""
     generator = torch.Generator().manual_seed(1)
     numbers = list(range(batch))
 
@@ -87,19 +86,19 @@ def rate(images: ImageDataset | LatentDataset, device: str, batch: int = 64) -> 
 
 
 def noise_rate(shape: tuple[int, ...], device: str, batch: int = 16) -> float:
-    """Images per second whose noise one core draws; each image's is a function of its own number."""
+    """Return images per second whose noise one core draws, each image's from its own seed."""
     works = {"draw": lambda: rng.normal("noise", 0, list(range(batch)), shape)}
     return batch / time_interleaved(works, device)["draw"]
 
 
 def demands(flops: float) -> dict[str, float]:
-    """Preset -> images per second that a training step of 3 forward passes of 2 GMAC takes at `flops`."""
+    """Return by preset the images per second of a training step (6 GMAC per image) at `flops`."""
     rows = summary.read_summaries()
     return {r["name"]: flops / (6e9 * (r["gmac"] - r["gmac_skipped"])) for r in rows}
 
 
 def source_of(preset: str) -> str:
-    """What the preset is trained from: latents, or prepared images of its own size."""
+    """Return what the preset is trained on: latents, or prepared images of its own size."""
     row = summary.read_summary(preset)
     return "latents" if row["codec"] != "pixels" else f"prepared {row['input_shape'][1]}"
 
@@ -126,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for size in sizes:
-            stored = max(size, 256)  # pictures at least as large as what is trained on
+            stored = max(size, 256)  # images at least as large as the training size
             source = folder / f"jpeg{stored}"
             if not source.exists():
                 source.mkdir()
@@ -138,10 +137,10 @@ def main() -> None:
             prepare_source(source, folder / f"prepared{size}", size, progress=False)
             images = open_images(str(folder / f"prepared{size}"), size=size, keep_in_memory=False)
             rates[f"prepared {size}"] = rate(images, args.device)
-        pictures = open_images(
+        images = open_images(
             str(folder / f"jpeg{max(sizes[0], 256)}"), size=256, keep_in_memory=False
         )
-        encode_latents(pictures, folder / "latents", Pooled(), progress=False)
+        encode_latents(images, folder / "latents", Pooled(), progress=False)
         rates["latents"] = rate(LatentDataset(folder / "latents"), args.device)
     for shape in ((4, 32, 32), (3, 64, 64), (3, 256, 256)):
         rates[f"noise {'x'.join(map(str, shape))}"] = noise_rate(shape, args.device)

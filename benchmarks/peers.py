@@ -1,10 +1,10 @@
-"""A training step and a forward pass beside diffusers' DiT at the same depth and width, and so at about equal GMAC.
+"""A training step and a forward pass next to diffusers' DiT of the same depth and width.
 
     OMP_NUM_THREADS=1 python benchmarks/peers.py --out benchmarks/results/peers-cpu.json
 
-diffusers' DiTTransformer2DModel is what a user would take for a class-conditional latent transformer; ours are latent
-DiffiT of the same shape and DiMR cut to the same GMAC. Loss, backward pass and batch are the same; times are given per
-GMAC as well, since the networks are not the same.
+diffusers' DiTTransformer2DModel is what a user would take for a class-conditional latent
+transformer. Ours are latent DiffiT of the same shape and DiMR cut to about the same GMAC. Loss,
+backward pass and batch are the same. Times are also given per GMAC, since the networks differ.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from common import RESULTS, one_thread, write
 from mezzotint.backbones.diffit import DiffiT, DiffiTConfig
-from mezzotint.backbones.dimr import DiMR, published
+from mezzotint.backbones.dimr import DiMR, published_config
 from mezzotint.process.denoiser import Cond
-from mezzotint.tools.benchmark import Work, interleaved, peak_bytes
+from mezzotint.tools.benchmark import Work, measure_peak_bytes, time_interleaved
 
 
 class Peer(nn.Module):
@@ -31,10 +31,18 @@ class Peer(nn.Module):
         from diffusers import DiTTransformer2DModel
 
         self.net = DiTTransformer2DModel(
-            num_attention_heads=2 if small else 16, attention_head_dim=72, in_channels=4, out_channels=8,
-            num_layers=2, sample_size=16 if small else 32, patch_size=2, num_embeds_ada_norm=1000,
-            activation_fn="gelu-approximate", norm_type="ada_norm_zero", attention_bias=True,
-        )  # fmt: skip
+            num_attention_heads=2 if small else 16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=16 if small else 32,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+            activation_fn="gelu-approximate",
+            norm_type="ada_norm_zero",
+            attention_bias=True,
+        )
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
         """The prediction, in a list."""
@@ -51,12 +59,12 @@ def networks(small: bool) -> dict[str, nn.Module]:
     return {
         "diffusers DiT": Peer(small),
         "mezzotint DiffiT": DiffiT(DiffiTConfig(depth=2)),
-        "mezzotint DiMR": DiMR(published(32, (2, 1), 768, (1, 1), pixels=False)),
+        "mezzotint DiMR": DiMR(published_config(32, (2, 1), 768, (1, 1), pixels=False)),
     }
 
 
 def gmac(net: nn.Module, z: Tensor, noise: Tensor, cond: Cond) -> float:
-    """Multiply-accumulates of one image's forward pass, counted as it runs."""
+    """Return the multiply-accumulates of one image's forward pass in 1e9, counted as it runs."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -101,7 +109,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for mode, make in (("train", train), ("forward", forward)):
         for bf16 in (False, True):
-            seconds = interleaved(
+            seconds = time_interleaved(
                 {n: make(net, bf16) for n, net in nets.items()}, device, args.rounds
             )
             for name in nets:
@@ -119,7 +127,7 @@ def main() -> None:
     peaks = {}
     for name, net in nets.items():
         net.zero_grad(set_to_none=True)
-        peaks[name] = peak_bytes(train(net, False), device)
+        peaks[name] = measure_peak_bytes(train(net, False), device)
         net.zero_grad(set_to_none=True)
     write(args.out, device, rows=rows, peak_bytes_float32=peaks)
 

@@ -1,13 +1,14 @@
-"""Every family's tiny preset on the same real images: held-out error by log-SNR at equal images and at equal GMAC.
+"""Every family's tiny preset on the same real images: held-out error at equal images and GMAC.
 
-    python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test --budget 8000 \\
-        --weights inception_2015_to_mixed7a.safetensors
+    python benchmarks/quality.py --data eurosat64.zip:train --held-out eurosat64.zip:test \\
+        --budget 8000 --weights inception_2015_to_mixed7a.safetensors
 
-Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget` (multiply-
-accumulates of forward passes, in 1e9); on the way the error of the implied noise is measured on held-out images at
-fixed log-SNRs, which compares all of them. With `--weights` of an Inception (or `--features digits`) each final model
-is judged too: the same sampler, grid, steps, seeds and reference for all, which their cards must confirm. Killed and
-started again it goes on where it was. Writes OUT.json, OUT.png and a table, and RUNS/PRESET-SIZE/evaluation.json.
+Each family trains with its own paper's schedule, prediction and loss until it has spent `--budget`
+(multiply-accumulates of forward passes, in 1e9). Meanwhile the error of the implied noise is
+measured on held-out images at fixed log-SNRs, which compares all families. With `--weights` of an
+Inception (or `--features digits`) each final model is also evaluated with the same sampler,
+discretization, steps, seeds and reference. The same command resumes. Writes OUT.json, OUT.png and a
+table, and RUNS/PRESET-SIZE/evaluation.json.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import torch
 import mezzotint
 from common import commit
 from mezzotint import config
+from mezzotint.backbones import get_backbone
+from mezzotint.backbones.flops import count_macs
 from mezzotint.core.distributed import default_device
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import open_images
@@ -33,33 +36,25 @@ from mezzotint.evaluate.image_source import from_dataset, from_job
 from mezzotint.evaluate.references import Reference, make_reference, read_reference
 from mezzotint.evaluate.results import load_evaluation, require_comparable
 from mezzotint.models import create_model, load_model
-from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
-from mezzotint.sampling.generate_images import make_job
+from mezzotint.sampling.job import make_job
 from mezzotint.tools.summary import GIGA
 from mezzotint.train.loop import train
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
 
-GRID = Spec(
-    "even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0}
-)  # every family was trained on these levels
+# Every family was trained on these levels.
+DISCRETIZATION = Spec("even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0})
 FAMILIES = ("unet-tiny", "uvit-tiny", "dimr-tiny", "diffit-tiny")
 
 
 def gmac_per_image(preset: str, model: dict[str, Any]) -> float:
-    """Multiply-accumulates of one forward pass of one image, in 1e9, by torch's own counter."""
-    from torch.utils.flop_counter import FlopCounterMode
-
+    """Return the multiply-accumulates of one forward pass of one image in 1e9."""
     with torch.device("meta"):
-        backbone = create_model(preset, **model).backbone
-    size, channels = backbone.config.size, backbone.config.channels
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        backbone(torch.empty(1, channels, size, size), torch.empty(1), Cond())
-    return counter.get_total_flops() / 2 / GIGA
+        return count_macs(get_backbone(create_model(preset, **model))).computed / GIGA
 
 
 def milestones(gmac: float, budget: float, batch: int) -> list[int]:
-    """Images at 1/8, 1/4, 1/2 and all of the budget, and at 2,048, 4,096 ... up to it; whole batches."""
+    """Return images at 1/8, 1/4, 1/2 and all of the budget and at 2,048 x 2^k; whole batches."""
     end = int(budget / gmac) // batch * batch
     shares = [end // n // batch * batch for n in (8, 4, 2, 1)]
     doubling = [2048 * 2**k for k in range(20) if 2048 * 2**k <= end]
@@ -129,7 +124,7 @@ def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     train_set, held_out = references(args)
     how = {
         "sampler": Spec("dpmpp_2m"),
-        "discretization": GRID,
+        "discretization": DISCRETIZATION,
         "steps": args.steps,
         "dtype": args.dtype,
         "clip": Spec("static"),
@@ -190,7 +185,8 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "size": args.size,
         "batch": args.batch,
         "budget_gmac": args.budget,
-        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, x clipped, {args.dtype}"
+        "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, "
+        f"x clipped, {args.dtype}"
         if judged(args)
         else "none",
         "reference": f"{args.real} images spread over the training set, as many held out",

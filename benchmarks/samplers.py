@@ -1,12 +1,13 @@
-"""Steps against quality: distance to real digits against network calls, for every registered sampler.
+"""Steps against quality: distance to real digits over network calls, for every sampler.
 
     python benchmarks/samplers.py [--run runs/demo]
 
-Samples a tiny class-conditional network of digits (the demo's, trained here if --run has none, about two minutes) with
-each sampler at equal numbers of network calls, on its default grid (Karras' for Heun, else even in u). The measure is
-the Fréchet distance, on the features of the digit classifier, to the digits it was trained on (FD-digits; it says
-nothing about photographs); that of the held-out real digits is drawn beside it. Killed and started again it goes on.
-Writes benchmarks/results/samplers-cpu.json and docs/images/samplers.png.
+Samples a tiny class-conditional network of digits (the demo's, trained here if --run has none,
+about two minutes) with each sampler at equal numbers of network calls, on its default
+discretization (Karras' for Heun, else even in u). The measure is the Fréchet distance, on the
+features of the digit classifier, to the digits it was trained on (FD-digits; it says nothing about
+photographs). The plot also shows that of the held-out real digits. The same command resumes. Writes
+benchmarks/results/samplers-cpu.json and docs/images/samplers.png.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mezzotint.evaluate.features import open_features
 from mezzotint.evaluate.metrics import Gaussian, Moments
 from mezzotint.models import open_model
 from mezzotint.process import samplers
-from mezzotint.sampling.generate_images import SamplingJob
+from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.settings import SamplingSettings
 from mezzotint.train.loop import train
 
@@ -38,7 +39,7 @@ CALLS = (5, 9, 17, 33)  # network calls per image; odd, so that Heun can spend 2
 
 
 def settings_for(name: str, calls: int) -> SamplingSettings:
-    """So many calls of the named sampler."""
+    """Return the settings of a sampler for that many network calls."""
     steps = (calls + 1) // 2 if name == "heun" else calls
     return SamplingSettings(sampler=Spec(name), steps=steps, batch=100, exact=False)
 
@@ -50,9 +51,9 @@ def distance(images: torch.Tensor, real: Gaussian) -> float:
 
 
 def real_digits(split: str) -> torch.Tensor:
-    """The built-in digits, uint8 at the network's size."""
-    pictures = open_images(f"digits:{split}", size=SIZE, channels=1)
-    return pictures.batch(range(len(pictures)))[0]
+    """Return the built-in digits, uint8 at the network's size."""
+    digits = open_images(f"digits:{split}", size=SIZE, channels=1)
+    return digits.batch(range(len(digits)))[0]
 
 
 def measure(job: SamplingJob, images: int, real: Gaussian) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def plot(args: argparse.Namespace, rows: list[dict[str, Any]], floor: float) -> 
     axis.set(
         xscale="log", xlabel="network calls per image", ylabel="FD-digits to the training digits"
     )
-    # A sampler that fails at few calls leaves the picture at its top rather than flattening the others.
+    # A sampler that fails at few calls leaves the plot at its top instead of flattening the others.
     least = sorted(row["fd_digits"] for row in rows)
     axis.set_ylim(0, 3 * least[len(least) // 2])
     axis.set_xticks(CALLS, [str(c) for c in CALLS])

@@ -1,11 +1,12 @@
-"""How time and memory of a training step grow with resolution, batch, depth and ranks, and what theory says.
+"""Growth of time and memory of a training step with resolution, batch, depth and ranks.
 
     OMP_NUM_THREADS=1 python benchmarks/scaling.py --out benchmarks/results/scaling-cpu.json
 
-Along each axis the exponent of a power law is fitted to the seconds, to the played peak memory (activations and
-gradients, see `mezzotint.tools.memory`) and to the counted multiply-accumulates. Theory for the time is the exponent of the
-multiply-accumulates: what is above it is overhead that grows, what is below it overhead that does not. Ranks are gloo
-processes on this machine, each with the whole batch (weak scaling), so perfect is constant seconds on free cores.
+Along each axis the exponent of a power law is fitted to the seconds, to the estimated peak memory
+(activations and gradients, see `mezzotint.tools.memory`) and to the counted multiply-accumulates.
+In theory the time has the exponent of the multiply-accumulates. A greater one means overhead that
+grows, a smaller one overhead that does not. Ranks are gloo processes on this machine, each with the
+whole batch (weak scaling), so constant seconds on free cores are perfect.
 """
 
 from __future__ import annotations
@@ -24,15 +25,22 @@ import torch
 import torch.distributed as dist
 
 from common import RESULTS, one_thread, write
+from mezzotint.backbones import get_backbone
+from mezzotint.backbones.flops import count_macs
 from mezzotint.core.registry import build
 from mezzotint.models import create_model
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
-from mezzotint.tools.benchmark import BenchmarkSettings, interleaved, make_model, training_step
+from mezzotint.tools.benchmark import (
+    BenchmarkSettings,
+    make_benchmark_model,
+    make_training_step,
+    time_interleaved,
+)
 from mezzotint.tools.memory import StepMemoryEstimator
 
-# axis -> the values, per family; a depth is a list of values of the config's own field
+# preset -> the config's field for its depth, and values
 DEPTHS = {
     "dimr-tiny": ("depths", [(3, 3, 3), (5, 5, 5), (9, 9, 9)]),
     "diffit-latent-tiny": ("depth", [2, 4, 8]),
@@ -43,7 +51,7 @@ BATCHES = [2, 4, 8, 16]
 
 
 def exponent(x: list[float], y: list[float]) -> float:
-    """Slope of the least-squares line through (log x, log y)."""
+    """Return the slope of the least-squares line through (log x, log y)."""
     u, v = [math.log(a) for a in x], [math.log(b) for b in y]
     mu, mv = sum(u) / len(u), sum(v) / len(v)
     return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum(
@@ -52,36 +60,35 @@ def exponent(x: list[float], y: list[float]) -> float:
 
 
 def gmac(preset: str, overrides: dict[str, Any]) -> float:
-    """Of one forward pass of one image."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        net = create_model(preset, **overrides).backbone
-        c = net.config
-        net(torch.empty(1, c.channels, c.size, c.size), torch.empty(1), Cond())
-    return counter.get_total_flops() / 2e9
+    """Return the multiply-accumulates of one forward pass of one image in 1e9."""
+    with torch.device("meta"):
+        return count_macs(get_backbone(create_model(preset, **overrides))).computed / 1e9
 
 
-def played(preset: str, overrides: dict[str, Any], batch: int) -> int:
-    """Peak bytes of a float32 training step beyond the weights."""
+def estimate_peak(preset: str, overrides: dict[str, Any], batch: int) -> int:
+    """Return the peak bytes of a float32 training step beyond the weights."""
     with torch.device("meta"):
         model = create_model(preset, **overrides)
-    objective = build(objectives.registry, recipe_for(preset).objective)
-    player = StepMemoryEstimator(
-        model, objective, weights=torch.float32, bf16=False, checkpointing="none", gradients_leave=True
-    )  # fmt: skip
-    return player.peak(batch)
+    estimator = StepMemoryEstimator(
+        model,
+        build(objectives.registry, recipe_for(preset).objective),
+        weights=torch.float32,
+        bf16=False,
+        checkpointing="none",
+        gradients_leave=True,
+    )
+    return estimator.peak(batch)
 
 
 def point(base: BenchmarkSettings) -> Callable[[], object]:
-    """A training step of these settings."""
-    model = make_model(base)
+    """Make a training step of these settings."""
+    model = make_benchmark_model(base)
     model.train()
-    return training_step(model, base)
+    return make_training_step(model, base)
 
 
 def along(axis: str, base: BenchmarkSettings, values: list[Any], rounds: int) -> dict[str, Any]:
-    """Seconds, memory and multiply-accumulates at each value of one axis, and their exponents."""
+    """Return seconds, memory and multiply-accumulates along one axis, and their exponents."""
     settings = []
     for value in values:
         if axis == "batch":
@@ -90,8 +97,8 @@ def along(axis: str, base: BenchmarkSettings, values: list[Any], rounds: int) ->
             name = "size" if axis == "resolution" else DEPTHS[base.preset][0]
             settings.append(replace(base, overrides={**base.overrides, name: value}))
     works = {str(value): point(s) for value, s in zip(values, settings, strict=True)}
-    seconds = list(interleaved(works, base.device, rounds).values())
-    memory = [played(s.preset, dict(s.overrides), s.batch) for s in settings]
+    seconds = list(time_interleaved(works, base.device, rounds).values())
+    memory = [estimate_peak(s.preset, dict(s.overrides), s.batch) for s in settings]
     macs = [s.batch * gmac(s.preset, dict(s.overrides)) for s in settings]
     numbers = [float(v if isinstance(v, int) else v[0]) for v in values]
     return {
@@ -116,13 +123,13 @@ def worker(
     rounds: int,
     results: Any,
 ) -> None:
-    """One gloo process: the median step of its rank."""
+    """Run one gloo process; rank 0 reports its median step."""
     from torch.distributed.fsdp import fully_shard
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    model = make_model(settings)
+    model = make_benchmark_model(settings)
     model.train()
     if strategy == "ddp":
         model.backbone = torch.nn.parallel.DistributedDataParallel(
@@ -134,20 +141,20 @@ def worker(
         )
     step = ranked_step(model, settings)
     step()
-    taken = []
+    seconds = []
     for _ in range(rounds):
         dist.barrier()
-        began = time.perf_counter()
+        start = time.perf_counter()
         step()
         dist.barrier()
-        taken.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     if rank == 0:
-        results.put(sorted(taken)[len(taken) // 2])
+        results.put(sorted(seconds)[len(seconds) // 2])
     dist.destroy_process_group()
 
 
 def ranked_step(model: Any, settings: BenchmarkSettings) -> Callable[[], None]:
-    """Forward, loss, backward and a fused update; the dtype's reader of a Model needs the wrapped parameters."""
+    """Make a step of forward, loss, backward and a fused update on the wrapped parameters."""
     c = model.info.config
     x, eps = (torch.randn(settings.batch, c.channels, c.size, c.size) for _ in range(2))
     cond = Cond(label=torch.zeros(settings.batch, dtype=torch.long)) if c.num_classes else Cond()
@@ -164,7 +171,7 @@ def ranked_step(model: Any, settings: BenchmarkSettings) -> Callable[[], None]:
 
 
 def over_ranks(base: BenchmarkSettings, rounds: int) -> list[dict[str, Any]]:
-    """Wall seconds of one step at 1 and 2 ranks."""
+    """Return the wall seconds of one step at 1 and 2 ranks."""
     context = torch.multiprocessing.get_context("spawn")
     rows = []
     for strategy in ("ddp", "fsdp"):

@@ -1,11 +1,12 @@
-"""Training steps and sampling calls against the plain twins, in one process and in turn: A B C D A B C D ...
+"""Training steps and sampling calls against plain twins, in one process, run in turn.
 
     OMP_NUM_THREADS=1 python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
 
-Networks have the published widths at reduced depth. A training step is forward, loss and backward; what the optimiser
-and the average of the weights take is a row of its own. A sampling call is one guided evaluation: two passes for the
-twins, one doubled batch for ours. `--memory` gives the peaks of training steps at published sizes. `--switches`
-measures every choice alone, by putting the plain form in its place.
+Networks have the published widths at reduced depth. A training step is forward, loss and backward;
+the optimiser and the weight average have a row of their own. A sampling call is one guided
+evaluation: two passes for the twins, one doubled batch for ours. `--memory` gives the peaks of
+training steps at published sizes. `--switches` measures every choice alone, by replacing it with
+the plain form.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from common import RESULTS, one_thread, write
 from mezzotint.backbones import dimr, registry
 from mezzotint.backbones.blocks import compile_blocks, repeated_blocks
 from mezzotint.backbones.diffit import DiffiTConfig
-from mezzotint.backbones.dimr import published
+from mezzotint.backbones.dimr import published_config
 from mezzotint.backbones.uvit import UViTConfig
-from mezzotint.convert.official import load_official
+from mezzotint.convert.official.load import load_official
 from mezzotint.core.registry import Spec, build
 from mezzotint.models import ModelInfo, build_model, preset_info
 from mezzotint.process import guidance, objectives
@@ -142,7 +143,7 @@ def networks(small: bool) -> dict[str, tuple[str, Any, int]]:
     """name -> (family, config, batch)."""
     if small:
         return {
-            "dimr-2r": ("dimr", published(16, (2, 1), 32, (3, 3), pixels=False), 2),
+            "dimr-2r": ("dimr", published_config(16, (2, 1), 32, (3, 3), pixels=False), 2),
             "diffit": ("diffit", DiffiTConfig(size=8, width=64, depth=2, heads=2), 2),
             "uvit": (
                 "uvit",
@@ -162,8 +163,8 @@ def networks(small: bool) -> dict[str, tuple[str, Any, int]]:
         size=64, width=64, emb_dim=256, multipliers=(1, 2, 12), blocks=(2, 2), depth=4, dropout=0.0
     )
     return {
-        "dimr-2r": ("dimr", published(32, (2, 1), 960, (3, 3), pixels=False), 2),
-        "dimr-3r": ("dimr", published(64, (4, 2, 1), 768, (3, 3, 3), pixels=True), 1),
+        "dimr-2r": ("dimr", published_config(32, (2, 1), 960, (3, 3), pixels=False), 2),
+        "dimr-3r": ("dimr", published_config(64, (4, 2, 1), 768, (3, 3, 3), pixels=True), 1),
         "diffit": ("diffit", DiffiTConfig(depth=2), 2),
         "uvit": ("uvit", wide, 2),
     }
@@ -175,7 +176,7 @@ ARITHMETIC = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mk
 
 
 def arithmetic_seconds(work: Work) -> float:
-    """What one call spends in products, convolutions and attention; no form of the network can do without them."""
+    """Return the seconds of one call in products, convolutions and attention."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         work()
     return sum(e.self_cpu_time_total for e in profile.key_averages() if e.key in ARITHMETIC) / 1e6
@@ -223,7 +224,7 @@ class Labelled(Twin):
 
 
 def memory(preset: str, batch: int, **overrides: Any) -> list[dict[str, Any]]:
-    """Peaks of training steps at published size, gradients included, weights not; played, see `mezzotint.tools.memory`."""
+    """Estimate the peaks of training steps at published size, with gradients, without weights."""
     with torch.device("meta"):
         ours = build_model(preset_info(preset, **overrides))
         family = ours.info.backbone
@@ -295,12 +296,16 @@ def switched(work: Work, swap: forms.Swap) -> Work:
 
 
 def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[str, Any]]:
-    """Each choice alone: seconds of the plain form over seconds of ours, and the same of the peak."""
+    """Measure each choice alone: the plain form over ours, in seconds and in peak memory."""
     chosen = networks(small)
     if (
         not small
     ):  # half the width: the choices are elementwise, and matrix products would hide them
-        chosen["dimr-2r"] = ("dimr", published(64, (4, 2, 1), 384, (3, 3, 3), pixels=True), 1)
+        chosen["dimr-2r"] = (
+            "dimr",
+            published_config(64, (4, 2, 1), 384, (3, 3, 3), pixels=True),
+            1,
+        )
     pairs = {
         family: make(*chosen[name], device)
         for family, name in (("dimr", "dimr-2r"), ("diffit", "diffit"))
@@ -342,7 +347,7 @@ def switches(rounds: int, device: str, small: bool, compile: bool) -> list[dict[
 
 
 def updates(rounds: int, device: str, small: bool) -> dict[str, float]:
-    """AdamW and the average of the weights: fused and by list, against torch's default and a loop."""
+    """Time AdamW and the weight average: fused and by list, against torch's default and a loop."""
     _, config, _ = networks(small)["dimr-2r"]
     parameters = list(dimr.DiMR(config).to(device).parameters())
     for p in parameters:
