@@ -213,6 +213,8 @@ def test_a_phone_scrolls_vertically_only(visit, shot):
     assert len(generate(page, "0-3")) == 4
     for tab in ("Generate", "Watch", "Understand", "Compare"):
         page.get_by_role("tab", name=tab, exact=True).click()
+        if tab == "Watch":
+            page.wait_for_selector("#curves svg", timeout=30_000)
         page.wait_for_timeout(1000)
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390, tab
         shot(page, f"phone-{tab.lower()}")

@@ -109,8 +109,8 @@ def render_sizes(photo: Tensor, u: float, reference: int) -> str:
     shifted = [logsnr_at(shifted_cosine(side, reference), u) for side in SIDES]
     rows = []
     for title, levels in (
-        ("One schedule for every size: the larger the image, the less noise hides", plain),
-        (f"Shifted to {reference} px: noise hides as much at every size", shifted),
+        ("One schedule for every size: noise hides less of a larger image", plain),
+        (f"Shifted to {reference} px: noise hides the same at every size", shifted),
     ):
         items = [
             Figure(noised_jpeg(photo, side, level), f"{side} px", f"log-SNR {level:+.1f}")
