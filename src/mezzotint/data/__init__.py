@@ -1,5 +1,7 @@
-"""Pictures in, uint8 tensors out. Read `images` first, then `order` and `loader`; `prepare` writes a set once resized.
+"""Training data: images, or latents of an autoencoder, by index and in batches.
 
-`pixels` turns one picture into pixels, `sources` and `tables` know where pictures lie, `builtin` and `shapes` are sets
-that need no download, `audit` says what is wrong with a set.
+Read `dataset` first (the interface), then `image_dataset`, `shuffle` and `loader`. `sources`, `tables`,
+`builtin` and `shapes` are where images come from, and `transforms` turns one image into pixels.
+`prepare` writes a dataset resized, `encode_latents` its latents, and `audit` lists what is wrong with it.
+`autoencoder` holds the codecs, `text_encoder` and `caption_embeddings` the captions.
 """

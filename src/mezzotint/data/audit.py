@@ -1,4 +1,4 @@
-"""What a set of pictures holds and what is wrong with it: damage, modes, sizes, duplicates, class balance, captions."""
+"""What a set of images holds and what is wrong with it: damage, modes, sizes, duplicates, classes."""
 
 from __future__ import annotations
 
@@ -11,166 +11,165 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from mezzotint.core.progress import track
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset
 from mezzotint.data.transforms import UnreadableImage
 
-SHOWN = 20  # names listed in a report's text; the JSON has all
+MAX_LISTED = 20  # names listed in a report's text; the JSON has all
 
 
 @dataclass
 class Audit:
-    """Gathered sample by sample; `summary` is the report.
+    """Counts over the images of a dataset; `summary` is the report.
 
-    unreadable: name -> reason. upscaled: pictures whose short side is below the size asked for.
+    unreadable: name -> reason. sizes: (width, height) as stored. upscaled: images whose short side is
+    below `size`. same_pixels: hash of the pixels -> image indices.
     """
 
     size: int
     count: int = 0
     unreadable: dict[str, str] = field(default_factory=dict)
     modes: Counter[str] = field(default_factory=Counter)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # (width, height) as stored
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     classes: Counter[str] = field(default_factory=Counter)
     captions: int = 0
     upscaled: int = 0
-    same: dict[bytes, list[int]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # hash of pixels -> samples
+    same_pixels: dict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, images: ImageDataset, i: int, decoded: DecodedImage | UnreadableImage) -> None:
-        """Count sample i."""
+    def add(self, dataset: ImageDataset, i: int, decoded: DecodedImage | UnreadableImage) -> None:
+        """Count image i."""
         if isinstance(decoded, UnreadableImage):
-            self.unreadable[images.name(i)] = str(decoded)
+            self.unreadable[dataset.name(i)] = str(decoded)
             return
         self.count += 1
         self.modes[decoded.mode] += 1
         self.sizes[decoded.width, decoded.height] += 1
         self.upscaled += min(decoded.width, decoded.height) < self.size
-        self.captions += bool(images.text(i))
-        label = images.label(i)
-        if images.label_names is not None:
-            self.classes["no label" if label is None else images.label_names[label]] += 1
-        self.same[hashlib.blake2b(decoded.pixels.tobytes(), digest_size=16).digest()].append(i)
+        self.captions += bool(dataset.text(i))
+        label = dataset.label(i)
+        if dataset.label_names is not None:
+            self.classes["no label" if label is None else dataset.label_names[label]] += 1
+        pixels = decoded.pixels.tobytes()
+        self.same_pixels[hashlib.blake2b(pixels, digest_size=16).digest()].append(i)
 
-    def summary(self, images: ImageDataset) -> dict[str, Any]:
-        """The report as plain values, ready for JSON.
+    def summary(self, dataset: ImageDataset) -> dict[str, Any]:
+        """Return the report as plain values, ready for JSON.
 
-        "duplicates" lists groups of names whose pixels agree entirely at the size asked for;
-        "duplicates_with_other_labels" those groups whose members are labelled differently.
+        "duplicates" lists groups of names whose pixels are equal at this size;
+        "duplicates_with_other_labels" those groups whose labels differ.
         """
-        groups = [group for group in self.same.values() if len(group) > 1]
-        torn = [group for group in groups if len({images.label(i) for i in group}) > 1]
-        empty = [name for name in images.label_names or () if not self.classes[name]]
+        groups = [group for group in self.same_pixels.values() if len(group) > 1]
+        differing = [group for group in groups if len({dataset.label(i) for i in group}) > 1]
+        sizes = list(self.sizes.elements())
         return {
             "images": self.count,
             "classes": dict(self.classes),
-            "classes_without_images": empty,
+            "classes_without_images": [
+                name for name in dataset.label_names or () if not self.classes[name]
+            ],
             "captions": self.captions,
-            "original_width": _spread(
-                width for (width, _), n in self.sizes.items() for _ in range(n)
-            ),
-            "original_height": _spread(
-                height for (_, height), n in self.sizes.items() for _ in range(n)
-            ),
+            "original_width": _spread(width for width, _ in sizes),
+            "original_height": _spread(height for _, height in sizes),
             "upscaled": self.upscaled,
             "modes": dict(self.modes.most_common()),
-            "duplicates": [[images.name(i) for i in group] for group in groups],
-            "duplicates_with_other_labels": [[images.name(i) for i in group] for group in torn],
+            "duplicates": [[dataset.name(i) for i in group] for group in groups],
+            "duplicates_with_other_labels": [
+                [dataset.name(i) for i in group] for group in differing
+            ],
             "unreadable": dict(self.unreadable),
-            "notes": list(images.report.notes),
+            "notes": list(dataset.report.notes),
         }
 
 
 def _spread(values: Iterable[int]) -> dict[str, float]:
-    """Least, median and greatest, in pixels."""
+    """Return minimum, median and maximum, in pixels."""
     ordered = sorted(values)
     return {"min": ordered[0], "median": median(ordered), "max": ordered[-1]} if ordered else {}
 
 
 def decode_all(
-    images: ImageDataset, *, progress: bool
+    dataset: ImageDataset, *, progress: bool
 ) -> Iterator[tuple[int, DecodedImage | UnreadableImage]]:
-    """Every sample in order, decoded on all cores; those that cannot be come as the `Unreadable` that says why."""
-    from rich.console import Console
-    from rich.progress import track
+    """Yield every index with its image, decoded on all cores; for a damaged one, the error."""
 
-    def one(i: int) -> DecodedImage | UnreadableImage:
+    def decode(i: int) -> DecodedImage | UnreadableImage:
         try:
-            return images.decode(i)
+            return dataset.decode(i)
         except UnreadableImage as reason:
             return reason
 
     threads = os.cpu_count() or 1
-    numbers = range(len(images))
+    indices = range(len(dataset))
     with ThreadPoolExecutor(threads) as pool:
-        flying: deque[Future[DecodedImage | UnreadableImage]] = deque(
-            pool.submit(one, i) for i in numbers[: 4 * threads]
+        in_flight: deque[Future[DecodedImage | UnreadableImage]] = deque(
+            pool.submit(decode, i) for i in indices[: 4 * threads]
         )
-        console = Console(stderr=True)
-        for i in track(
-            numbers, "reading images", console=console, disable=not progress, transient=True
-        ):
-            decoded = flying.popleft().result()
-            if i + 4 * threads < len(images):
-                flying.append(pool.submit(one, i + 4 * threads))
+        for i in track(indices, "reading images", len(dataset), show=progress):
+            decoded = in_flight.popleft().result()
+            if i + 4 * threads < len(dataset):
+                in_flight.append(pool.submit(decode, i + 4 * threads))
             yield i, decoded
 
 
-def audit_images(images: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
-    """Read every sample of a set once and say what it holds, see `Audit.summary`; `describe` puts it in words."""
-    found = Audit(images.size)
-    for i, decoded in decode_all(images, progress=progress):
-        found.add(images, i, decoded)
-    return found.summary(images)
+def audit_images(dataset: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
+    """Read every image of a dataset once and return `Audit.summary`."""
+    audit = Audit(dataset.size)
+    for i, decoded in decode_all(dataset, progress=progress):
+        audit.add(dataset, i, decoded)
+    return audit.summary(dataset)
 
 
 def describe_audit(summary: dict[str, Any]) -> str:
-    """A summary in a few lines: what there is, then what deserves a look."""
+    """Return a summary as a few lines of text: what there is, then its problems."""
     count = summary["images"]
     lines = [f"{count:,} images"]
     if count:
         sides = (summary["original_width"], summary["original_height"])
-        spread = [f"{side['min']}...{side['max']} (median {side['median']:g})" for side in sides]
-        modes = ", ".join(f"{mode} {n:,}" for mode, n in summary["modes"].items())
-        lines.append(f"width {spread[0]}, height {spread[1]}; modes {modes}")
-    if summary["classes"]:
-        listed = [f"{name} {n:,}" for name, n in list(summary["classes"].items())[:SHOWN]]
-        lines.append(
-            f"{len(summary['classes'])} classes: {', '.join(listed)}{_more(summary['classes'])}"
+        width, height = (
+            f"{side['min']}...{side['max']} (median {side['median']:g})" for side in sides
         )
+        modes = ", ".join(f"{mode} {n:,}" for mode, n in summary["modes"].items())
+        lines.append(f"width {width}, height {height}; modes {modes}")
+    if classes := summary["classes"]:
+        listed = ", ".join(f"{name} {n:,}" for name, n in list(classes.items())[:MAX_LISTED])
+        lines.append(f"{len(classes)} classes: {listed}{_count_unlisted(classes)}")
     if summary["captions"]:
         lines.append(f"{summary['captions']:,} captions")
-    return "\n".join(lines + [f"! {concern}" for concern in list_problems(summary)])
+    return "\n".join(lines + [f"! {problem}" for problem in list_problems(summary)])
 
 
 def list_problems(summary: dict[str, Any]) -> list[str]:
-    """One sentence for each thing that deserves a look before training; empty for a sound set."""
-    said = list(summary["notes"])
-    if bad := summary["unreadable"]:
-        listed = [f"{name} ({reason})" for name, reason in list(bad.items())[:SHOWN]]
-        said.append(f"{len(bad):,} unreadable: {', '.join(listed)}{_more(bad)}")
+    """Return one sentence for each thing to check before training; empty for a sound dataset."""
+    problems = list(summary["notes"])
+    if unreadable := summary["unreadable"]:
+        listed = [f"{name} ({reason})" for name, reason in list(unreadable.items())[:MAX_LISTED]]
+        problems.append(
+            f"{len(unreadable):,} unreadable: {', '.join(listed)}{_count_unlisted(unreadable)}"
+        )
     if groups := summary["duplicates"]:
         extra = sum(len(group) - 1 for group in groups)
-        said.append(
-            f"{extra:,} duplicates in {len(groups):,} groups, first: {', '.join(groups[0][:SHOWN])}"
-        )
-    if torn := summary["duplicates_with_other_labels"]:
-        said.append(
-            f"{len(torn):,} groups of duplicates bear different labels, first: {', '.join(torn[0][:SHOWN])}"
+        first = ", ".join(groups[0][:MAX_LISTED])
+        problems.append(f"{extra:,} duplicates in {len(groups):,} groups, first: {first}")
+    if differing := summary["duplicates_with_other_labels"]:
+        first = ", ".join(differing[0][:MAX_LISTED])
+        problems.append(
+            f"{len(differing):,} groups of duplicates have different labels, first: {first}"
         )
     if summary["upscaled"]:
-        said.append(
-            f"{summary['upscaled']:,} images are smaller than the size asked for and were enlarged"
+        problems.append(
+            f"{summary['upscaled']:,} images are smaller than the chosen size and were enlarged"
         )
     counts = {name: n for name, n in summary["classes"].items() if name != "no label"}
     if counts and max(counts.values()) > 10 * min(counts.values()):
         most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
-        said.append(
+        problems.append(
             f"classes are uneven: {most} has {counts[most]:,} images, {least} {counts[least]:,}"
         )
     if empty := summary["classes_without_images"]:
-        said.append(f"classes without images: {', '.join(empty[:SHOWN])}{_more(empty)}")
-    return said
+        listed = ", ".join(empty[:MAX_LISTED])
+        problems.append(f"classes without images: {listed}{_count_unlisted(empty)}")
+    return problems
 
 
-def _more(listed: dict[str, Any] | list[str]) -> str:
-    return f", ... {len(listed) - SHOWN:,} more" if len(listed) > SHOWN else ""
+def _count_unlisted(listed: dict[str, Any] | list[str]) -> str:
+    return f", ... {len(listed) - MAX_LISTED:,} more" if len(listed) > MAX_LISTED else ""

@@ -1,7 +1,8 @@
-"""Embedded captions on disk, by sample: what `mezzotint.data.text_encoder` writes once and training reads through a memory map.
+"""Embedded captions on disk: `text_encoder` writes them once, training reads them through a memory map.
 
-A folder of words holds `tokens.npy` float16 (tokens of all distinct captions, width), `starts.npy` (where each distinct
-caption begins, and the end), and `words.json`: the encoder, its hash, its tokenizer's hash, counts.
+A folder holds `tokens.npy`, float16 (tokens of all distinct captions, width); `starts.npy`, the first
+token of each distinct caption, and the end; and `words.json`: the encoder, its hash, its tokenizer's
+hash, counts.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ EMBEDDINGS_CARD = "words.json"
 
 @final
 class CaptionEmbeddings:
-    """Embedded captions of a set of pictures by sample number, all padded to `max_tokens`, those of the longest.
+    """Embedded captions by image index, all padded to `max_tokens`, the length of the longest.
 
     Args:
         folder: of `mezzotint.data.text_encoder.embed_captions`.
-        captions: for every sample, the number of its caption among the folder's distinct ones, -1 for none.
+        captions: for every image, the number of its caption among the folder's distinct ones, or -1.
     """
 
     def __init__(self, folder: Path, captions: np.ndarray):
@@ -40,10 +41,10 @@ class CaptionEmbeddings:
         return len(self.captions)
 
     def batch(self, indices: Sequence[int]) -> tuple[Float16[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-        """Token embeddings, zero where the mask is False; a sample without caption has no token."""
+        """Return token embeddings, zero where the mask is False; no token for a missing caption."""
         text = np.zeros((len(indices), self.max_tokens, self.width), np.float16)
         mask = np.zeros((len(indices), self.max_tokens), bool)
-        tokens, starts = _open(str(self.folder), self.card["key"])
+        tokens, starts = _map_tokens(str(self.folder), self.card["key"])
         for row, i in enumerate(indices):
             k = int(self.captions[i])
             if k >= 0:
@@ -54,7 +55,7 @@ class CaptionEmbeddings:
 
 
 @functools.lru_cache(maxsize=8)
-def _open(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+def _map_tokens(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         tokens = np.load(Path(folder) / "tokens.npy", mmap_mode="r", allow_pickle=False)
         starts = np.load(Path(folder) / "starts.npy", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Write a folder of latents, see `mezzotint.data.latent_dataset`: in pieces, by any number of processes, resumable."""
+"""Write a folder of latents, see `mezzotint.data.latent_dataset`, by any number of processes, resumably."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from mezzotint.core.files import atomic_open, read_json, write_json
+from mezzotint.core.progress import ProgressBar
 from mezzotint.data.autoencoder import Codec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset
 from mezzotint.data.latent_dataset import LABELS, PLAN, encode_moments, piece_path
 from mezzotint.data.sources import NO_LABEL, hash_parts
 
-PIECE_BYTES = 16 << 20  # of moments in one piece, at most; a kill costs the piece begun
-PIECE_IMAGES = 256
-EXPECTED_STD = (0.5, 2.0)  # the scaling constants are made for 1
+PIECE_BYTES = 16 << 20  # most bytes of moments in one piece; a killed process loses its last piece
+PIECE_IMAGES = 256  # most images in one piece
+EXPECTED_STD = (0.5, 2.0)  # the codecs' scales are made for 1
 
 
 @dataclass(frozen=True)
@@ -30,174 +31,172 @@ class WorkShare:
 
     @staticmethod
     def from_environment() -> WorkShare:
-        """As torchrun states it."""
+        """Return the share of torchrun's RANK and WORLD_SIZE."""
         return WorkShare(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def encode_latents(
     images: ImageDataset,
     out: Path,
-    space: Codec,
+    codec: Codec,
     share: WorkShare | None = None,
     *,
     progress: bool = True,
 ) -> bool:
-    """Write the latents of `images` and their mirror images to the folder `out`; go on where an earlier call stopped.
+    """Write the latents of `images` and of their mirror images to `out`; resume an earlier call.
 
-    Processes know nothing of each other: each writes its share of the pieces, whoever finds all pieces present
-    completes the set. What cannot be read is left out and named in the card.
+    Processes do not communicate. Each writes its share of the pieces, and the one that finds all
+    pieces there completes the folder. Unreadable images are left out and named in the card.
 
-    Returns: whether the set is complete now.
+    Returns: whether the folder is complete.
 
-    Errors: ValueError where `out` holds anything else, or latents of another codec, resolution or set of pictures.
+    Errors: ValueError where `out` holds other files, or latents of another codec, size or source.
     """
     share = share or WorkShare()
     plan = {
         "format": 1,
-        "codec": space.name,
-        "codec_hash": space.hash,
-        "scale": space.scale,
-        "shift": space.shift,
-        "factor": space.factor,
-        "channels": space.channels,
+        "codec": codec.name,
+        "codec_hash": codec.hash,
+        "scale": codec.scale,
+        "shift": codec.shift,
+        "factor": codec.factor,
+        "channels": codec.channels,
         "size": images.size,
         "crop": images.crop,
         "pictures": images.fingerprint,
         "label_names": list(images.label_names) if images.label_names else None,
     }
-    if images.size % space.factor:
-        near = images.size // space.factor * space.factor or space.factor
+    if images.size % codec.factor:
+        nearest = max(1, images.size // codec.factor) * codec.factor
         raise ValueError(
-            f"size {images.size} is no multiple of the codec's {space.factor}; try --size {near}"
+            f"size {images.size} is not a multiple of the codec's {codec.factor}; "
+            f"try --size {nearest}"
         )
-    _claim(out, plan)
-    row_bytes = 2 * 2 * 2 * space.channels * (images.size // space.factor) ** 2
-    per_piece = min(PIECE_IMAGES, max(1, PIECE_BYTES // row_bytes))
-    pieces = range(-(-len(images) // per_piece))
+    _claim_folder(out, plan)
+    # Two views of mean and log-variance, in float16.
+    image_bytes = 2 * 2 * 2 * codec.channels * (images.size // codec.factor) ** 2
+    piece_images = min(PIECE_IMAGES, max(1, PIECE_BYTES // image_bytes))
+    pieces = range(-(-len(images) // piece_images))
     if not (out / LATENTS).is_file():
-        mine = [k for k in pieces if k % share.world == share.rank]
-        _encode_pieces(images, out, space, mine, per_piece, progress)
+        own = [k for k in pieces if k % share.world == share.rank]
+        _encode_pieces(images, out, codec, own, piece_images, progress)
         if all(piece_path(out, k, "json").is_file() for k in pieces):
-            _complete(out, plan, len(pieces))
+            _complete_folder(out, plan, len(pieces))
     return (out / LATENTS).is_file()
 
 
-def _claim(out: Path, plan: dict[str, Any]) -> None:
-    """Write plan.json into a new folder, or check that the one there is the same."""
+def _claim_folder(out: Path, plan: dict[str, Any]) -> None:
+    """Write plan.json into a new folder, or check that the existing one is the same."""
     if not (out / PLAN).is_file():
-        strange = out.exists() and (
+        is_foreign = out.exists() and (
             not out.is_dir() or any(not p.name.startswith(f".{PLAN}.") for p in out.iterdir())
         )
-        if strange and not (out / PLAN).is_file():  # another process may have been first in between
+        if is_foreign and not (out / PLAN).is_file():  # another process may have written it by now
             raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / PLAN, plan)
-    there = read_json(out / PLAN, "remove the folder")
-    # The name is how a codec was called; the hash is what it is.
+    existing = read_json(out / PLAN, "remove the folder")
     differing = [
-        f"{k}: {there.get(k)} there, {v} asked"
+        f"{k}: {existing.get(k)} there, {v} given"
         for k, v in plan.items()
-        if k != "codec" and there.get(k) != v
+        if k != "codec" and existing.get(k) != v  # one codec may have several names; compare hashes
     ]
     if differing:
         raise ValueError(
-            f"{out} holds latents made otherwise (codec {there.get('codec')}, not {plan['codec']}): "
+            f"{out} holds other latents (codec {existing.get('codec')}, not {plan['codec']}): "
             f"{'; '.join(differing)}. Give another folder, or remove this one"
         )
 
 
 def _encode_pieces(
-    images: ImageDataset, out: Path, space: Codec, mine: list[int], per_piece: int, progress: bool
+    images: ImageDataset, out: Path, codec: Codec, own: list[int], piece_images: int, progress: bool
 ) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
+    def indices(k: int) -> range:
+        return range(k * piece_images, min((k + 1) * piece_images, len(images)))
 
-    with Progress(console=Console(stderr=True), disable=not progress, transient=True) as bar:
-        todo = [k for k in mine if not piece_path(out, k, "json").is_file()]
-        total = sum(min(per_piece, len(images) - k * per_piece) for k in mine)
-        left = sum(min(per_piece, len(images) - k * per_piece) for k in todo)
-        task = bar.add_task(
-            f"encoding with {Path(space.name).name}", total=total, completed=total - left
-        )
+    todo = [k for k in own if not piece_path(out, k, "json").is_file()]
+    total = sum(len(indices(k)) for k in own)
+    done = total - sum(len(indices(k)) for k in todo)
+    description = f"encoding with {Path(codec.name).name}"
+    with ProgressBar(description, total, done, show=progress) as bar:
         for k in todo:
-            moments, left_out = [], []
-            rows: dict[str, list[Any]] = {"name": [], "label": [], "text": []}
-            for i in range(k * per_piece, min((k + 1) * per_piece, len(images))):
-                bar.advance(task)
-                try:
-                    pixels = images.image(i)
-                except ValueError as reason:  # names the picture
-                    left_out.append(str(reason))
-                    continue
-                try:
-                    moments.append(encode_moments(space, pixels, mirror=True).numpy())
-                except ValueError as error:
-                    raise ValueError(f"{images.name(i)}: {error}") from None
-                for column, read in (
-                    ("name", images.name),
-                    ("label", images.label),
-                    ("text", images.text),
-                ):
-                    rows[column].append(read(i))
-            side = images.size // space.factor
-            stored = (
-                np.stack(moments)
-                if moments
-                else np.empty((0, 2, 2, space.channels, side, side), np.float16)
-            )
-            _write_piece(out, k, stored, {**rows, "left_out": left_out})
+            _encode_piece(images, out, codec, k, indices(k), bar)
+
+
+def _encode_piece(
+    images: ImageDataset, out: Path, codec: Codec, k: int, indices: range, bar: ProgressBar
+) -> None:
+    moments, left_out = [], []
+    rows: dict[str, list[Any]] = {"name": [], "label": [], "text": []}
+    for i in indices:
+        bar.advance()
+        try:
+            pixels = images.image(i)
+        except ValueError as reason:  # names the image
+            left_out.append(str(reason))
+            continue
+        try:
+            moments.append(encode_moments(codec, pixels, mirror=True).numpy())
+        except ValueError as error:
+            raise ValueError(f"{images.name(i)}: {error}") from None
+        rows["name"].append(images.name(i))
+        rows["label"].append(images.label(i))
+        rows["text"].append(images.text(i))
+    side = images.size // codec.factor
+    empty = np.empty((0, 2, 2, codec.channels, side, side), np.float16)
+    _write_piece(out, k, np.stack(moments) if moments else empty, {**rows, "left_out": left_out})
 
 
 def _write_piece(out: Path, k: int, moments: np.ndarray, facts: dict[str, Any]) -> None:
-    """The moments, then what makes them count: names, and sums of the latents' first two moments by channel."""
-    mean, variance = (
-        moments[:, :, 0].astype(np.float64),
-        np.exp(moments[:, :, 1].astype(np.float64)),
-    )
-    facts["sum"] = mean.sum((0, 1, 3, 4)).tolist()
-    facts["sum_of_squares"] = (
-        (mean**2 + variance).sum((0, 1, 3, 4)).tolist()
-    )  # E z² = mean² + variance
+    """Write the moments, then names and sums of the latents' first two moments by channel.
+
+    The second file marks the piece as complete.
+    """
+    mean = moments[:, :, 0].astype(np.float64)
+    variance = np.exp(moments[:, :, 1].astype(np.float64))
+    axes = (0, 1, 3, 4)
+    facts["sum"] = mean.sum(axes).tolist()
+    facts["sum_of_squares"] = (mean**2 + variance).sum(axes).tolist()  # E z² = mean² + variance
     facts["numbers"] = int(np.prod([2, *moments.shape[-2:], len(moments)]))  # per channel
     with atomic_open(piece_path(out, k, "npy")) as file:
         np.save(file, moments)
     write_json(piece_path(out, k, "json"), facts)
 
 
-def _complete(out: Path, plan: dict[str, Any], pieces: int) -> None:
+def _complete_folder(out: Path, plan: dict[str, Any], num_pieces: int) -> None:
+    """Write labels.npy and latents.json, the card of a complete folder."""
     facts = [
-        read_json(piece_path(out, k, "json"), "remove it and prepare again") for k in range(pieces)
+        read_json(piece_path(out, k, "json"), "remove it and prepare again")
+        for k in range(num_pieces)
     ]
     counts = [len(f["name"]) for f in facts]
     left_out = [name for f in facts for name in f["left_out"]]
     if not sum(counts):
-        raise ValueError(
-            f"nothing to prepare: no image can be read, e.g. {left_out[0] if left_out else 'none given'}"
-        )
+        example = left_out[0] if left_out else "there are none"
+        raise ValueError(f"nothing to prepare: no image can be read, e.g. {example}")
     n = sum(f["numbers"] for f in facts)
     mean = np.sum([f["sum"] for f in facts], 0) / n
     std = np.sqrt(np.sum([f["sum_of_squares"] for f in facts], 0) / n - mean**2)
+    overall_std = float(np.sqrt(np.mean(std**2)))
     notes = [f"left out when it was prepared: {name}" for name in left_out]
-    overall = float(np.sqrt(np.mean(std**2)))
-    if not EXPECTED_STD[0] <= overall <= EXPECTED_STD[1]:
+    if not EXPECTED_STD[0] <= overall_std <= EXPECTED_STD[1]:
         notes.append(
-            f"the latents' standard deviation is {overall:.3g}, where networks and schedules expect about 1; is the "
-            f"scale {plan['scale']:g} this autoencoder's?"
+            f"the latents' standard deviation is {overall_std:.3g}; networks and schedules expect "
+            f"about 1. Is the scale {plan['scale']:g} right for this autoencoder?"
         )
-    labels = np.array(
-        [NO_LABEL if k is None else k for f in facts for k in f["label"]], dtype=np.int64
-    )
+    all_labels = [NO_LABEL if k is None else k for f in facts for k in f["label"]]
+    labels = np.array(all_labels, dtype=np.int64)
     content = [labels.tobytes(), *(json.dumps([f["name"], f["text"]]) for f in facts)]
     card = {
         **plan,
         "count": sum(counts),
         "pieces": counts,
-        "statistics": {"mean": mean.tolist(), "std": std.tolist(), "overall_std": overall},
+        "statistics": {"mean": mean.tolist(), "std": std.tolist(), "overall_std": overall_std},
         "notes": notes,
         "fingerprint": hash_parts([plan["pictures"], plan["codec_hash"], *content]),
     }
-    for old in out.glob(".*.partial"):  # of killed processes
-        old.unlink(missing_ok=True)
+    for partial in out.glob(".*.partial"):  # of killed processes
+        partial.unlink(missing_ok=True)
     with atomic_open(out / LABELS) as file:
         np.save(file, labels)
-    write_json(out / LATENTS, card)  # last: its presence says that the dataset is complete
+    write_json(out / LATENTS, card)  # last: it marks the folder as complete

@@ -1,8 +1,8 @@
-"""Resize a set of pictures once and write it as Arrow, to be read through a memory map ever after.
+"""Resize a set of images once and write it as Arrow, to be read through a memory map.
 
-A prepared folder is also what `datasets.load_from_disk` opens: one row per picture with `pixels` (uint8, channels x
-size x size, as bytes), `label`, `text` (its caption) and `name`. Beside the rows lie `mezzotint.json`, which tells our
-reader what the bytes mean, and `report.json`.
+`datasets.load_from_disk` opens a prepared folder too: one row per image with `pixels` (uint8, channels
+x size x size, as bytes), `label`, `text` (its caption) and `name`. The folder also holds
+`mezzotint.json`, which describes the bytes, and `report.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from typing import Any
 from mezzotint.core.distributed import default_device
 from mezzotint.core.files import atomic_folder, write_json
 from mezzotint.data.audit import Audit, decode_all
+from mezzotint.data.autoencoder import open_codec
+from mezzotint.data.encode_latents import WorkShare, encode_latents
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
+from mezzotint.data.latent_dataset import LatentDataset, describe_latents
 from mezzotint.data.tables import CARD
 from mezzotint.data.transforms import UnreadableImage
 
@@ -32,9 +35,9 @@ def prepare_source(
     crop: str = "adm",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Write the pictures of `source` at one size to the new folder `out`; the report says what was found.
+    """Write the images of `source` at one size to the new folder `out`; return a report.
 
-    What cannot be read is left out and named in the report. `out` appears only when it is complete.
+    Unreadable images are left out and named in the report. `out` appears when it is complete.
 
     Args:
         source, size, channels, crop: see `mezzotint.data.image_dataset.open_images`.
@@ -44,79 +47,74 @@ def prepare_source(
     Returns:
         `mezzotint.data.audit.Audit.summary`, the content of `report.json`.
     """
+    out = Path(out)
     images = open_images(source, size=size, channels=channels, crop=crop, keep_in_memory=False)
-    return prepare_images(images, Path(out), progress=progress)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
+    with atomic_folder(out, complete=CARD) as folder:
+        return _write_images(images, folder, progress)
 
 
 def prepare_latents(
     source: str | Path,
     out: str | Path,
     size: int,
-    name: str,
+    codec_name: str,
     *,
     crop: str = "adm",
     device: str | None = None,
     progress: bool = True,
 ) -> str:
-    """Write the latents of the pictures of `source`, and of their mirror images, to `out`; go on if it was begun.
+    """Write the latents of the images of `source`, and of their mirror images, to `out`; resumable.
 
-    Started by torchrun, every process encodes its share; the last to finish completes the set.
+    Under torchrun, every process encodes its share; the last to finish completes the folder.
 
     Args:
         source, size, crop: see `mezzotint.data.image_dataset.open_images`; size is in pixels.
-        name: of the autoencoder, see `mezzotint.data.autoencoder.open_codec`.
-        device: where it computes; a GPU where there is one.
+        codec_name: of the autoencoder, see `mezzotint.data.autoencoder.open_codec`.
+        device: where it computes; by default a GPU if there is one.
         progress: show a bar on standard error.
 
-    Returns: what the set holds, in words. Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
+    Returns: a description of the folder.
+
+    Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
     """
-    from mezzotint.data.autoencoder import open_codec
-    from mezzotint.data.encode_latents import WorkShare, encode_latents
-    from mezzotint.data.latent_dataset import LatentDataset, describe_latents
-
-    share = WorkShare.from_environment()
     images = open_images(source, size=size, crop=crop, keep_in_memory=False)
-    if not encode_latents(
-        images, Path(out), open_codec(name, device or default_device()), share, progress=progress
-    ):
-        return f"this process's share of {out} is done; the set is complete when the other processes have finished"
-    return describe_latents(LatentDataset(Path(out)))
+    codec = open_codec(codec_name, device or default_device())
+    share = WorkShare.from_environment()
+    if encode_latents(images, Path(out), codec, share, progress=progress):
+        return describe_latents(LatentDataset(Path(out)))
+    return (
+        f"this process's share of {out} is done; the folder will be complete when the other "
+        "processes have finished"
+    )
 
 
-def prepare_captions(out: str | Path, name: str, *, progress: bool = True) -> list[str]:
-    """Embed the captions of a prepared folder into our cache, where training looks for them; what there was, in words.
+def prepare_captions(out: str | Path, encoder_name: str, *, progress: bool = True) -> list[str]:
+    """Embed the captions of a prepared folder into the cache, where training looks for them.
 
     Args:
-        out: a folder of `prepare` or `prepare_latents`.
-        name: of the T5 encoder, see `mezzotint.data.text_encoder.open_text_encoder`.
+        out: a folder of `prepare_source` or `prepare_latents`.
+        encoder_name: of the T5 encoder, see `mezzotint.data.text_encoder.open_text_encoder`.
         progress: show a bar on standard error.
+
+    Returns: a description of the captions, in lines.
 
     Errors: ValueError as `mezzotint.data.text_encoder.embed_captions`.
     """
-    from mezzotint.data.latent_dataset import LatentDataset
     from mezzotint.data.text_encoder import describe_captions, embed_captions, open_text_encoder
 
-    images = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
-    reader = open_text_encoder(name, default_device())
-    return describe_captions(
-        embed_captions([images.text(i) for i in range(len(images))], reader, progress=progress)
-    )
+    dataset = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
+    encoder = open_text_encoder(encoder_name, default_device())
+    captions = [dataset.text(i) for i in range(len(dataset))]
+    return describe_captions(embed_captions(captions, encoder, progress=progress))
 
 
-def prepare_images(images: ImageDataset, out: Path, *, progress: bool = True) -> dict[str, Any]:
-    """`prepare` for a set already open."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
-    with atomic_folder(out, complete=CARD) as folder:
-        return _write(images, folder, progress)
-
-
-def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_images(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:
     from datasets import ClassLabel, Features, Value
 
-    label = (
-        Value("int64") if images.label_names is None else ClassLabel(names=list(images.label_names))
-    )
+    names = images.label_names
+    label = Value("int64") if names is None else ClassLabel(names=list(names))
     features = Features(
         {
             "pixels": Value("binary"),
@@ -125,37 +123,37 @@ def _write(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]
             "name": Value("string"),
         }
     )
-    found, content = Audit(images.size), hashlib.sha256()
-    writer = _Shards(folder, features.arrow_schema, images.channels * images.size**2)
+    audit, content = Audit(images.size), hashlib.sha256()
+    writer = _ArrowWriter(folder, features.arrow_schema, images.channels * images.size**2)
     with writer:
         for i, decoded in decode_all(images, progress=progress):
-            found.add(images, i, decoded)
+            audit.add(images, i, decoded)
             if isinstance(decoded, UnreadableImage):
                 continue
             row = (decoded.pixels.tobytes(), images.label(i), images.text(i), images.name(i))
             content.update(row[0] + f"{row[1]} {row[2]!r}".encode())
             writer.add(row)
-    if not found.count:
+    if not audit.count:
         raise ValueError(f"nothing to prepare: no image can be read; {images.report}")
-    report = found.summary(images)
+    report = audit.summary(images)
     card = {
         "format": 1,
-        "count": found.count,
+        "count": audit.count,
         "channels": images.channels,
         "size": images.size,
         "crop": images.crop,
         "label_names": images.label_names,
         "fingerprint": content.hexdigest()[:32],
-        "left_out": [f"{name} ({reason})" for name, reason in found.unreadable.items()],
+        "left_out": [f"{name} ({reason})" for name, reason in audit.unreadable.items()],
     }
     write_json(folder / "report.json", report)
-    _describe_to_datasets(folder, features, writer.names, card["fingerprint"])
+    _write_datasets_files(folder, features, writer.names, card["fingerprint"])
     write_json(folder / CARD, card)
     return report
 
 
-def _describe_to_datasets(folder: Path, features: Any, names: list[str], fingerprint: str) -> None:
-    """The two files by which `datasets.load_from_disk` knows a data set."""
+def _write_datasets_files(folder: Path, features: Any, names: list[str], fingerprint: str) -> None:
+    """Write the two files that `datasets.load_from_disk` needs."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=features).write_to_directory(str(folder))
@@ -171,8 +169,8 @@ def _describe_to_datasets(folder: Path, features: Any, names: list[str], fingerp
     write_json(folder / "state.json", state)
 
 
-class _Shards:
-    """Rows into record batches into files, each synced to disk when it is full."""
+class _ArrowWriter:
+    """Writes rows into record batches, and those into files of about SHARD_BYTES."""
 
     def __init__(self, folder: Path, schema: Any, row_bytes: int):
         self.folder, self.schema = folder, schema
@@ -180,10 +178,10 @@ class _Shards:
         self.shard_rows = max(1, SHARD_BYTES // row_bytes)
         self.names: list[str] = []
         self.rows: list[tuple[Any, ...]] = []
-        self.written = 0  # rows in the open file
+        self.rows_in_file = 0
         self.files = contextlib.ExitStack()
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> _ArrowWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
@@ -201,21 +199,21 @@ class _Shards:
 
         if not self.rows:
             return
-        if not self.names or self.written >= self.shard_rows:
-            self._next_file()
+        if not self.names or self.rows_in_file >= self.shard_rows:
+            self._open_next_file()
         columns = [
             pa.array([row[k] for row in self.rows], field.type)
             for k, field in enumerate(self.schema)
         ]
         self.writer.write_batch(pa.record_batch(columns, schema=self.schema))
-        self.written += len(self.rows)
+        self.rows_in_file += len(self.rows)
         self.rows = []
 
-    def _next_file(self) -> None:
+    def _open_next_file(self) -> None:
         import pyarrow as pa
 
         self.files.close()
         self.names.append(f"data-{len(self.names):05d}.arrow")
-        self.written = 0
+        self.rows_in_file = 0
         file = self.files.enter_context((self.folder / self.names[-1]).open("wb"))
         self.writer = self.files.enter_context(pa.ipc.new_stream(file, self.schema))
