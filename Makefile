@@ -1,7 +1,7 @@
-# Everything on a fresh machine with Python >= 3.11 and make: `make demo` and `make test`.
+# On a fresh machine with Python >= 3.11 and make, run `make demo` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-# Two OpenMP threads collapse when another job shares the cores; nothing is fetched while testing.
+# One OpenMP thread: more are very slow when another job shares the cores. Tests download nothing.
 QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
 PYTEST := $(QUIET) $(BIN)/pytest -n 2
 
@@ -25,7 +25,7 @@ lint: .venv/ready
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(QUIET) $(BIN)/mkdocs build --strict
 
-# Every link, picture and command of README and docs, and the notebooks; `make test` runs the same tests.
+# Check links, images and commands of README and docs, and the notebooks, as `make test` does too.
 docs-check: docs
 	$(QUIET) $(BIN)/pytest tests/docs
 
@@ -33,7 +33,7 @@ format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Made when missing, and again when a pin or a dependency changed. The pin of torch keeps pip from fetching CUDA.
+# Made again when a pin or a dependency changes. The pin of torch keeps pip from downloading CUDA.
 .venv/ready: constraints.txt pyproject.toml
 	@echo "making .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""Benchmarks: order of contenders, peak memory, counts; CUDA graphs, emulated without a GPU."""
+"""Benchmarks: order of contenders, peak memory, counts, and the switches of benchmarks/speed.py."""
 
 import importlib
 import json
@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import mezzotint as mz
-from mezzotint.backbones.layers import attention
 from mezzotint.core.registry import Spec
-from mezzotint.process import guidance
-from mezzotint.process.denoiser import Cond
-from mezzotint.process.samplers import registry as samplers
-from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
 from mezzotint.tools import benchmark, summary
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -102,86 +96,11 @@ def test_invalid_settings(options, value):
         benchmark.BenchmarkSettings(preset="uvit-tiny", **options)
 
 
-def test_bf16_attention_is_near_float32():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 33, 20, requires_grad=True) for _ in range(3))
-    grad = torch.randn(2, 3, 33, 20)
-    exact = attention(q, k, v)
-    expected = torch.autograd.grad(exact, (q, k, v), grad)
-    low = attention(q.bfloat16(), k.bfloat16(), v.bfloat16())
-    assert low.dtype == torch.bfloat16
-    assert (low - exact).norm() < 0.02 * exact.norm()
-    for a, b in zip(torch.autograd.grad(low, (q, k, v), grad.bfloat16()), expected, strict=True):
-        assert (a - b).norm() < 0.03 * b.norm()
-
-
-def emulated(function):
-    """Emulate a recorded graph: replays read the same inputs and write the same outputs."""
-    outputs = function()
-
-    def replay():
-        for kept, fresh in zip(outputs, function(), strict=True):
-            if kept is not None:
-                kept.copy_(fresh)
-
-    return replay, outputs
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = mz.create_model("uvit-tiny", size=16).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    return model
-
-
-def test_graphs_return_new_tensors_equal_to_the_model(model):
-    graphed = CudaGraphDenoiser(model, recorder=emulated)
-    results, expected = [], []
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        z, logsnr = (
-            torch.randn(2, 3, 16, 16, generator=generator),
-            torch.randn(2, generator=generator).double(),
-        )
-        cond = Cond(label=torch.tensor([seed, 9 - seed]))
-        results.append(graphed(z, logsnr, cond))
-        with torch.no_grad():
-            expected.append(model(z, logsnr, cond))
-    assert len(graphed.recordings) == 1
-    # Compared at the end: a later replay must not change earlier results.
-    for a, b in zip(results, expected, strict=True):
-        assert torch.equal(a.x, b.x)
-        assert torch.equal(a.eps, b.eps)
-        assert a.var is None
-
-
-def test_guidance_interval_records_two_graphs(model):
-    grid = torch.linspace(-4, 4, 7, dtype=torch.float64)
-    scale = guidance.interval(guidance.dit_s(1.5), -2.0, 2.0)
-    z, cond = torch.randn(2, 3, 16, 16), Cond(label=torch.tensor([1, 2]))
-    graphed = CudaGraphDenoiser(model, recorder=emulated)
-    runs = []
-    for denoise in (graphed, model):
-        with torch.no_grad():
-            guided = guidance.classifier_free(denoise, guidance.null_label(10), scale)
-            runs.append(samplers["ddim"](guided, z, grid, cond))
-    assert torch.equal(*runs)
-    assert len(graphed.recordings) == 2
-
-
-def test_graphs_need_a_gpu(model):
-    with pytest.raises(ValueError, match="CUDA device"):
-        CudaGraphDenoiser(model)(torch.randn(1, 3, 16, 16), torch.zeros(1), Cond())
-
-
 @pytest.fixture
 def benchmark_module(monkeypatch):
     """Return a function that imports a module of benchmarks/, which is not a package."""
     if not BENCHMARKS.exists():
-        pytest.skip(f"{BENCHMARKS} is absent: benchmarks are not part of the source distribution")
+        pytest.skip(f"{BENCHMARKS} is absent")
     before = set(sys.modules)
     monkeypatch.syspath_prepend(BENCHMARKS)
     yield importlib.import_module
@@ -196,6 +115,7 @@ def speed(benchmark_module):
 
 
 def test_switches_keep_the_gradients(speed):
+    """Each optimised form and the plain one that replaces it give the same gradients."""
     pairs = {
         name: speed.make(*speed.networks(small=True)[name], "cpu") for name in ("dimr-2r", "diffit")
     }

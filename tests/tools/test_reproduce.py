@@ -78,7 +78,8 @@ def test_a_model_and_its_samples_get_the_same_number(model, reference, tmp_path)
         steps=2,
         out=out,
     )
-    sampling.sample(str(model), out=tmp_path / "samples.npz", num_images=80, steps=2)
+    options = sampling.SamplingOptions(steps=2)
+    sampling.sample(str(model), out=tmp_path / "samples.npz", num_images=80, sampling=options)
     evaluation.evaluate(
         str(tmp_path / "samples.npz"),
         reference=reference,
