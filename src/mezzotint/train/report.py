@@ -62,7 +62,7 @@ def write_report(run: Path, out: Path, difference: str = "") -> Path:
 
 
 def render_page(run: Path, difference: str) -> str:
-    """Return the whole page as text."""
+    """Return the page as text."""
     recipe = config.from_yaml(run / "recipe.yaml")
     records = log.read(run / "log.jsonl")
     events = log.read(run / "events.jsonl")
@@ -195,8 +195,8 @@ def render_curves(recipe: Recipe, records: list[dict[str, Any]]) -> str:
         return "<p>No line is logged yet.</p>"
     note = (
         "Dashed: the loss of a network that outputs zeros, where most backbones start, on images "
-        f"of standard deviation {DATA_STD}. A curve that touches it has learnt nothing at that "
-        "log-SNR yet."
+        f"of standard deviation {DATA_STD}. Where a curve touches it, the network has learnt "
+        "nothing yet, or there is nothing to learn."
     )
     plots = training_plots(records)
     plots.insert(1, ("Loss by log-SNR", plot_loss_by_logsnr(recipe, records)))
