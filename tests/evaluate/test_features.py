@@ -1,7 +1,8 @@
-"""Feature sets: the same features whatever the batches, honest names, weights that are what they claim."""
+"""Feature sets: independence of batches, names of distances, checks of weights and downloads."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import urllib.error
 
@@ -14,7 +15,6 @@ from mezzotint.evaluate.digit_classifier import train_digit_classifier
 from mezzotint.evaluate.features import (
     NETWORK_BATCH,
     compute_features,
-    feature_set_names,
     from_hub,
     from_module,
     open_features,
@@ -25,76 +25,78 @@ from mezzotint.evaluate.resize import as_uint8
 WEIGHTS = "data/inception/inception_2015_to_mixed7a.safetensors"
 
 
-def pictures(n, size=16, channels=3, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, channels, size, size), generator=g, dtype=torch.uint8)
+def random_images(n, size=16, channels=3):
+    generator = torch.Generator().manual_seed(0)
+    shape = (n, channels, size, size)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
 
 
 class Net(torch.nn.Module):
-    """A convolution and a batch norm, whose features would change with the batch if it were left in training mode."""
+    """A convolution and a batch norm, which in training mode would mix the images of a batch."""
 
-    def __init__(self, dims=6):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.conv, self.norm = torch.nn.Conv2d(3, dims, 3), torch.nn.BatchNorm2d(dims)
+        self.conv, self.norm = torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6)
 
     def forward(self, x):
         return self.norm(self.conv(x)).square().mean((2, 3))
 
 
-def net(name="own", dims=6):
-    return from_module(Net(dims), name=name, dims=dims, size=16)
+def feature_set():
+    return from_module(Net(), name="own", dims=6, size=16)
 
 
 @pytest.fixture
 def small_batches(monkeypatch):
-    """Inception by fours, so that tests of a few images do not pay for padding."""
+    """Four images per Inception batch, so that tests of few images are not padded to 32."""
     monkeypatch.setattr(features, "NETWORK_BATCH", 4)
 
 
-# --- the stream -----------------------------------------------------------------------------------------------------
+# --- computing features ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 75])
-def test_features_are_bitwise_the_same_for_any_batches(batch):
-    x = pictures(75)
-    want = net()(x)
+def test_features_are_bitwise_the_same_for_any_batch_size(batch):
+    x = random_images(75)
+    want = feature_set()(x)
     assert want.shape == (75, 6)
     assert want.dtype == torch.float32
-    assert compute_features([net()], x.split(batch))["own"].equal(want)
-    assert net()(x.flip(0)).flip(0).equal(want)
-    assert net()(x[3:5]).equal(want[3:5])
+    assert compute_features([feature_set()], x.split(batch))["own"].equal(want)
+    assert feature_set()(x.flip(0)).flip(0).equal(want)
+    assert feature_set()(x[3:5]).equal(want[3:5])
 
 
-def test_the_network_always_sees_one_batch_size():
-    seen = []
-    s = net()
-    s.network.module.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
-    s(pictures(NETWORK_BATCH * 2 + 1))
-    assert seen == [NETWORK_BATCH] * 3
+def test_the_network_always_gets_full_batches():
+    sizes = []
+    s = feature_set()
+    s.network.module.register_forward_hook(lambda _, args, __: sizes.append(len(args[0])))
+    s(random_images(NETWORK_BATCH * 2 + 1))
+    assert sizes == [NETWORK_BATCH] * 3
 
 
-def test_inception_features_and_distance_are_the_same_for_any_batches(shared, small_batches):
+def test_inception_distances_are_bitwise_the_same_for_any_batch_size(shared, small_batches):
     sets = open_features(["inception-768", "inception-64"], shared(WEIGHTS))
-    x = pictures(9)
-    whole = compute_features(sets, [x])
-    parts = compute_features(sets, x.split(1))
-    reference = Gaussian.of(Moments.of(torch.randn(100, 64, dtype=torch.float64)))
+    x = random_images(9)
+    at_once = compute_features(sets, [x])
+    one_by_one = compute_features(sets, x.split(1))
     for name in ("inception-768", "inception-64"):
-        assert whole[name].equal(parts[name])
+        assert at_once[name].equal(one_by_one[name])
+    reference = Gaussian.of(Moments.of(torch.randn(100, 64, dtype=torch.float64)))
     with pytest.warns(UserWarning, match="9 images in 64 dimensions"):
         a, b = (
-            Gaussian.of(Moments.of(f["inception-64"])).distance(reference) for f in (whole, parts)
+            Gaussian.of(Moments.of(features["inception-64"])).distance(reference)
+            for features in (at_once, one_by_one)
         )
     assert a == b
 
 
-def test_sets_of_one_network_run_it_once(shared, small_batches):
+def test_a_shared_network_runs_once(shared, small_batches):
     sets = open_features(["inception-192", "inception-64"], shared(WEIGHTS))
     runs = []
     sets[0].network.Conv2d_1a_3x3.register_forward_hook(lambda *_: runs.append(1))
-    found = compute_features(sets, [pictures(2)])
-    assert {k: tuple(v.shape) for k, v in found.items()} == {
+    computed = compute_features(sets, [random_images(2)])
+    assert {k: tuple(v.shape) for k, v in computed.items()} == {
         "inception-192": (2, 192),
         "inception-64": (2, 64),
     }
@@ -102,53 +104,46 @@ def test_sets_of_one_network_run_it_once(shared, small_batches):
 
 
 def test_no_images_give_no_features():
-    assert net().dims == 6
-    assert compute_features([net()], [])["own"].shape == (0, 6)
+    assert compute_features([feature_set()], [])["own"].shape == (0, 6)
 
 
 @pytest.mark.parametrize(
-    ("images", "words"),
+    ("images", "named"),
     [
-        (
-            torch.zeros(2, 1, 8, 8, dtype=torch.uint8),
-            "1 channels, the feature network reads 3; repeat the grey",
-        ),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "1 channels"),
         (torch.full((2, 3, 8, 8), torch.nan), "NaN"),
-        (torch.full((2, 3, 8, 8), -0.5), r"lie in \[-0.5, -0.5\], outside \[0, 1\]"),
-        (torch.full((2, 3, 8, 8), 255.0), "outside"),
+        (torch.full((2, 3, 8, 8), -0.5), r"\[-0.5, -0.5\]"),
+        (torch.full((2, 3, 8, 8), 255.0), r"\[255, 255\]"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.int64), "int64"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), "expected"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"\(3, 8, 8\)"),
     ],
 )
-def test_bad_images_are_refused(images, words):
-    with pytest.raises(ValueError, match=words):
-        net()(images)
+def test_bad_images_are_refused(images, named):
+    with pytest.raises(ValueError, match=named):
+        feature_set()(images)
 
 
 def test_mixed_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 8, 8\) after images of \(3, 16, 16\)"):
-        compute_features([net()], [pictures(2), pictures(2, 8)])
+    with pytest.raises(ValueError, match=r"\(3, 8, 8\).*\(3, 16, 16\)"):
+        compute_features([feature_set()], [random_images(2), random_images(2, 8)])
 
 
 def test_floats_in_the_unit_interval_are_rounded():
-    x = (
-        torch.tensor([0.0, 0.5 / 255 + 1e-4, 0.49 / 255, 1.0])
-        .reshape(4, 1, 1, 1)
-        .expand(4, 3, 2, 2)
-    )
-    assert as_uint8(x, 3)[:, 0, 0, 0].tolist() == [0, 1, 0, 255]
+    values = torch.tensor([0.0, 0.5 / 255 + 1e-4, 0.49 / 255, 1.0])
+    images = values.reshape(4, 1, 1, 1).expand(4, 3, 2, 2)
+    assert as_uint8(images, 3)[:, 0, 0, 0].tolist() == [0, 1, 0, 255]
 
 
-def test_training_and_matmul_settings_survive():
+def test_the_caller_s_matmul_precision_is_restored():
     torch.set_float32_matmul_precision("high")
     try:
-        net()(pictures(2))
+        feature_set()(random_images(2))
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
+# --- names and hashes -----------------------------------------------------------------------------
 
 
 def test_only_the_published_inception_is_called_fid(shared, tmp_path):
@@ -156,7 +151,7 @@ def test_only_the_published_inception_is_called_fid(shared, tmp_path):
 
     path = shared(WEIGHTS)
     names = ["inception-768", "inception-1280", "inception-sfid", "inception-sfid:clean"]
-    assert [s.distance for s in open_features(names, path)] == [
+    assert [s.distance_name for s in open_features(names, path)] == [
         "FD-Inception-768",
         "FD-Inception-1280",
         "sFID",
@@ -165,95 +160,113 @@ def test_only_the_published_inception_is_called_fid(shared, tmp_path):
     other = load_file(path)
     other["Mixed_7a.branch3x3_1.bias"] += 1
     save_file(other, tmp_path / "other.safetensors")
-    (mine,) = open_features(["inception-sfid"], tmp_path / "other.safetensors")
-    assert mine.distance == f"FD-Inception-sfid (weights {mine.weights[:8]})"
-    assert features._inception_distance("2048", "", inception.INCEPTION_FILE.sha256) == "FID"
-    assert (
-        features._inception_distance("2048", "pytorch", inception.INCEPTION_FILE.sha256)
-        == "FID (pytorch resize)"
-    )
-    with pytest.raises(ValueError, match="ends at Mixed_7a and has no inception-2048"):
+    (changed,) = open_features(["inception-sfid"], tmp_path / "other.safetensors")
+    assert changed.distance_name == f"FD-Inception-sfid (weights {changed.weights[:8]})"
+    published = inception.INCEPTION_FILE.sha256
+    assert features._inception_distance_name("2048", "", published) == "FID"
+    with_rule = features._inception_distance_name("2048", "pytorch", published)
+    assert with_rule == "FID (pytorch resize)"
+    with pytest.raises(ValueError, match="inception-2048"):
         open_features(["inception-2048"], path)
 
 
-def test_hashes_tell_networks_and_inputs_apart(shared, small_batches):
+def test_hashes_depend_on_weights_and_resize(shared, small_batches):
     a, b = open_features(["inception-768", "inception-768:clean"], shared(WEIGHTS))
     assert a.hash != b.hash
     assert a.hash == open_features(["inception-768"], shared(WEIGHTS))[0].hash
     changed = Net()
     changed.conv.bias.data[0] += 1
-    assert net().hash == net().hash != from_module(changed, name="own", dims=6, size=16).hash
-    x = pictures(3)
+    assert (
+        feature_set().hash
+        == feature_set().hash
+        != from_module(changed, name="own", dims=6, size=16).hash
+    )
+    x = random_images(3)
     assert not a(x).equal(b(x))
 
 
-def test_names_are_checked():
-    for name in ("FID", "my fid", "inception-2048", "", "a b"):
-        with pytest.raises(ValueError, match="name"):
-            from_module(Net(), name=name, dims=6)
-    with pytest.raises(ValueError, match="did you mean inception-2048"):
-        open_features(["inception-2049"])
-    with pytest.raises(ValueError, match="did you mean digits"):
-        open_features(["digit"])
-    with pytest.raises(ValueError, match="none twice"):
-        open_features(["digits", "digits"])
-    assert "inception-2048" in feature_set_names()
-    assert "dinov2" in feature_set_names()
-    with pytest.raises(ValueError, match="read images of"):
-        compute_features([net(), open_features(["digits"])[0]], [pictures(2)])
+@pytest.mark.parametrize("name", ["FID", "my fid", "inception-2048", "", "a b"])
+def test_misleading_names_are_refused(name):
+    with pytest.raises(ValueError, match=f"name '{name}'"):
+        from_module(Net(), name=name, dims=6)
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (["inception-2049"], "inception-2048"),
+        (["digit"], "digits"),
+        (["digits", "digits"], "digits"),
+        ([], "inception-2048.*dinov2"),
+    ],
+)
+def test_unknown_sets_are_refused_with_the_known_ones(names, named):
+    with pytest.raises(ValueError, match=named):
+        open_features(names)
+
+
+def test_grey_and_colour_sets_cannot_be_mixed():
+    (digits,) = open_features(["digits"])
+    with pytest.raises(ValueError, match=r"\[1, 3\] channels"):
+        compute_features([feature_set(), digits], [random_images(2)])
 
 
 def test_user_modules_are_checked():
-    with pytest.raises(ValueError, match=r"returned \(32, 6\); expected \(32, 5\)"):
-        from_module(Net(), name="own", dims=5, size=16)(pictures(1))
-    with pytest.raises(ValueError, match="together"):
+    with pytest.raises(ValueError, match=r"\(32, 6\).*\(32, 5\)"):
+        from_module(Net(), name="own", dims=5, size=16)(random_images(1))
+    with pytest.raises(ValueError, match="`input`"):
         from_module(Net(), name="own", dims=6, prepare=lambda x: x.float())
     own = from_module(
         Net(), name="own", dims=6, prepare=lambda x: x.float() / 255, input="as is, v / 255"
     )
-    assert own.card()["input"] == "as is, v / 255"
+    assert own.metadata()["input"] == "as is, v / 255"
     broken = Net()
     broken.conv.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="not finite"):
-        from_module(broken, name="own", dims=6, size=16)(pictures(1))
+        from_module(broken, name="own", dims=6, size=16)(random_images(1))
 
 
-# --- digits, DINOv2 -------------------------------------------------------------------------------------------------
+# --- digits and DINOv2 ----------------------------------------------------------------------------
 
 
-def test_digits_are_read_and_their_distance_sees_classes():
-    pytest.importorskip("sklearn")
+def load_digits(split, size):
     from mezzotint.data.image_dataset import open_images
 
-    reader = train_digit_classifier()
-    assert reader.accuracy > 0.95
-    held = open_images("digits:test", size=8, channels=1)
-    images, labels = held.batch(range(len(held)))
-    assert (
-        reader.read(images) == labels
-    ).double().mean() > 0.93  # another size than the network's own
+    dataset = open_images(f"digits:{split}", size=size, channels=1)
+    return dataset.batch(range(len(dataset)))
+
+
+def test_the_digit_classifier_reads_digits_of_other_sizes():
+    pytest.importorskip("sklearn")
+    classifier = train_digit_classifier()
+    assert classifier.accuracy > 0.95
+    images, labels = load_digits("test", size=8)
+    assert (classifier.predict(images) == labels).double().mean() > 0.93
+
+
+def test_the_digits_distance_grows_with_missing_classes_and_noise():
+    pytest.importorskip("sklearn")
     (digits,) = open_features(["digits"])
-    assert digits.distance == "FD-digits"
-    train = open_images("digits:train", size=16, channels=1)
-    known_images, known_labels = train.batch(range(600))
-    f, g = digits(known_images), digits(held.batch(range(len(held)))[0])
-    reference = Gaussian.of(Moments.of(f))
-    close = Gaussian.of(Moments.of(g)).distance(reference)
-    one_class = Gaussian.of(
-        Moments.of(digits(train.batch(range(1200))[0])[train.batch(range(1200))[1] < 5])
-    )
-    assert close < one_class.distance(reference) / 3
-    noise = Gaussian.of(Moments.of(digits(pictures(300, 16, 1))))
-    assert close < noise.distance(reference) / 10
-    assert len(known_labels) == 600
+    assert digits.distance_name == "FD-digits"
+
+    def gaussian(images):
+        return Gaussian.of(Moments.of(digits(images)))
+
+    train, labels = load_digits("train", size=16)
+    reference = gaussian(train[:600])
+    real = gaussian(load_digits("test", size=8)[0]).distance(reference)
+    half_the_classes = gaussian(train[:1200][labels[:1200] < 5]).distance(reference)
+    noise = gaussian(random_images(300, 16, 1)).distance(reference)
+    assert real < half_the_classes / 3
+    assert real < noise / 10
 
 
 def test_digits_take_no_weights(tmp_path):
-    with pytest.raises(ValueError, match="reads no weights"):
+    with pytest.raises(ValueError, match="'digits'"):
         open_features(["digits"], tmp_path / "w.pth")
 
 
-def test_a_vision_transformer_from_a_folder(tmp_path):
+def test_features_of_a_vision_transformer_are_its_class_token(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
@@ -262,8 +275,8 @@ def test_a_vision_transformer_from_a_folder(tmp_path):
     model = transformers.Dinov2Model(config).eval()
     model.save_pretrained(tmp_path)
     tiny = from_hub(str(tmp_path), name="tiny", size=28)
-    assert (tiny.dims, tiny.distance) == (32, "FD-tiny")
-    x = pictures(2, 28)
+    assert (tiny.dims, tiny.distance_name) == (32, "FD-tiny")
+    x = random_images(2, 28)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
         z = (x / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -271,21 +284,19 @@ def test_a_vision_transformer_from_a_folder(tmp_path):
     torch.testing.assert_close(tiny(x), want, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="32 dimensions"):
         open_features(["dinov2"], tmp_path)
-    with pytest.raises(ValueError, match="cannot be loaded"):
+    with pytest.raises(ValueError, match="absent"):
         from_hub(str(tmp_path / "absent"), name="tiny")
 
 
-# --- weight files ---------------------------------------------------------------------------------------------------
+# --- files of weights -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def published(monkeypatch, tmp_path):
-    """A small "published" file, a cache of its own, and a network that serves what the test puts on it."""
+    """A small published file, what the network serves for it, and its path in an empty cache."""
     monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     content = bytes(range(256)) * 5000
-    import hashlib
-
     file = files.PublishedFile(
         name="w.pth",
         url="https://example.org/w.pth",
@@ -306,7 +317,7 @@ def published(monkeypatch, tmp_path):
     return file, served, tmp_path / "cache" / "w.pth"
 
 
-def test_weights_are_fetched_once_and_checked(published):
+def test_weights_are_downloaded_once(published):
     file, served, target = published
     assert files.locate_file(file) == target
     assert files.locate_file(file) == target
@@ -314,31 +325,29 @@ def test_weights_are_fetched_once_and_checked(published):
     assert [p.name for p in target.parent.iterdir()] == ["w.pth"]
 
 
-def test_a_truncated_download_is_refused_and_leaves_nothing(published):
+def test_a_truncated_download_is_refused_and_removed(published):
     file, served, target = published
     served["content"] = served["content"][:-1]
-    with pytest.raises(ValueError, match=f"expected SHA-256 {file.sha256}.*found") as error:
+    with pytest.raises(ValueError, match=file.sha256) as error:
         files.locate_file(file)
-    assert files.hashlib.sha256(served["content"]).hexdigest() in str(error.value)
+    assert hashlib.sha256(served["content"]).hexdigest() in str(error.value)
     assert not list(target.parent.iterdir())
 
 
-def test_without_a_network_the_error_says_what_to_fetch_and_where_to_put_it(published):
+def test_without_a_network_the_error_names_address_and_path(published):
     file, served, target = published
     served["content"] = None
-    with pytest.raises(
-        ValueError, match=r"no route to host.*fetch https://example\.org/w\.pth"
-    ) as error:
+    with pytest.raises(ValueError, match=r"no route to host.*https://example\.org/w\.pth") as error:
         files.locate_file(file)
     assert str(target) in str(error.value)
 
 
-def test_a_truncated_file_under_the_published_name_is_refused(published, tmp_path):
+def test_another_file_of_the_published_name_is_refused(published, tmp_path):
     path = tmp_path / inception.INCEPTION_FILE.name
     path.write_bytes(b"PK\3\4 cut short")
     with pytest.raises(ValueError, match=inception.INCEPTION_FILE.sha256):
         open_features(["inception-2048"], path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"absent\.pth"):
         open_features(["inception-2048"], tmp_path / "absent.pth")
 
 

@@ -1,4 +1,4 @@
-"""The FID Inception: its graph layer by layer, its input, its weights in both layouts and on real images."""
+"""FID's Inception: its layers, its input, and its weights in both layouts."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mezzotint.evaluate.inception import (
     BlockE,
     Conv,
     Inception,
-    folded,
-    inception_from,
+    fold_batch_norms,
+    inception_from_state_dict,
     load_inception,
 )
 from mezzotint.evaluate.resize import inception_clean, inception_pytorch, inception_tf1, tf1_resize
 
 WEIGHTS = "data/inception/inception_2015_to_mixed7a.safetensors"
 
-# (name, channels, height): the outputs along the graph for a 299 px image (Szegedy et al. 2016, table 1).
+# (name, channels, height) of each output for a 299 px image (Szegedy et al. 2016, table 1).
 LAYERS = [
     ("Conv2d_1a_3x3", 32, 149),
     ("Conv2d_2a_3x3", 32, 147),
@@ -46,14 +46,14 @@ LAYERS = [
 
 
 @pytest.fixture(scope="module")
-def whole():
+def network():
     torch.manual_seed(0)
     return Inception().eval().requires_grad_(False)
 
 
-def unfolded(model, seed=0):
-    """A state dict in the layout of the published .pth that folds to `model`'s kind of weights."""
-    g = torch.Generator().manual_seed(seed)
+def unfolded(model):
+    """Return a state dict in the layout of the published .pth, with random batch norms."""
+    g = torch.Generator().manual_seed(0)
     state = {}
     for name, module in model.named_modules():
         if isinstance(module, Conv):
@@ -69,44 +69,44 @@ def unfolded(model, seed=0):
     return state
 
 
-def test_every_layer_has_the_shape_of_the_graph(whole):
-    seen = {}
+def test_every_layer_has_the_shape_of_the_graph(network):
+    shapes = {}
     hooks = [
         m.register_forward_hook(
-            lambda _, __, out, name=name: seen.__setitem__(name, tuple(out.shape))
+            lambda _, __, out, name=name: shapes.__setitem__(name, tuple(out.shape))
         )
-        for name, m in whole.named_children()
+        for name, m in network.named_children()
         if name != "fc"
     ]
-    found = whole(torch.randn(1, 3, 299, 299), tuple(TAPS))
+    features = network(torch.randn(1, 3, 299, 299), tuple(TAPS))
     for hook in hooks:
         hook.remove()
-    assert [(name, *shape[1:3]) for name, shape in seen.items()] == LAYERS
-    assert {tap: tuple(f.shape) for tap, f in found.items()} == {
+    assert [(name, *shape[1:3]) for name, shape in shapes.items()] == LAYERS
+    assert {tap: tuple(f.shape) for tap, f in features.items()} == {
         tap: (1, dims) for tap, dims in TAPS.items()
     }
 
 
-def test_parameters_are_those_of_the_published_file(whole):
-    convolutions = [m for m in whole.modules() if isinstance(m, Conv)]
+def test_parameters_are_those_of_the_published_file(network):
+    convolutions = [m for m in network.modules() if isinstance(m, Conv)]
     assert len(convolutions) == 94  # 76 up to Mixed_7a, 9 in each block after it
-    # 23,834,568 are published for Inception-v3 with 1,000 classes and without the auxiliary classifier, two per channel
-    # of every batch norm; less that classifier's 1000 x 2049 they must be ours.
+    # 23,834,568 are published for Inception-v3 with 1,000 classes and no auxiliary classifier, two
+    # for each channel of a batch norm. Without the classifier's 1000 x 2049 they must be ours.
     folded_parameters = sum(m.weight.numel() + 2 * m.out_channels for m in convolutions)
     assert folded_parameters == 23_834_568 - 1000 * 2049
-    assert sum(p.numel() for p in whole.fc.parameters()) == 1008 * 2049
+    assert sum(p.numel() for p in network.fc.parameters()) == 1008 * 2049
 
 
-def test_nothing_beyond_the_last_tap_is_computed(whole):
+def test_stages_after_the_last_tap_are_not_computed(network):
     ran = []
-    hook = whole.Mixed_6a.register_forward_hook(lambda *_: ran.append(1))
-    assert list(whole(torch.randn(1, 3, 299, 299), ["192", "64"])) == ["64", "192"]
+    hook = network.Mixed_6a.register_forward_hook(lambda *_: ran.append(1))
+    assert list(network(torch.randn(1, 3, 299, 299), ["192", "64"])) == ["64", "192"]
     hook.remove()
     assert not ran
 
 
-def ones(block):
-    """`block` with every weight 1 / fan-in and no bias: constants pass unchanged."""
+def averaging(block):
+    """Set every weight to 1 / fan-in and every bias to 0, so that constants pass unchanged."""
     for m in block.modules():
         if isinstance(m, Conv):
             m.weight.data.fill_(1 / m.weight[0].numel())
@@ -116,45 +116,45 @@ def ones(block):
 
 @pytest.mark.parametrize(
     ("block", "side", "channels"),
-    [(BlockA(8, pool=4), 5, 4), (BlockC(8, inner=4), 5, 192), (BlockE(8, maximum=False), 4, 192)],
+    [(BlockA(8, pool=4), 5, 4), (BlockC(8, inner=4), 5, 192), (BlockE(8, max_pool=False), 4, 192)],
 )
-def test_average_pools_leave_padding_out(block, side, channels):
-    """A constant image stays constant to its corner; with padding counted the corner would be 4/9 of it."""
-    pooled = ones(block)(torch.full((1, 8, side, side), 2.0))[:, -channels:]
+def test_average_pools_exclude_the_padding(block, side, channels):
+    """A constant image stays constant; with the padding, a corner would be 4/9 of it."""
+    pooled = averaging(block)(torch.full((1, 8, side, side), 2.0))[:, -channels:]
     torch.testing.assert_close(pooled, torch.full_like(pooled, 2.0))
 
 
-def test_the_last_block_pools_by_maximum():
+def test_block_e_pools_by_maximum_or_average():
     x = torch.zeros(1, 8, 5, 5)
     x[:, :, 2, 2] = 9.0
     assert (
-        ones(BlockE(8, maximum=True))(x)[0, -1].tolist()
+        averaging(BlockE(8, max_pool=True))(x)[0, -1].tolist()
         == F.pad(torch.full((3, 3), 9.0), (1, 1, 1, 1)).tolist()
     )
-    mean = ones(BlockE(8, maximum=False))(x)[0, -1]
+    mean = averaging(BlockE(8, max_pool=False))(x)[0, -1]
     torch.testing.assert_close(mean, F.pad(torch.ones(3, 3), (1, 1, 1, 1)))
 
 
-def test_blocks_before_and_after_the_quirk_are_wired_so(whole):
-    assert not whole.Mixed_7b.maximum
-    assert whole.Mixed_7c.maximum
+def test_only_the_last_block_pools_by_maximum(network):
+    assert not network.Mixed_7b.max_pool
+    assert network.Mixed_7c.max_pool
 
 
-def test_sfid_takes_seven_channels_in_the_order_row_column_channel(whole):
+def test_sfid_takes_seven_channels_in_the_order_row_column_channel(network):
     maps = {}
-    hook = whole.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: maps.update(map=out))
-    found = whole(torch.randn(2, 3, 299, 299), ["sfid"])["sfid"]
+    hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: maps.update(map=out))
+    found = network(torch.randn(2, 3, 299, 299), ["sfid"])["sfid"]
     hook.remove()
     want = maps["map"].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, 2023)
     np.testing.assert_array_equal(found.numpy(), want)
 
 
-def test_logits_leave_the_bias_out(whole):
-    found = whole(torch.randn(1, 3, 299, 299), ["2048", "logits"])
-    torch.testing.assert_close(found["logits"], found["2048"] @ whole.fc.weight.T)
+def test_logits_have_no_bias(network):
+    found = network(torch.randn(1, 3, 299, 299), ["2048", "logits"])
+    torch.testing.assert_close(found["logits"], found["2048"] @ network.fc.weight.T)
 
 
-def test_batch_norm_folds_exactly():
+def test_folding_a_batch_norm_keeps_the_function():
     g = torch.Generator().manual_seed(0)
     conv, bn = (
         torch.nn.Conv2d(5, 6, 3, bias=False).double(),
@@ -164,60 +164,60 @@ def test_batch_norm_folds_exactly():
         t.copy_(torch.randn(6, generator=g))
     bn.running_var.copy_(torch.rand(6, generator=g))
     state = {f"L.conv.{k}": v for k, v in conv.state_dict().items()}
-    out = folded(state | {f"L.bn.{k}": v for k, v in bn.state_dict().items()})
+    out = fold_batch_norms(state | {f"L.bn.{k}": v for k, v in bn.state_dict().items()})
     assert sorted(out) == ["L.bias", "L.weight"]
     x = torch.randn(2, 5, 8, 8, generator=g, dtype=torch.float64)
     got = F.conv2d(x, out["L.weight"].double(), out["L.bias"].double())
     torch.testing.assert_close(got, bn(conv(x)), rtol=1e-5, atol=1e-5)
 
 
-def test_the_published_layout_loads_whole_and_partial_and_nothing_else(whole, tmp_path):
-    state = unfolded(whole)
+def test_the_published_layout_loads_complete_or_partial(network, tmp_path):
+    state = unfolded(network)
     torch.save(state, tmp_path / "w.pth")
     model = load_inception(tmp_path / "w.pth")
     assert model.taps == tuple(TAPS)
-    for name, value in folded(state).items():
+    for name, value in fold_batch_norms(state).items():
         torch.testing.assert_close(model.state_dict()[name], value)
     cut = {k: v for k, v in state.items() if not k.startswith(("Mixed_7b", "Mixed_7c", "fc"))}
-    assert inception_from(cut).taps == PARTIAL_TAPS
+    assert inception_from_state_dict(cut).taps == PARTIAL_TAPS
     with pytest.raises(ValueError, match=r"missing \['Mixed_5b.branch1x1.bias'"):
-        inception_from({k: v for k, v in state.items() if not k.startswith("Mixed_5b.branch1x1")})
+        inception_from_state_dict(
+            {k: v for k, v in state.items() if not k.startswith("Mixed_5b.branch1x1")}
+        )
     with pytest.raises(ValueError, match=r"unknown \['AuxLogits"):
-        inception_from(state | {"AuxLogits.weight": torch.zeros(1)})
+        inception_from_state_dict(state | {"AuxLogits.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"no Mixed_5b\.branch1x1\.bn\.bias"):
-        inception_from({k: v for k, v in state.items() if k != "Mixed_5b.branch1x1.bn.bias"})
+        inception_from_state_dict(
+            {k: v for k, v in state.items() if k != "Mixed_5b.branch1x1.bn.bias"}
+        )
     with pytest.raises(ValueError, match=r"another shape \['fc.weight'"):
-        inception_from(state | {"fc.weight": torch.zeros(1000, 2048)})
+        inception_from_state_dict(state | {"fc.weight": torch.zeros(1000, 2048)})
 
 
-def test_damaged_files_are_said_to_be(tmp_path):
+def test_damaged_files_are_refused(tmp_path):
     torch.save({"a": torch.zeros(1000)}, tmp_path / "cut.pth")
     (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:700])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
     torch.save([1, 2], tmp_path / "list.pth")
     (tmp_path / "s.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
-    damaged = (
-        ("cut.pth", "damaged, cut"),
-        ("s.png", "not a file of weights"),
-        ("cut.safetensors", "no intact"),
-    )
-    for name, words in (*damaged, ("list.pth", "no state dict")):
-        with pytest.raises(ValueError, match=words) as told:
+    for name in ("cut.pth", "s.png", "cut.safetensors", "list.pth", "absent.pth"):
+        with pytest.raises(ValueError, match=name) as error:
             load_inception(tmp_path / name)
-        assert "weights_only" not in str(told.value)
-        assert "\n" not in str(told.value)
-    with pytest.raises(ValueError, match="there is no file"):
-        load_inception(tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match=r"no tap '2048'.*end at Mixed_7a"):
+        assert "weights_only" not in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_partial_weights_have_no_later_taps():
+    with pytest.raises(ValueError, match=r"'2048'.*Mixed_7a"):
         Inception(partial=True)(torch.zeros(1, 3, 299, 299), ["2048"])
 
 
-# --- input ----------------------------------------------------------------------------------------------------------
+# --- input ----------------------------------------------------------------------------------------
 
 
-def test_tf1_resize_of_a_row_by_hand():
+def test_tf1_resize_of_one_row():
     row = torch.tensor([0.0, 10, 20, 40]).reshape(1, 1, 1, 4)
-    # Scale 4/6: positions 0, 2/3, 4/3, 2, 8/3, 10/3; the last lies beyond the last pixel's start and stays there.
+    # Scale 4/6: positions 0, 2/3, 4/3, 2, 8/3, 10/3; the last is clamped to the last pixel.
     want = [0, 20 / 3, 10 + 10 / 3, 20, 20 + 20 * 2 / 3, 40]
     torch.testing.assert_close(
         tf1_resize(row, 6)[0, 0, 0], torch.tensor(want), rtol=1e-6, atol=1e-5
@@ -233,7 +233,7 @@ def test_tf1_resize_of_a_row_by_hand():
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (400, 301)])
-def test_tf1_resize_like_a_double_loop(height, width):
+def test_tf1_resize_matches_its_formula(height, width):
     image = np.random.default_rng(0).integers(0, 256, (height, width)).astype(np.float64)
     got = tf1_resize(torch.from_numpy(image.astype(np.uint8))[None, None], 299)[0, 0]
     for i, j in [(0, 0), (1, 298), (298, 298), (150, 7), (297, 40), (13, 211)]:
@@ -246,7 +246,7 @@ def test_tf1_resize_like_a_double_loop(height, width):
         assert got[i, j].item() == pytest.approx(want, abs=0.02)  # float32 positions
 
 
-def test_input_rules_differ_as_documented():
+def test_the_three_input_rules():
     images = torch.randint(
         0, 256, (2, 3, 40, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
@@ -270,11 +270,10 @@ def test_input_rules_differ_as_documented():
     )
 
 
-# --- real weights ---------------------------------------------------------------------------------------------------
+# --- published weights ----------------------------------------------------------------------------
 
 
-def test_real_weights_tell_real_images_apart(shared):
-    """Features of photographs are nearer to those of the same photograph mirrored than to any other photograph's."""
+def test_a_photograph_is_nearest_to_its_mirror_image(shared):
     from PIL import Image
 
     model = load_inception(shared(WEIGHTS))
@@ -290,8 +289,8 @@ def test_real_weights_tell_real_images_apart(shared):
         assert torch.cdist(features[:4], features[4:]).argmin(1).tolist() == [0, 1, 2, 3], tap
 
 
-def test_real_weights_layer_by_layer_against_plain_convolutions(shared):
-    """The stem computed by hand from the file's tensors: strides, padding and pools of the graph."""
+def test_the_stem_matches_plain_convolutions(shared):
+    """Strides, padding and pools of the graph, computed from the file's tensors."""
     from safetensors.torch import load_file
 
     w = load_file(shared(WEIGHTS))
