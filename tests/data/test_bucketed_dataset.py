@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from helpers.data import open_recipe_data
 from mezzotint import config
-from mezzotint.core.distributed import World
 from mezzotint.data.bucketed_dataset import BucketedDataset, cover_crop
 from mezzotint.data.image_dataset import open_source
 from mezzotint.data.loader import load_batches
 from mezzotint.recipes import recipe_for
-from mezzotint.train.dataset import open_data
 from mezzotint.train.loop import train
 
 SHAPES = ((16, 16), (12, 20), (20, 12))
@@ -47,7 +46,7 @@ def opened(folder, shapes=SHAPES, **options) -> BucketedDataset:
 
 def test_each_picture_goes_where_its_aspect_ratio_is_nearest(mixed):
     images = opened(mixed)
-    assert images.counts() == [5, 4, 2]
+    assert images.bucket_counts() == [5, 4, 2]
     assert [images.image(i).shape[1:] for i in (0, 5, 9)] == [(16, 16), (12, 20), (20, 12)]
     assert "buckets: 16x16 5, 12x20 4, 20x12 2" in str(images.report)
 
@@ -57,11 +56,11 @@ def test_each_picture_goes_where_its_aspect_ratio_is_nearest(mixed):
 def test_every_epoch_shows_every_picture_and_every_batch_has_one_shape(buckets, batch, seed):
     images = object.__new__(BucketedDataset)  # the order needs the buckets alone
     images.shapes, images.bucket = SHAPES, np.array(buckets)
-    per_epoch = sum(-(-n // batch) for n in images.counts())
+    per_epoch = sum(-(-n // batch) for n in images.bucket_counts())
     for epoch in range(2):
         shown: Counter[int] = Counter()
         for k in range(epoch * per_epoch, (epoch + 1) * per_epoch):
-            chosen = images.indices(seed, k * batch, batch, batch).tolist()
+            chosen = images.batch_indices(seed, k * batch, batch, batch).tolist()
             assert len({buckets[i] for i in chosen}) == 1
             shown.update(chosen)
         assert set(shown) == set(range(len(buckets)))  # none lost
@@ -80,12 +79,12 @@ def test_resuming_and_ranks_see_the_same_batches(mixed):
         return found
 
     whole = take(9)
-    assert {tuple(b.pixels.shape[2:]) for b in whole} == set(SHAPES)
+    assert {tuple(b.inputs.shape[2:]) for b in whole} == set(SHAPES)
     for a, b in zip(whole[5:], take(4, start_image=20), strict=True):
-        assert torch.equal(a.pixels, b.pixels)
+        assert torch.equal(a.inputs, b.inputs)
     for a, *parts in zip(whole, *(take(9, rank=rank, world=2) for rank in (0, 1)), strict=True):
-        assert torch.equal(a.pixels, torch.cat([part.pixels for part in parts]))
-        assert torch.equal(a.numbers, torch.cat([part.numbers for part in parts]))
+        assert torch.equal(a.inputs, torch.cat([part.inputs for part in parts]))
+        assert torch.equal(a.image_numbers, torch.cat([part.image_numbers for part in parts]))
 
 
 def test_portraits_are_turned_and_flagged(tmp_path):
@@ -107,7 +106,7 @@ def test_the_orientation_a_camera_states_counts(tmp_path):
     Image.new("RGB", (40, 24)).save(
         tmp_path / "in" / "a.jpg", exif=exif
     )  # shown 24 wide and 40 high
-    assert opened(tmp_path / "in").counts() == [0, 0, 1]
+    assert opened(tmp_path / "in").bucket_counts() == [0, 0, 1]
 
 
 def test_the_unreadable_is_replaced_within_its_bucket(mixed):
@@ -139,7 +138,7 @@ def test_what_makes_no_buckets_is_refused(mixed):
     with pytest.raises(ValueError, match="repeat"):
         opened(mixed, ((16, 16), (16, 16)))
     with pytest.raises(ValueError, match="not within one batch"):
-        opened(mixed).indices(0, 3, 4, 4)
+        opened(mixed).batch_indices(0, 3, 4, 4)
 
 
 def recipe(source, *changes):
@@ -161,10 +160,10 @@ def test_a_network_trains_on_buckets(mixed, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["data.buckets=[]", "data.portrait=true"], r"name it, data\.buckets"),
-        (["data.codec=taesd"], "leave data.buckets out for a latent network"),
+        (["data.buckets=[]", "data.portrait=true"], r"data\.buckets=\[\[384,640\]\]"),
+        (["data.codec=taesd"], r"data\.buckets .*latents"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(mixed, changes, words):
     with pytest.raises(ValueError, match=words):
-        open_data(recipe(mixed, *changes), World(rank=0, size=1, device=torch.device("cpu")))
+        open_recipe_data(recipe(mixed, *changes))

@@ -397,12 +397,12 @@ def test_other_bad_input_says_what_to_try(tmp_path):
         (f"{folder}:tset", "no split 'tset'; did you mean test"),
         (tmp_path / "broken.zip", "not a readable zip"),
         (tmp_path / "broken.npz", "not a readable .npz"),
-        (tmp_path / "one.png", "is one file; give its folder"),
+        (tmp_path / "one.png", r"one\.png is a single file"),
         ("nobody-here/nothing", "cannot be opened as a data set"),
     ]:
         with pytest.raises(ValueError, match=words):
             open_images(source, size=8)
-    with pytest.raises(ValueError, match="sample 12 of a set of 12"):
+    with pytest.raises(ValueError, match="image 12 of a dataset of 12"):
         open_images(folder, size=8).image(12)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.data.loader import LoadedBatch, load_batches
-from mezzotint.data.shuffle import epoch_permutation, shuffled_indices
+from mezzotint.data.shuffle import shuffled_indices
 
 
 def take(count: int, stream) -> list[LoadedBatch]:
@@ -50,25 +50,30 @@ def pictures(tmp_path) -> ImageDataset:
     return open_images(tmp_path, size=16)
 
 
+def permutation(seed: int, epoch: int, n: int) -> torch.Tensor:
+    return shuffled_indices(seed, epoch * n, n, n)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 99), st.integers(0, 5), st.integers(1, 200))
-def test_an_epoch_is_a_permutation_and_a_function_of_seed_and_epoch(seed, epoch, n):
-    assert torch.equal(epoch_permutation(seed, epoch, n).sort().values, torch.arange(n))
-    assert torch.equal(epoch_permutation(seed, epoch, n), epoch_permutation(seed, epoch, n))
-    assert torch.equal(shuffled_indices(seed, epoch * n, n, n), epoch_permutation(seed, epoch, n))
+def test_an_epoch_visits_every_image_once(seed, epoch, n):
+    assert torch.equal(permutation(seed, epoch, n).sort().values, torch.arange(n))
 
 
 def test_epochs_and_seeds_differ():
-    assert not torch.equal(epoch_permutation(0, 0, 100), epoch_permutation(0, 1, 100))
-    assert not torch.equal(epoch_permutation(0, 0, 100), epoch_permutation(1, 0, 100))
-    epoch_permutation(0, 0, 100).zero_()  # what the caller does to his copy stays with him
-    assert epoch_permutation(0, 0, 100).any()
+    assert not torch.equal(permutation(0, 0, 100), permutation(0, 1, 100))
+    assert not torch.equal(permutation(0, 0, 100), permutation(1, 0, 100))
+
+
+def test_a_caller_cannot_change_the_cached_order():
+    permutation(0, 0, 100).zero_()
+    assert permutation(0, 0, 100).any()
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 500), st.integers(0, 90), st.integers(1, 40))
-def test_any_window_is_a_slice_of_the_whole_order(start, count, n):
-    whole = torch.cat([epoch_permutation(3, epoch, n) for epoch in range((start + count) // n + 1)])
+def test_any_range_is_a_slice_of_the_whole_order(start, count, n):
+    whole = torch.cat([permutation(3, epoch, n) for epoch in range((start + count) // n + 1)])
     assert torch.equal(shuffled_indices(3, start, count, n), whole[start : start + count])
 
 
@@ -76,7 +81,7 @@ def test_resuming_is_counting(pictures):
     whole = take(12, load_batches(pictures, seed=5, start_image=0, batch=6))
     rest = take(7, load_batches(pictures, seed=5, start_image=30, batch=6))
     assert same(whole[5:], rest)
-    assert rest[0].numbers.tolist() == list(range(30, 36))
+    assert rest[0].image_numbers.tolist() == list(range(30, 36))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -10,7 +10,14 @@ import torch
 from PIL import Image
 
 from mezzotint.data.image_dataset import open_images
-from mezzotint.data.shapes import CENTRES, COLOURS, POSITIONS, SHAPES, combinations, shapes
+from mezzotint.data.shapes import (
+    CENTRES,
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    list_combinations,
+    open_shapes,
+)
 
 
 def test_digits_split_once_and_for_all():
@@ -41,26 +48,26 @@ def test_digits_come_in_any_size():
 
 
 def test_captions_read_as_english():
-    words = {shapes(8, count=400).text(i) for i in range(400)}
+    words = {open_shapes(8, count=400).text(i) for i in range(400)}
     assert "a red circle at the top left" in words
     assert any(word.startswith("an orange") for word in words)
-    assert len(words) == len(combinations("train"))
+    assert len(words) == len(list_combinations("train"))
 
 
 def test_held_out_combinations_are_never_trained_on_but_their_pairs_are():
-    train, test = combinations("train"), combinations("test")
+    train, test = list_combinations("train"), list_combinations("test")
     assert not set(train) & set(test)
     assert (
         len(train) + len(test)
         == len(COLOURS) * len(SHAPES) * len(POSITIONS)
-        == len(combinations("all"))
+        == len(list_combinations("all"))
     )
     for a, b in ((0, 1), (0, 2), (1, 2)):
         assert {(t[a], t[b]) for t in test} <= {(t[a], t[b]) for t in train}
 
 
 def test_picture_i_is_a_function_of_seed_and_i():
-    a, b, other = shapes(32, count=50), shapes(32, count=5000), shapes(32, count=50, seed=1)
+    a, b, other = open_shapes(32, count=50), open_shapes(32, count=5000), open_shapes(32, count=50, seed=1)
     for i in (0, 7, 49):
         assert np.array_equal(a.read(i), b.read(i))
         assert a.attributes(i) == b.attributes(i)
@@ -69,15 +76,15 @@ def test_picture_i_is_a_function_of_seed_and_i():
 
 
 def test_every_block_holds_every_combination_once():
-    m = len(combinations("train"))
-    images = shapes(8, count=2 * m)
+    m = len(list_combinations("train"))
+    images = open_shapes(8, count=2 * m)
     for block in (range(m), range(m, 2 * m)):
         assert len({images.attributes(i) for i in block}) == m
     assert [images.attributes(i).shape for i in range(m)] == images.labels[:m].tolist()
 
 
 def test_the_same_picture_at_any_resolution():
-    small, large = shapes(32, count=20), shapes(128, count=20)
+    small, large = open_shapes(32, count=20), open_shapes(128, count=20)
     for i in range(20):
         reduced = Image.fromarray(large.read(i).transpose(1, 2, 0)).resize(
             (32, 32), Image.Resampling.BOX
@@ -95,7 +102,7 @@ def coverage(pixels: np.ndarray) -> tuple[np.ndarray, float]:
 
 def test_pixels_show_what_the_caption_says():
     size, count = 64, 300
-    images = shapes(size, split="all", count=count)
+    images = open_shapes(size, split="all", count=count)
     templates: dict[int, list[np.ndarray]] = {}
     for i in range(count):
         truth, (mask, hue) = images.attributes(i), coverage(images.read(i))
@@ -121,7 +128,7 @@ def test_pixels_show_what_the_caption_says():
 
 def test_shapes_stay_inside_and_are_antialiased():
     for i in range(60):
-        mask, _ = coverage(shapes(64, count=60).read(i))
+        mask, _ = coverage(open_shapes(64, count=60).read(i))
         assert not mask[0].any()
         assert not mask[-1].any()
         assert not mask[:, 0].any()

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mezzotint.data.text_encoder as text_module
+from helpers.data import open_recipe_data
 from helpers.tiny_t5 import saved_t5
 from mezzotint import config
 from mezzotint.cli import main
-from mezzotint.core.distributed import World
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.prepare import prepare_captions, prepare_source
@@ -36,10 +36,9 @@ from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.conditioning import read_prompts
-from mezzotint.sampling.generate_images import make_job
+from mezzotint.sampling.job import make_job
 from mezzotint.sampling.sample import generate, sample
 from mezzotint.sampling.settings import Guidance, SamplingSettings
-from mezzotint.train.dataset import open_data
 from mezzotint.train.loop import train
 from mezzotint.train.step import make_batch
 
@@ -124,7 +123,7 @@ def test_the_cache_is_read_and_is_known_by_encoder_tokenizer_and_captions(
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
     folders.add(embed_captions(["a red ring"], open_text_encoder(str(changed))).folder)
     assert len(folders) == 5
-    monkeypatch.setattr(text_module, "_write_words", lambda *_: pytest.fail("embedded twice"))
+    monkeypatch.setattr(text_module, "_write_embeddings", lambda *_: pytest.fail("embedded twice"))
     embed_captions(CAPTIONS, own)
 
 
@@ -167,7 +166,7 @@ def test_what_is_no_encoder_is_told(tmp_path, t5):
         open_text_encoder("google/t5-v1_1-xxl")
     for part in (
         "not on this machine",
-        "mezzotint prefetch google/t5-v1_1-xxl",
+        "mezzotint download google/t5-v1_1-xxl",
         str(tmp_path / "cache" / "text"),
     ):
         assert part in str(error.value)
@@ -188,8 +187,8 @@ def test_prepared_captions_are_those_that_training_looks_for(t5, tmp_path, monke
     prepare_source("shapes:16,count=20", tmp_path / "out", 16, progress=False)
     words = prepare_captions(tmp_path / "out", str(t5), progress=False)
     assert words[0].endswith(f"distinct captions for 20 pictures, embedded by {t5.resolve()}")
-    monkeypatch.setattr(text_module, "_write_words", lambda *_: pytest.fail("embedded twice"))
-    open_data(tiny(str(tmp_path / "out"), t5), World(rank=0, size=1, device=torch.device("cpu")))
+    monkeypatch.setattr(text_module, "_write_embeddings", lambda *_: pytest.fail("embedded twice"))
+    open_recipe_data(tiny(str(tmp_path / "out"), t5))
 
 
 # --- the network
@@ -311,13 +310,12 @@ def tiny(source: str, t5: Path, *changes: str) -> config.Recipe:
 
 def test_words_are_dropped_with_the_stated_probability_by_image_number_alone(t5):
     recipe = tiny("shapes:16,count=50", t5, "label_drop=0.1")
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    images = open_data(recipe, world)
+    images = open_recipe_data(recipe)
 
     def masks(batch):
         feed = load_batches(images, seed=0, start_image=0, batch=batch)
         made = [
-            make_batch(recipe, images, 0, next(feed), world.device).cond.text_mask
+            make_batch(recipe, images, 0, next(feed), torch.device("cpu")).cond.text_mask
             for _ in range(2000 // batch)
         ]
         feed.close()
@@ -331,7 +329,7 @@ def test_words_are_dropped_with_the_stated_probability_by_image_number_alone(t5)
 
 def test_each_picture_comes_with_its_own_caption(t5):
     recipe = tiny("shapes:16,count=50", t5, "label_drop=0")
-    images = open_data(recipe, World(rank=0, size=1, device=torch.device("cpu")))
+    images = open_recipe_data(recipe)
     feed = load_batches(images, seed=3, start_image=0, batch=10)
     loaded = next(feed)
     feed.close()
@@ -342,7 +340,7 @@ def test_each_picture_comes_with_its_own_caption(t5):
         states = reader.encode(images.text(i) or "").half()
         assert loaded.text is not None
         assert torch.equal(loaded.text[row, : len(states)], states)
-        assert torch.equal(loaded.pixels[row], images.image(i))
+        assert torch.equal(loaded.inputs[row], images.image(i))
 
 
 def test_a_run_on_captions_resumes_and_remembers_its_encoder(t5, tmp_path):
@@ -385,7 +383,7 @@ def test_evaluation_along_the_way_shows_the_prompts_in_turn(t5, tmp_path):
     assert [line["evaluation"]["FD-colours"] > 0 for line in lines if "evaluation" in line] == [
         True
     ]
-    with pytest.raises(ValueError, match=r"reads captions; name a file .* evaluate\.prompts=FILE"):
+    with pytest.raises(ValueError, match=r"evaluate\.prompts"):
         make_evaluator(tiny("shapes:16,count=50", t5, *asked), [seen])
     (tmp_path / "prompts.txt").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
@@ -489,7 +487,7 @@ def test_prompts_on_the_command_line(run, tmp_path, monkeypatch, capsys):
 def test_prompts_that_nothing_reads_are_refused(run, t5, tmp_path):
     with pytest.raises(ValueError, match="2 prompts for 1 seeds"):
         sample(load_model(run).eval(), [0], text=["a", "b"], steps=1)
-    with pytest.raises(ValueError, match="reads no text"):
+    with pytest.raises(ValueError, match="prompts"):
         sample(
             create_model("unet-tiny", size=16, num_classes=0).eval(),
             [0],
