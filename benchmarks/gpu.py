@@ -68,29 +68,29 @@ def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
     pairs = {}
     for name, (family, config, batch) in networks(small).items():
         pair = pairs[name] = make(family, config, batch, device)
-        judged = partial(judge, name)
+        check = partial(check_bound, name)
         exact = outputs(pair, "plain", False)
-        yield judged(
+        yield check(
             "output, float32, against the twin",
             difference(outputs(pair, "ours", False), exact),
             1e-4,
         )
-        yield judged(
+        yield check(
             "output, bf16, against the float32 twin",
             difference(outputs(pair, "ours", True), exact),
             5e-2,
         )
         plain_norm = gradient(pair, "plain", False).norm()
         own = gradient(pair, "ours", False)
-        yield judged(
+        yield check(
             "gradient norm, against the twin", abs(float(own.norm() / plain_norm) - 1), 1e-3
         )
-        yield judged(
+        yield check(
             "gradient, bf16 against float32", difference(gradient(pair, "ours", True), own), 0.2
         )
         for how in ("selective", "full"):
             pair.ours.backbone.checkpointing = how
-            yield judged(
+            yield check(
                 f"gradient, {how} checkpointing",
                 difference(gradient(pair, "ours", False), own),
                 1e-5,
@@ -98,29 +98,29 @@ def checks(device: str, small: bool, budget: float) -> Iterator[Row]:
         pair.ours.backbone.checkpointing = "none"
         if device == "cuda":
             for what, value in graphs(pair).items():
-                yield judged(what, value, 0.0)
+                yield check(what, value, 0.0)
             count = synchronisations(pair.train("ours", True))
-            yield judged("host synchronisations in a training step", count, 0.0)
+            yield check("host synchronisations in a training step", count, 0.0)
     # Last, since each takes up to a minute (minutes on a CPU: see speed.py --switches --compile).
     for name in ("dimr-2r", "diffit") if device == "cuda" else ():
         if time.monotonic() > end:
             yield {"network": name, "check": "compiled", "error": "no time left"}
             continue
-        pair, judged = pairs[name], partial(judge, name)
+        pair, check = pairs[name], partial(check_bound, name)
         try:
             before, own = outputs(pair, "ours", False), gradient(pair, "ours", False)
             torch.compiler.reset()
             compile_blocks(pair.ours.backbone)
-            yield judged("output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
-            yield judged("gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
+            yield check("output, compiled", difference(outputs(pair, "ours", False), before), 1e-4)
+            yield check("gradient, compiled", difference(gradient(pair, "ours", False), own), 1e-3)
         except (
             Exception
         ) as error:  # a compiler that is not installed is a finding, not the end of the run
             yield {"network": name, "check": "compiled", "ok": False, "error": str(error)[:500]}
 
 
-def judge(network: str, what: str, value: float, bound: float) -> Row:
-    """A row of `checks`."""
+def check_bound(network: str, what: str, value: float, bound: float) -> Row:
+    """Return a row of `checks`."""
     return {
         "network": network,
         "check": what,

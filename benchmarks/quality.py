@@ -26,7 +26,7 @@ import mezzotint
 from common import commit
 from mezzotint import config
 from mezzotint.backbones import get_backbone
-from mezzotint.backbones.flops import count_macs
+from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.core.distributed import default_device
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import open_images
@@ -38,7 +38,6 @@ from mezzotint.evaluate.results import load_evaluation, require_comparable
 from mezzotint.models import create_model, load_model
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.job import make_job
-from mezzotint.tools.summary import GIGA
 from mezzotint.train.loop import train
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
 
@@ -91,15 +90,15 @@ def one_family(preset: str, args: argparse.Namespace, rows: list[dict[str, Any]]
             }
         )
         write(args, rows)
-    if judged(args):
+    if evaluates(args):
         last = max((r for r in rows if r["preset"] == preset), key=lambda r: r["images"])
         if "distances" not in last:
-            last["distances"] = judge(folder, args)
+            last["distances"] = evaluate_model(folder, args)
             write(args, rows)
 
 
-def judged(args: argparse.Namespace) -> bool:
-    """Whether there are features to judge the final models with."""
+def evaluates(args: argparse.Namespace) -> bool:
+    """Return whether there are features to evaluate the final models with."""
     return bool(args.weights) or args.features == ["digits"]
 
 
@@ -119,30 +118,30 @@ def references(args: argparse.Namespace) -> list[Reference]:
     return found
 
 
-def judge(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Distances of the final model's samples, and where its card lies."""
+def evaluate_model(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Return the distances of the final model's samples and write its evaluation.json."""
     train_set, held_out = references(args)
-    how = {
+    changes = {
         "sampler": Spec("dpmpp_2m"),
         "discretization": DISCRETIZATION,
         "steps": args.steps,
         "dtype": args.dtype,
         "clip": Spec("static"),
     }
-    found = evaluate(
-        from_job(make_job(folder, how), args.samples),
+    evaluation = evaluate(
+        from_job(make_job(folder, changes), args.samples),
         train_set,
         open_features(args.features, args.weights),
         heldout=held_out,
         folder=folder / "pieces",
         show=True,
     )
-    found.save(folder / "evaluation.json")
-    return {number.metric: number.value for number in found.numbers}
+    evaluation.save(folder / "evaluation.json")
+    return {number.metric: number.value for number in evaluation.numbers}
 
 
 def check_cards(args: argparse.Namespace) -> None:
-    """All evaluations were made in the same way; ValueError names the lines in which two differ."""
+    """Check that all evaluations were made in the same way; ValueError names what differs."""
     cards = [
         load_evaluation(path) for path in sorted(args.runs.glob(f"*-{args.size}/evaluation.json"))
     ]
@@ -187,7 +186,7 @@ def write(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "budget_gmac": args.budget,
         "samples": f"{args.samples}, dpmpp_2m, even in log-SNR -9 to 9, {args.steps} steps, "
         f"x clipped, {args.dtype}"
-        if judged(args)
+        if evaluates(args)
         else "none",
         "reference": f"{args.real} images spread over the training set, as many held out",
         "torch": torch.__version__,
@@ -247,7 +246,9 @@ def main() -> None:
     )
     parser.add_argument("--count", type=int, default=256, help="held-out images")
     parser.add_argument("--families", nargs="*", default=FAMILIES)
-    parser.add_argument("--weights", type=Path, help="of an Inception, to judge the final models")
+    parser.add_argument(
+        "--weights", type=Path, help="of an Inception, to evaluate the final models"
+    )
     parser.add_argument("--features", nargs="*", default=["inception-64", "inception-768"])
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--steps", type=int, default=20)

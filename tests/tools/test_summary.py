@@ -33,7 +33,7 @@ def test_the_shipped_file_has_every_preset():
     "preset", [p if p in FAST else pytest.param(p, marks=pytest.mark.slow) for p in PRESETS]
 )
 def test_shipped_counts_are_those_of_the_network(preset):
-    """On a failure, write the file again: `python -m mezzotint.tools.count`."""
+    """On a failure, write the file again: `python -m mezzotint.tools.summary`."""
     net = count.meta_backbone(preset)
     row, layers = count.count_preset(preset), count.count_layers(preset)
     assert json.loads(json.dumps(row)) == summary.read_summary(preset)
@@ -45,7 +45,7 @@ def test_shipped_counts_are_those_of_the_network(preset):
 def test_written_file_is_read_back(tmp_path, monkeypatch):
     only = {"unet-tiny": backbones.presets()["unet-tiny"]}
     monkeypatch.setattr(backbones, "presets", lambda: only)
-    count.write_summary(tmp_path / "summary.json")
+    summary.write_summary(tmp_path / "summary.json")
     values = json.loads((tmp_path / "summary.json").read_text())
     assert list(values) == ["unet-tiny"]
     assert values["unet-tiny"].pop("layers") == summary.read_layers("unet-tiny")
@@ -122,6 +122,15 @@ def test_activations_of_a_known_network():
 )
 def test_resolution(shape, expected):
     assert count.format_resolution(shape, 32) == expected
+
+
+def test_preset_added_after_the_file_was_written_is_counted(monkeypatch):
+    shipped = summary.read_summary("unet-tiny"), summary.read_layers("unet-tiny")
+    monkeypatch.setattr(summary, "_counts", dict)
+    summary._counts_of.cache_clear()
+    counted = summary.read_summary("unet-tiny"), summary.read_layers("unet-tiny")
+    summary._counts_of.cache_clear()
+    assert json.loads(json.dumps(counted)) == json.loads(json.dumps(shipped))
 
 
 def test_unknown_preset_lists_neighbours():

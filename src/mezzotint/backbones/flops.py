@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint.backbones import Backbone, dummy_condition
 
+GIGA = 1e9
+
 
 @dataclass(frozen=True, kw_only=True)
 class MacCount:

@@ -24,14 +24,13 @@ from mezzotint import backbones
 from mezzotint.backbones import get_backbone
 from mezzotint.backbones.blocks import compile_blocks
 from mezzotint.backbones.checkpointing import Checkpointing
-from mezzotint.backbones.flops import count_macs
+from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import Spec, build
 from mezzotint.models import create_model, get_schedule
 from mezzotint.process import guidance, objectives
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Model
 from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
-from mezzotint.tools.summary import GIGA
 
 Work = Callable[[], object]
 

@@ -1,16 +1,13 @@
 """Count parameters, multiply-accumulates and activation memory of presets on the meta device.
 
-`python -m mezzotint.tools.count` counts every preset and writes `summary.json`, which
-`mezzotint.tools.summary` reads. Run it after adding or changing a preset.
+`mezzotint.tools.summary` describes the values, and ships those of every preset.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +16,20 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mezzotint import backbones
-from mezzotint.backbones.flops import count_macs
-from mezzotint.core.files import atomic_open
-from mezzotint.core.progress import track
+from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
-from mezzotint.tools.summary import GIGA, SUMMARY
 
 
 def meta_backbone(preset: str) -> backbones.Backbone:
     """Build a preset's network without storage; an unknown preset is a ValueError."""
     with torch.device("meta"):
         return backbones.get_backbone(create_model(preset))
+
+
+def count(preset: str) -> dict[str, Any]:
+    """Count a preset: its row, and its layers under "layers"."""
+    return {**count_preset(preset), "layers": count_layers(preset)}
 
 
 def count_preset(preset: str) -> dict[str, Any]:
@@ -198,18 +197,3 @@ def _merge_equal_layers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             name = f"{first['name']}...{rest[-1]['name']}" if rest else first["name"]
             merged.append({**first, **sums, "name": name})
     return merged
-
-
-def write_summary(path: Path = SUMMARY) -> None:
-    """Count every preset and write its row and its layers, one preset a line; takes a minute."""
-    names = list(backbones.presets())
-    lines = []
-    for name in track(names, "counting", len(names), unit="presets"):
-        values = {**count_preset(name), "layers": count_layers(name)}
-        lines.append(f"{json.dumps(name)}: {json.dumps(values)}")
-    with atomic_open(path) as file:
-        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
-
-
-if __name__ == "__main__":
-    write_summary()

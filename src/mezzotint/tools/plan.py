@@ -18,7 +18,7 @@ from torch import nn
 from mezzotint.backbones import get_backbone
 from mezzotint.backbones.blocks import repeated_blocks
 from mezzotint.backbones.checkpointing import Checkpointing
-from mezzotint.backbones.flops import count_macs
+from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.config import Engine, Recipe
 from mezzotint.core.registry import build
 from mezzotint.models import build_model, preset_info
@@ -26,7 +26,7 @@ from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
 from mezzotint.tools.accelerators import GIB, Accelerator, get_accelerator
 from mezzotint.tools.memory import StepMemoryEstimator
-from mezzotint.tools.summary import GIGA, format_count
+from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
 
 FLOAT = 4  # bytes of a float32: weights, gradients, averages and the optimiser's moments

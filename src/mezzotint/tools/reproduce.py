@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from mezzotint.backbones.flops import GIGA
 from mezzotint.core.registry import suggest
 from mezzotint.evaluate.evaluate import evaluate, print_evaluation
 from mezzotint.evaluate.features import FeatureSet, open_features
@@ -18,7 +19,7 @@ from mezzotint.evaluate.results import Evaluation
 from mezzotint.models import create_model
 from mezzotint.sampling import protocols
 from mezzotint.sampling.job import SamplingJob, make_job
-from mezzotint.tools.summary import GIGA, read_summary
+from mezzotint.tools.summary import read_summary
 
 FID_SETS = ("inception-2048", "inception-sfid", "inception-logits")
 FLOPS = 790e12  # per second of one accelerator: a bf16 matrix product, measured on an H200

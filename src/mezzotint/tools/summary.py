@@ -1,10 +1,10 @@
 """Parameters, multiply-accumulates and activation memory of every preset, and the paper's claims.
 
 The counts ship with the package in `summary.json`, so that reading them imports neither PyTorch nor
-a network; `mezzotint.tools.count` writes that file. Counted is one forward pass of one image (or
-latent) at the native size, attention products included. The papers' "FLOPs" are
-multiply-accumulates; so is `gmac`, in units of 1e9. It includes work of the published network that
-has no effect and that our forward pass leaves out (`gmac_skipped`).
+a network. `python -m mezzotint.tools.summary` writes that file; run it after adding or changing a
+preset. Counted is one forward pass of one image (or latent) at the native size, attention products
+included. The papers' "FLOPs" are multiply-accumulates; so is `gmac`, in units of 1e9. It includes
+work of the published network that has no effect and that our forward pass leaves out.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from mezzotint.core.registry import suggest
-
-GIGA = 1e9
 SUMMARY = Path(__file__).with_name("summary.json")
 
 
@@ -29,10 +26,14 @@ def _counts() -> dict[str, Any]:
     return json.loads(SUMMARY.read_text(encoding="utf-8"))
 
 
+@cache
 def _counts_of(preset: str) -> dict[str, Any]:
-    if preset not in _counts():
-        raise ValueError(f"unknown preset {preset!r}; {suggest(preset, _counts())}")
-    return dict(_counts()[preset])
+    if preset in _counts():
+        return _counts()[preset]
+    # A preset added after the file was written is counted now. Counting needs PyTorch.
+    from mezzotint.tools.count import count
+
+    return count(preset)
 
 
 def read_summaries() -> list[dict[str, Any]]:
@@ -52,9 +53,7 @@ def read_summary(preset: str) -> dict[str, Any]:
 
     Errors: ValueError for an unknown preset, listing near names.
     """
-    row = _counts_of(preset)
-    del row["layers"]
-    return row
+    return {key: value for key, value in _counts_of(preset).items() if key != "layers"}
 
 
 def read_layers(preset: str) -> list[dict[str, Any]]:
@@ -125,3 +124,23 @@ def render_layers(preset: str, rows: list[dict[str, Any]]) -> RenderableType:
         "activations: kept for the backward pass of one image in float32, "
         "attention matrices included",
     )
+
+
+def write_summary(path: Path = SUMMARY) -> None:
+    """Count every preset and write its row and its layers, one preset a line; takes a minute."""
+    from mezzotint.backbones import presets
+    from mezzotint.core.files import atomic_open
+    from mezzotint.core.progress import track
+    from mezzotint.tools.count import count
+
+    names = list(presets())
+    lines = [
+        f"{json.dumps(name)}: {json.dumps(count(name))}"
+        for name in track(names, "counting", len(names), unit="presets")
+    ]
+    with atomic_open(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+if __name__ == "__main__":
+    write_summary()
