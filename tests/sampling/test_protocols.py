@@ -1,4 +1,4 @@
-"""Published protocols against recorded runs and the specifications' seeds; labels; settings written as one word."""
+"""Protocols against recorded runs and published numbers; label orders; settings as text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond
 from mezzotint.sampling import protocols
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.sample import count_network_calls, integrate, make_logsnr_steps
+from mezzotint.sampling.sample import (
+    count_network_calls,
+    integrate,
+    make_denoiser,
+    make_logsnr_steps,
+)
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 
 
@@ -37,13 +42,10 @@ def test_network_calls_are_the_published_ones(name, preset, calls):
     assert count_network_calls(tiny(preset), protocols.get_protocol(name).settings) == calls
 
 
-def test_diffit_256_skips_only_where_its_curve_is_one():
-    calls = count_network_calls(
-        tiny("diffit-latent-tiny"), protocols.get_protocol("diffit-256").settings
-    )
-    assert (
-        490 <= calls < 500
-    )  # the power-cosine differs from 1 by less than rounding at the noisiest steps
+def test_diffit_256_is_unguided_only_where_its_curve_is_one():
+    settings = protocols.get_protocol("diffit-256").settings
+    # At the noisiest steps the power-cosine differs from 1 by less than rounding.
+    assert 490 <= count_network_calls(tiny("diffit-latent-tiny"), settings) < 500
 
 
 def test_dimr_runs_as_recorded(shared):
@@ -54,15 +56,14 @@ def test_dimr_runs_as_recorded(shared):
     decay = dataclasses.replace(settings, guidance=Guidance(scale=2.0, power=2.0))
     plain = dataclasses.replace(settings, guidance=None)
     for name, used in (("const0.4_10", settings), ("decay2.0_p2.0_10", decay), ("uncfg10", plain)):
-        made = integrate(
-            model, run["z"], make_logsnr_steps(model, used), [0, 1], Cond(label=run["y"]), used
-        )
+        denoise, steps = make_denoiser(model, used), make_logsnr_steps(model, used)
+        made = integrate(denoise, run["z"], steps, [0, 1], Cond(label=run["y"]), used)
         expected = run[f"{name}.out"]
         assert (made - expected).abs().max() / expected.abs().max() < 2e-5
 
 
 def test_diffit_runs_as_recorded(shared, monkeypatch):
-    """specs/diffit.md 2.1 and 5: four respaced steps with learned variance, three of four channels guided."""
+    """specs/diffit.md 2.1 and 5: respaced steps, learned variance, 3 of 4 channels guided."""
     with np.load(shared("golden/diffit/diffusion.npz")) as file:
         golden = {k: torch.from_numpy(file[k]) for k in file.files}
     named = load_file(shared("golden/diffit/A_in8_p2.safetensors"))
@@ -73,7 +74,8 @@ def test_diffit_runs_as_recorded(shared, monkeypatch):
     monkeypatch.setattr(rng, "normal", lambda *args, draw=0: golden["sample_noises"][draw, :kept])
     settings = dataclasses.replace(protocols.get_protocol("diffit-256").settings, steps=4)
     z, cond = golden["sample_z"][:kept], Cond(label=golden["sample_y"][:kept])
-    made = integrate(model, z, make_logsnr_steps(model, settings), range(kept), cond, settings)
+    denoise, steps = make_denoiser(model, settings), make_logsnr_steps(model, settings)
+    made = integrate(denoise, z, steps, range(kept), cond, settings)
     expected = golden["sample_out"][:kept]
     assert (made - expected).abs().max() / expected.abs().max() < 2e-5
 
@@ -83,11 +85,12 @@ def test_simple_diffusion_steps_are_even_and_end_clipped():
     settings = dataclasses.replace(
         protocols.get_protocol("simple-diffusion-512steps").settings, steps=4
     )
-    stops = make_logsnr_steps(model, settings)
+    steps = make_logsnr_steps(model, settings)
     u = torch.tensor([1.0, 0.75, 0.5, 0.25], dtype=torch.float64)
-    torch.testing.assert_close(stops[:-1], mz.process.schedules.cosine(8, 8)(u), rtol=0, atol=1e-9)
-    assert stops[-1] == float("inf")
-    made = integrate(model, torch.randn(2, 3, 8, 8), stops, [0, 1], Cond(), settings)
+    torch.testing.assert_close(steps[:-1], mz.process.schedules.cosine(8, 8)(u), rtol=0, atol=1e-9)
+    assert steps[-1] == float("inf")
+    denoise, z = make_denoiser(model, settings), torch.randn(2, 3, 8, 8)
+    made = integrate(denoise, z, steps, [0, 1], Cond(), settings)
     assert made.abs().max() <= 1
 
 
@@ -104,7 +107,7 @@ def test_adm_and_edm2_truncate_and_others_round():
     assert set(difference.unique().tolist()) == {0, 1}
 
 
-def test_the_page_of_protocols_has_them_all():
+def test_docs_list_every_protocol():
     page = (Path(__file__).resolve().parents[2] / "docs" / "protocols.md").read_text()
     for name, p in protocols.PROTOCOLS.items():
         assert f"`{name}`" in page
@@ -118,13 +121,13 @@ def test_fifty_per_class_of_fifty_thousand():
     assert labels[:51] == [0] * 50 + [1]
 
 
-@pytest.mark.parametrize("law", protocols.LABEL_ORDERS)
-def test_labels_are_functions_of_the_number(law):
-    whole = protocols.choose_labels(law, range(300), range(10))
-    assert protocols.choose_labels(law, range(100, 170), range(10)) == whole[100:170]
-    assert protocols.choose_labels(law, [7], range(10)) == whole[7:8]
-    assert set(protocols.choose_labels(law, range(500), (3, 5))) == {3, 5}
-    assert law in protocols.LABEL_ORDER_RULES
+@pytest.mark.parametrize("order", protocols.LABEL_ORDERS)
+def test_a_label_is_a_function_of_the_seed(order):
+    labels = protocols.choose_labels(order, range(300), range(10))
+    assert protocols.choose_labels(order, range(100, 170), range(10)) == labels[100:170]
+    assert protocols.choose_labels(order, [7], range(10)) == labels[7:8]
+    assert set(protocols.choose_labels(order, range(500), (3, 5))) == {3, 5}
+    assert order in protocols.LABEL_ORDER_RULES
 
 
 def test_random_labels_are_uniform():
@@ -135,7 +138,7 @@ def test_random_labels_are_uniform():
         protocols.choose_labels("radnom", [0], [0])
 
 
-def test_a_card_says_everything_and_changes_with_it():
+def test_every_setting_changes_the_card():
     model = tiny()
     settings = dataclasses.replace(protocols.get_protocol("dimr-256").settings, steps=6)
     job = SamplingJob(model=model, settings=settings, classes=tuple(range(10)), protocol="dimr-256")
@@ -143,21 +146,31 @@ def test_a_card_says_everything_and_changes_with_it():
     assert json.loads(json.dumps(card)) == card
     assert card["network_calls_per_image"] == 12
     assert card["deviations"] == [
-        "steps: 6 instead of 250", "label_order: turn instead of balanced", "codec: pixels instead of sd-vae-ft-ema",
-    ]  # fmt: skip
+        "steps: 6 instead of 250",
+        "label_order: turn instead of balanced",
+        "codec: pixels instead of sd-vae-ft-ema",
+    ]
     changed = {
-        "sampler": Spec("heun"), "discretization": Spec("karras"), "steps": 7, "guidance": Guidance(scale=2.0),
-        "clip": Spec("static"), "size": (16, 8), "exact": False, "dtype": "bfloat16",
-    }  # fmt: skip
-    assert {f.name for f in dataclasses.fields(SamplingSettings)} == {*changed, "batch"}
+        "sampler": Spec("heun"),
+        "discretization": Spec("karras"),
+        "steps": 7,
+        "guidance": Guidance(scale=2.0),
+        "clip": Spec("static"),
+        "size": (16, 8),
+        "exact": False,
+        "dtype": "bfloat16",
+    }
+    # These two change the speed alone.
+    fields = {f.name for f in dataclasses.fields(SamplingSettings)}
+    assert fields == {*changed, "batch", "cuda_graphs"}
     for field, value in changed.items():
         other = dataclasses.replace(
             job, settings=dataclasses.replace(job.settings, **{field: value})
         )
         assert other.card(10, 0) != card, field
     for field, value in (
-        ("weak", tiny(seed=1)),
-        ("pool", (1,)),
+        ("guide_model", tiny(seed=1)),
+        ("classes", (1,)),
         ("label_order", "random"),
         ("uint8_rule", "truncate"),
     ):
@@ -172,16 +185,21 @@ def test_a_card_says_everything_and_changes_with_it():
     ("parse", "text", "value"),
     [
         (protocols.parse_sampler, "ddim:eta=0.5", Spec("ddim", {"eta": 0.5})),
-        (protocols.parse_sampler, "heun:s_churn=40,s_max=inf", Spec("heun", {"s_churn": 40.0, "s_max": float("inf")})),
-        (protocols.parse_sampler, "ancestral:variance=learned", Spec("ancestral", {"variance": "learned"})),
+        (protocols.parse_sampler, "heun:s_churn=40,s_max=inf",
+         Spec("heun", {"s_churn": 40.0, "s_max": float("inf")})),
+        (protocols.parse_sampler, "ancestral:variance=learned",
+         Spec("ancestral", {"variance": "learned"})),
         (protocols.parse_sampler, "ancestral:variance=0.3", Spec("ancestral", {"variance": 0.3})),
         (protocols.parse_sampler, "unipc:order=2", Spec("unipc", {"order": 2})),
-        (protocols.parse_discretization, "even:end=1e-3,clean=false", Spec("even", {"end": 1e-3, "clean": False})),
-        (protocols.parse_discretization, "karras:sigma_max=40", Spec("karras", {"sigma_max": 40.0})),
+        (protocols.parse_discretization, "even:end=1e-3,clean=false",
+         Spec("even", {"end": 1e-3, "clean": False})),
+        (protocols.parse_discretization, "karras:sigma_max=40",
+         Spec("karras", {"sigma_max": 40.0})),
         (protocols.parse_clip, "none", None),
         (protocols.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
         (protocols.parse_guidance, "1.5", Guidance(scale=1.5)),
-        (protocols.parse_guidance, "scale=0.4,convention=dimr,low=-3,high=5", Guidance(scale=0.4, convention="dimr", low=-3.0, high=5.0)),
+        (protocols.parse_guidance, "scale=0.4,convention=dimr,low=-3,high=5",
+         Guidance(scale=0.4, convention="dimr", low=-3.0, high=5.0)),
         (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(scale=1.5, low=-3.0, high=5.0)),
         (protocols.parse_guidance, "scale=4.4,power=4,time=index,channels=3",
          Guidance(scale=4.4, power=4.0, time="index", channels=3)),
@@ -189,7 +207,7 @@ def test_a_card_says_everything_and_changes_with_it():
         (protocols.parse_size, "48x64", (48, 64)),
     ],
 )  # fmt: skip
-def test_settings_in_one_word(parse, text, value):
+def test_settings_as_text(parse, text, value):
     assert parse(text) == value
 
 
@@ -197,20 +215,20 @@ def test_settings_in_one_word(parse, text, value):
     ("parse", "text", "message"),
     [
         (protocols.parse_sampler, "hein", "did you mean heun"),
-        (protocols.parse_sampler, "ddim:eta", "not of the form name=value"),
-        (protocols.parse_sampler, "ddim:eta=much", "eta of sampler ddim is 'much'; a number is needed"),
-        (protocols.parse_sampler, "unipc:order=2.5", "a whole number is needed"),
-        (protocols.parse_sampler, "ddim:noise=1", "no option that can be written as text"),
-        (protocols.parse_discretization, "even:clean=maybe", "true or false is needed"),
+        (protocols.parse_sampler, "ddim:eta", "name=value"),
+        (protocols.parse_sampler, "ddim:eta=much", "eta of sampler ddim is 'much'"),
+        (protocols.parse_sampler, "unipc:order=2.5", "order .* '2.5'"),
+        (protocols.parse_sampler, "ddim:noise=1", "noise"),
+        (protocols.parse_discretization, "even:clean=maybe", "'maybe'"),
         (protocols.parse_discretization, "karas", "did you mean karras"),
         (protocols.parse_clip, "dynamik", "did you mean dynamic"),
         (protocols.parse_guidance, "strong", "scale of guidance is 'strong'"),
-        (protocols.parse_guidance, "cfg=2", "takes no option 'cfg'"),
-        (protocols.parse_size, "0", "neither a number nor HEIGHTxWIDTH"),
-        (protocols.parse_size, "8x8x8", "neither a number nor HEIGHTxWIDTH"),
-        (protocols.get_protocol, "dimr", "unknown protocol 'dimr'; did you mean dimr-256"),
+        (protocols.parse_guidance, "cfg=2", "'cfg'"),
+        (protocols.parse_size, "0", "'0'"),
+        (protocols.parse_size, "8x8x8", "'8x8x8'"),
+        (protocols.get_protocol, "dimr", "did you mean dimr-256"),
     ],
 )  # fmt: skip
-def test_a_word_that_means_nothing(parse, text, message):
+def test_bad_settings_as_text(parse, text, message):
     with pytest.raises(ValueError, match=message):
         parse(text)

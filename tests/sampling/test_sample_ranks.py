@@ -1,4 +1,4 @@
-"""Sampling on two processes: the same bytes as on one, uneven shares, and a failure that ends all of them."""
+"""Sampling on two processes: the bytes of one process, uneven shares, a failure that ends both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
-    """One process, batches of 7."""
+    """Samples of one process, in batches of 7."""
     out = tmp_path_factory.mktemp("alone") / "a.npz"
     done = torchrun(1, "sample", str(model), *WORDS, "--batch", "7", "--out", str(out))
     assert done.returncode == 0, done.stderr[-2000:]
@@ -53,7 +53,7 @@ def same(a: Path, b: Path) -> bool:
     return a.read_bytes() == b.read_bytes() and len(set(cards)) == 1
 
 
-def test_two_processes_make_what_one_makes(model, alone, tmp_path):
+def test_two_processes_write_the_bytes_of_one(model, alone, tmp_path):
     done = torchrun(
         2, "sample", str(model), *WORDS, "--batch", "4", "--out", str(tmp_path / "a.npz")
     )
@@ -69,10 +69,10 @@ from mezzotint.sampling.job import SamplingJob
 real = SamplingJob.draw
 def draw(self, seeds):
     if {fails!r} in seeds:
-        raise ValueError("image {fails} cannot be made")
+        raise ValueError("image {fails} failed")
     time.sleep({pause})
     return real(self, seeds)
-Job.draw = draw
+SamplingJob.draw = draw
 sys.argv = ["mezzotint", *sys.argv[1:]]
 cli.main()
 """
@@ -81,7 +81,7 @@ cli.main()
 def start(
     tmp_path: Path, words: list[str], fails: int = -1, pause: float = 0.0
 ) -> subprocess.Popen[str]:
-    """The command on two processes; `fails` is an image whose making raises."""
+    """Start a command on two processes; sampling the image of seed `fails` raises."""
     script = tmp_path / "run.py"
     script.write_text(FAILING.format(fails=fails, pause=pause))
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
@@ -91,14 +91,14 @@ def start(
     )
 
 
-def test_one_failure_ends_all_and_what_is_done_stays(model, alone, tmp_path):
+def test_a_failure_ends_both_and_keeps_finished_images(model, alone, tmp_path):
     out = tmp_path / "o" / "a.npz"
     words = ["sample", str(model), *WORDS, "--batch", "4", "--out", str(out)]
     process = start(tmp_path, words, fails=12)  # in the last batch, which is the second process's
-    _, said = process.communicate(timeout=200)
+    _, printed = process.communicate(timeout=200)
     assert process.returncode != 0
-    assert "mezzotint: image 12 cannot be made" in said
-    assert "mezzotint: rank 1 failed: ValueError: image 12 cannot be made" in said
+    assert "mezzotint: image 12 failed" in printed
+    assert "mezzotint: rank 1 failed: ValueError: image 12 failed" in printed
     kept = out.with_name(".a.npz.parts")
     assert not out.exists()
     assert len([p for p in kept.iterdir() if p.name[0].isdigit()]) == 3

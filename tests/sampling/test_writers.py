@@ -182,7 +182,7 @@ def test_killed_and_run_again(finished, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["images", "images.npz", "images.tar"])
 @pytest.mark.parametrize("when", [1, 2, 3, 4])
 def test_no_space_left(finished, tmp_path, kind, when, monkeypatch):
-    """The disk is full at the first, second, ... file after the card; later there is space again."""
+    """The disk is full at the n-th file after the card; later there is space again."""
     out = tmp_path / "o" / kind
     real, calls = os.fsync, []
 

@@ -228,7 +228,7 @@ def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str,
     hints = typing.get_type_hints(taker)
     for key in given:
         kinds = typing.get_args(hints[key]) or (hints[key],)
-        if not {int, float, str, bool} & set(kinds):
+        if not any(kind in kinds for kind in (int, float, str, bool)):
             raise ValueError(f"{key} of {what} cannot be written as text; set it in Python")
     return {
         key: _parse_value(f"{key} of {what}", value, hints[key]) for key, value in given.items()
