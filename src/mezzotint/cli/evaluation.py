@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, File, Given, Switch, Text
+from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
 
 if TYPE_CHECKING:
     from mezzotint.evaluate.image_source import ImageSource
@@ -21,10 +21,10 @@ def reference(
     out: Positional[Annotated[Path, arg(metavar="OUT", help_behavior_hint="")]],
     /,
     *,
-    size: Given = None,
+    size: OptionalCount = None,
     channels: int = 3,
     features: tuple[str, ...] = FEATURES,
-    weights: File = None,
+    weights: OptionalFile = None,
 ) -> None:
     """Compute statistics of real images, once for many evaluations, and write them to OUT (.npz).
 
@@ -51,19 +51,19 @@ def evaluate(
     /,
     *,
     reference: Annotated[str, arg(metavar="FILE")],
-    reference_source: Text = None,
+    reference_source: OptionalText = None,
     features: tuple[str, ...] = FEATURES,
-    weights: File = None,
-    heldout: Text = None,
+    weights: OptionalFile = None,
+    heldout: OptionalText = None,
     num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
-    size: Given = None,
+    size: OptionalCount = None,
     channels: int = 3,
-    protocol: Text = None,
-    sampler: Text = None,
-    steps: Given = None,
-    guidance: Text = None,
-    train_images: Text = None,
-    heldout_images: Text = None,
+    protocol: OptionalText = None,
+    sampler: OptionalText = None,
+    steps: OptionalCount = None,
+    guidance: OptionalText = None,
+    train_images: OptionalText = None,
+    heldout_images: OptionalText = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("evaluation.json"),
 ) -> None:
     """Evaluate a model, a folder of images or an .npz against a reference.
@@ -163,12 +163,12 @@ def reproduce(
     name: Positional[Annotated[str, arg(metavar="NAME", help_behavior_hint="")]],
     /,
     *,
-    model: Text = None,
-    reference: Text = None,
+    model: OptionalText = None,
+    reference: OptionalText = None,
     num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
-    steps: Given = None,
+    steps: OptionalCount = None,
     features: tuple[str, ...] = FEATURES,
-    weights: File = None,
+    weights: OptionalFile = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),
     dry_run: Switch = False,
 ) -> None:

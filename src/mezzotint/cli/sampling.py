@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from mezzotint.cli.arguments import Count, File, Given, Switch, Text
+from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
 
 if TYPE_CHECKING:
     from mezzotint.sampling.job import SamplingJob
@@ -28,37 +28,37 @@ class SamplingOptions:
     """Seed of the first image, 0 by default; image i has seed --seed + i."""
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = ()
     """Class names or numbers to choose from; all by default."""
-    label_order: Text = None
+    label_order: OptionalText = None
     """turn (default), random, or balanced: 50 in a row of each class."""
     text: PromptArgs = ()
     """Prompt of a model with text conditioning; may be repeated."""
-    prompts: File = None
+    prompts: OptionalFile = None
     """File of prompts, one per line, taken in turn."""
-    encoder: Text = None
+    encoder: OptionalText = None
     """Folder of the text encoder, if it moved."""
-    protocol: Text = None
+    protocol: OptionalText = None
     """simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2."""
-    sampler: Text = None
+    sampler: OptionalText = None
     """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40."""
-    discretization: Text = None
+    discretization: OptionalText = None
     """even, even_logsnr, karras:rho=5, respaced; by default the family's."""
-    steps: Given = None
+    steps: OptionalCount = None
     """Intervals of the discretization; 50 by default."""
-    guidance: Text = None
+    guidance: OptionalText = None
     """1.5, or scale=0.4,convention=dimr; and low=-3,high=5, power=4, channels=3."""
-    guide_model: Text = None
+    guide_model: OptionalText = None
     """A weaker model to guide away from (autoguidance)."""
-    clip: Text = None
+    clip: OptionalText = None
     """none (default), static, dynamic:quantile=0.995."""
-    size: Text = None
+    size: OptionalText = None
     """Of the network's input: 64, or 48x64 (height first)."""
-    dtype: Text = None
+    dtype: OptionalText = None
     """float32 (default), bfloat16, float16."""
-    batch: Given = None
+    batch: OptionalCount = None
     """Images per network call; 64 by default."""
     cuda_graphs: Switch = False
     """Replay the network from CUDA graphs: faster for small batches."""
-    codec: Text = None
+    codec: OptionalText = None
     """Autoencoder to decode with; by default the model's."""
 
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:

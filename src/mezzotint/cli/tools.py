@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, Given, Overrides, Preset, Switch
+from mezzotint.cli.arguments import Count, OptionalCount, Overrides, Preset, Switch
 
 Precision = Literal["float32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -48,7 +48,7 @@ def plan(
     /,
     *,
     gpus: Count = 1,
-    batch: Given = None,
+    batch: OptionalCount = None,
     device: str = "h200",
     strategy: Annotated[Literal["ddp", "fsdp"] | None, NO_HINT] = None,
     precision: Annotated[Precision | None, NO_HINT] = None,
@@ -167,7 +167,7 @@ def doctor(
     data: Positional[Annotated[str, arg(metavar="[DATA]", help_behavior_hint="")]] = "",
     /,
     *,
-    size: Given = None,
+    size: OptionalCount = None,
     channels: Count = 3,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
     json: Switch = False,
