@@ -1,4 +1,4 @@
-"""Model folders: what is saved is what is loaded, nothing half-written stays, and no lie reaches an allocation."""
+"""Model folders: round trips, failed saves, and files that claim more than they hold."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def unread(monkeypatch):
-    """Fails the test if weights are read."""
+    """Fail the test if weights are read."""
 
     def safe_open(*args, **kwargs):
-        raise AssertionError("weights were read before the claims were checked")
+        raise AssertionError("weights were read before the header was checked")
 
     monkeypatch.setattr("safetensors.safe_open", safe_open)
 
@@ -85,7 +85,7 @@ def test_every_family_round_trips(name, tmp_path):
 
 
 def test_saving_again_keeps_other_files(model, folder):
-    (folder / "grid.png").write_bytes(b"picture")
+    (folder / "grid.png").write_bytes(b"an image")
     with torch.no_grad():
         next(model.backbone.parameters()).zero_()
     model.info = replace(model.info, images=12)
@@ -93,10 +93,10 @@ def test_saving_again_keeps_other_files(model, folder):
     again = mz.load_model(folder)
     assert again.info.images == 12
     assert not next(again.backbone.parameters()).any()
-    assert (folder / "grid.png").read_bytes() == b"picture"
+    assert (folder / "grid.png").read_bytes() == b"an image"
 
 
-def test_a_failed_save_leaves_what_was_there(model, folder, monkeypatch):
+def test_a_failed_save_changes_nothing(model, folder, monkeypatch):
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def full(*args):
@@ -111,7 +111,7 @@ def test_a_failed_save_leaves_what_was_there(model, folder, monkeypatch):
     assert [p.name for p in folder.parent.iterdir()] == ["model"]
 
 
-def test_saving_where_something_else_is(model, tmp_path):
+def test_saving_over_other_files(model, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
@@ -119,7 +119,7 @@ def test_saving_where_something_else_is(model, tmp_path):
         mz.save_model(model, tmp_path / "file")
     with pytest.raises(ValueError, match="another library"):
         mz.save_model(model, tmp_path / "other")
-    with pytest.raises(OSError, match=r"file/new cannot be written: Not a directory"):
+    with pytest.raises(OSError, match="file/new"):
         mz.save_model(model, tmp_path / "file" / "new")
 
 
@@ -135,7 +135,7 @@ def test_half_precision_is_widened(folder):
         )
 
 
-def test_claims_are_checked_before_reading(folder, unread):
+def test_headers_are_checked_before_reading(folder, unread):
     path = folder / "model.safetensors"
     good, data = header(path)
     name = "branches.0.patch.weight"
@@ -146,7 +146,7 @@ def test_claims_are_checked_before_reading(folder, unread):
         return {**good, name: {**good[name], **entry}}
 
     huge = 25 * 10**9
-    lies = {
+    bad = {
         "cut": (good, data[:-10]),
         "longer": (good, data + b"0000"),
         "100 GB claim": (changed(shape=[huge], data_offsets=[start, start + 4 * huge]), data),
@@ -160,22 +160,22 @@ def test_claims_are_checked_before_reading(folder, unread):
         "integers": (changed(dtype="I32"), data),
         "renamed": ({f"{k}x" if k == name else k: v for k, v in good.items()}, data),
     }
-    for what, (text, bytes_) in lies.items():
+    for case, (text, bytes_) in bad.items():
         write(path, text, bytes_)
         with pytest.raises(ValueError, match=r"model\.safetensors") as error:
             mz.load_model(folder)
-        if what in ("renamed", "100 GB claim", "shape without bytes", "integers"):
-            assert name in str(error.value), what
+        if case in ("renamed", "100 GB claim", "shape without bytes", "integers"):
+            assert name in str(error.value), case
     path.write_bytes(struct.pack("<Q", 1 << 60) + b"{}")
-    with pytest.raises(ValueError, match="no intact safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
         mz.load_model(folder)
     for rest in (b"", b"123", struct.pack("<Q", 4) + b"{no}", struct.pack("<Q", 2) + b"[]"):
         path.write_bytes(rest)
-        with pytest.raises(ValueError, match="no intact safetensors"):
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
             mz.load_model(folder)
 
 
-def test_a_config_that_claims_a_giant(folder, unread):
+def test_a_config_of_640_gb(folder, unread):
     path = folder / "config.json"
     values = json.loads(path.read_text())
     values["config"]["num_classes"] = 10**10
@@ -184,77 +184,75 @@ def test_a_config_that_claims_a_giant(folder, unread):
         mz.load_model(folder)
 
 
-def test_bad_cards(folder):
+def test_bad_configs(folder):
     path = folder / "config.json"
     good = json.loads(path.read_text())
-    for change, words in [
+    for change, message in [
         ({"mezzotint": 999}, "format 1"),
         ({"backbone": "dimrr"}, "dimr"),
         ({"shedule": {}}, "schedule"),
         ({"config": {**good["config"], "head": 2}}, "heads"),
         ({"config": {**good["config"], "heads": 3}}, "heads 3"),
-        ({"config": {**good["config"], "heads": "two"}}, r"model\.heads is 'two'; int is needed"),
+        ({"config": {**good["config"], "heads": "two"}}, r"model\.heads is 'two'"),
     ]:
         path.write_text(json.dumps({**good, **change}))
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             mz.load_model(folder)
     path.write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         mz.load_model(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"no config\.json"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         mz.load_model(folder)
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
-        ({"size": "a"}, r"model\.size is 'a'; int is needed"),
-        ({"size": None}, r"model\.size is None; int is needed"),
-        ({"num_classes": 3.5}, r"model\.num_classes is 3\.5; int is needed"),
-        ({"multipliers": 2}, r"model\.multipliers is 2; a list is needed"),
-        ({"size": -4}, r"model\.size is -4; it must be at least 1"),
-        ({"num_classes": -1}, r"model\.num_classes is -1; it must be at least 0"),
+        ({"size": "a"}, r"model\.size is 'a'"),
+        ({"size": None}, r"model\.size is None"),
+        ({"num_classes": 3.5}, r"model\.num_classes is 3\.5"),
+        ({"multipliers": 2}, r"model\.multipliers is 2"),
+        ({"size": -4}, r"model\.size is -4.* 1"),
+        ({"num_classes": -1}, r"model\.num_classes is -1.* 0"),
         ({"sise": 16}, "did you mean size"),
     ],
 )
-def test_fields_of_a_wrong_type_are_named(fields, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
         mz.create_model("unet-tiny", **fields)
 
 
-def test_fields_are_read_as_those_of_a_recipe():
+def test_fields_are_parsed_like_those_of_a_recipe():
     assert models.preset_info("unet-tiny", dropout="1e-1", multipliers=[1, 2]).config.dropout == 0.1
-    assert isinstance(models.preset_info("unet-tiny"), mz.Card)
+    assert isinstance(models.preset_info("unet-tiny"), mz.ModelInfo)
 
 
-def test_names_that_are_nothing(tmp_path):
-    with pytest.raises(ValueError, match="no folder"):
+def test_unknown_names(tmp_path):
+    with pytest.raises(ValueError, match="absent"):
         mz.load_model(tmp_path / "absent")
-    with pytest.raises(
-        ValueError, match=r"hub did not give .*nobody/nothing|no folder nobody/nothing"
-    ):
+    with pytest.raises(ValueError, match="nobody/nothing"):
         mz.load_model("nobody/nothing")
 
 
 def test_a_hub_repository_is_loaded_by_name(folder, monkeypatch):
-    asked = []
+    requests = []
 
     def snapshot_download(repo, allow_patterns):
-        asked.append((repo, sorted(allow_patterns)))
+        requests.append((repo, sorted(allow_patterns)))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert mz.load_model("someone/model").info.backbone == "dimr"
-    assert asked == [("someone/model", ["README.md", "config.json", "model.safetensors"])]
+    assert requests == [("someone/model", ["README.md", "config.json", "model.safetensors"])]
 
 
-def test_claims_allocate_nothing():
+def test_tensor_specs_allocate_nothing():
     entry = backbones["dimr"]
     config = replace(entry.presets["dimr-g-2r-256"].config, num_classes=10**9)
     assert sum(c.bytes for c in models.tensor_specs("dimr", config).values()) > 4 * 10**12
 
 
-def test_the_promised_names_are_listed_for_type_checkers_too():
+def test_public_names_are_listed_for_type_checkers():
     assert set(mz.__all__) == {"__version__", *mz._PUBLIC}
     assert all(getattr(mz, name) is not None for name in mz.__all__)

@@ -1,11 +1,11 @@
-"""Presets to models, models to folders and back: config.json + model.safetensors, no code in either."""
+"""Models: from presets, and saved as config.json + model.safetensors, without code in either."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,15 @@ CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"  # a m
 class ModelInfo:
     """What a model is, as written to config.json.
 
-    backbone: registered name; config: its config dataclass.
-    schedule: the noise schedule it was (or will be) trained on.
+    backbone: registered name.
+    config: the backbone's config dataclass.
+    schedule: the noise schedule of its training.
     codec: the space it works in, "pixels" or the name of an autoencoder.
-    preset: the preset it came from, if any. labels: the names of its classes, if known.
-    licence: of the weights, None when they are one's own. images: training images seen.
+    preset: the preset it was made from, if any.
+    labels: the names of its classes, if known.
+    licence: of the weights; None for your own.
+    images: number of training images seen.
+    extra: JSON values of others, e.g. `text` says which text encoder it was trained with.
     """
 
     backbone: str
@@ -48,16 +52,16 @@ class ModelInfo:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, with the format's number."""
+        """Return JSON values, with the number of the format."""
         return {"mezzotint": FORMAT, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ModelInfo:
-        """The card of `to_json`; ValueError names an unknown or missing key."""
+        """Return the info of `to_json`'s values; ValueError names an unknown or missing key."""
         values = dict(values)
         if values.pop("mezzotint", None) != FORMAT:
             raise ValueError(
-                f"config.json is not of mezzotint format {FORMAT}; was it written by another library?"
+                f"config.json is not of mezzotint's format {FORMAT}; did another library write it?"
             )
         known = [f.name for f in dataclasses.fields(ModelInfo)]
         for key in values:
@@ -75,36 +79,36 @@ class ModelInfo:
 
 
 def make_config(kind: type, values: dict[str, Any]) -> Any:
-    """The config dataclass `kind` from JSON values; a misspelt field is an error that lists near names."""
-    return kind(**_fields(f"config {kind.__name__}", kind, values))
+    """Return a config dataclass from JSON values; ValueError lists names similar to a wrong one."""
+    return kind(**_parse_fields(f"config {kind.__name__}", kind, values))
 
 
-def _fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values` as the config dataclass `kind` has them; ValueError for a wrong name, type, size or count."""
+def _parse_fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of a config dataclass in their types; ValueError for a bad name or value."""
     hints = typing.get_type_hints(kind)
-    found = {
+    fields = {
         k: parse(hints[k], v, f"model.{k}") for k, v in check_options(what, kind, values).items()
     }
     for name, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
-        if found.get(name, least) < least:
-            raise ValueError(f"model.{name} is {found[name]}; it must be at least {least}")
-    return found
+        if fields.get(name, least) < least:
+            raise ValueError(f"model.{name} is {fields[name]}; it must be at least {least}")
+    return fields
 
 
 def presets() -> list[str]:
-    """Every preset's name, published sizes and laptop ones."""
+    """Return the names of all presets."""
     return list(backbones.presets())
 
 
 def preset_info(name: str, **overrides: Any) -> ModelInfo:
-    """The Card of a preset, with fields of its backbone's config replaced, e.g. num_classes=10."""
+    """Return the info of a preset, with fields of its config replaced, e.g. num_classes=10."""
     known = backbones.presets()
     if name not in known:
         raise ValueError(f"unknown preset {name!r}; {suggest(name, known)}")
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
     config = dataclasses.replace(
-        preset.config, **_fields(f"preset {name}", entry.config, overrides)
+        preset.config, **_parse_fields(f"preset {name}", entry.config, overrides)
     )
     return ModelInfo(
         backbone=backbone,
@@ -115,45 +119,53 @@ def preset_info(name: str, **overrides: Any) -> ModelInfo:
     )
 
 
-def build_model(card: ModelInfo) -> Model:
-    """A Model with random weights (or weights on the current default device) from its Card."""
-    entry = backbones.registry[card.backbone]
-    return Model(entry.module(card.config), entry.parameterisation(card.config), card)
+def build_model(info: ModelInfo) -> Model:
+    """Return a model with random weights, on torch's default device."""
+    entry = backbones.registry[info.backbone]
+    return Model(entry.module(info.config), entry.parameterisation(info.config), info)
+
+
+def meta_model(info: ModelInfo) -> Model:
+    """Return a model on the meta device, without storage, in eval mode."""
+    with torch.device("meta"):
+        return build_model(info).eval().requires_grad_(False)
 
 
 def create_model(preset: str, **overrides: Any) -> Model:
-    """A preset with random weights.
+    """Return a preset with random weights.
 
     Args:
         preset: a name of `presets()`.
         overrides: fields of the backbone's config, e.g. num_classes=10, size=64.
 
-    Errors: ValueError for an unknown preset or field, listing near names, for values of a wrong type, and for values
-    that do not fit together.
+    Errors: ValueError for an unknown preset or field, listing similar names, for values of a wrong
+        type, and for values that do not fit together.
     """
     return build_model(preset_info(preset, **overrides))
 
 
 def get_schedule(model: Model) -> Schedule:
-    """The noise schedule that a model's card names."""
+    """Return the noise schedule that a model was trained on."""
     return build(schedules.registry, model.info.schedule)
 
 
 def tensor_specs(backbone: str, config: Any) -> dict[str, TensorSpec]:
-    """State-dict key -> dtype and shape of a backbone, from the meta device: nothing is allocated."""
+    """Return dtype and shape of a backbone's state dict, by key, without allocating it."""
     with torch.device("meta"):
         module = backbones.registry[backbone].module(config)
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
 
 
-def model_from_state_dict(card: ModelInfo, state: Mapping[str, Tensor]) -> Model:
-    """A Model of these weights, which it takes over, on the CPU; `state` must have the keys and shapes of `claims`.
+def model_from_state_dict(info: ModelInfo, state: Mapping[str, Tensor]) -> Model:
+    """Return a model with these weights, on the CPU, without copying them.
 
-    Weights narrower than float32 become float32.
+    Args:
+        state: with the keys and shapes of `tensor_specs`. Weights in float16 or bfloat16 become
+            float32.
     """
-    entry = backbones.registry[card.backbone]
+    entry = backbones.registry[info.backbone]
     with torch.device("meta"):
-        module = entry.module(card.config)
+        module = entry.module(info.config)
     state = {
         k: t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for k, t in state.items()
     }
@@ -161,22 +173,24 @@ def model_from_state_dict(card: ModelInfo, state: Mapping[str, Tensor]) -> Model
     module.load_state_dict(state, assign=True)
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name not in frozen)
-    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    if left:  # buffers outside the state dict are functions of the config: take them from a network built for real
-        real = dict(entry.module(card.config).named_buffers())
-        for name in left:
+    unset = [name for name, buffer in module.named_buffers() if buffer.is_meta]
+    if unset:
+        # Buffers outside the state dict depend on the config alone: take them from a new network.
+        buffers = dict(entry.module(info.config).named_buffers())
+        for name in unset:
             owner, _, leaf = name.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = real[name]
-    return Model(module, entry.parameterisation(card.config), card)
+            module.get_submodule(owner)._buffers[leaf] = buffers[name]
+    return Model(module, entry.parameterisation(info.config), info)
 
 
 def save_model(model: Model, folder: str | Path) -> None:
-    """Write config.json, model.safetensors and README.md, so that `load_model` builds the same model.
+    """Write a model to a folder: config.json, model.safetensors and README.md.
 
-    Everything is written and flushed beside the folder first. A new folder then appears in one rename; in an existing
-    model's folder each file is replaced in one, weights first, and other files stay.
+    All files are first written and flushed next to the folder. A new folder then appears by one
+    rename. In an existing model's folder each file is replaced by one, weights first, and other
+    files stay.
 
-    Errors: ValueError where `folder` is a file or holds another library's config.json.
+    Errors: ValueError if `folder` is a file or holds another library's config.json.
     """
     from safetensors.torch import save_file
 
@@ -201,45 +215,83 @@ def save_model(model: Model, folder: str | Path) -> None:
             (partial / name).replace(folder / name)
 
 
-def readme(model: Model) -> str:
-    """The model card that goes with the weights: Markdown with the hub's YAML header."""
-    card = model.info
+HEADER = """\
+library_name: mezzotint
+pipeline_tag: unconditional-image-generation
+tags: [mezzotint, diffusion]
+"""
+LIMITS = (
+    "It generates what its training images show, with their gaps and biases, and may repeat single "
+    "training images (`mezzotint evaluate --train-images ... --heldout-images ...` looks for "
+    "copies).",
+    "It was trained at one resolution; other sizes are extrapolation.",
+    "Numbers compare only with numbers of the same protocol (`mezzotint compare`).",
+)
+
+
+def readme(
+    model: Model,
+    *,
+    name: str | None = None,
+    source: str = "this folder or its name on the hub",
+    licence: str | None = None,
+    header: str = HEADER,
+    introduction: Sequence[str] = (),
+    sections: Sequence[str] = (),
+) -> str:
+    """Return the text of README.md: Markdown below the hub's YAML header.
+
+    Args:
+        name: the title; the preset's or backbone's name by default. source: what a reader loads.
+        licence: of the weights; None takes the model's own.
+        header: the YAML. introduction, sections: lines before and after the facts of the model.
+    """
+    info = model.info
+    kind = info.preset or info.backbone
     count = sum(p.numel() for p in model.backbone.parameters())
-    made = f"preset `{card.preset}`" if card.preset else f"backbone `{card.backbone}`"
+    classes = f", {info.config.num_classes} classes" if info.config.num_classes else ""
+    what, unit = ("images", "  # in [-1, 1]") if info.codec == "pixels" else ("latents", "")
     lines = [
-        "---",
-        "library_name: mezzotint",
-        "pipeline_tag: unconditional-image-generation",
-        "tags: [mezzotint, diffusion]",
-        "---",
+        f"---\n{header.rstrip()}\n---",
         "",
-        f"# {card.preset or card.backbone}",
+        f"# {name or kind}",
         "",
-        f"A {made} of mezzotint with {count:,} parameters, working in "
-        f"{card.codec}; {card.images:,} training images seen.",
-        "",
-        f"Licence of the weights: {card.licence or 'not stated'}.",
+        *introduction,
+        f"{kind} of mezzotint: {count:,} parameters, "
+        f"{info.config.size}x{info.config.size}x{info.config.channels} in {info.codec}{classes}; "
+        f"{info.images:,} training images seen.",
         "",
         "```python",
         "import mezzotint as mz",
         "",
-        'model = mz.load_model("this folder or its name on the hub")',
+        f'model = mz.load_model("{source}")',
+        f"{what} = mz.sample(model, seeds=range(4), steps=50){unit}",
         "```",
         "",
-        *[f"- {name}: {value}" for name, value in dataclasses.asdict(card.config).items()],
-        f"- schedule: {card.schedule}",
+        *sections,
+        "## Licence and limits",
+        "",
+        f"Licence of the weights: {licence or info.licence or 'not stated; ask the authors'}.",
+        "",
+        *[f"- {limit}" for limit in LIMITS],
+        "",
+        "## The network",
+        "",
+        *[f"- {field}: {value}" for field, value in dataclasses.asdict(info.config).items()],
+        f"- schedule: {info.schedule}",
+        *([f"- labels: {', '.join(info.labels)}"] if info.labels else []),
     ]
     return "\n".join(lines) + "\n"
 
 
 def load_model(folder_or_repo: str | Path) -> Model:
-    """The model of a folder written by `save_model`, or of such a repository on the Hugging Face hub, on the CPU.
+    """Load a model of `save_model` from a folder or the Hugging Face hub, on the CPU.
 
-    No code comes from the folder. Names, shapes, dtypes and bytes are compared with what config.json implies before
-    anything is allocated. Weights stored in float16 or bfloat16 become float32.
+    No code is loaded. Names, shapes, dtypes and sizes are compared with what config.json implies
+    before anything is allocated. Weights in float16 or bfloat16 become float32.
 
-    Errors: ValueError for a folder without a model, a card of another format, weights that do not belong to it or
-    that claim more than they hold.
+    Errors: ValueError for a folder without a model, a config.json of another format, and weights
+        that do not belong to it or are shorter than their header says.
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
@@ -249,64 +301,69 @@ def load_model(folder_or_repo: str | Path) -> Model:
             raise ValueError(
                 f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}"
             )
-    card = ModelInfo.from_json(read_json(folder / CONFIG))
+    info = ModelInfo.from_json(read_json(folder / CONFIG))
     path = folder / WEIGHTS
-    held = read_safetensors_header(path)
-    expected = tensor_specs(card.backbone, card.config)
-    if set(held) != set(expected):
-        unused, missing = set(held) - set(expected), set(expected) - set(held)
-        raise ValueError(
-            f"{path} is not of this config: unused keys {list_names(unused)}; missing {list_names(missing)}"
-        )
-    wrong = [
-        f"{k} {held[k].dtype} {held[k].shape} instead of {claim.dtype} {claim.shape}"
-        for k, claim in expected.items()
-        if held[k].shape != claim.shape
-        or held[k].dtype.is_floating_point != claim.dtype.is_floating_point
-    ]
-    if wrong:
-        total = format_bytes(sum(claim.bytes for claim in expected.values()))
-        raise ValueError(
-            f"{path} is not of this config, which needs {total}; wrong: {list_names(wrong)}"
-        )
+    specs, expected = read_safetensors_header(path), tensor_specs(info.backbone, info.config)
+    _check_specs(path, specs, expected)
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        return model_from_state_dict(card, {name: file.get_tensor(name) for name in expected})
+        return model_from_state_dict(info, {name: file.get_tensor(name) for name in expected})
+
+
+def _check_specs(
+    path: Path, specs: Mapping[str, TensorSpec], expected: Mapping[str, TensorSpec]
+) -> None:
+    """Raise ValueError unless a file's tensors have the keys, shapes and kinds of the config's."""
+    if set(specs) != set(expected):
+        unused, missing = set(specs) - set(expected), set(expected) - set(specs)
+        raise ValueError(
+            f"{path} does not fit its config.json: unused keys {list_names(unused)}; "
+            f"missing {list_names(missing)}"
+        )
+    wrong = [
+        f"{k} {specs[k].dtype} {specs[k].shape} instead of {spec.dtype} {spec.shape}"
+        for k, spec in expected.items()
+        if specs[k].shape != spec.shape
+        or specs[k].dtype.is_floating_point != spec.dtype.is_floating_point
+    ]
+    if wrong:
+        total = format_bytes(sum(spec.bytes for spec in expected.values()))
+        raise ValueError(
+            f"{path} does not fit its config.json, which needs {total}; wrong: {list_names(wrong)}"
+        )
 
 
 def _download(repo: str) -> Path:
-    """A hub repository's three files, from the cache where they are there."""
+    """Return the folder of a hub repository's three files, from the cache if they are there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
         raise ValueError(
-            f"there is no folder {repo}, and it is no repository's name either (owner/name)"
+            f"there is no folder {repo}, and it is not the name of a hub repository (owner/name)"
         )
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"there is no folder {repo}, and the hub did not give a repository of that name: {first}"
+            f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
         ) from None
 
 
 def open_model(source: str | Path) -> Model:
-    """The averaged model of a run folder, a model folder, or a hub repository, in eval mode on the best device."""
+    """Load a model in eval mode on the default device, of a run its averaged weights.
+
+    Args:
+        source: run folder, model folder or hub repository.
+    """
     folder = Path(source)
     if not (folder / "model").exists() and any(
         (folder / name).exists() for name in ("recipe.yaml", ".lock")
     ):
         raise ValueError(
-            f"{folder} is a run that has saved no model yet; the same train command goes on until it has"
+            f"{folder} is a run without a saved model yet; continue it with the same train command"
         )
     model = load_model(folder / "model" if (folder / "model").exists() else str(source))
     return model.eval().requires_grad_(False).to(default_device())
-
-
-def meta_model(card: ModelInfo) -> Model:
-    """The network without storage, in eval mode."""
-    with torch.device("meta"):
-        return build_model(card).eval().requires_grad_(False)
