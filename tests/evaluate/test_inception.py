@@ -143,15 +143,15 @@ def test_only_the_last_block_pools_by_maximum(network):
 def test_sfid_takes_seven_channels_in_the_order_row_column_channel(network):
     maps = {}
     hook = network.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: maps.update(map=out))
-    found = network(torch.randn(2, 3, 299, 299), ["sfid"])["sfid"]
+    features = network(torch.randn(2, 3, 299, 299), ["sfid"])["sfid"]
     hook.remove()
     want = maps["map"].numpy().transpose(0, 2, 3, 1)[..., :7].reshape(2, 2023)
-    np.testing.assert_array_equal(found.numpy(), want)
+    np.testing.assert_array_equal(features.numpy(), want)
 
 
 def test_logits_have_no_bias(network):
-    found = network(torch.randn(1, 3, 299, 299), ["2048", "logits"])
-    torch.testing.assert_close(found["logits"], found["2048"] @ network.fc.weight.T)
+    features = network(torch.randn(1, 3, 299, 299), ["2048", "logits"])
+    torch.testing.assert_close(features["logits"], features["2048"] @ network.fc.weight.T)
 
 
 def test_folding_a_batch_norm_keeps_the_function():
@@ -282,11 +282,11 @@ def test_a_photograph_is_nearest_to_its_mirror_image(shared):
     images = np.stack([np.asarray(Image.open(f).convert("RGB").resize((128, 128))) for f in files])
     x = torch.from_numpy(images).permute(0, 3, 1, 2)
     with torch.inference_mode():
-        found = model(inception_tf1(torch.cat([x, x.flip(3)])), PARTIAL_TAPS)
+        features = model(inception_tf1(torch.cat([x, x.flip(3)])), PARTIAL_TAPS)
     for tap in ("64", "192", "768", "1280"):
-        features = found[tap]
-        assert (features >= 0).all()
-        assert torch.cdist(features[:4], features[4:]).argmin(1).tolist() == [0, 1, 2, 3], tap
+        rows = features[tap]
+        assert (rows >= 0).all()
+        assert torch.cdist(rows[:4], rows[4:]).argmin(1).tolist() == [0, 1, 2, 3], tap
 
 
 def test_the_stem_matches_plain_convolutions(shared):
@@ -304,6 +304,6 @@ def test_the_stem_matches_plain_convolutions(shared):
         y = conv(conv(y, "Conv2d_2a_3x3"), "Conv2d_2b_3x3", padding=1)
         first = F.max_pool2d(y, 3, 2)
         second = F.max_pool2d(conv(conv(first, "Conv2d_3b_1x1"), "Conv2d_4a_3x3"), 3, 2)
-        found = load_inception(shared(WEIGHTS))(x, ["64", "192"])
-    torch.testing.assert_close(found["64"], first.mean((2, 3)))
-    torch.testing.assert_close(found["192"], second.mean((2, 3)))
+        features = load_inception(shared(WEIGHTS))(x, ["64", "192"])
+    torch.testing.assert_close(features["64"], first.mean((2, 3)))
+    torch.testing.assert_close(features["192"], second.mean((2, 3)))

@@ -42,8 +42,9 @@ def reference(
 
     # Images are opened first, since opening a feature network may mean a download.
     images = open_real_images(data, size, channels)
-    made = make_reference(images, out, feature_sets.open_features(features, weights))
-    print(f"{out}: {', '.join(made.statistics)} of {images.num_images:,} images, hash {made.hash}")
+    written = make_reference(images, out, feature_sets.open_features(features, weights))
+    names = ", ".join(written.statistics)
+    print(f"{out}: {names} of {images.num_images:,} images, hash {written.hash}")
 
 
 def evaluate(

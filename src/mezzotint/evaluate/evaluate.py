@@ -147,7 +147,7 @@ def _compute_numbers(
     numbers: list[Number] = []
     if name in reference.statistics:
         numbers += _frechet_numbers(feature_set, rows, reference, heldout, settings)
-    # Manifold metrics and KID in sFID's 2,023 spatial numbers have no meaning in the literature.
+    # sFID's spatial features are for the Fréchet distance only.
     if name in reference.features and name.partition(":")[0] != SPATIAL:
         numbers += _neighbour_numbers(feature_set, rows, reference.features[name], settings)
     against = {
@@ -220,7 +220,7 @@ def _neighbour_numbers(
         },
     }
     values = {**manifold._asdict(), **density._asdict(), "KID": discrepancy.value}
-    # Papers compute these on the published network's 2048 features: only there a bare name.
+    # A bare name is reserved for the published network's 2048 features, as in papers.
     suffix = "" if feature_set.distance_name == "FID" else f" ({feature_set.name})"
     return [
         Number(

@@ -73,7 +73,7 @@ def _compute_pieces(
     store: Path | None,
     show: bool,
 ) -> dict[Piece, Features]:
-    """Return features by piece; with a store, write them there and return none."""
+    """Return features by piece; with a store, write them to it and return none."""
     computed: dict[Piece, Features] = {}
     total = sum(stop - start for start, stop in pieces)
     with ProgressBar(f"features of {source.name}", total, show=show and get_rank() == 0) as bar:

@@ -39,7 +39,7 @@ class FeatureSet:
     """A network's features, one vector per image.
 
     name: as `open_features` takes it. distance_name: of a Fréchet distance on these features.
-    dims: length of a vector. channels: of the input images. input: size and resize rule in words.
+    dims: length of a vector. channels: of the input images. input: description of size and resize.
     weights: SHA-256 of the weights. prepare: uint8 images -> the network's input.
     network: (prepared images, requested taps) -> {tap: (b, dims)}. tap: the one of this set.
     """
@@ -224,7 +224,7 @@ def from_module(
         name: letters, digits, dots and dashes; none of `feature_set_names`.
         prepare: uint8 images -> the module's input. By default an antialiased bicubic resize to
             `size`, then ImageNet's mean and standard deviation (0.5 for grey images).
-        input: what `prepare` does, in words, for references and evaluations.
+        input: description of `prepare`, for references and evaluations.
     """
     if (prepare is None) != (input is None):
         raise ValueError("give `prepare` and its description `input` together, or neither")

@@ -106,7 +106,7 @@ def _describe_prompts(prompts: list[str] | None) -> str:
 
 
 def _read_card_metadata(path: Path, num_images: int) -> dict[str, Any]:
-    """Return `read_metadata` of the card of `mezzotint sample` at `path`, if there is one."""
+    """Return `read_metadata` of the sampling card at `path`, or little if there is none."""
     try:
         card = read_json(path)
         if card["mezzotint_samples"] == CARD_FORMAT:
