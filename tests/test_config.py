@@ -1,4 +1,4 @@
-"""Recipes as values: YAML round trip, strict keys, dotted overrides."""
+"""Recipes: YAML round trip, unknown keys, dotted overrides."""
 
 import pytest
 
@@ -22,8 +22,9 @@ def test_yaml_round_trip(tmp_path):
 def test_overrides_reach_every_depth():
     recipe = config.override(
         Recipe(preset="uvit-tiny"),
-        ["images=2e6", "optim.lr=3e-4", "model.size=64", "schedule.name=cosine", "schedule.options.noise_d=32",
-         "optim.clip=null", "objective.name=sigmoid", "objective.options.bias=-1"],
+        ["images=2e6", "optim.lr=3e-4", "model.size=64", "schedule.name=cosine",
+         "schedule.options.noise_d=32", "optim.clip=null", "objective.name=sigmoid",
+         "objective.options.bias=-1"],
     )  # fmt: skip
     assert recipe.images == 2_000_000
     assert recipe.optim.lr == 3e-4
@@ -34,7 +35,7 @@ def test_overrides_reach_every_depth():
 
 
 @pytest.mark.parametrize(
-    ("assignment", "word"),
+    ("assignment", "message"),
     [
         ("optim.l=3", "lr"),
         ("optim.lr=fast", "float is needed"),
@@ -42,7 +43,7 @@ def test_overrides_reach_every_depth():
         ("imagse=3", "images"),
         ("data.flip=3", "bool is needed"),
         ("images=0", "at least 1"),
-        ("log_every_images=0", "log_every_images 0 must be at least 1"),
+        ("log_every_images=0", r"log_every_images 0 .*1"),
         ("optim.lr=-1", r"optim\.lr -1\.0 must be at least 0"),
         ("engine.microbatch=0", r"engine\.microbatch 0 must be at least 1"),
         ("data.workers=-1", r"data\.workers -1 must be at least 0"),
@@ -56,21 +57,21 @@ def test_overrides_reach_every_depth():
         ("label_drop=1.5", "probability"),
         ("optim.betas=[0.9]", "2 are needed"),
         ("optim", "key=value"),
-        ("optim.lr.x=1", "no field"),
+        ("optim.lr.x=1", r"optim\.lr"),
     ],
 )
-def test_a_wrong_override_says_what_is_allowed(assignment, word):
-    with pytest.raises(ValueError, match=word):
+def test_a_wrong_override_names_the_field_and_what_is_allowed(assignment, message):
+    with pytest.raises(ValueError, match=message):
         config.override(Recipe(preset="uvit-tiny"), [assignment])
 
 
-def test_a_file_that_is_no_recipe_is_named(tmp_path):
+def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("preset: uvit-tiny\noptim: {lrr: 1}\n")
-    with pytest.raises(ValueError, match=r"recipe\.yaml is not a recipe.*optim\.lrr.*lr"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml.*optim\.lrr.*lr"):
         config.from_yaml(path)
     path.write_text("- 1\n")
-    with pytest.raises(ValueError, match="no mapping"):
+    with pytest.raises(ValueError, match=r"recipe\.yaml.*mapping"):
         config.from_yaml(path)
-    with pytest.raises(ValueError, match=r"no recipe can be read at .*nothere\.yaml: No such file"):
+    with pytest.raises(ValueError, match=r"nothere\.yaml.*No such file"):
         config.from_yaml(tmp_path / "nothere.yaml")

@@ -1,7 +1,8 @@
-"""Recipe: everything a training run depends on, as frozen dataclasses, as YAML, and as dotted overrides.
+"""Recipe: everything a training run depends on, as frozen dataclasses, YAML and dotted overrides.
 
-A recipe is a value. Functions in `mezzotint.recipes` return one per published run; the command line changes single
-fields (`optim.lr=3e-4`); the run folder keeps the resolved whole. An unknown key is an error that lists near names.
+A recipe is a value. Functions in `mezzotint.recipes` return one per published run, the command line
+changes single fields (`optim.lr=3e-4`), and the run folder keeps the resolved recipe. An unknown
+key is an error that lists near names.
 """
 
 from __future__ import annotations
@@ -22,25 +23,26 @@ T = TypeVar("T")
 
 
 def _at_least(prefix: str, values: object, **least: int) -> None:
-    """ValueError for a field below its least value; None is no value."""
+    """Raise ValueError for a field below its smallest value; None is allowed."""
     for name, bound in least.items():
         value = getattr(values, name)
-        if value is not None and not value >= bound:  # so that nan is refused too
+        if value is not None and not value >= bound:  # "not >=" refuses nan too
             raise ValueError(f"{prefix}{name} {value} must be at least {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What to train on.
+    """The training data.
 
-    source: folder, zip, prepared set, parquet, hub name or built-in set ("digits", "shapes").
+    source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
-    codec: autoencoder of a latent network that is given pictures, by name or folder; the preset's, or that of a
-        prepared set, by default.
+    codec: autoencoder that encodes images for a latent network, by name or folder; by default the
+        preset's, or that of the prepared dataset.
     text_encoder: T5 encoder of a network that reads captions, by name or folder.
-    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the network's size.
-    portrait: with buckets, turn pictures taller than wide and say so in their captions.
+    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the
+        network's size.
+    portrait: with buckets, rotate images that are taller than wide, and note it in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
     """
 
@@ -61,9 +63,11 @@ class Data:
 class Time:
     """How noise levels are drawn.
 
-    sampling: "uniform" draws u independently; "stratified" spreads one batch's u evenly over (0, 1).
-    loss_measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss by -dlogsnr/du / 2, so
-        that its expectation is an integral over log-SNR whatever the schedule (SiD2 eq. of section 9).
+    sampling: "uniform" draws u independently; "stratified" spreads one batch's u evenly over (0,
+        1).
+    loss_measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss
+        by -dlogsnr/du / 2, so that its expectation is an integral over log-SNR for any schedule
+        (SiD2 eq. of section 9).
     """
 
     sampling: Literal["uniform", "stratified"] = "uniform"
@@ -74,8 +78,10 @@ class Time:
 class Optim:
     """AdamW, or Muon for hidden matrices with AdamW for the rest.
 
-    lr: peak learning rate. warmup_images: linear warm-up from 0, in images. clip: bound on the global gradient norm.
+    lr: peak learning rate.
+    warmup_images: linear warm-up from 0, in images.
     decay: "constant" after warm-up, or "cosine" to zero at the end of the run.
+    clip: bound on the global gradient norm; None for none.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -95,11 +101,12 @@ class Optim:
 class Ema:
     """Averages of the weights.
 
-    half_life_images: of the exponential average that is sampled and saved.
-    rampup: the half-life is at most this fraction of the images seen (EDM: 0.05); None for none.
-    power_stds: relative widths of power-function averages, e.g. (0.05, 0.10), whose snapshots allow any width
-        afterwards (EDM2 section 3; `mezzotint ema`).
-    snapshot_every_images: how often those are kept; None for with every checkpoint.
+    half_life_images: of the exponential average, which is sampled and saved as model/.
+    rampup: the half-life is at most this fraction of the images seen (EDM: 0.05); None for no
+        limit.
+    power_stds: relative widths of power-function averages, e.g. (0.05, 0.10). Their snapshots give
+        any other width after the run (EDM2 section 3; `mezzotint ema`).
+    snapshot_every_images: between snapshots; None saves them with every checkpoint.
     """
 
     half_life_images: float = 500_000
@@ -113,11 +120,12 @@ class Ema:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleGrid:
-    """The sample grids of a run: fixed seeds, fixed labels.
+    """Sample grids of a run, with fixed seeds and labels.
 
-    sampler: with options as on the command line, "ancestral:variance=learned"; on the family's grid, without clipping.
-    guidance: classifier-free scale as DiT counts it, 1 = none.
-    every_images, count: none are drawn while either is 0.
+    every_images, count: between grids, and samples of each; 0 of either draws no grids.
+    sampler: with options as on the command line, "ancestral:variance=learned"; with the family's
+        discretization, without clipping.
+    guidance: classifier-free guidance scale in DiT's convention, 1 = none.
     """
 
     every_images: int = 500_000
@@ -132,13 +140,17 @@ class SampleGrid:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Numbers of the averaged weights' samples along the way, on all ranks; none while `every_images` is 0.
+    """Metrics of samples of the averaged weights during training, on all ranks.
 
-    num_images: samples, seeds 0 ... num_images - 1. reference: file of real images' statistics (`mezzotint evaluate --make-reference`);
-        reference_source: whose it is where it cannot say. features: feature sets, all of which the reference has. weights: file of
-        their network; the cache by default.
-    sampler, steps, guidance: as for the grids. batch: samples at a time on each rank.
-    prompts: file of what the samples of a network that reads captions show, one a line, in turn.
+    every_images: between evaluations; 0 for none.
+    num_images: samples, of seeds 0 ... num_images - 1.
+    reference: file of real images' statistics (`mezzotint reference`).
+    features: feature sets, all of which the reference has.
+    weights: file of their network; the one in the cache by default.
+    reference_source: library that made the reference, where the file does not say.
+    sampler, steps, guidance: as for sample grids.
+    batch: samples at a time on each rank.
+    prompts: file of one prompt a line, used in turn, for a network that reads captions.
     """
 
     every_images: int = 0
@@ -159,8 +171,11 @@ class Evaluate:
 
 @dataclass(frozen=True, kw_only=True)
 class Save:
-    """Checkpoints: one every so many images and at the end, there alone while `every_images` is 0; the newest `keep` of
-    them stay, and those at multiples of `keep_every_images`.
+    """Checkpoints.
+
+    every_images: between checkpoints; one is saved at the end of the run too, 0 for that one alone.
+    keep: newest checkpoints to keep.
+    keep_every_images: keep those at multiples of it too.
     """
 
     every_images: int = 1_000_000
@@ -173,17 +188,20 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How the step is computed; changes speed and memory, not what is learnt.
+    """How a step is computed: speed and memory, not what is learnt.
 
-    precision: of the forward and backward pass; weights are always float32. "auto" is bf16 where it is fast.
-    strategy: over several processes, "ddp" copies the weights, "fsdp" shards them per block.
-    microbatch: images per forward pass and process; None for the whole share of the batch.
-    checkpointing: what each block keeps for the backward pass: everything, "selective" the results of products,
-        convolutions and attention, or "full" its input alone.
-    compile: torch.compile of each repeated block.
-    peak_tflops: what one device can do at this precision, in 1e12 floating-point operations per second; with it the
-        log states the utilisation.
-    depthwise: what computes DiMR's depthwise convolutions on a GPU: cuDNN, or this library's Triton kernels.
+    precision: of the forward and backward pass; weights are always float32. "auto" is bf16 where
+        this is fast.
+    strategy: for several processes, "ddp" copies the weights, "fsdp" shards them per block.
+    microbatch: images per forward pass and process; None for the process's whole share of the
+        batch.
+    checkpointing: what each block keeps for the backward pass: everything for "none"; for
+        "selective" the results of products, convolutions and attention; for "full" its input alone.
+    compile: torch.compile each repeated block.
+    peak_tflops: of one device at this precision, in 1e12 floating-point operations per second;
+        given, the log holds the utilisation.
+    depthwise: what computes DiMR's depthwise convolutions on a GPU: cuDNN, or this library's Triton
+        kernels.
     """
 
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -200,14 +218,14 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class NonFinite:
-    """What a run does about a step that goes wrong (`train.nonfinite`).
+    """What to do after a step that is not finite (`train.nonfinite`), and which losses to report.
 
-    on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a bundle for
-        `mezzotint replay`. Then "stop" ends the run; "skip" goes on with the next images; "rollback" does so from the
-        weights of the newest checkpoint.
-    limit: skips or rollbacks of the whole run; the next one stops it.
-    spike: a step is reported whose loss exceeds the recent median by this many robust standard deviations; None for
-        no reports.
+    on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a
+        bundle for `mezzotint replay`. Then "stop" ends the run, "skip" continues with the next
+        images, and "rollback" does so from the weights of the newest checkpoint.
+    limit: most skips or rollbacks of a run; the next one stops it.
+    spike: report a loss that exceeds the recent median by this many robust standard deviations;
+        None reports none.
     """
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
@@ -222,12 +240,14 @@ class NonFinite:
 class Recipe:
     """One training run.
 
-    preset, model: the network and overrides of its config, e.g. {"size": 64, "num_classes": 10}.
-    schedule: of the noise; None for the family's own at this size.
-    objective: of `process.objectives`, by name.
-    images, batch: length of the run and of one optimiser step, both in images.
-    label_drop: probability of the null label (or empty text) in training, for guidance.
-    trackers: that get every log line besides log.jsonl; they must be installed.
+    preset, model: the network, and fields of its config to change, e.g. {"size": 64, "num_classes":
+        10}.
+    schedule: noise schedule; None for the family's own at this size.
+    objective: name and options of one in `process.objectives`.
+    images, batch: length of the run and of one optimiser step, in images.
+    label_drop: probability of the null label or empty text in training, for guidance.
+    log_every_images: between log lines.
+    trackers: get every log line besides log.jsonl; their packages must be installed.
     """
 
     preset: str
@@ -253,49 +273,53 @@ class Recipe:
     def __post_init__(self):
         _at_least("", self, images=1, batch=1, log_every_images=1)
         if not 0 <= self.label_drop <= 1:
-            raise ValueError(f"label_drop {self.label_drop} is a probability, 0 to 1")
+            raise ValueError(f"label_drop {self.label_drop} is not a probability, 0 to 1")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values, ready for YAML or JSON."""
-    return _plain(dataclasses.asdict(recipe))
+    """Return the recipe as nested dictionaries and lists, ready for YAML or JSON."""
+    return _tuples_to_lists(dataclasses.asdict(recipe))
 
 
-def _plain(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: _tuples_to_lists(v) for k, v in value.items()}
+    return [_tuples_to_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    """The recipe of `to_dict`; ValueError for an unknown key or a value of the wrong type, naming its path."""
+    """Return the recipe of `to_dict`; ValueError names an unknown key or a wrong value."""
     return parse(Recipe, values, "")
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The complete recipe as YAML."""
+    """Return the complete recipe as YAML."""
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
 def from_yaml(path: str | Path) -> Recipe:
-    """Read a recipe; ValueError names the file and the key."""
+    """Read a recipe from YAML; ValueError names the file and the key."""
     try:
         values = yaml.safe_load(Path(path).read_text())
         if not isinstance(values, dict):
-            raise ValueError("it holds no mapping of keys to values")
+            raise ValueError("it is not a mapping of keys to values")
         return from_dict(values)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a recipe: {error}") from None
     except OSError as error:
         raise ValueError(
-            f"no recipe can be read at {path}: {error.strerror}; a run keeps its own as recipe.yaml"
+            f"{path} cannot be read: {error.strerror}; a run folder holds its recipe as recipe.yaml"
         ) from None
 
 
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """Change single fields: "optim.lr=3e-4", "model.size=64", "objective.name=sigmoid", "objective.options.bias=-1".
+    """Return the recipe with single fields changed.
 
-    Values are YAML. ValueError for an unknown path, listing near names.
+    Args:
+        assignments: "optim.lr=3e-4", "model.size=64", "objective.name=sigmoid",
+            "objective.options.bias=-1"; values are YAML.
+
+    Errors: ValueError for an unknown field, listing near names, or a value of the wrong type.
     """
     values = to_dict(recipe)
     for assignment in assignments:
@@ -305,24 +329,30 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
                 f"override {assignment!r} is not of the form key=value, e.g. optim.lr=3e-4"
             )
         keys = path.split(".")
+        # Walk down to the dictionary that holds the last key.
         node = values
         for depth, key in enumerate(keys[:-1]):
-            if node.get(key) is None and key in ("schedule",):
+            if key == "schedule" and node.get(key) is None:
                 node[key] = {"name": "", "options": {}}
             if not isinstance(node.get(key), dict):
                 raise ValueError(
-                    f"no field {'.'.join(keys[: depth + 1])!r} to go into; {suggest(key, node)}"
+                    f"{'.'.join(keys[: depth + 1])!r} has no fields; {suggest(key, node)}"
                 )
             node = node[key]
-        open_ended = keys[0] == "model" or "options" in keys[:-1]
-        if keys[-1] not in node and not open_ended:
+        # Fields of a model or of options are checked where the network or the function is known.
+        any_key = keys[0] == "model" or "options" in keys[:-1]
+        if keys[-1] not in node and not any_key:
             raise ValueError(f"no field {path!r}; {suggest(keys[-1], node)}")
         node[keys[-1]] = yaml.safe_load(text)
     return from_dict(values)
 
 
 def parse(kind: Any, value: Any, path: str) -> Any:
-    """`value` as `kind`, a dataclass, union, literal, tuple or scalar."""
+    """Return `value` as `kind`: a dataclass, union, literal, tuple, dict or scalar.
+
+    Args:
+        path: of the field, for the ValueError of a value that does not fit.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return _parse_dataclass(typing.cast(type, kind), value, path)
@@ -349,7 +379,7 @@ def parse(kind: Any, value: Any, path: str) -> Any:
 
 
 def _parse_scalar(kind: type, value: Any, path: str) -> Any:
-    """A bool, int, float or str; "1e6" and 1e6 are integers where one is asked for, since YAML reads 1e6 as text."""
+    """Return a bool, int, float or str. YAML reads 1e6 as text, so both count as integers."""
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value

@@ -1,4 +1,4 @@
-"""Run the training command on several gloo ranks of this machine as a user would: torchrun, `mezzotint train`."""
+"""Run `mezzotint train` under torchrun on several gloo ranks of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """`torchrun --nproc-per-node RANKS -m mezzotint ARGUMENTS` (no torchrun for one rank)."""
+    """Run `mezzotint ARGUMENTS` on RANKS processes; without torchrun for one."""
     launch = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         if ranks > 1
@@ -23,11 +23,11 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 240) -> subprocess.Co
 
 
 def train(ranks: int, preset: str, folder: Path, *overrides: str) -> Path:
-    """A short float32 run on the digits without dropout; asserts that it ended well."""
+    """Train a short float32 run on the digits without dropout; assert that it succeeded."""
     common = [
         "model.channels=1", "model.num_classes=10", "batch=16", "images=96", "log_every_images=16",
-        "samples.every_images=96", "samples.count=10", "samples.steps=2", "save.every_images=48", "save.keep=9",
-        "engine.precision=float32", "optim.warmup_images=0",
+        "samples.every_images=96", "samples.count=10", "samples.steps=2", "save.every_images=48",
+        "save.keep=9", "engine.precision=float32", "optim.warmup_images=0",
     ]  # fmt: skip
     done = torchrun(
         ranks, "train", preset, *common, *overrides, "--data", "digits", "--out", str(folder)

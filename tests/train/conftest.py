@@ -1,4 +1,4 @@
-"""One uninterrupted tiny run that every comparison shares; nobody may write into it."""
+"""An uninterrupted tiny run that the tests compare with; no test may write into its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def stopped(whole, tmp_path):
-    """A function from a number of images to that run as it was when killed after that checkpoint."""
+    """A function: a copy of that run as if killed after the checkpoint at so many images."""
 
     def until(images):
         folder = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""A run folder says what the run was made with, at each start."""
+"""environment.json: an entry for each start of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mezzotint.train.loop import train
 from mezzotint.train.report import environment_rows
 
 
-def test_each_start_adds_what_it_runs_on(tmp_path):
+def test_each_start_adds_an_entry(tmp_path):
     train(small("images=48"), tmp_path, quiet=True)
     train(small("images=64"), tmp_path, quiet=True)
     first, second = json.loads((tmp_path / "environment.json").read_text())
@@ -32,14 +32,14 @@ def test_each_start_adds_what_it_runs_on(tmp_path):
     assert rows["platform"] == second["platform"]
 
 
-def test_a_damaged_file_starts_anew(tmp_path):
+def test_a_damaged_or_missing_file_has_no_entries(tmp_path):
     for text in ("", '[{"images": 1', '{"images": 1}', "[3]"):
         (tmp_path / "environment.json").write_text(text)
         assert environment.read(tmp_path / "environment.json") == []
     assert environment.read(tmp_path / "none.json") == []
 
 
-def test_the_commit_of_a_checkout_and_of_no_checkout(tmp_path):
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path):
     def git(*words):
         identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
         done = subprocess.run(
@@ -64,7 +64,7 @@ def test_the_commit_of_a_checkout_and_of_no_checkout(tmp_path):
     )  # it lies inside the checkout without being part of it
 
 
-def test_the_home_folder_is_not_named(monkeypatch, tmp_path):
+def test_the_home_folder_is_abbreviated(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = [
         "/usr/bin/python",

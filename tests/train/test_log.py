@@ -1,4 +1,4 @@
-"""What can be watched while a run goes on: the log's numbers, and trackers that get each line when asked."""
+"""The log: gradient norms, speed, memory; trackers get every line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_gradient_norms_by_part_add_up(tmp_path):
         assert line["grad_norm"] == pytest.approx(math.sqrt(sum(n**2 for n in parts.values())))
 
 
-def test_norms_against_torch():
+def test_group_norms_equal_torchs():
     draw = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(3, 4, generator=draw) for _ in range(3))
     found = distributed.group_norms([[a, b], [c], []], CPU)
@@ -55,7 +55,7 @@ def test_speed_and_memory_are_logged(tmp_path):
 
 
 def test_flop_of_a_step_is_three_forward_passes():
-    """Against the count of `mezzotint info`, 1e9 multiply-accumulates of one forward pass."""
+    """`mezzotint info` counts 1e9 multiply-accumulates of one forward pass."""
     from mezzotint.tools.summary import read_summary
 
     card = create_model("unet-tiny").info
@@ -89,18 +89,18 @@ def test_tensorboard_gets_every_line_across_a_resume(tmp_path):
 
 
 def test_wandb_stays_on_this_disk_without_a_key(tmp_path, monkeypatch):
-    """Its client is not installed here: a stand-in takes down what it is told."""
-    told = []
+    """A fake client records its calls: wandb is not installed here."""
+    calls = []
 
     class Session:
         def log(self, values, step):
-            told.append((step, values))
+            calls.append((step, values))
 
         def finish(self):
-            told.append("finished")
+            calls.append("finished")
 
     def init(**settings):
-        told.append(settings)
+        calls.append(settings)
         return Session()
 
     package = types.ModuleType("wandb")
@@ -110,7 +110,7 @@ def test_wandb_stays_on_this_disk_without_a_key(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     train(small("images=32", "trackers=[wandb]"), tmp_path / "run", quiet=True)
-    settings, (step, values), end = told
+    settings, (step, values), end = calls
     assert settings["mode"] == "offline"
     assert settings["resume"] == "allow"
     assert settings["config"]["preset"] == "unet-tiny"

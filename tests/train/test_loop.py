@@ -1,4 +1,4 @@
-"""A run is the same run whatever interrupts it, and nothing that goes wrong costs what was reached."""
+"""An interrupted run resumes bitwise; checkpoints, sample grids and model folders of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mezzotint.train.progress import ProgressDisplay
 from mezzotint.train.setup import setup
 
 
-def test_a_run_leaves_what_the_design_promises(whole):
+def test_a_run_writes_recipe_log_checkpoints_grids_and_models(whole):
     assert config.from_yaml(whole / "recipe.yaml").images == 160
     assert [r["images"] for r in records(whole)] == [32, 64, 96, 128, 160]
     assert [p.name for p in checkpoint.list_checkpoints(whole)] == ["48", "96", "144", "160"]
@@ -39,7 +39,7 @@ def test_a_run_leaves_what_the_design_promises(whole):
         }
 
 
-def test_the_weights_without_average_are_saved_beside(whole):
+def test_model_raw_holds_the_weights_without_averaging(whole):
     raw, averaged = (
         load_file(whole / name / "model.safetensors") for name in ("model-raw", "model")
     )
@@ -50,18 +50,18 @@ def test_the_weights_without_average_are_saved_beside(whole):
 
 
 def test_stopped_and_resumed_equals_uninterrupted(whole, tmp_path, monkeypatch):
-    """Stops after every second step, between the sums of a log line too."""
+    """Stop after every second step, also in the middle of a log window."""
     stops = 0
     while stops < 20:
-        asked = loop.StopSignal()
+        stop = loop.StopSignal()
         steps = iter(range(2))
         real = loop.update_averages
 
-        def update(run, asked=asked, steps=steps, real=real):
+        def update(run, stop=stop, steps=steps, real=real):
             real(run)
-            asked.requested = next(steps, None) == 0  # the next step sees it
+            stop.requested = next(steps, None) == 0  # the next step sees it
 
-        monkeypatch.setattr(loop, "StopSignal", lambda asked=asked: asked)
+        monkeypatch.setattr(loop, "StopSignal", lambda stop=stop: stop)
         monkeypatch.setattr(loop, "update_averages", update)
         try:
             train(small(), tmp_path / "run", quiet=True)
@@ -86,7 +86,7 @@ train(small(), {folder!r})
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM]
 )
-def test_a_killed_process_loses_nothing(whole, tmp_path, number):
+def test_a_killed_process_resumes_bitwise(whole, tmp_path, number):
     folder = tmp_path / "run"
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(folder))
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
@@ -95,35 +95,32 @@ def test_a_killed_process_loses_nothing(whole, tmp_path, number):
         if "64/160 images" in line:
             process.send_signal(number)
             break
-    _, last_words = process.communicate()
+    _, printed = process.communicate()
     assert process.returncode == (0 if number == signal.SIGTERM else -number)
-    assert ("run the same command again to go on: python" in last_words) == (
-        number == signal.SIGTERM
-    )
+    assert ("same command" in printed) == (number == signal.SIGTERM)
     train(small(), folder, quiet=True)
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "flipped", "unlisted", "no manifest"])
-def test_a_damaged_checkpoint_is_named_and_passed_over(whole, stopped, harm):
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_resumed(whole, stopped, damage):
     folder = stopped(96)
     newest = folder / "checkpoints" / "96"
     data = next(newest.glob("*.distcp"))
     content = data.read_bytes()
-    if harm == "truncated":
+    if damage == "truncated":
         data.write_bytes(content[:-10])
-    elif harm == "flipped":
+    elif damage == "flipped":
         data.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-    elif harm == "unlisted":
+    elif damage == "missing":
         data.unlink()
     else:
         (newest / "manifest.json").unlink()
-    intact, passed = checkpoint.find_newest_intact(folder)
-    assert intact is not None
-    assert intact.name == "48"
-    assert len(passed) == 1
-    assert "checkpoint 96 is damaged" in passed[0]
-    if harm == "flipped":
+    intact, messages = checkpoint.find_newest_intact(folder)
+    assert intact == folder / "checkpoints" / "48"
+    assert len(messages) == 1
+    assert "checkpoint 96" in messages[0]
+    if damage == "flipped":
         train(small(), folder, quiet=True)
         assert_same_run(whole, folder)
 
@@ -135,35 +132,31 @@ def test_a_full_disk_keeps_the_previous_checkpoint(stopped, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
-    with pytest.raises(
-        OSError, match=r"checkpoint at 96 images could not be written.*No space left.*intact"
-    ):
+    with pytest.raises(OSError, match=r"96 images.*No space left"):
         train(small(), folder, quiet=True)
     monkeypatch.undo()
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["48"]
     assert checkpoint.find_damage(folder / "checkpoints" / "48") is None
 
 
-def test_a_non_finite_loss_stops_before_the_update(tmp_path, monkeypatch):
+def test_a_non_finite_loss_stops_before_the_update(tmp_path):
     run = setup(small(), tmp_path, distributed.init_distributed())
     before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
     bad = dataclasses.replace(
         run, objective=lambda m, x, eps, l, c: run.objective(m, x, eps, l, c) * (l * 0 / (l < 0))
     )
-    with pytest.raises(
-        NonFiniteError, match=r"at 0 images; nothing was updated.*image \d+ at log-SNR -?\d"
-    ) as caught:
+    with pytest.raises(NonFiniteError, match=r"at 0 images.*image \d+ at log-SNR -?\d") as caught:
         loop.loop(bad, ProgressDisplay(show=False), loop.StopSignal())
     assert len(caught.value.facts["image_numbers"]) == 16
     assert all(torch.equal(v, before[k]) for k, v in run.state.backbone.state_dict().items())
 
 
 def test_a_folder_of_another_recipe_is_refused(whole):
-    with pytest.raises(ValueError, match=r"belongs to another recipe(.|\n)*seed: 0 there, 7 asked"):
+    with pytest.raises(ValueError, match=r"seed: 0 .*7"):
         train(small("seed=7"), whole, quiet=True)
 
 
-def test_data_that_do_not_fit_the_network(tmp_path):
+def test_data_with_too_many_classes_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"10 classes.*model\.num_classes=10"):
         train(small("model.num_classes=4"), tmp_path, quiet=True)
     assert not (tmp_path / "recipe.yaml").exists()
@@ -186,18 +179,18 @@ def test_microbatches_change_only_rounding(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6)
 
 
-def test_lower_precision_is_of_the_arithmetic_alone(whole, tmp_path):
-    """bf16 changes the losses a little; weights, moments and averages are float32 all the same."""
+def test_bf16_changes_the_arithmetic_and_not_the_stored_state(whole, tmp_path):
+    """The losses change a little; weights, moments and averages stay float32."""
     train(small("engine.precision=bf16"), tmp_path, quiet=True)
     exact, low = ([r["loss"] for r in records(folder)] for folder in (whole, tmp_path))
     assert low != exact
     assert low == pytest.approx(exact, rel=2e-2)
-    held = last_state(tmp_path)
-    assert held.keys() == last_state(whole).keys()
-    assert {t.dtype for t in held.values()} <= {torch.float32, torch.float64}
+    state = last_state(tmp_path)
+    assert state.keys() == last_state(whole).keys()
+    assert {t.dtype for t in state.values()} <= {torch.float32, torch.float64}
 
 
-def test_checkpoints_are_kept_as_asked(tmp_path):
+def test_old_checkpoints_are_deleted_as_the_recipe_says(tmp_path):
     train(
         small("save.every_images=16", "save.keep=2", "save.keep_every_images=64"),
         tmp_path,
@@ -207,18 +200,12 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
 
 
 def test_a_network_without_null_label_trains(tmp_path):
-    own = [
-        "model.null_label=false",
-        "model.size=16",
-        "model.num_classes=10",
-        "model.channels=1",
-        "data.source='digits'",
-    ]
-    recipe = config.override(
-        recipe_for("dimr-tiny"),
-        [*own, "images=32", "batch=16", "samples.count=4", "samples.steps=2"],
-    )
-    with pytest.raises(ValueError, match=r"no null label to drop to; set label_drop=0"):
+    overrides = [
+        "model.null_label=false", "model.size=16", "model.num_classes=10", "model.channels=1",
+        "data.source='digits'", "images=32", "batch=16", "samples.count=4", "samples.steps=2",
+    ]  # fmt: skip
+    recipe = config.override(recipe_for("dimr-tiny"), overrides)
+    with pytest.raises(ValueError, match="label_drop=0"):
         train(recipe, tmp_path / "a", quiet=True)
     folder = train(dataclasses.replace(recipe, label_drop=0.0), tmp_path / "b", quiet=True)
     assert (folder / "model" / "model.safetensors").exists()

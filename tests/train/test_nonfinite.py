@@ -1,4 +1,4 @@
-"""A step that goes wrong never reaches the weights, says so, and can be repeated elsewhere."""
+"""Non-finite steps: stop, skip and rollback, the bundle and its replay; spikes; other events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 
 from helpers.runs import assert_same_tensors, events, records, small, weights
 from mezzotint.core import distributed
-from mezzotint.data.image_dataset import open_images
 from mezzotint.train import log, loop, nonfinite
 from mezzotint.train.nonfinite import NonFiniteError, find_spike
 from mezzotint.train.progress import ProgressDisplay
@@ -20,7 +19,7 @@ from mezzotint.train.replay import replay
 from mezzotint.train.setup import setup
 
 
-def quiet(run):
+def run_loop(run):
     loop.loop(run, ProgressDisplay(show=False), loop.StopSignal())
     run.writer.close()
 
@@ -40,8 +39,8 @@ def first_half(tmp_path_factory):
 
 
 @pytest.fixture
-def begun(first_half, tmp_path):
-    """A function from overrides to that run set up again, ready to go on to 160 images."""
+def resumed(first_half, tmp_path):
+    """A function from overrides to that run set up again, ready to continue to 160 images."""
 
     def start(*overrides):
         shutil.copytree(first_half, tmp_path / "run")
@@ -50,17 +49,17 @@ def begun(first_half, tmp_path):
     return start
 
 
-def test_stop_writes_a_bundle_that_fails_again_at_the_same_layer(begun):
-    run = begun()
+def test_stop_writes_a_bundle_that_fails_again_at_the_same_layer(resumed):
+    run = resumed()
     inner = [n for n, m in run.state.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)]
     broken = inner[len(inner) // 2]
     poison_weights(run, f"{broken}.weight")
     before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
     with pytest.raises(
         NonFiniteError,
-        match=r"at 64 images; nothing was updated(.|\n)*mezzotint replay .*bundles/64",
+        match=r"at 64 images(.|\n)*mezzotint replay .*bundles/64",
     ):
-        quiet(run)
+        run_loop(run)
     assert_same_tensors(before, run.state.backbone.state_dict())
     bundle = run.folder / "bundles" / "64"
     assert {p.name for p in bundle.iterdir()} == {
@@ -81,19 +80,17 @@ def test_stop_writes_a_bundle_that_fails_again_at_the_same_layer(begun):
     assert all(math.isnan(v) for v in again.loss)
 
 
-def test_a_bundle_of_a_healthy_step_does_not_fail_and_has_the_same_losses(begun):
-    """The failure came from outside the network: replay gets finite losses, equal to those of the sound images."""
-    run = begun("engine.microbatch=5")
+def test_replay_of_a_finite_step_reproduces_its_losses(resumed):
+    """Four losses were set to nan from outside; replay finds them finite, the others equal."""
+    run = resumed("engine.microbatch=5")
     real = run.objective
 
     def objective(model, x, eps, logsnr, cond):
         loss = real(model, x, eps, logsnr, cond)
         return torch.where(logsnr == logsnr.min(), torch.nan, loss)
 
-    with pytest.raises(
-        NonFiniteError, match=r"4 of 16 losses are not finite: image \d+ at log-SNR -?\d"
-    ) as caught:
-        quiet(dataclasses.replace(run, objective=objective))
+    with pytest.raises(NonFiniteError, match=r"4 of 16 .*image \d+ at log-SNR -?\d") as caught:
+        run_loop(dataclasses.replace(run, objective=objective))
     again = replay(run.folder / "bundles" / "64")
     assert not again.fails
     assert (again.forward, again.backward, again.weights) == (None, None, [])
@@ -105,9 +102,8 @@ def test_a_bundle_of_a_healthy_step_does_not_fail_and_has_the_same_losses(begun)
     assert "fails again: no" in str(again)
 
 
-def test_a_gradient_that_overflows_is_found_by_its_parameter(begun):
-    """Every loss is finite here, the gradient alone is not."""
-    run = begun()
+def test_an_overflowing_gradient_is_detected_though_every_loss_is_finite(resumed):
+    run = resumed()
 
     class Overflow(torch.autograd.Function):
         @staticmethod
@@ -122,12 +118,12 @@ def test_a_gradient_that_overflows_is_found_by_its_parameter(begun):
         m for n, m in run.state.backbone.named_modules() if isinstance(m, torch.nn.Conv2d)
     )
     broken.register_forward_hook(lambda m, given, out: Overflow.apply(out))
-    with pytest.raises(NonFiniteError, match="all losses are finite; the largest is"):
-        quiet(run)
+    with pytest.raises(NonFiniteError, match="all losses are finite"):
+        run_loop(run)
 
 
-def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
-    run = begun("nonfinite.on_nonfinite=skip")
+def test_skip_leaves_the_weights_and_counts_the_step(resumed, monkeypatch):
+    run = resumed("nonfinite.on_nonfinite=skip")
     real, seen = run.objective, []
 
     def objective(model, x, eps, logsnr, cond):
@@ -135,19 +131,19 @@ def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
         loss = real(model, x, eps, logsnr, cond)
         return loss * torch.nan if run.state.images in (80, 112) else loss
 
-    respond, responded = nonfinite.handle_nonfinite, []
+    handle, handled = nonfinite.handle_nonfinite, []
 
-    def watched(*arguments):
+    def handle_and_compare(*arguments):
         before = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
-        event = respond(*arguments)
+        event = handle(*arguments)
         assert_same_tensors(before, run.state.backbone.state_dict())
-        responded.append(run.state.images)
+        handled.append(run.state.images)
         return event
 
-    monkeypatch.setattr(nonfinite, "handle_nonfinite", watched)
-    quiet(dataclasses.replace(run, objective=objective))
+    monkeypatch.setattr(nonfinite, "handle_nonfinite", handle_and_compare)
+    run_loop(dataclasses.replace(run, objective=objective))
     assert seen == list(range(64, 160, 16))
-    assert responded == [80, 112]
+    assert handled == [80, 112]
     assert [(r["images"], r["skipped_steps"]) for r in records(run.folder)] == [
         (32, 0), (64, 0), (96, 1), (128, 2), (160, 2)
     ]  # fmt: skip
@@ -157,12 +153,10 @@ def test_skip_goes_on_without_the_step_and_counts_it(begun, monkeypatch):
     assert all(torch.isfinite(w).all() for w in weights(run.folder).values())
 
 
-def test_skips_are_limited(begun):
-    run = begun("nonfinite.on_nonfinite=skip", "nonfinite.limit=2")
-    with pytest.raises(
-        NonFiniteError, match=r"nonfinite\.limit=2"
-    ):
-        quiet(
+def test_skips_are_limited(resumed):
+    run = resumed("nonfinite.on_nonfinite=skip", "nonfinite.limit=2")
+    with pytest.raises(NonFiniteError, match=r"nonfinite\.limit=2"):
+        run_loop(
             dataclasses.replace(
                 run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
             )
@@ -170,9 +164,9 @@ def test_skips_are_limited(begun):
     assert run.state.images == 96
 
 
-def test_rollback_takes_the_newest_checkpoint_and_the_next_images(begun):
-    """Weights that turned bad after the checkpoint at 64 images are given up with it, the images seen are not."""
-    run = begun("nonfinite.on_nonfinite=rollback", "save.every_images=64")
+def test_rollback_restores_the_newest_checkpoint_and_takes_the_next_images(resumed):
+    """Weights that turned bad after the checkpoint are replaced; images seen are kept."""
+    run = resumed("nonfinite.on_nonfinite=rollback", "save.every_images=64")
     at_checkpoint = {k: v.clone() for k, v in run.state.backbone.state_dict().items()}
     real, seen = run.objective, []
 
@@ -184,7 +178,7 @@ def test_rollback_takes_the_newest_checkpoint_and_the_next_images(begun):
         seen.append(run.state.images)
         return real(model, x, eps, logsnr, cond)
 
-    quiet(dataclasses.replace(run, objective=objective))
+    run_loop(dataclasses.replace(run, objective=objective))
     assert seen == list(range(64, 160, 16))
     (event,) = events(run.folder)
     assert (event["event"], event["images"], event["to_images"]) == ("rollback", 112, 64)
@@ -197,31 +191,31 @@ def test_rollback_takes_the_newest_checkpoint_and_the_next_images(begun):
 def test_rollback_without_a_checkpoint_stops(tmp_path):
     run = setup(small("nonfinite.on_nonfinite=rollback"), tmp_path, distributed.init_distributed())
     with pytest.raises(NonFiniteError, match="no checkpoint to roll back to"):
-        quiet(
+        run_loop(
             dataclasses.replace(
                 run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
             )
         )
 
 
-def test_a_damaged_bundle_and_other_data_are_refused(begun, tmp_path):
-    run = begun()
+def test_a_damaged_bundle_and_other_data_are_refused(resumed, tmp_path):
+    run = resumed()
     with pytest.raises(NonFiniteError):
-        quiet(
+        run_loop(
             dataclasses.replace(
                 run, objective=lambda m, x, e, l, c: run.objective(m, x, e, l, c) * torch.nan
             )
         )
     bundle = run.folder / "bundles" / "64"
-    with pytest.raises(ValueError, match="is not the data that"):
+    with pytest.raises(ValueError, match="digits:test"):
         replay(bundle, source="digits:test")
     path = bundle / "weights.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"no intact bundle: weights\.safetensors has \d+ bytes"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors has \d+ bytes"):
         replay(bundle)
 
 
-def test_what_is_a_spike():
+def test_a_spike_is_measured_against_the_median_of_recent_losses():
     usual = [1 + 0.1 * math.sin(7 * i) for i in range(128)]
     assert find_spike(usual[:31], 100.0, 10) is None  # too few to know
     assert find_spike(usual, 1.3, 10) is None
@@ -250,7 +244,7 @@ def test_spikes_are_reported_and_counted_across_a_resume(tmp_path):
         def objective(model, x, eps, logsnr, cond):
             return real(model, x, eps, logsnr, cond) * (1e4 if run.state.images in (90, 100) else 1)
 
-        quiet(dataclasses.replace(run, objective=objective))
+        run_loop(dataclasses.replace(run, objective=objective))
         return folder
 
     whole = trained(tmp_path / "whole", 128)
@@ -263,7 +257,7 @@ def test_spikes_are_reported_and_counted_across_a_resume(tmp_path):
     assert records(parts)[-1]["spikes"] == 2
 
 
-def test_unreadable_pictures_are_listed(tmp_path):
+def test_unreadable_images_are_listed(tmp_path):
     from PIL import Image
 
     data = tmp_path / "data"
@@ -273,24 +267,15 @@ def test_unreadable_pictures_are_listed(tmp_path):
     (data / "05.png").write_bytes((data / "05.png").read_bytes()[:40])
     recipe = small(f"data.source={data}", "images=32", "model.num_classes=0")
     loop.train(recipe, tmp_path / "run", quiet=True)
-    listed = (tmp_path / "run" / "unreadable.txt").read_text()
-    assert listed.startswith("05.png\t")
-    assert listed.count("\n") == 1
-    assert (
-        log.append_unreadable(
-            tmp_path / "run" / "unreadable.txt", {"05.png": "other words", "00.png": "cut"}
-        )
-        == 1
-    )
-    assert [line.split("\t")[0] for line in (tmp_path / "run" / "unreadable.txt").read_text().splitlines()] == [
-        "00.png", "05.png"
-    ]  # fmt: skip
-    assert (
-        open_images(data, size=8, channels=1).report.unreadable == {}
-    )  # the list is ours, the folder as it was
+    path = tmp_path / "run" / "unreadable.txt"
+    (line,) = path.read_text().splitlines()
+    assert line.startswith("05.png\t")
+    assert log.append_unreadable(path, {"05.png": "another reason", "00.png": "cut"}) == 1
+    names = [line.partition("\t")[0] for line in path.read_text().splitlines()]
+    assert names == ["00.png", "05.png"]
 
 
-def test_an_average_longer_than_the_run_is_announced(tmp_path):
+def test_an_average_longer_than_the_run_is_reported(tmp_path):
     recipe = small("images=80", "ema.half_life_images=160", "ema.rampup=null")
     loop.train(recipe, tmp_path / "run", quiet=True)
     (event,) = events(tmp_path / "run")

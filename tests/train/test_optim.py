@@ -1,4 +1,4 @@
-"""Optimisers: which parameters go where, that both train and resume bitwise, and the rate as a function of images."""
+"""Optimisers: which parameters each takes, training and bitwise resume, the learning rate."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mezzotint.train.loop import train
 from mezzotint.train.optim import group_by_decay, learning_rate, make_optimisers
 
 VIT = [
-    "data.source=digits", "model.size=8", "model.channels=1", "batch=16", "images=1152", "log_every_images=192",
-    "samples.every_images=576", "samples.count=10", "samples.steps=2", "save.every_images=576", "save.keep=9",
-    "engine.precision=float32", "optim.warmup_images=0", "optim.name=muon", "optim.lr=2e-3",
-    "time.sampling=stratified",
+    "data.source=digits", "model.size=8", "model.channels=1", "batch=16", "images=1152",
+    "log_every_images=192", "samples.every_images=576", "samples.count=10", "samples.steps=2",
+    "save.every_images=576", "save.keep=9", "engine.precision=float32", "optim.warmup_images=0",
+    "optim.name=muon", "optim.lr=2e-3", "time.sampling=stratified",
 ]  # fmt: skip
 
 
-def test_muon_takes_hidden_matrices_alone():
+def test_muon_takes_only_hidden_matrices():
     net = create_model("dimr-tiny", size=16).backbone
     muon, adamw = make_optimisers(Optim(name="muon", weight_decay=0.1), net, fused=True)
     name = {id(p): n for n, p in net.named_parameters()}
@@ -41,7 +41,7 @@ def test_muon_takes_hidden_matrices_alone():
 
 
 @pytest.mark.parametrize("preset", ["dimr-tiny", "diffit-latent-tiny", "diffit-tiny"])
-def test_muon_leaves_positions_classes_and_bias_tables(preset):
+def test_muon_leaves_positions_classes_and_bias_tables_to_adamw(preset):
     net = create_model(preset, size=16).backbone
     muon, _ = make_optimisers(Optim(name="muon"), net, fused=True)
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
@@ -52,8 +52,8 @@ def test_muon_leaves_positions_classes_and_bias_tables(preset):
 
 def test_groups_hold_every_trained_parameter_once():
     net = create_model("dimr-tiny", size=16).backbone
-    held = [id(p) for group in group_by_decay(net, 0.1) for p in group["params"]]
-    assert len(held) == len(set(held)) == sum(p.requires_grad for p in net.parameters())
+    grouped = [id(p) for group in group_by_decay(net, 0.1) for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == sum(p.requires_grad for p in net.parameters())
 
 
 def test_a_network_without_hidden_matrices_refuses_muon():
@@ -64,7 +64,7 @@ def test_a_network_without_hidden_matrices_refuses_muon():
 
 
 def test_muon_trains_and_resumes_bitwise(tmp_path):
-    """A loss that falls, and a run in two parts that equals the run in one, moments included."""
+    """The loss falls; a run in two parts equals the run in one, moments included."""
     recipe = config.override(recipe_for("uvit-tiny"), VIT)
     whole = train(recipe, tmp_path / "whole", quiet=True)
     loss = [r["loss"] for r in records(whole)]
@@ -88,14 +88,15 @@ def test_the_rate_is_a_function_of_images_seen():
     assert learning_rate(Optim(lr=2.0), 10**9, 1000) == 2.0
 
 
-def test_weight_decay_and_clipping_do_something(tmp_path):
-    ends = []
-    for i, extra in enumerate(
-        [[], ["optim.weight_decay=1"], ["optim.clip=1e-4"], ["optim.clip=null"]]
-    ):
-        train(
-            small("images=48", "samples.every_images=1000", *extra), tmp_path / str(i), quiet=True
-        )
-        ends.append([r["loss"] for r in records(tmp_path / str(i))][-1])
-    assert len(set(ends)) == 4 or ends[0] == ends[3]  # a gradient below the bound is not clipped
-    assert len({ends[0], ends[1], ends[2]}) == 3
+def test_weight_decay_and_clipping_change_the_run(tmp_path):
+    """A bound far above the gradient norm is the same as none."""
+
+    def last_loss(*overrides):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        train(small("images=48", "samples.count=0", *overrides), folder, quiet=True)
+        return records(folder)[-1]["loss"]
+
+    unclipped = last_loss("optim.clip=null")
+    assert last_loss("optim.clip=1e9") == unclipped
+    assert last_loss("optim.clip=1e-4") != unclipped
+    assert last_loss("optim.clip=null", "optim.weight_decay=1") != unclipped

@@ -18,7 +18,7 @@ from mezzotint.core.registry import Spec, build
 from mezzotint.models import create_model
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Cond
-from mezzotint.recipes import difference, recipe_for
+from mezzotint.recipes import describe_changes, recipe_for
 from mezzotint.train.report import (
     POINTS,
     line_over_images,
@@ -94,7 +94,7 @@ def checked(text):
 
 
 def test_a_killed_run(run):
-    text = checked(render_page(run, difference(config.from_yaml(run / "recipe.yaml"))))
+    text = checked(render_page(run, describe_changes(config.from_yaml(run / "recipe.yaml"))))
     assert "run &lt;1&gt;" in text
     assert "9,600 of 12,800 images" in text
     assert "continues it" in text

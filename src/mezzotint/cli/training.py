@@ -1,4 +1,4 @@
-"""Commands of a training run: train, its averages, its failed steps, its page."""
+"""Commands of a training run: demo, train, ema, replay, report."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
-    """Train a tiny class-conditional network on real handwritten digits (about 3 minutes on 2 CPU cores), then count
-    how many of 500 samples a small classifier reads as the digit that was asked for.
+    """Train a tiny network on handwritten digits and check its samples: 3 minutes on 2 CPU cores.
+
+    A small classifier counts how many of 500 samples show the digit of their label.
 
     Args:
-        out: Run folder; it is started anew each time.
-        images: Training length in images; 0 for the demo's own.
-        seed: Of every random draw.
+        out: Run folder; an earlier demo there is replaced.
+        images: Training length in images; 0 for the default.
+        seed: Seed of every random draw.
     """
     from mezzotint.cli.demo import run_demo
 
@@ -36,35 +37,35 @@ def train(
     init_from: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Train a preset on your images. The same command again resumes. Progress counts images seen.
+    """Train a preset on your images. Run the same command again to resume.
 
     Args:
         preset: Network and recipe, e.g. unet-tiny or uvit-256 (`mezzotint info` lists them).
         overrides: Fields of the recipe, e.g. images=2e6 batch=64 optim.lr=3e-4 model.size=64.
-        data: Folder, zip, prepared set, parquet, hub name, or the built-in "digits" or "shapes:64".
+        data: Folder, zip, prepared dataset, parquet, hub name, or built-in "digits" or "shapes:64".
         out: Run folder; runs/PRESET by default.
-        recipe: Start from this recipe.yaml instead of the preset's own recipe.
-        init_from: Start from the weights of this model folder, other sizes or classes allowed.
-        dry_run: Print the resolved recipe, its differences from the paper, what the data is and the plan for this
-            device; train nothing.
+        recipe: Use this recipe.yaml instead of the preset's recipe.
+        init_from: Start from the weights of this model folder; size and classes may differ.
+        dry_run: Train nothing; print the recipe, how it differs from the preset's, the data and
+            what the run needs on this device.
     """
     from mezzotint import config
     from mezzotint.evaluate.during_training import make_evaluator
-    from mezzotint.recipes import difference, recipe_for
-    from mezzotint.train.loop import train as run
+    from mezzotint.recipes import describe_changes, recipe_for
     from mezzotint.train.dataset import describe_data
+    from mezzotint.train.loop import train as run_training
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
     if chosen.preset != preset:
         raise ValueError(
-            f"{recipe} is a recipe for {chosen.preset}, not {preset}; name that preset"
+            f"{recipe} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
         )
     if data:
         chosen = config.override(chosen, [f"data.source={data!r}"])
     chosen = config.override(chosen, overrides)
     if dry_run:
         print(config.to_yaml(chosen))
-        print(difference(chosen))
+        print(describe_changes(chosen))
         print(f"data: {describe_data(chosen)}")
         print_plan(chosen)
         return
@@ -72,23 +73,20 @@ def train(
         raise ValueError(
             "no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
         )
-    initialise = None
+    init_weights = None
     if init_from is not None:
         from mezzotint.convert.adapt import initialise_from
 
-        initialise = initialise_from(init_from)
-    folder = run(
-        chosen,
-        out or Path("runs") / preset,
-        init_weights=initialise,
-        evaluator=make_evaluator(chosen),
-    )
-    print(f"done: {folder}/model holds the averaged weights, {folder}/samples the grids")
+        init_weights = initialise_from(init_from)
+    out = out or Path("runs") / preset
+    evaluator = make_evaluator(chosen)
+    folder = run_training(chosen, out, init_weights=init_weights, evaluator=evaluator)
+    print(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
     print(f"next: mezzotint sample {folder} -n 16 --out samples.png")
 
 
 def print_plan(recipe: Recipe) -> None:
-    """What one process on this machine's device needs for the recipe, with a pointer to more."""
+    """Print what one process needs on this machine's device, and the command that shows more."""
     from rich.console import Console
 
     from mezzotint.tools.accelerators import detect_device
@@ -107,54 +105,50 @@ def ema(
     images: int | None = None,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
 ) -> None:
-    """Average a run's weights anew, with any width, from the snapshots it kept (ema.power_stds in its recipe).
+    """Compute an average of a run's weights of any width, from its snapshots.
 
     Args:
-        run: Run folder.
+        run: Run folder; its recipe must have set ema.power_stds.
         width: Relative width of the power-function average, e.g. 0.08 (EDM2); below 0.2887.
-        images: Average up to so many images seen; the newest snapshot by default.
+        images: Images seen at the end of the average; those of the newest snapshot by default.
         out: Model folder to write; RUN/model-WIDTH by default.
     """
     from mezzotint.train.posthoc_ema import save_reconstruction
 
     folder, rebuilt = save_reconstruction(run, width, images, out)
-    print(
-        f"{folder}: relative width {width:g} at {rebuilt.images:,} images, of {len(rebuilt.sources)} snapshots"
-    )
-    print(
-        f"relative distance of its profile from the one asked for: {rebuilt.distance:.2g} (0.1 and above is coarse)"
-    )
+    snapshots = len(rebuilt.sources)
+    print(f"{folder}: width {width:g} at {rebuilt.images:,} images, from {snapshots} snapshots")
+    print(f"relative error of its profile: {rebuilt.distance:.2g} (0.1 and above is coarse)")
 
 
 def replay(
     bundle: Positional[Path], /, *, data: Annotated[str | None, arg(aliases=["-d"])] = None
 ) -> None:
-    """Repeat a training step that was not finite, from the bundle it left, and name the layer where it began.
+    """Repeat a non-finite training step from its bundle and name the layer where it began.
 
     Args:
         bundle: Folder RUN/bundles/IMAGES.
         data: Where the training data is now, if it moved.
     """
-    from mezzotint.train.replay import replay as run
+    from mezzotint.train.replay import replay as replay_bundle
 
-    print(run(bundle, data))
+    print(replay_bundle(bundle, data))
 
 
 def report(
     run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=["-o"])] = None
 ) -> None:
-    """Make one self-contained HTML page of a run, finished or not: curves, grids over time, recipe, environment.
+    """Write one HTML page of a run, finished or not: curves, sample grids, recipe, environment.
 
     Args:
         run: Run folder.
         out: File to write; RUN/report.html by default.
     """
     from mezzotint import config
-    from mezzotint.recipes import difference
+    from mezzotint.recipes import describe_changes
     from mezzotint.train.report import write_report
 
-    kept = run / "recipe.yaml"
-    changes = (
-        difference(config.from_yaml(kept)) if kept.is_file() else ""
-    )  # without one there is no run to report
+    recipe = run / "recipe.yaml"
+    # Without a recipe `write_report` says that there is no run to report.
+    changes = describe_changes(config.from_yaml(recipe)) if recipe.is_file() else ""
     print(write_report(run, out or run / "report.html", changes))

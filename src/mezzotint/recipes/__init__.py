@@ -1,6 +1,7 @@
-"""Recipes: functions that return one Recipe per preset, as its paper trains it, with the number it reaches there.
+"""Recipes: one function per preset, which returns its Recipe as published.
 
-A recipe's name is its preset's. One file adds recipes; the scan finds it.
+A recipe has the name of its preset; its docstring holds the result that the paper reports. To add
+recipes, add a file to this folder.
 """
 
 from __future__ import annotations
@@ -17,31 +18,34 @@ recipe = registry.register
 
 
 def recipe_for(preset: str) -> Recipe:
-    """The recipe of a preset; ValueError lists near names."""
+    """Return the recipe of a preset; ValueError lists near names."""
     return registry[preset]()
 
 
-def ema_of(decay: float, batch: int) -> Ema:
-    """A paper's per-step decay as a half-life in images: decay^(half_life / batch) = 1/2."""
+def ema_from_decay(decay: float, batch: int) -> Ema:
+    """Return the average of a paper's per-step decay: decay^(half_life_images / batch) = 1/2."""
     return Ema(half_life_images=batch * math.log(0.5) / math.log(decay), rampup=None)
 
 
-def difference(changed: Recipe) -> str:
-    """Where a recipe differs from the one its paper (or this library, for laptop presets) states; one line a field."""
+def describe_changes(changed: Recipe) -> str:
+    """Return one line for each field in which a recipe differs from that of its preset."""
     published = config.to_dict(recipe_for(changed.preset))
     lines = [
-        f"  {k}: {a} -> {b}"
-        for k, a, b in _leaves(published, config.to_dict(changed), "")
-        if a != b
+        f"  {path}: {old} -> {new}"
+        for path, old, new in _pair_fields(published, config.to_dict(changed), "")
+        if old != new
     ]
     title = f"difference from the recipe of {changed.preset}:"
     return "\n".join([title, *(lines or ["  none"])])
 
 
-def _leaves(old: object, new: object, path: str) -> list[tuple[str, object, object]]:
+def _pair_fields(old: object, new: object, path: str) -> list[tuple[str, object, object]]:
+    """Return (dotted path, old value, new value) of every field of two nested dictionaries."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return [(path, old, new)]
     keys = list(dict.fromkeys([*old, *new]))
     return [
-        leaf for k in keys for leaf in _leaves(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
+        pair
+        for k in keys
+        for pair in _pair_fields(old.get(k), new.get(k), f"{path}.{k}".lstrip("."))
     ]

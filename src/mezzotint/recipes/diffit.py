@@ -1,4 +1,4 @@
-"""DiffiT (arXiv 2312.02139): table of section 5 in specs/diffit.md. FID of 50,000 samples."""
+"""Recipes of DiffiT (arXiv 2312.02139). FID is of 50,000 samples."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_of, recipe
+from mezzotint.recipes import ema_from_decay, recipe
 
-# Iterations: the paper says "200000"; EDM, whose recipe it follows, counts thousands of images (specs section 4).
+# The paper trains for "200000" iterations; EDM, whose recipe it follows, counts in kimg.
 EDM_IMAGES = 200_000_000
 
 
 def _edm(preset: str, lr: float, batch: int, grid_steps: int, dropout: float = 0.0) -> Recipe:
-    """EDM's recipe: log-normal noise, weight 1 in F-space, Adam, warm-up of 10 M images, ramped average.
+    """Return EDM's recipe: log-normal noise, weight 1 in F-space, Adam, warm-up, ramped average.
 
-    EDM's augmentation pipe (probability 0.12 / 0.15) enters its network through a 9-number label that the paper does
-    not mention; it is left out, and so is the flip that the pipe contains.
+    EDM's augmentation pipe (probability 0.12 / 0.15), which includes a flip, enters its network
+    through a label of 9 numbers that the paper does not mention. It is left out.
     """
     return Recipe(
         preset=preset,
@@ -47,14 +47,17 @@ def diffit_ffhq64() -> Recipe:
 
 
 def _latent(preset: str, lr: float, batch: int) -> Recipe:
-    """DDPM's linear table, eps with learned range. Optimiser, length and flip are not stated: AdamW without decay as
-    DiT, and 400 ImageNet epochs as the DiMR paper lists for DiffiT."""
+    """Return the latent recipe: DDPM's linear table, eps with learned range.
+
+    The paper states no optimiser, length or flip. AdamW without decay is DiT's; 400 ImageNet epochs
+    are what the DiMR paper lists for DiffiT.
+    """
     return Recipe(
         preset=preset,
         data=Data(flip=True),
         objective=Spec("hybrid"),
         optim=Optim(lr=lr, betas=(0.9, 0.999), clip=None),
-        ema=ema_of(0.9999, batch),
+        ema=ema_from_decay(0.9999, batch),
         images=400 * 1_281_167,
         batch=batch,
         label_drop=0.1,
@@ -68,7 +71,7 @@ def _latent(preset: str, lr: float, batch: int) -> Recipe:
 
 @recipe("diffit-256")
 def diffit_256() -> Recipe:
-    """FID 1.73, guided (power-cosine, 4.4 in the authors' script, 4.6 in the paper), 250 ancestral steps."""
+    """FID 1.73, 250 ancestral steps, power-cosine guidance (4.6 in the paper, 4.4 in its code)."""
     return _latent("diffit-256", 3e-4, 256)
 
 

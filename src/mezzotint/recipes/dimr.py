@@ -1,4 +1,4 @@
-"""DiMR (arXiv 2406.09416): section 4 of specs/dimr.md. FID of 50,000 samples, 50 per class."""
+"""Recipes of DiMR (arXiv 2406.09416, section 4). FID is of 50,000 samples, 50 per class."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_of, recipe
+from mezzotint.recipes import ema_from_decay, recipe
 
 BATCH = 1024
 
 
 def _published(preset: str, lr: float, steps: int) -> Recipe:
-    """AdamW with decay 0.03 on all but the no-decay parameters, 5k steps of warm-up from 0, EMA 0.9999, no clipping."""
+    """Return what the published runs share: AdamW, 5k steps of warm-up, EMA 0.9999, no clipping."""
     return Recipe(
         preset=preset,
         data=Data(crop="adm", flip=True),
@@ -20,7 +20,7 @@ def _published(preset: str, lr: float, steps: int) -> Recipe:
         optim=Optim(
             lr=lr, betas=(0.99, 0.99), weight_decay=0.03, warmup_images=5_000 * BATCH, clip=None
         ),
-        ema=ema_of(0.9999, BATCH),
+        ema=ema_from_decay(0.9999, BATCH),
         images=steps * BATCH,
         batch=BATCH,
         label_drop=0.1,

@@ -1,7 +1,7 @@
-"""simple diffusion (arXiv 2301.11093) and SiD2 (arXiv 2410.19324).
+"""Recipes of simple diffusion (arXiv 2301.11093) and SiD2 (arXiv 2410.19324).
 
-Rates, batches and lengths are section 7 of specs/simple-diffusion.md, most of them marked there as recollection: they
-are a starting point, not a quotation. FID is of 50,000 samples against ImageNet's training / validation statistics.
+Most rates, batches and lengths are recollected, not quoted from the papers: they are a starting
+point. FID is of 50,000 samples against ImageNet's training / validation statistics.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_of, recipe
+from mezzotint.recipes import ema_from_decay, recipe
 
 IMAGENET = Data(source="", crop="adm", flip=True)
 
 
 def _published(preset: str, batch: int, steps: int) -> Recipe:
-    """What all published runs share: Adam without decay, 10k steps of warm-up, EMA 0.9999, unweighted eps-MSE."""
+    """Return what the published runs share: Adam, 10k steps of warm-up, EMA 0.9999, eps-MSE."""
     return Recipe(
         preset=preset,
         data=IMAGENET,
         objective=Spec("eps_mse"),
         optim=Optim(lr=1e-4, betas=(0.9, 0.99), eps=1e-12, warmup_images=10_000 * batch, clip=1.0),
-        ema=ema_of(0.9999, batch),
+        ema=ema_from_decay(0.9999, batch),
         images=steps * batch,
         batch=batch,
         label_drop=0.1,
@@ -69,7 +69,7 @@ def uvit_512() -> Recipe:
 
 
 def _sid2(preset: str, bias: float) -> Recipe:
-    """Batch, steps and EMA of SiD2 are not established; these are its group's later runs (section 7, last line)."""
+    """Return SiD2's recipe; batch, steps and EMA are of its group's later runs, its own unknown."""
     return replace(
         _published(preset, 1024, 1_000_000),
         objective=Spec("sigmoid", {"bias": bias}),
@@ -108,7 +108,7 @@ def sid2_512_flop() -> Recipe:
 
 
 def _laptop(preset: str, lr: float) -> Recipe:
-    """A few CPU minutes: larger rate, short warm-up, an average that ramps up with the run."""
+    """Return a recipe for a few CPU minutes: larger rate, short warm-up, ramped average."""
     return Recipe(
         preset=preset,
         data=Data(flip=False),
@@ -137,7 +137,7 @@ def uvit_tiny() -> Recipe:
 
 @recipe("sid2-tiny")
 def sid2_tiny() -> Recipe:
-    """For a laptop; no published number. The bias is that of 128 pixels, the smallest size SiD2 states one for."""
+    """For a laptop; no published number. The bias is SiD2's for 128 pixels, its smallest size."""
     return replace(
         _laptop("sid2-tiny", 2e-3),
         objective=Spec("sigmoid", {"bias": 0.0}),

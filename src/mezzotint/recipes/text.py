@@ -1,8 +1,8 @@
-"""Text to image with simple diffusion's U-ViT (arXiv 2301.11093, section 4). The paper's data are not public.
+"""Recipes of text to image with simple diffusion's U-ViT (arXiv 2301.11093, section 4).
 
-Its three models (256x256, 512x512, 384x640 pixels; T5-XXL) are the presets uvit-256 and uvit-512 with
-model.text_dim=4096 model.num_classes=0 and data.text_encoder=google/t5-v1_1-xxl; docs/latents.md has the commands. Batch, data
-and length of their training are not known (section 7, [?]).
+The paper's three models (256x256, 512x512, 384x640 pixels; T5-XXL) are the presets uvit-256 and
+uvit-512 with model.text_dim=4096, model.num_classes=0 and data.text_encoder=google/t5-v1_1-xxl;
+docs/latents.md has the commands. Their data are not public; batch and length are not known.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from mezzotint.recipes import recipe
 
 @recipe("uvit-text-tiny")
 def uvit_text_tiny() -> Recipe:
-    """For a laptop, on captions; how well words steer it is measured by benchmarks/words.py.
+    """For a laptop, on captions; benchmarks/words.py measures how well captions steer it.
 
-    At another model.size, set schedule.options.image_d to it as well.
+    Set schedule.options.image_d to model.size where that changes.
     """
     return Recipe(
         preset="uvit-text-tiny",
         data=Data(flip=False),
-        # Words decide what is where before the picture shows it: at 64 pixels below a log-SNR of -5, where the
-        # unshifted cosine spends a twentieth of its time and eps-MSE hardly weighs. Hence a shift of -2.8, and the
-        # image's own error. That x is predicted spares the patches from carrying the noise through the transformer.
+        # Captions decide the layout at high noise: at 64 pixels, below a log-SNR of -5, where the
+        # unshifted cosine spends a twentieth of its time and eps-MSE has little weight. Hence a
+        # shift of -2.8 and the error of the image itself. Predicting x spares the patches from
+        # carrying the noise through the transformer.
         schedule=Spec("cosine", {"image_d": 64, "noise_d": 16}),
         objective=Spec("regression"),
         time=Time(sampling="stratified"),

@@ -1,7 +1,8 @@
 """Checkpoints: the training state on disk, written aside, verified by hash, renamed into place.
 
-A checkpoint is a folder `checkpoints/IMAGES/` in the format of `torch.distributed.checkpoint`, which
-any number of processes can restore, and `manifest.json` with the size and SHA-256 of every file.
+A checkpoint is a folder `checkpoints/IMAGES/` in the format of `torch.distributed.checkpoint`,
+which any number of processes can restore, and `manifest.json` with the size and SHA-256 of every
+file.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class TrainingState:
     """Everything that changes during training.
 
     images: images seen. Draws, learning rate and data order are functions of it.
-    metrics_window: sums since the last log line (see `train.log`), so that a resumed run logs the same
-        lines.
+    metrics_window: sums since the last log line (see `train.log`), so that a resumed run logs the
+        same lines.
     recent: losses of the latest steps.
     skipped, spikes: steps of either kind in the whole run (see `train.nonfinite`).
     """
@@ -150,7 +151,7 @@ class CheckpointWriter:
         )
 
     def wait(self) -> None:
-        """Wait for the last task; if it failed on any rank, raise on all. All ranks call this together."""
+        """Wait for the last task; if it failed on any rank, raise on all. All ranks call it."""
         pending, self._pending = self._pending, None
         error = None if pending is None else pending.exception()
         raise_on_all_ranks(error if isinstance(error, Exception) else None, self.world)
@@ -168,7 +169,7 @@ class CheckpointWriter:
 def begin_checkpoint(
     state: TrainingState, run: Path, writer: CheckpointWriter
 ) -> Callable[[], Path]:
-    """Copy the state to the CPU now; return the function that writes it as checkpoint `state.images`.
+    """Copy the state to the CPU; return the function that writes it as checkpoint `state.images`.
 
     All ranks call both together. On failure nothing half-written stays, and earlier checkpoints are
     untouched.
@@ -216,12 +217,12 @@ def begin_checkpoint(
 def _write_error(images: int, run: Path, reason: BaseException) -> OSError:
     return OSError(
         f"the checkpoint at {images} images could not be written to {run}: {reason}; earlier "
-        "checkpoints are intact. Free some space or repair the folder, then run the same command again."
+        "checkpoints are intact. Free some space or repair the folder, and repeat the command."
     )
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Rename a written folder into place, instead of any folder there, and flush its name to disk."""
+    """Rename a written folder into place, replacing any folder there, and flush its name."""
     if final.exists():  # written before the run was resumed from an earlier checkpoint
         shutil.rmtree(final)
     partial.rename(final)
@@ -229,7 +230,7 @@ def publish_folder(partial: Path, final: Path) -> None:
 
 
 def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every` images."""
+    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every`."""
     for folder in list_checkpoints(run)[:-keep] if keep > 0 else []:
         if not (keep_every and int(folder.name) % keep_every == 0):
             shutil.rmtree(folder)

@@ -1,9 +1,8 @@
-"""The data of a recipe: opened in the space the network works in, fitted to the network, described."""
+"""The data of a recipe: opened in the network's space, matched to the network, described."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
     wanted, actual = recipe.data.codec, dataset.codec_name
     if wanted and actual not in (wanted, str(Path(wanted).expanduser().resolve())):
         raise ValueError(
-            f"{source} holds latents of {actual}, data.codec asks for {wanted}; leave data.codec out"
+            f"{source} holds latents of {actual}, not of data.codec={wanted}; leave data.codec out"
         )
 
 
@@ -116,7 +115,7 @@ def _open_captions(
 
 
 def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
-    """Fill in what depends on the data or the machine: classes, schedule, precision, label names, codec.
+    """Fill in classes, schedule, precision, label names and codec from the data and the machine.
 
     Errors: ValueError where the dataset's labels do not fit the network.
     """
@@ -154,7 +153,7 @@ def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, 
 
 
 def _text_encoder_info(captions: CaptionEmbeddings | None) -> dict[str, object]:
-    """Return what config.json keeps of the text encoder, so that prompts are read by the same one."""
+    """Return what config.json keeps of the text encoder, for reading prompts later."""
     if captions is None:
         return {}
     encoder = {k: captions.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash")}

@@ -1,4 +1,4 @@
-"""A network wrapped for several processes by PyTorch's DDP or FSDP2; tensors and norms over shards."""
+"""Networks wrapped for several processes by DDP or FSDP2; tensors and norms over shards."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from mezzotint.core.distributed import World, sum_over_ranks
 
 
 def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> nn.Module:
-    """Return the backbone as the step calls it: compiled per block, then copied (DDP) or sharded (FSDP2)."""
+    """Compile each block if asked, then copy (DDP) or shard (FSDP2) the backbone over ranks."""
     if engine.compile:
         compile_blocks(backbone)
     if world.size == 1:
         return backbone
     if engine.strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # A depthwise weight (c, 1, 7, 7) has both memory layouts; DDP copies its few numbers and warns.
+        # A depthwise weight (c, 1, 7, 7) has both memory layouts; DDP copies its few numbers and
+        # warns.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(
             backbone, device_ids=ids, gradient_as_bucket_view=True
@@ -63,7 +64,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def group_norms(groups: Sequence[Sequence[Tensor]], world: World) -> Tensor:
-    """Return the Euclidean norm of each group of tensors, (groups,) float64; all ranks call it together.
+    """Return the Euclidean norm of each group of tensors, (groups,) float64, on all ranks.
 
     All tensors of a group are sharded, or none is. An empty group has norm 0.
     """

@@ -26,7 +26,7 @@ def exponential_beta(ema: Ema, images: int, batch: int) -> float:
 
 
 def horizon_event(ema: Ema, images: int) -> dict[str, Any] | None:
-    """Return an event for events.jsonl if the average's half-life exceeds the images seen, else None.
+    """Return an event for events.jsonl if the half-life exceeds the images seen, else None.
 
     Then 0.5^(images / half_life) of the average is still the initial weights. With a rampup the
     half-life never exceeds a fraction of the images seen.
@@ -38,8 +38,8 @@ def horizon_event(ema: Ema, images: int) -> dict[str, Any] | None:
         return None
     why = (
         f"the average's half-life of {half_life:,.0f} images exceeds the images seen: "
-        f"{0.5 ** (images / half_life):.0%} of the averaged weights are still the initial ones, which "
-        "sample grids and model/ show; set ema.rampup=0.05 to shorten the average early in the run"
+        f"{0.5 ** (images / half_life):.0%} of the averaged weights are still the initial ones, "
+        "which sample grids and model/ show; set ema.rampup=0.05 to shorten the average early on"
     )
     return {"images": images, "event": "ema", "why": why}
 

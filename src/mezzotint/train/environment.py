@@ -95,7 +95,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def find_commit(package: Path) -> str | None:
-    """Return the git commit of the code in `package`, with "-dirty" where files differ; None if unknown.
+    """Return the git commit of `package`, with "-dirty" where files differ; None if unknown.
 
     It is that of the checkout the folder belongs to, or the one pip noted when it installed from a
     repository.

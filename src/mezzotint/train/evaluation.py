@@ -19,13 +19,14 @@ from mezzotint.sampling.protocols import parse_sampler
 from mezzotint.train import log
 from mezzotint.train.setup import Run, averaged_model
 
-# evaluator(averaged model, folder for its results, should_stop) -> a value for each metric. All ranks
-# call it together and get the same values. It raises soon after should_stop() has become true.
+# evaluator(averaged model, folder for its results, should_stop) -> a value for each metric. All
+# ranks call it together and get the same values. It raises soon after should_stop() has become
+# true.
 Evaluator = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
 
 
 def check_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> None:
-    """Raise ValueError unless there is an evaluator where the recipe evaluates, with a known sampler."""
+    """Raise ValueError for an evaluator too few or too many, or an unknown sampler."""
     every = recipe.evaluate.every_images
     if every > 0 and evaluator is None:
         raise ValueError(
@@ -56,8 +57,8 @@ def evaluate_average(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """Evaluate the averaged weights as they are now; all ranks call this together.
 
-    Returns: the record for the log and None, or None and the reason of a failure, or None twice where
-        the evaluation ended because of `should_stop`.
+    Returns: the record for the log and None, or None and the reason of a failure, or None twice
+        where the evaluation ended because of `should_stop`.
     """
     metrics: dict[str, float] = {}
     model, error = averaged_model(run), None

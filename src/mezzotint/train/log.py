@@ -22,8 +22,8 @@ from mezzotint.core.files import atomic_write
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)
 BINS = len(EDGES) + 1
-# A metrics window is one row of sums: HEAD of loss, images, steps; loss per bin; images per bin; norm
-# of the whole gradient; norm of each part.
+# A metrics window is one row of sums: HEAD of loss, images, steps; loss per bin; images per bin;
+# norm of the whole gradient; norm of each part.
 HEAD = 3
 # Keys of a log line that depend on the machine. All others depend on the recipe alone.
 MEASURED = ("images_per_second", "tflops", "utilisation", "peak_memory_gib")
@@ -57,7 +57,7 @@ def add_step(window: Tensor, losses: Tensor, logsnr: Tensor, norms: Tensor, worl
 
 
 def reset_window(window: Tensor, parts: Sequence[str], world: World) -> dict[str, Any]:
-    """Return the means over the window and all ranks, and set it to zero. Empty bins are left out."""
+    """Return the means over the window and all ranks, without empty bins, and set it to zero."""
     total = sum_over_ranks(window.clone(), world).tolist()
     window.zero_()
     between = [f"{a:.0f}..{b:.0f}" for a, b in pairwise(EDGES.tolist())]
@@ -103,7 +103,7 @@ def peak_resident_bytes() -> int:
 
 
 class Log:
-    """A file of JSON lines. Opening it drops the records beyond `images` and a line cut short by a kill."""
+    """A file of JSON lines. Opening it drops records beyond `images` and a line cut short."""
 
     def __init__(self, path: Path, images: int):
         self.path = path

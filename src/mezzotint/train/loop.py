@@ -1,4 +1,4 @@
-"""The training loop: batch, gradient, update, averages; then log, checkpoint, sample grid, evaluation.
+"""The training loop: batch, gradient, update, averages; log, checkpoint, grid, evaluation.
 
 Progress is counted in images seen. To resume, call `train` again with the same recipe and folder.
 """
@@ -48,7 +48,7 @@ from mezzotint.train.step import (
 
 
 class Listeners(NamedTuple):
-    """Functions that get every record of log.jsonl or of events.jsonl; none on ranks other than 0."""
+    """Functions that get every record of log.jsonl or events.jsonl; none on ranks other than 0."""
 
     log: Sequence[Callable[[dict[str, Any]], None]] = ()
     events: Sequence[Callable[[dict[str, Any]], None]] = ()
@@ -88,20 +88,21 @@ def train(
     init_weights: Callable[[Model], None] | None = None,
     evaluator: Evaluator | None = None,
 ) -> Path:
-    """Train `recipe` in `folder` until `recipe.images` images have been seen; resume a run that has started.
+    """Train `recipe` in `folder` until `recipe.images` are seen; resume a run that has started.
 
     Writes recipe.yaml, environment.json, log.jsonl, samples/, checkpoints/, model/ (the averaged
     weights) and model-raw/ (the weights without averaging).
 
     Args:
         quiet: print nothing.
-        init_weights: called on the network before its first step, e.g. to load weights to fine-tune;
-            not on resume.
+        init_weights: called on the network before its first step, e.g. to load weights to
+            fine-tune; not on resume.
         evaluator: makes the evaluations of `recipe.evaluate`; see `evaluate.during_training`.
 
     Returns: the folder.
 
-    Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before a
+    Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before
+        a
     non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
     """
     folder = Path(folder)
@@ -137,7 +138,8 @@ def loop(
     flop = count_training_flop(run.meta_model)
     run.model.train()
     progress.start(recipe.images, state.images)
-    # The process before may have ended between a checkpoint and the grid or the evaluation due there.
+    # The process before may have ended between a checkpoint and the grid or the evaluation due
+    # there.
     if grid_pending(run):
         draw_grid(run)
     if evaluator is not None and evaluation_pending(run):
@@ -153,8 +155,8 @@ def loop(
         losses = gradient(run, batch)
         norms = gradient_norms(run)
 
-        # All ranks agree whether the step is finite, and whether to stop. Before the update, so that
-        # nothing has to be undone; the step's only wait for the device.
+        # All ranks agree whether the step is finite, and whether to stop. Before the update, so
+        # that nothing has to be undone; the step's only wait for the device.
         result = reduce_step(losses, norms[0], stop.requested, run.writer.failed, world)
         if result.failing:
             run.writer.wait()  # raises the error of the failed write
@@ -247,7 +249,7 @@ def update_averages(run: Run) -> None:
 
 
 def due(run: Run, every: int) -> bool:
-    """Return whether this step crossed a multiple of `every` images or ended the run; never for 0."""
+    """Return whether this step crossed a multiple of `every` images or ended the run; no for 0."""
     images, batch = run.state.images, run.recipe.batch
     return every > 0 and (
         images // every > (images - batch) // every or images >= run.recipe.images
@@ -260,7 +262,7 @@ def grid_due(run: Run) -> bool:
 
 
 def log_record(run: Run, images: int, seconds: float, flop_per_image: float) -> dict[str, Any]:
-    """Return the log line of the latest `images`, trained in `seconds`; all ranks call this together."""
+    """Return the log line of the latest `images`, trained in `seconds`; all ranks call it."""
     peak_tflops = run.recipe.engine.peak_tflops
     return {
         "images": run.state.images,
@@ -330,14 +332,14 @@ def draw_grid(run: Run) -> None:
 
 
 def grid_pending(run: Run) -> bool:
-    """Return whether the grid of the restored checkpoint is missing; all ranks call this together."""
+    """Return whether the grid of the restored checkpoint is missing; all ranks call it."""
     exists = run.world.is_rank0 and grid_path(run.folder, run.state.images).exists()
     exists = distributed.broadcast_from_rank0(exists, run.world)
     return not exists and run.state.images > 0 and grid_due(run)
 
 
 def evaluation_pending(run: Run) -> bool:
-    """Return whether the evaluation of the restored checkpoint is missing; all ranks call this together."""
+    """Return whether the evaluation of the restored checkpoint is missing; all ranks call it."""
     was_due = run.state.images > 0 and due(run, run.recipe.evaluate.every_images)
     return was_due and not evaluation.is_recorded(run)
 
@@ -349,7 +351,7 @@ def run_evaluation(
     progress: ProgressDisplay,
     listeners: Listeners,
 ) -> None:
-    """Evaluate the averaged weights and log the metrics, or why there are none; exit when asked to stop."""
+    """Evaluate the averaged weights; log the metrics or the failure; exit when asked to stop."""
     images, count = run.state.images, run.recipe.evaluate.num_images
     progress.print_line(f"evaluating {count:,} samples at {images:,} images")
     record, failure = evaluation.evaluate_average(run, evaluator, lambda: stop.requested)

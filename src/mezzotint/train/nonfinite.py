@@ -1,4 +1,4 @@
-"""Steps that are not finite: stop, skip or roll back, each with a bundle that `mezzotint replay` repeats.
+"""Non-finite steps: stop, skip or roll back, with a bundle that `mezzotint replay` repeats.
 
 Also reports spikes of the loss.
 """
@@ -38,7 +38,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def find_spike(recent: Collection[float], loss: float, deviations: float) -> float | None:
-    """Return the median of the recent losses if `loss` is a spike above them, else None. Our own rule.
+    """Return the median of the recent losses if `loss` is a spike, else None. Our own rule.
 
     A spike exceeds the median by `deviations` robust standard deviations. One is 1.4826 times the
     median distance from the median: the standard deviation of normal losses, unmoved by spikes. It
@@ -68,13 +68,15 @@ def detect_spike(run: Run, result: StepResult) -> dict[str, Any] | None:
 
 
 def handle_nonfinite(run: Run, batch: Batch, losses: Losses, result: StepResult) -> dict[str, Any]:
-    """Write the bundle of a non-finite step; then stop, skip the step or roll back, as the recipe says.
+    """Write the bundle of a non-finite step; then stop, skip or roll back, as the recipe says.
 
     All ranks call this together, after the gradient and before any update.
 
-    Returns: the event for events.jsonl, after gradients are cleared and `state.skipped` is counted up.
+    Returns: the event for events.jsonl, after gradients are cleared and `state.skipped` is counted
+        up.
 
-    Errors: NonFiniteError where the recipe says "stop", its limit is reached, or there is no checkpoint
+    Errors: NonFiniteError where the recipe says "stop", its limit is reached, or there is no
+        checkpoint
     to roll back to.
     """
     recipe, state = run.recipe, run.state
@@ -136,7 +138,7 @@ def roll_back(run: Run, failure: str, facts: dict[str, Any]) -> int:
 
 
 def gather_facts(run: Run, batch: Batch, losses: Losses, result: StepResult) -> dict[str, Any]:
-    """Return what bundle.json holds: losses of all ranks per image, norms per parameter ("layers")."""
+    """Return what bundle.json holds: losses per image of all ranks, norms per parameter."""
     mine = (batch.image_numbers, losses.loss.tolist(), losses.logsnr.tolist())
     shares = gather_from_ranks(mine, run.world)
     named = list(run.state.backbone.named_parameters())
@@ -178,7 +180,8 @@ def describe_failure(facts: dict[str, Any]) -> str:
     else:
         largest = max(range(len(loss)), key=lambda i: loss[i])
         where = f"all losses are finite; the largest is {loss[largest]:.3g}, {images[largest]}"
-    return f"gradient norm {facts['grad_norm']} at {facts['images']} images; nothing was updated. {where}"
+    norm, seen = facts["grad_norm"], facts["images"]
+    return f"gradient norm {norm} at {seen} images; nothing was updated. {where}"
 
 
 def write_bundle(
@@ -196,7 +199,7 @@ def write_bundle(
 
 
 def record_unreadable(run: Run) -> None:
-    """Add the images that any rank could not read to unreadable.txt; all ranks call this together."""
+    """Add images that any rank could not read to unreadable.txt; all ranks call it together."""
     shares = gather_from_ranks(run.dataset.report.unreadable, run.world)
     if run.world.is_rank0:
         reasons = {name: reason for share in shares for name, reason in share.items()}

@@ -12,9 +12,7 @@ from mezzotint.config import Optim
 
 
 def learning_rate(optim: Optim, images: int, total: int) -> float:
-    """Return the rate of the update after `images` of `total`: linear warm-up from 0, then constant or
-    cosine decay to 0.
-    """
+    """Return the rate of the update after `images` of `total`: warm-up, then constant or cosine."""
     warm = min(1.0, images / optim.warmup_images) if optim.warmup_images else 1.0
     decay = 1.0
     if optim.decay == "cosine":
@@ -23,7 +21,7 @@ def learning_rate(optim: Optim, images: int, total: int) -> float:
 
 
 def group_by_decay(backbone: Backbone, weight_decay: float) -> list[dict]:
-    """Return the trained parameters in two groups: decayed, and the backbone's `no_decay_parameters`.
+    """Return the trained parameters in two groups: decayed, and `no_decay_parameters`.
 
     DiMR section 4. The second group is left out where it is empty.
     """
@@ -38,9 +36,9 @@ def group_by_decay(backbone: Backbone, weight_decay: float) -> list[dict]:
 def make_optimisers(optim: Optim, backbone: Backbone, fused: bool) -> list[torch.optim.Optimizer]:
     """Return AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
 
-    Hidden matrices are weights of linear layers inside repeated blocks (members of a ModuleList). As
-    Muon's authors advise, AdamW takes embeddings, positions, bias tables, the first and last layers,
-    convolutions, gains and biases.
+    Hidden matrices are weights of linear layers inside repeated blocks (members of a ModuleList).
+    As Muon's authors advise, AdamW takes embeddings, positions, bias tables, the first and last
+    layers, convolutions, gains and biases.
 
     Errors: ValueError where Muon finds no hidden matrix.
     """

@@ -51,8 +51,9 @@ def list_snapshots(run: Path) -> list[Snapshot]:
 def profile_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) -> Tensor:
     """Return the inner product over t of the profiles p(t; t_a, gamma_a) and p(t; t_b, gamma_b).
 
-    p(t; T, gamma) = (gamma + 1) t^gamma / T^(gamma + 1) up to T, then 0, is the share of the weights of
-    time t in the average at T (EDM2 eq. 3 normalised to integral 1). All broadcast, float64.
+    p(t; T, gamma) = (gamma + 1) t^gamma / T^(gamma + 1) up to T, then 0, is the share of the
+    weights of time t in the average at T (EDM2 eq. 3 normalised to integral 1). All broadcast,
+    float64.
     """
     # EDM2 appendix C: the integral to min(t_a, t_b) of the product of two powers
     first = torch.minimum(t_a, t_b)
@@ -64,7 +65,7 @@ def profile_product(t_a: Tensor, gamma_a: Tensor, t_b: Tensor, gamma_b: Tensor) 
 def solve_coefficients(
     snapshots: list[tuple[int, float]], images: int, std: float
 ) -> tuple[Tensor, float]:
-    """Return the factors on snapshots whose sum comes nearest to the average of width `std` at `images`.
+    """Return factors on snapshots whose sum is nearest to the average of width `std` at `images`.
 
     Args:
         snapshots: (images, std) each.
@@ -76,10 +77,12 @@ def solve_coefficients(
     gamma = torch.tensor([power_gamma(s) for _, s in snapshots], dtype=torch.float64)
     target_t = torch.tensor(float(images), dtype=torch.float64)
     target_gamma = torch.tensor(power_gamma(std), dtype=torch.float64)
-    # EDM2 appendix C: min over x of || p - sum_i x_i p_i ||^2 is A x = b with A_ij = <p_i, p_j>, b_i = <p_i, p>
+    # EDM2 appendix C: min over x of || p - sum_i x_i p_i ||^2 is A x = b with A_ij = <p_i, p_j>,
+    # b_i = <p_i, p>
     A = profile_product(t[:, None], gamma[:, None], t, gamma)
     b = profile_product(t, gamma, target_t, target_gamma)
-    # Neighbouring snapshots are nearly parallel: scale to a unit diagonal, solve by singular values.
+    # Neighbouring snapshots are nearly parallel: scale to a unit diagonal, solve by singular
+    # values.
     length = A.diagonal().sqrt()
     unit_A, unit_b = A / (length[:, None] * length), b / length
     x = torch.linalg.lstsq(unit_A, unit_b[:, None], driver="gelsd").solution[:, 0] / length

@@ -1,4 +1,4 @@
-"""The display of a training run: a progress bar with loss, speed and time left; messages and events above it."""
+"""The display of a training run: a progress bar with the loss; messages and events above it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mezzotint replay BUNDLE`: repeat a step that was not finite and find the layer where it began."""
+"""`mezzotint replay BUNDLE`: repeat a non-finite step and find the layer where it began."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def replay(
 def rebuild_run(
     recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, device: torch.device
 ) -> Run:
-    """Return the run of a bundle with its weights, in one process, without optimisers and averages."""
+    """Return the run of a bundle with its weights, without optimisers and averages."""
     from safetensors.torch import load_file
 
     world = World(rank=0, size=1, device=device)
@@ -129,9 +129,7 @@ def rebuild_run(
     info = dataclasses.replace(info, schedule=recipe.schedule or info.schedule)
     dataset = open_data(recipe, info, world, source)
     if dataset.fingerprint != fingerprint:
-        raise ValueError(
-            f"{source or recipe.data.source} is not the data that {bundle} was made with; give --data"
-        )
+        raise ValueError(f"{source or recipe.data.source} is not the data of {bundle}; give --data")
     model = build_model(info).to(device).train()
     model.backbone.load_state_dict(load_file(bundle / nonfinite.WEIGHTS), strict=False)
     backbone = get_backbone(model)
@@ -192,7 +190,7 @@ def find_nonfinite(backbone: nn.Module) -> Iterator[dict[str, str | None]]:
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether every number in a tensor, or in the tensors of a list, tuple or dict, is finite."""
+    """Return whether all numbers in a tensor, or a list, tuple or dict of tensors, are finite."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or bool(torch.isfinite(value).all())
     if isinstance(value, dict):

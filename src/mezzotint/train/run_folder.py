@@ -1,4 +1,4 @@
-"""The folder of a run: which folder may become one, who may write to it, and the recipe it belongs to."""
+"""The folder of a run: which folder may become one, its lock, and the recipe it belongs to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mezzotint.core.files import atomic_write
 from mezzotint.data.image_dataset import split_suffix
 
 RECIPE = "recipe.yaml"
-# Fields that may differ when a run is resumed: how long, how fast, how often, what to do on failure.
+# Fields that may differ when a run is resumed: how long, how fast, how often, what to do on
+# failure.
 CHANGEABLE = (
     "images", "engine", "save", "samples", "evaluate", "log_every_images", "nonfinite", "trackers",
     "data.workers", "ema.snapshot_every_images",
@@ -43,7 +44,7 @@ def check_run_folder(folder: Path, source: str) -> None:
         if others:
             listing = f"{', '.join(others[:3])}{' ...' if others[3:] else ''}"
             raise ValueError(
-                f"{folder} is not a run folder and holds {listing}; use an --out that is new or empty"
+                f"{folder} is no run folder and holds {listing}; use an --out that is new or empty"
             )
 
 
@@ -54,7 +55,8 @@ def run_lock(folder: Path, source: str = "") -> Iterator[None]:
     Args:
         source: of the data, see `check_run_folder`.
 
-    Errors: ValueError for a folder that cannot become a run's or that another process holds; OSError
+    Errors: ValueError for a folder that cannot become a run's or that another process holds;
+        OSError
     where the folder cannot be written.
     """
     check_run_folder(folder, source)
@@ -85,7 +87,7 @@ def has_started(folder: Path) -> bool:
 
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
-    """Raise ValueError where the folder's run was trained with another recipe; list the differences."""
+    """Raise ValueError, listing the differences, where the run has another recipe."""
     path = folder / RECIPE
     if not (path.exists() and has_started(folder)):
         return
@@ -101,7 +103,10 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:
-    """Write recipe.yaml and remove what a killed process left half-written; OSError where that fails."""
+    """Write recipe.yaml and remove half-written files of a killed process.
+
+    Errors: OSError where the folder cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         remove_partial(folder)

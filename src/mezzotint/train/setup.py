@@ -1,4 +1,4 @@
-"""A training run, set up: data, network, optimisers, averages, and the state of the newest checkpoint."""
+"""Setup of a run: data, network, optimisers, averages, the state of the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def setup(
 
     Args:
         print_line: gets a line for each damaged checkpoint and for the one restored.
-        init_weights: called on the network before its first step, e.g. to load weights to fine-tune;
-            not on resume.
+        init_weights: called on the network before its first step, e.g. to load weights to
+            fine-tune; not on resume.
 
     Errors: ValueError where recipe, data, network and folder do not fit together.
     """
@@ -90,7 +90,8 @@ def setup(
     newest, damaged = checkpoint.find_newest_intact(folder)
     if newest is None and init_weights is not None:
         init_weights(model)
-    # Averages, parts and optimisers are made after wrapping: FSDP2 replaces the parameters by shards.
+    # Averages, parts and optimisers are made after wrapping: FSDP2 replaces the parameters by
+    # shards.
     backbone = get_backbone(model)
     backbone.checkpointing = recipe.engine.checkpointing
     backbone.set_depthwise_kernel(recipe.engine.depthwise)
@@ -131,7 +132,8 @@ def setup(
 def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule: Schedule) -> None:
     """Compute the loss at a low, a middle and a high noise level, to fail before training starts.
 
-    Errors: ValueError where the objective does not fit the network or the schedule, or the loss is not
+    Errors: ValueError where the objective does not fit the network or the schedule, or the loss is
+        not
     finite.
     """
     config, device = model.info.config, next(model.parameters()).device
@@ -163,14 +165,14 @@ def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule
         loss = loss * (-schedules.slope(schedule, u) / 2).to(loss)
     if not torch.isfinite(loss).all():
         raise ValueError(
-            f"objective {spec} of a network that predicts {config.prediction} is {loss.tolist()} at "
-            f"log-SNR {logsnr.tolist()} of schedule {model.info.schedule}; choose another objective, "
-            "prediction or schedule"
+            f"objective {spec} with prediction {config.prediction} is {loss.tolist()} at "
+            f"log-SNR {logsnr.tolist()} of schedule {model.info.schedule}; choose another "
+            "objective, prediction or schedule"
         )
 
 
 def parameters_by_module(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the trained parameters by the name of their top-level module, in the network's order."""
+    """Return the trained parameters by top-level module, in the network's order."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
@@ -188,7 +190,7 @@ def count_training_flop(model: Model) -> float:
 
 
 def averaged_model(run: Run, name: str | None = "ema") -> Model:
-    """Return a model in eval mode that shares the weights of an average; all ranks call this together.
+    """Return a model in eval mode that shares the weights of an average; all ranks call it.
 
     Args:
         name: of the average; None for the weights that train. Sharded weights are gathered.

@@ -1,4 +1,4 @@
-"""One optimiser step in three parts: gradient, agreement of the ranks, update; and its random draws."""
+"""One optimiser step: random draws, gradient, agreement of the ranks, update."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def prefetch(
     make: Callable[[loader.LoadedBatch], Batch],
     ahead: int = 4,
 ) -> Iterator[Batch]:
-    """Yield make(loaded) for each loaded batch, in order, made by threads up to `ahead` batches early.
+    """Yield make(loaded) for each loaded batch, in order, made by threads `ahead` batches early.
 
     Drawing the noise of 256 px images takes longer than a GPU's step, and releases Python's lock.
     """
@@ -175,7 +175,7 @@ def gradient(run: Run, batch: Batch) -> Losses:
 
 
 def gradient_norms(run: Run) -> Tensor:
-    """Return the norm of the gradient, then of each part in `run.parts`; float64, equal on every rank."""
+    """Return the norm of the gradient, then of each of `run.parts`; float64, equal on all ranks."""
     by_part = group_norms(
         [[p.grad for p in part if p.grad is not None] for part in run.parts.values()], run.world
     )
@@ -201,7 +201,7 @@ def reduce_step(
 
 
 def update(run: Run, grad_norm: Tensor) -> None:
-    """Clip the gradient to `optim.clip` and take one optimiser step at the rate of the images seen."""
+    """Clip the gradient to `optim.clip` and take a step at the rate of the images seen."""
     recipe, state = run.recipe, run.state
     if recipe.optim.clip is not None:
         torch.nn.utils.clip_grads_with_norm_(

@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard, Weights & Biases and trackio get every line of log.jsonl, as the recipe asks."""
+"""Trackers: TensorBoard, Weights & Biases and trackio get every line of log.jsonl."""
 
 from __future__ import annotations
 
@@ -23,14 +23,13 @@ def check_installed(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             command = "pip install wandb" if name == "wandb" else "pip install mezzotint[track]"
             raise ValueError(
-                f"trackers={name} needs a package that is not installed; {command}, or leave it out "
-                "of trackers"
+                f"trackers={name} needs a package that is not installed; {command}, or leave it out"
             )
 
 
 @contextmanager
 def open_trackers(run: Run) -> Iterator[Trackers]:
-    """Open the recipe's trackers, each a function of a log record; close them when the block ends."""
+    """Open the recipe's trackers, each a function of a log record, until the block ends."""
     known = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
     with ExitStack() as stack:
         yield [stack.enter_context(known[name](run)) for name in run.recipe.trackers]
@@ -56,7 +55,7 @@ def open_tensorboard(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 @contextmanager
 def open_wandb(run: Run) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Log to one W&B run per run folder, resumed by its id; offline without WANDB_MODE or an API key."""
+    """Log to one W&B run per folder, resumed by id; offline without WANDB_MODE or an API key."""
     import wandb as package  # pyright: ignore[reportMissingImports]
 
     configured = "WANDB_MODE" in os.environ or "WANDB_API_KEY" in os.environ
