@@ -21,7 +21,7 @@ from mezzotint.sampling.settings import Guidance, SamplingSettings
 
 
 def grid_labels(num_classes: int, count: int) -> torch.Tensor | None:
-    """Return the labels of a grid in class order, as even as `count` allows; None without classes."""
+    """Return a grid's labels in class order, as even as `count` allows; None without classes."""
     if not num_classes:
         return None
     positions = torch.arange(count)
@@ -35,16 +35,18 @@ def spread_indices(count: int, total: int) -> list[int]:
 
 @functools.lru_cache(maxsize=2)
 def preview_codec(name: str, device: torch.device) -> autoencoder.Codec | None:
-    """Return a decoder for previews: TAESD, which is fast, for Stable Diffusion's latents; else `name`.
+    """Return a decoder for previews: TAESD, which is fast, for Stable Diffusion; else `name`.
 
     None where no decoder is in the cache; nothing is downloaded.
     """
+    if name == "pixels":
+        return autoencoder.open_codec(name, device)
     taesd = autoencoder.if_cached("taesd", device) if name in autoencoder.SD_LATENTS else None
     return taesd or autoencoder.if_cached(name, device)
 
 
 def to_visible(images: torch.Tensor, codec: str) -> torch.Tensor:
-    """Decode a network's output to images in [-1, 1]; without a decoder, show three latent channels."""
+    """Decode to images in [-1, 1]; without a decoder, return three channels of the latents."""
     decoder = preview_codec(codec, images.device)
     return images[:, :3] / 3 if decoder is None else decoder.decode(images)
 
