@@ -67,6 +67,10 @@ def test_every_published_result_is_of_a_preset():
     assert set(PUBLISHED) <= set(presets())
 
 
+def test_published_metrics_are_named_as_in_evaluations():
+    assert {m for p in PUBLISHED.values() for m in p.numbers} == {"FID", "sFID", "IS"}
+
+
 def test_a_model_and_its_samples_get_the_same_number(model, reference, tmp_path):
     out = tmp_path / "of_model.json"
     evaluation.evaluate(

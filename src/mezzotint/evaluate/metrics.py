@@ -161,8 +161,8 @@ class Gaussian:
         d = len(moments.mean)
         if moments.n <= d:
             warnings.warn(
-                f"{moments.n} images in {d} dimensions: the covariance is singular, and the distance "
-                "is larger than for many images; compare it only at equal numbers of images",
+                f"{moments.n} images in {d} dimensions: the covariance is singular and the "
+                "distance larger than for many images; compare it only at equal numbers of images",
                 stacklevel=2,
             )
         return Gaussian(moments.mean, moments.cov)

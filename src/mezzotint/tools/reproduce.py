@@ -49,35 +49,35 @@ _512 = "VIRTUAL_imagenet512.npz of ADM's evaluation suite, about 2 GB"
 # specs/dimr.md section 7, specs/diffit.md section 6, specs/simple-diffusion.md sections 8 and 9.
 PUBLISHED: dict[str, PublishedResult] = {
     "dimr-xl-2r-256": PublishedResult(
-        numbers={"FID": "1.70", "Inception Score": "289.0"}, protocol="dimr-256", weights=_DIMR
+        numbers={"FID": "1.70", "IS": "289.0"}, protocol="dimr-256", weights=_DIMR
     ),
     "dimr-g-2r-256": PublishedResult(
-        numbers={"FID": "1.63", "Inception Score": "292.5"}, protocol="dimr-256", weights=_DIMR
+        numbers={"FID": "1.63", "IS": "292.5"}, protocol="dimr-256", weights=_DIMR
     ),
     "dimr-xl-3r-512": PublishedResult(
-        numbers={"FID": "2.89", "Inception Score": "289.8"},
+        numbers={"FID": "2.89", "IS": "289.8"},
         protocol="dimr-256",
         weights=_DIMR,
         reference=_512,
     ),
     "diffit-256": PublishedResult(
-        numbers={"FID": "1.73", "sFID": "4.54", "Inception Score": "276.49"},
+        numbers={"FID": "1.73", "sFID": "4.54", "IS": "276.49"},
         protocol="diffit-256",
         weights=_DIFFIT,
     ),
     "diffit-512": PublishedResult(
-        numbers={"FID": "2.67", "sFID": "4.99", "Inception Score": "252.12"},
+        numbers={"FID": "2.67", "sFID": "4.99", "IS": "252.12"},
         protocol="diffit-512",
         weights=_DIFFIT,
         reference=_512,
     ),
     "uvit-256": PublishedResult(
-        numbers={"FID": "2.77", "Inception Score": "211.8"},
+        numbers={"FID": "2.77", "IS": "211.8"},
         protocol="simple-diffusion-512steps",
         weights=_NONE,
     ),
     "uvit-512": PublishedResult(
-        numbers={"FID": "3.54", "Inception Score": "205.3"},
+        numbers={"FID": "3.54", "IS": "205.3"},
         protocol="simple-diffusion-512steps",
         weights=_NONE,
         reference=_512,
