@@ -70,9 +70,12 @@ def help_of(command, monkeypatch, capsys):
     return capsys.readouterr().out.rstrip().splitlines()
 
 
-@pytest.mark.parametrize("command", cli.COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [*cli.COMMANDS, "edit img2img", "edit inpaint", "edit interpolate", "edit trajectory"],
+)
 def test_help_of_a_command_fits_a_screen(command, monkeypatch, capsys):
-    lines = help_of([command], monkeypatch, capsys)
+    lines = help_of(command.split(), monkeypatch, capsys)
     assert f"usage: mezzotint {command}" in lines[0]
     # A long description is one line, which the terminal wraps.
     assert sum(1 + (len(line) - 1) // COLUMNS if line else 1 for line in lines) <= ROWS

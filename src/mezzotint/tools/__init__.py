@@ -1,1 +1,1 @@
-"""Tools that look: counts, memory, plans, benchmarks, the doctor, downloads, reproduction."""
+"""Tools: counts of presets, memory, plans, benchmarks, checks, downloads, reproduction."""
