@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mezzotint.backbones import diffit, dimr_blocks
+from mezzotint.backbones import diffit, dimr_blocks, dimr_cascade
 from mezzotint.backbones.kernels import depthwise
 from mezzotint.backbones.kernels.depthwise import residual_depthwise
 
@@ -52,7 +52,7 @@ def torch_depthwise(x: Tensor, weight: Tensor, bias: Tensor, kernel: str) -> Ten
 
 def torch_norm(self: dimr_blocks.TimeRMSNorm, x: Tensor, gain: Tensor) -> Tensor:
     """The norm from torch's operations and their gradients."""
-    return dimr_blocks.over_rms(x) * gain
+    return dimr_blocks.divide_by_rms(x) * gain
 
 
 def joined_geglu(self: dimr_blocks.GEGLU, x: Tensor, *time: Tensor) -> Tensor:
@@ -101,7 +101,7 @@ SWITCHES: list[tuple[str, str, Swap]] = [
     (
         "dimr",
         "cascade concatenated",
-        lambda: patch.object(dimr_blocks, "normed_projection", plain_projection),
+        lambda: patch.object(dimr_cascade, "normed_projection", plain_projection),
     ),
     (
         "dimr",

@@ -101,7 +101,7 @@ def buffers(monkeypatch):
 @shapes
 def test_forward(shape, few, biased, residual, buffers, monkeypatch):
     monkeypatch.setattr(
-        kernels, "FEW", few
+        kernels, "MIN_PROGRAMS", few
     )  # with 256, as published, most of these images are cut into strips of rows
     b, h, w, c, k, dtype = shape
     x, weight, bias = (
@@ -151,7 +151,7 @@ def test_weight_gradient(shape, buffers):
 
 @computes
 def test_weight_gradient_of_several_images_per_program(buffers, monkeypatch):
-    monkeypatch.setattr(kernels, "MANY", 2)
+    monkeypatch.setattr(kernels, "GRADIENT_PROGRAMS", 2)
     check_gradients(
         (5, 3, 2, 3, 3, torch.float32)
     )  # three images to one program and two to the other

@@ -16,9 +16,9 @@ from helpers.plain import plain_module
 import mezzotint as mz
 from mezzotint.backbones import presets
 from mezzotint.backbones.dimr import DiMR, DiMRConfig
-from mezzotint.backbones.dimr_blocks import ResidualDepthwise
+from mezzotint.backbones.kernels.depthwise import ResidualDepthwise
 from mezzotint.convert.official import registry as officials
-from mezzotint.convert.official.load import bitwise_equal, layout, to_official
+from mezzotint.convert.official.load import bitwise_equal, official_specs, to_official
 from mezzotint.models import tensor_specs
 from mezzotint.process.denoiser import Cond, Denoised
 from mezzotint.process.samplers.dpmpp_singlestep import dpmpp_singlestep
@@ -70,7 +70,7 @@ def test_time_vectors(golden):
     names = [
         f"stages.{i}.{name}"
         for i in range(len(config.dims))
-        for name, _ in officials_module().vectors(config, i)
+        for name, _ in officials_module().time_vectors(config, i)
     ]
     values = dict(zip(names, model.backbone.time(io["log_snr"] / 4), strict=True))
     recorded = {k.removeprefix("tdp."): v for k, v in io.items() if k.startswith("tdp.")}
@@ -228,7 +228,9 @@ def test_published_keys_and_shapes(shared):
         # The 64-pixel models are listed with ImageNet's 1000 rows and no null label.
         config = replace(config, null_label=expected["stages.0.class_embeds.weight"][0] == 1001)
         own = tensor_specs("dimr", config)
-        assert {k: c.shape for k, c in layout(officials["dimr"], config, own).items()} == expected
+        assert {
+            k: c.shape for k, c in official_specs(officials["dimr"], config, own).items()
+        } == expected
         assert officials["dimr"].config(expected) == config
 
 

@@ -9,7 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mezzotint.backbones as backbones
-from mezzotint.backbones.layers import FiLM, ResBlock, TransformerBlock, inv_cos, sinusoid
+from mezzotint.backbones.layers import (
+    FiLM,
+    ResBlock,
+    TransformerBlock,
+    inv_cos,
+    sinusoidal_embedding,
+)
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.schedules import cosine, invert
@@ -166,7 +172,7 @@ def test_embedding_is_computed_wide_in_a_narrow_network():
     model.conditioning.noise[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     logsnr = torch.tensor([1.234, 1.244])  # equal in bfloat16
     model.conditioning(logsnr, Cond())
-    expected = sinusoid(1000 * inv_cos(logsnr.double()), 16)
+    expected = sinusoidal_embedding(1000 * inv_cos(logsnr.double()), 16)
     torch.testing.assert_close(seen[0].double(), expected, rtol=0, atol=5e-3)
     assert not torch.equal(seen[0][0], seen[0][1])
 

@@ -1,7 +1,8 @@
-"""Backbones: plain nn.Modules that know no diffusion. One file adds a backbone: it ends by registering a `Backbone`.
+"""Networks, independent of the diffusion process. One file per family; it registers a `Family`.
 
-Every backbone's config is a frozen, keyword-only dataclass of JSON values with at least the fields of `Config`. Its
-module is built from that config alone and is called as backbone(z, noise, cond) -> list of outputs, coarse to fine.
+A family's config is a frozen, keyword-only dataclass of JSON values with at least the fields of
+`Config`. Its network is built from that config alone and is called as backbone(z, noise, cond); it
+returns a list of outputs, coarse to fine.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Config(Protocol):
 
     size: native height and width of the network's input, in pixels or latent cells.
     channels: channels of that input.
-    num_classes: number of labels, 0 for an unconditional network; index num_classes is the null label.
-    prediction: name of the row the output predicts, read only where the family states its Parameterisation.
+    num_classes: number of class labels, 0 for an unconditional network; index num_classes is the
+        null label.
+    prediction: name of what the output predicts; only the family's Parameterisation reads it.
     """
 
     size: int
@@ -55,7 +57,7 @@ class Backbone(nn.Module):
         self.skipped_macs = 0
 
     def set_depthwise_kernel(self, kernel: DepthwiseKernel) -> None:
-        """Choose what computes the depthwise convolutions on a GPU; cuDNN does unless this is called.
+        """Choose what computes the depthwise convolutions on a GPU; the default is cuDNN.
 
         Errors: ValueError for "triton" where triton or CUDA is missing.
         """
@@ -83,17 +85,17 @@ def get_backbone(model: Model) -> Backbone:
 
 
 def text_width(config: Any) -> int:
-    """Width of the text embeddings a network reads, its config's `text_dim`; 0 for a network without text."""
+    """Return the width of the text embeddings a network reads, 0 for a network without text."""
     return getattr(config, "text_dim", 0)
 
 
 def needs_label(config: Any) -> bool:
-    """Whether the network has labels but none that means "no class" (a DiMR without null label)."""
+    """Return whether the network has classes but no null label (some DiMR networks)."""
     return getattr(config, "needs_label", False)
 
 
 def dummy_condition(config: Any, z: Tensor) -> Cond:
-    """The cheapest condition that the network takes for a batch z: none, or label 0 where there must be one."""
+    """Return a condition that the network accepts for a batch z: none, or label 0 where needed."""
     return (
         Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device))
         if needs_label(config)
@@ -103,14 +105,14 @@ def dummy_condition(config: Any, z: Tensor) -> Cond:
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A published (or laptop) size.
+    """A published size, or one that trains on a laptop.
 
     config: the backbone's config.
-    paper: where the size is published, or why it exists.
-    codec: the space the network works in: "pixels" or the name of an autoencoder.
+    paper: where the size is published, or its purpose.
+    codec: the space of the network's input: "pixels" or the name of an autoencoder.
     params, gmac: as the paper prints them, None where it does not.
-    fid: the number claimed, with `protocol` behind it.
-    note: why counted and claimed figures differ, where they do.
+    fid: the FID the paper claims. protocol: how the paper measured it.
+    note: why counted and claimed figures differ.
     """
 
     config: Any
@@ -125,11 +127,11 @@ class Preset:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a backbone's file registers at its foot.
+    """What the file of a backbone registers in its last lines.
 
-    module: builds the network from a config.
-    parameterisation: what its output means, as a function of the config.
-    schedule: the family's own noise schedule for a config, by name, as its paper trains it.
+    config: the config's dataclass. module: builds the network from a config.
+    parameterisation: what the output means, as a function of the config.
+    schedule: the noise schedule that the paper trains a config with, by name.
     presets: name -> Preset.
     """
 
@@ -144,5 +146,5 @@ registry: Registry[Family] = Registry("backbone", __name__)
 
 
 def presets() -> dict[str, tuple[str, Preset]]:
-    """Every preset: name -> (backbone, Preset), in the order of the backbones' files."""
+    """Return every preset as name -> (backbone, Preset), in the order of the backbones' names."""
     return {name: (b, preset) for b in registry for name, preset in registry[b].presets.items()}

@@ -1,26 +1,30 @@
-"""Image-space DiffiT: a U of residual cells, each a convolution and a windowed DiffiT block (arXiv 2312.02139).
+"""Image-space DiffiT: a U of residual cells, each a convolution and a windowed DiffiT block.
 
-    x_hat = Conv3x3(Swish(GN(x)))       out = x + Block(x_hat, c)        (eq. 9-10; Block and TMSA as in `diffit.py`)
+DiffiT, arXiv 2312.02139; specs/diffit.md section 4.
 
-Tokens are the pixels of the feature map, attention stays within windows that do not shift, and positions are known
-through the relative bias alone. The authors published no code and no weights of this network. Written from specs
-section 4, with these readings where the paper contradicts itself:
+    x_hat = Conv3x3(Swish(GN(x)))       out = x + Block(x_hat, c)        (eq. 9-10)
 
-    blocks per stage    4 everywhere (appendix H.1); I.1's 1,2,2,2 are taken for EDM's channel multipliers
-    channels            FFHQ-64: 128, 256, 256, 256 (table S.2, its 16x16x128 taken for 256 as in figure 4);
-                        CIFAR-10: 128, 256, 256 (I.1: doubled between the first two stages only)
+Block and TMSA are those of `diffit.py`. Tokens are the pixels of the feature map. Attention stays
+within windows that do not shift, and positions enter through the relative bias alone. The authors
+published neither code nor weights of this network. Where the paper contradicts itself we read:
+
+    blocks per stage    4 everywhere (appendix H.1); I.1's 1,2,2,2 are read as EDM's multipliers
+    channels            FFHQ-64: 128, 256, 256, 256 (table S.2, its 16x16x128 read as 256, as in
+                        figure 4); CIFAR-10: 128, 256, 256 (I.1: doubled between the first two
+                        stages only)
     window              8 for FFHQ-64, 4 for CIFAR-10 (I.1)
     widths              time 512, first features 128 (section 5.1's prose, read as EDM's 4 x 128)
 
-and these choices where it says nothing: 4 heads; MLP ratio 4; layer norms without weights, as in the latent network;
-gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip where channels change; skips
-between encoder and decoder concatenated, one per resolution, after up-sampling; down-sampling by a 3x3 convolution of
-stride 2, up-sampling by nearest neighbour and a 3x3 convolution; dropout (off unless asked for; EDM trains with 0.13
-and 0.05) between Swish and convolution, where EDM has it; EDM's augmentation label is left out; labels, as in the
-latent network, are added to the time vector. Projections that end a residual branch, and the head, start at zero.
+Where it says nothing we choose: 4 heads; MLP ratio 4; layer norms without weights, as in the latent
+network; gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip
+where channels change; skips between encoder and decoder concatenated, one per resolution, after
+up-sampling; down-sampling by a 3x3 convolution of stride 2; up-sampling by nearest neighbour and a
+3x3 convolution; dropout (off by default; EDM trains with 0.13 and 0.05) between Swish and
+convolution, where EDM has it; no augmentation label (EDM has one); labels added to the time vector,
+as in the latent network. Projections that end a residual branch, and the head, start at zero.
 
-No checkpoint asks for the temporal key W_kt, which softmax cancels exactly (see `diffit.py`), so it does not exist.
-EDM's preconditioning is not in here: it is the family's `Parameterisation`, at the foot.
+No checkpoint needs the temporal key W_kt, which softmax cancels (see `diffit.py`), so it is left
+out. EDM's preconditioning is the family's `Parameterisation`, at the end of this file.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ from torch import Tensor, nn
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.inputs import check_input, check_sides, label_index
+from mezzotint.backbones.inputs import check_input, check_sides, label_rows
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
@@ -46,14 +50,17 @@ from mezzotint.process.prediction import named
 
 @dataclass(frozen=True, kw_only=True)
 class DiffiTImageConfig:
-    """Image-space DiffiT.
+    """Hyper-parameters of image-space DiffiT.
 
-    size, channels: of the image; num_classes: labels, 0 for none.
-    prediction, data_std: the row predicted and the data's standard deviation that EDM's row assumes.
-    width: channels of the first stage; multipliers: channels of each stage over width, one stage per resolution.
+    size, channels: of the image. num_classes: class labels, 0 for none.
+    prediction: what the output predicts, by name.
+    data_std: the standard deviation of the data that EDM's preconditioning assumes.
+    width: channels of the first stage.
+    multipliers: channels of each stage over `width`, one stage per resolution.
     blocks: cells per stage, in the encoder and again in the decoder.
-    window: pixels per side of an attention window; heads: of attention; mlp_ratio: hidden over width.
-    time_width: of the time vector; dropout: probability before each cell's convolution.
+    window: pixels per side of an attention window. heads: of attention.
+    mlp_ratio: hidden width of the MLP over the cell's width.
+    time_width: of the time vector. dropout: probability before each cell's convolution.
     """
 
     size: int = 64
@@ -76,7 +83,8 @@ class DiffiTImageConfig:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if not self.multipliers or min(self.multipliers) < 1 or self.num_classes < 0:
             raise ValueError(
-                f"multipliers {self.multipliers} or num_classes {self.num_classes} are empty or negative"
+                f"multipliers {self.multipliers} must be positive, one per stage, and "
+                f"num_classes {self.num_classes} at least 0"
             )
         if self.width % self.heads or self.width % 4:
             raise ValueError(
@@ -88,12 +96,12 @@ class DiffiTImageConfig:
 
     @property
     def tile(self) -> int:
-        """Sides of the image must be multiples of this: the window, at the coarsest resolution."""
+        """What the sides of the image must be multiples of: the window at the coarsest stage."""
         return self.window * 2 ** (len(self.multipliers) - 1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation of any multiple of 4 channels, at least 4 to a group."""
+    """Return a GroupNorm for any multiple of 4 channels, with at least 4 channels per group."""
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
@@ -113,11 +121,14 @@ class Cell(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor) -> Tensor:
-        """x: (b, inputs, h, w), channels last in memory; q_t, v_t: (b, outputs); index: of one window."""
+        """(b, inputs, h, w), channels last in memory, to (b, outputs, h, w).
+
+        q_t, v_t: (b, outputs). index: `relative_index` of one window.
+        """
         b, _, height, width = x.shape
         w = self.window
         x_hat = self.conv(self.dropout(F.silu(self.norm(x)))).permute(0, 2, 3, 1)
-        # The only copy that windows cost: back in image order they are a strided operand of the outer sum.
+        # The only copy that windows cost: on the way back they are a strided operand of the sum.
         tokens = (
             x_hat.reshape(b, height // w, w, width // w, w, -1)
             .transpose(2, 3)
@@ -141,7 +152,7 @@ class Stage(nn.Module):
     def forward(
         self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: Checkpointing
     ) -> Tensor:
-        """terms: each cell's [q_t, v_t], (b, 2 outputs), taken in turn; checkpointing: see `DiffiTImage`."""
+        """Run the cells in turn; `terms` yields each cell's [q_t, v_t], (b, 2 outputs)."""
         for cell in self.cells:
             q_t, v_t = next(terms).chunk(2, dim=1)
             x = run_block(cell, checkpointing, x, q_t, v_t, index)
@@ -149,16 +160,13 @@ class Stage(nn.Module):
 
 
 class DiffiTImage(Backbone):
-    """Image-space DiffiT; see `DiffiTImageConfig`.
-
-    `checkpointing` says what every cell keeps for the backward pass, see `run`.
-    """
+    """Image-space DiffiT; see `DiffiTImageConfig`."""
 
     def __init__(self, config: DiffiTImageConfig):
         super().__init__(config)
         c = config
         widths = [c.width * m for m in c.multipliers]
-        first = [c.width, *widths[:-1]]  # channels that enter each stage of the encoder
+        first = [c.width, *widths[:-1]]  # channels of the input of each encoder stage
         self.time = TimeMLP(c.time_width)
         self.label = nn.Embedding(c.num_classes + 1, c.time_width) if c.num_classes else None
         self.tokenizer = nn.Conv2d(c.channels, c.width, 3, padding=1)
@@ -170,7 +178,7 @@ class DiffiTImage(Backbone):
         )
         self.head_norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], c.channels, 3, padding=1)
-        # q_t and v_t of every cell in one product, in the order of execution: encoder, then decoder.
+        # q_t and v_t of every cell in one product, in the order encoder, decoder.
         self.terms = [w for w in widths + widths[-2::-1] for _ in range(c.blocks)]
         self.temporal = nn.Linear(c.time_width, 2 * sum(self.terms))
         for name in ("weight", "bias"):
@@ -179,22 +187,22 @@ class DiffiTImage(Backbone):
             nn.init.normal_(self.label.weight, std=0.02)
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
-        """MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
+        """Return c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
         c = self.time(noise)
         if cond.text is not None:
             raise ValueError("DiffiT takes labels, not text")
-        label = label_index(cond.label, self.config.num_classes, noise.shape[0], noise.device)
+        label = label_rows(cond.label, self.config.num_classes, noise.shape[0], noise.device)
         return c if self.label is None else c + self.label(label)
 
     def forward(
         self, z: Float[Tensor, "b c h w"], noise: Float[Tensor, " b"], cond: Cond
     ) -> list[Tensor]:
-        """[prediction], shaped like z.
+        """Return [prediction], of z's shape.
 
         Args:
             z: height and width multiples of window * 2^(stages - 1).
             noise: ln(sigma/alpha) / 4.
-            cond: labels in 0...num_classes, or none; an unconditional network (num_classes 0) takes none.
+            cond: labels in 0...num_classes, or none; none for an unconditional network.
         """
         check_input(z, self.config.channels, self.config.tile)
         terms = iter(
@@ -215,14 +223,17 @@ class DiffiTImage(Backbone):
 
 
 def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
-    """EDM's preconditioning (EDM table 1): c_noise = ln(s) / 4 and c_in = 1 / sqrt(s^2 + d^2) of y = x + s eps."""
+    """EDM's preconditioning (EDM table 1) of y = x + s eps, with d the data's standard deviation.
 
-    def noise(logsnr: Tensor) -> Tensor:  # s = sigma / alpha, so ln(s) / 4 = -logsnr / 8
+    c_noise = ln(s) / 4 and c_in = 1 / sqrt(s^2 + d^2).
+    """
+
+    # s = sigma / alpha, so ln(s) / 4 = -logsnr / 8
+    def noise(logsnr: Tensor) -> Tensor:
         return -logsnr / 8
 
-    def scale(
-        logsnr: Tensor,
-    ) -> Tensor:  # c_in y = z / (alpha sqrt(s^2 + d^2)), with alpha inside the root
+    # c_in y = z / (alpha sqrt(s^2 + d^2)), with alpha inside the root
+    def scale(logsnr: Tensor) -> Tensor:
         return (sigma(logsnr) ** 2 + config.data_std**2 * alpha(logsnr) ** 2).rsqrt()
 
     return Parameterisation(
@@ -231,7 +242,7 @@ def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
 
 
 def schedule(config: DiffiTImageConfig) -> Spec:
-    """EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (specs section 5)."""
+    """EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5)."""
     return Spec("lognormal", {"mean": -1.2, "std": 1.2})
 
 
@@ -247,15 +258,19 @@ registry.add(
                 config=DiffiTImageConfig(size=32, multipliers=(1, 2, 2), window=4),
                 paper="DiffiT (arXiv 2312.02139), CIFAR-10 32x32, unconditional",
                 fid="1.95",
-                protocol="FID-50K against the training set; EDM's deterministic Heun, 18 steps (35 calls)",
-                note="The paper prints no size for image space and contradicts itself; see backbones/diffit_image.py.",
+                protocol="FID-50K against the training set; "
+                "EDM's deterministic Heun, 18 steps (35 calls)",
+                note="The paper prints no size for image space and contradicts itself; "
+                "see backbones/diffit_image.py.",
             ),
             "diffit-ffhq64": Preset(
                 config=DiffiTImageConfig(size=64, multipliers=(1, 2, 2, 2), window=8),
                 paper="DiffiT (arXiv 2312.02139), FFHQ 64x64, unconditional",
                 fid="2.22",
-                protocol="FID-50K against the training set; EDM's deterministic Heun, 40 steps (79 calls)",
-                note="The paper prints no size for image space and contradicts itself; see backbones/diffit_image.py.",
+                protocol="FID-50K against the training set; "
+                "EDM's deterministic Heun, 40 steps (79 calls)",
+                note="The paper prints no size for image space and contradicts itself; "
+                "see backbones/diffit_image.py.",
             ),
             "diffit-tiny": Preset(
                 config=DiffiTImageConfig(

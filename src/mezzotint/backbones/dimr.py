@@ -1,16 +1,18 @@
-"""DiMR: several branches see the same noisy image at rising resolution; each hands all its features to the next.
+"""DiMR: branches of rising resolution see the same noisy image; each passes its features on.
 
-Liu, Zeng, He, Yu, Shen, Chen, "Alleviating distortion in image generation via multi-resolution diffusion models and
-time-dependent layer normalization", NeurIPS 2024, arXiv 2406.09416. The coarsest branch is a U-ViT-like transformer
-with a class token, the others are ConvNeXt-like; time enters only through the parameters of the norms. Where the text
-and the released code differ this file follows the code: the cascade takes every block's output, the blocks' norm is a
-time-dependent RMS norm, and 20 blocks asked for are 21 built.
+Liu, Zeng, He, Yu, Shen, Chen, "Alleviating distortion in image generation via multi-resolution
+diffusion models and time-dependent layer normalization", NeurIPS 2024, arXiv 2406.09416.
+
+The coarsest branch is a U-ViT-like transformer with a class token, the others are ConvNeXt-like.
+Time enters through the parameters of the norms alone. Where text and released code differ, this
+file follows the code: the cascade takes the output of every block, the norm of the blocks is a
+time-dependent RMS norm, and a config of 20 blocks builds 21. "Spec" is specs/dimr.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import torch
@@ -20,15 +22,15 @@ from torch import Tensor, nn
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.dimr_blocks import (
-    NORMS,
-    Cascade,
     ClassRMSNorm,
     ConvNeXtBlock,
     LongSkip,
     TimeVectors,
     TransformerBlock,
-    layer_norm,
+    time_layer_norm,
 )
+from mezzotint.backbones.dimr_cascade import Cascade
+from mezzotint.backbones.dimr_config import DiMRConfig
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
@@ -37,106 +39,13 @@ from mezzotint.process.schedules.linear_vp import linear_vp_time
 from mezzotint.process.schedules.scaled_linear import scaled_linear
 
 
-@dataclass(frozen=True, kw_only=True)
-class DiMRConfig:
-    """A DiMR network; tuples hold one entry per branch, coarse to fine.
-
-    size, channels: of the input. num_classes: real classes; null_label: one more embedding row for "no class".
-    patches: patch sizes, each a multiple of the next, the last usually 1. dims: widths. hidden_dims: widths of the GEGLU.
-    depths: blocks built, odd (the published configs' 20 builds 21). stages: "transformer" or "convnext".
-    heads: of every attention. kernel_size: of every depthwise convolution, odd.
-    norm: of the blocks: TDRMSN (released models), LN (the paper's text), RMSN, ADARMSN.
-    time: the process whose step n = 1 ... 1000 the network is told: "scaled_linear" (latent models: the table of
-        Stable Diffusion) or "linear_vp" (pixel models, after U-ViT: the variance-preserving SDE).
-    """
-
-    size: int = 64
-    channels: int = 3
-    num_classes: int = 1000
-    null_label: bool = True
-    patches: tuple[int, ...] = (4, 2, 1)
-    dims: tuple[int, ...] = (768, 384, 192)
-    hidden_dims: tuple[int, ...] = (1536, 768, 384)
-    depths: tuple[int, ...] = (15, 9, 9)
-    stages: tuple[str, ...] = ("transformer", "convnext", "convnext")
-    heads: int = 16
-    kernel_size: int = 7
-    norm: str = "TDRMSN"
-    time: str = "linear_vp"
-    prediction: str = "eps"
-
-    def __post_init__(self) -> None:
-        per_branch = {
-            name: getattr(self, name)
-            for name in ("patches", "dims", "hidden_dims", "depths", "stages")
-        }
-        if len({len(values) for values in per_branch.values()}) != 1 or not self.patches:
-            raise ValueError(
-                f"one entry per branch in each of {', '.join(per_branch)}; given {per_branch}"
-            )
-        numbers = (
-            self.size,
-            self.channels,
-            self.heads,
-            *self.patches,
-            *self.dims,
-            *self.hidden_dims,
-            *self.depths,
-        )
-        if min(numbers) < 1 or self.num_classes < 0:
-            raise ValueError(f"sizes of a network must be positive: {self}")
-        if any(depth % 2 == 0 for depth in self.depths):
-            raise ValueError(
-                f"depths {self.depths} must be odd: pairs joined by long skips and a block in the middle"
-            )
-        if any(a % b for a, b in zip(self.patches, self.patches[1:], strict=False)):
-            raise ValueError(
-                f"patches {self.patches}: each must be a multiple of the next, as in (4, 2, 1)"
-            )
-        if self.size % self.patches[0]:
-            near = self.size // self.patches[0] * self.patches[0]
-            raise ValueError(
-                f"size {self.size} is not a multiple of the coarsest patch {self.patches[0]}; "
-                f"try {near or self.patches[0]} or {near + self.patches[0]}"
-            )
-        for stage, dim in zip(self.stages, self.dims, strict=True):
-            if stage not in ("transformer", "convnext"):
-                raise ValueError(f"stage {stage!r} must be transformer or convnext")
-            if stage == "transformer" and dim % self.heads:
-                fit = [h for h in range(1, min(dim, 64) + 1) if dim % h == 0]
-                raise ValueError(f"heads {self.heads} do not divide width {dim}; these do: {fit}")
-        if "transformer" not in self.stages and self.num_classes:
-            raise ValueError(
-                "convnext stages see no class: without a transformer stage num_classes must be 0"
-            )
-        if "transformer" in self.stages and not self.rows:
-            raise ValueError(
-                "num_classes 0 needs null_label=True: the class token must be something"
-            )
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size {self.kernel_size} must be odd")
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
-        if self.time not in ("scaled_linear", "linear_vp"):
-            raise ValueError(f"time {self.time!r} must be scaled_linear or linear_vp")
-
-    @property
-    def needs_label(self) -> bool:
-        """Whether "no class" is nothing that the network could be told."""
-        return bool(self.num_classes) and not self.null_label and "transformer" in self.stages
-
-    @property
-    def rows(self) -> int:
-        """Rows of the class embedding."""
-        return self.num_classes + self.null_label
-
-
 class Branch(nn.Module):
-    """One resolution: patches + positions + cascade, a symmetric stack with long skips, a head (spec 2.3 to 2.7).
+    """One resolution: patches, positions and cascade, blocks with long skips, head (spec 2.3-2.7).
 
     Args:
-        config: of the network. i: which branch.
-        vectors: (width, initial value) of every time-dependent vector so far; the branch appends its own.
+        config: of the network. i: index of the branch.
+        vectors: (width, initial value) of every time-dependent vector so far; the branch appends
+            its own.
     """
 
     def __init__(self, config: DiMRConfig, i: int, vectors: list[tuple[int, float]]):
@@ -172,7 +81,8 @@ class Branch(nn.Module):
         vectors += [(dim, 1.0), (dim, 0.0)]
 
     def embed(self, z: Tensor) -> Tensor:
-        """Patches plus positions, (b, c, H, W) -> (b, h, w, d): the strided convolution as one matrix product."""
+        """Embed patches and add positions, (b, c, H, W) -> (b, h, w, d)."""
+        # The strided convolution as one matrix product.
         p = self.patch.stride[0]
         b, c, h, w = z.shape
         cells = z.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).flatten(3)
@@ -181,9 +91,10 @@ class Branch(nn.Module):
         )
 
     def position(self, h: int, w: int) -> Tensor:
-        """Position embeddings (h, w, d): the top left of the table, an axis that is too short stretched first.
+        """Return position embeddings (h, w, d): the top left of the table.
 
-        The stretching (bilinear, corners not aligned) is our choice; the released code stops at the table's edge.
+        An axis of the table that is too short is stretched first (bilinear, corners not aligned).
+        That is our choice; the released code stops at the table's edge.
         """
         table = self.positions.view(self.size, self.size, -1)
         if h > self.size or w > self.size:
@@ -201,11 +112,13 @@ class Branch(nn.Module):
         time: Sequence[Tensor],
         checkpointing: Checkpointing,
     ) -> tuple[list[Tensor], Tensor]:
-        """This branch's features, (b, h, w, d) each, and its prediction (b, c, h, w).
+        """Return this branch's features, (b, h, w, d) each, and its prediction (b, c, h, w).
 
         Args:
-            z: the noisy image at full resolution. features: of the coarser branch. label: (b,) rows of the embedding.
-            time: this branch's time-dependent vectors, (b, d) each. checkpointing: of the blocks, see `run`.
+            z: the noisy image at full resolution. features: of the coarser branch.
+            label: (b,) rows of the class embedding.
+            time: this branch's time-dependent vectors, (b, d) each.
+            checkpointing: of the blocks, see `run_block`.
         """
         maps = iter([v.to(z.dtype)[:, None, None] for v in time])
         x = self.embed(z)
@@ -227,15 +140,14 @@ class Branch(nn.Module):
             if j < self.pairs:
                 stack.append(x)
             features.append(as_map(x))
-        out = self.head(layer_norm(features[-1], *maps).permute(0, 3, 1, 2))
+        out = self.head(time_layer_norm(features[-1], *maps).permute(0, 3, 1, 2))
         return features, out.contiguous()
 
 
 class DiMR(Backbone):
     """The network: backbone(z, noise, cond) -> predictions of all branches, coarse to fine.
 
-    Attributes:
-        checkpointing: of every block, see `run`; the cascade is always computed again.
+    `checkpointing` is that of the blocks; the cascade always computes its activations again.
     """
 
     def __init__(self, config: DiMRConfig):
@@ -248,24 +160,24 @@ class DiMR(Backbone):
             self.branches.append(Branch(config, i, vectors))
             self.counts.append(len(vectors) - before)
         self.time = TimeVectors(*zip(*vectors, strict=True))
-        self.apply(initialise)
+        self.apply(init_weights)
 
     def no_decay_parameters(self) -> set[str]:
-        """Parameters that weight decay leaves alone: w and b of the time-dependent vectors, nothing else (spec 4)."""
+        """Return w and b of the time-dependent vectors; all else decays (spec 4)."""
         return {"time.w_minus_1", "time.b"}
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
-        """Predictions (b, c, H / ratio, W / ratio) of every branch, the finest last.
+        """Return the predictions (b, c, H / ratio, W / ratio) of every branch, the finest last.
 
         Args:
-            z: (b, c, H, W); H and W multiples of the coarsest patch. Up to the native size positions are the top left
-                of the table, beyond it they are interpolated.
+            z: (b, c, H, W); H and W multiples of the coarsest patch. Up to the native size
+                positions are the top left of the table, beyond it they are interpolated.
             noise: (b,) 8 n / 1000 - 4, which rises with the noise from -4 to 4.
             cond: label (b,), or None for the null label.
 
-        Errors: ValueError for a size, channels or condition that the network does not take.
+        Errors: ValueError for a size, channels or condition that the network does not accept.
         """
-        label = self.label(z, cond)
+        label = self.class_rows(z, cond)
         time = iter(self.time(noise / 4))  # tau = noise / 4 (spec 2.1)
         features: list[Tensor] = []
         outputs = []
@@ -276,8 +188,8 @@ class DiMR(Backbone):
             outputs.append(out)
         return outputs
 
-    def label(self, z: Tensor, cond: Cond) -> Tensor | None:
-        """Rows of the class embedding, (b,), after checking the input."""
+    def class_rows(self, z: Tensor, cond: Cond) -> Tensor | None:
+        """Check the input and return the rows of the class embedding, (b,)."""
         if cond.label is not None and cond.label.shape[0] != z.shape[0]:
             raise ValueError(
                 f"{cond.label.shape[0]} labels for a batch of {z.shape[0]}; give one per image"
@@ -286,8 +198,8 @@ class DiMR(Backbone):
         if z.shape[1] != c.channels or z.shape[2] % patch or z.shape[3] % patch:
             near = [max(s // patch, 1) * patch for s in z.shape[2:]]
             raise ValueError(
-                f"input {tuple(z.shape[1:])}: this network takes {c.channels} channels and multiples of {patch}; "
-                f"try ({c.channels}, {near[0]}, {near[1]})"
+                f"input {tuple(z.shape[1:])}: this network takes {c.channels} channels and "
+                f"sides that are multiples of {patch}; try ({c.channels}, {near[0]}, {near[1]})"
             )
         if cond.text is not None:
             raise ValueError("DiMR takes labels, not text")
@@ -301,7 +213,7 @@ class DiMR(Backbone):
                     f"this network has no null label: give a label in 0 ... {c.num_classes - 1}"
                 )
             return torch.full((len(z),), c.num_classes, device=z.device)
-        # Elsewhere than on the CPU looking at the labels would wait for the device; there the caller checks.
+        # On a GPU reading the labels would make the host wait; there the caller checks them.
         if cond.label.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = cond.label.aminmax()
             if low < 0 or high >= c.rows:
@@ -312,8 +224,12 @@ class DiMR(Backbone):
         return cond.label
 
 
-def initialise(module: nn.Module) -> None:
-    """Spec 2.8: linear layers and embeddings normal with std 0.02 cut at 2, zero biases; convolutions as PyTorch's."""
+def init_weights(module: nn.Module) -> None:
+    """Initialise one module (spec 2.8).
+
+    Linear layers and embeddings from a normal of std 0.02 cut at 2, biases zero, convolutions as
+    PyTorch initialises them.
+    """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -322,25 +238,26 @@ def initialise(module: nn.Module) -> None:
         for table in (module.positions, module.classes):
             if table is not None:
                 nn.init.trunc_normal_(table, std=0.02)
-    if isinstance(module, ClassRMSNorm):  # comes after its own linear layer
+    # `apply` visits the norm after its linear layer, so this overrides the draw above.
+    if isinstance(module, ClassRMSNorm):
         nn.init.zeros_(module.linear.weight)
 
 
 def parameterisation(config: DiMRConfig) -> Parameterisation:
-    """The output is `prediction` (eps as published); the network is told 8 n / 1000 - 4 of the step n (spec 2.10).
+    """The output is eps as published; `noise` is 8 n / 1000 - 4 of the step n (spec 2.10).
 
-    n is the inverse of the config's process, fractional between the table's entries and held at its ends. For pixel
-    models this rising time is our choice: the released sde.py has a path that feeds log-SNR / 4, clipped to -6.9 ...
-    3.45 and falling with noise, and which one the published pixel models used is not stated.
+    n inverts the config's process; it is fractional between the table's entries and clamped at its
+    ends. For pixel models this rising time is our choice: the released sde.py can also feed
+    log-SNR / 4, clipped to -6.9 ... 3.45 and falling with the noise, and the authors do not state
+    which of the two the published pixel models used.
     """
     kind = named(config.prediction)
     if config.time == "linear_vp":
         return Parameterisation(
             kind=kind, noise=lambda logsnr: 8 * linear_vp_time(logsnr).clamp(0, 1) - 4
         )
-    with torch.device(
-        "cpu"
-    ):  # the table is numbers, also where the network is built on the meta device
+    # The table needs values, also where the network is built on the meta device.
+    with torch.device("cpu"):
         table = scaled_linear()
     assert isinstance(table, Table)
     return Parameterisation(
@@ -349,14 +266,18 @@ def parameterisation(config: DiMRConfig) -> Parameterisation:
 
 
 def schedule(config: DiMRConfig) -> Spec:
-    """The process the network is trained on: Stable Diffusion's table, or the variance-preserving SDE for pixels."""
+    """The process it is trained on: Stable Diffusion's table, or the VP SDE for pixels."""
     return Spec(config.time)
 
 
-def published(
+def published_config(
     size: int, patches: tuple[int, ...], width: int, depths: tuple[int, ...], pixels: bool
 ) -> DiMRConfig:
-    """Spec 3: the width halves from branch to branch, the GEGLU is twice as wide, only the first is a transformer."""
+    """Return a config of the paper (spec 3).
+
+    The width halves from branch to branch, the GEGLU is twice as wide, and only the first branch is
+    a transformer.
+    """
     dims = tuple(width >> i for i in range(len(depths)))
     return DiMRConfig(
         size=size,
@@ -371,9 +292,18 @@ def published(
 
 
 PAPER = "DiMR (arXiv 2406.09416), ImageNet"
-GUIDED = "FID-50K, ADM evaluator, 50 per class; DPM-Solver++ single-step order 3, 250 network times, guidance unstated"
-UNGUIDED = "FID-50K, ADM evaluator, no guidance; the sampler is not stated (U-ViT's 64 px recipe: 50 steps)"
-FROM_COUNTS = "Heads are not stated (16 as in the released sizes); widths and depths are those that give the counts. "
+GUIDED = (
+    "FID-50K, ADM evaluator, 50 per class; DPM-Solver++ single-step order 3, 250 network times, "
+    "guidance unstated"
+)
+UNGUIDED = (
+    "FID-50K, ADM evaluator, no guidance; the sampler is not stated "
+    "(U-ViT's 64 px recipe: 50 steps)"
+)
+FROM_COUNTS = (
+    "Heads are not stated (16 as in the released sizes); "
+    "widths and depths are those that give the counts. "
+)
 
 registry.add(
     "dimr",
@@ -384,7 +314,7 @@ registry.add(
         schedule=schedule,
         presets={
             "dimr-m-3r-64": Preset(
-                config=published(64, (4, 2, 1), 768, (15, 9, 9), pixels=True),
+                config=published_config(64, (4, 2, 1), 768, (15, 9, 9), pixels=True),
                 paper=f"{PAPER} 64x64 pixels",
                 params="133 M",
                 fid="3.65",
@@ -393,7 +323,7 @@ registry.add(
                 + "The paper's 132.7 and 132.9 M are those of other block norms (RMSN, LN).",
             ),
             "dimr-l-3r-64": Preset(
-                config=published(64, (4, 2, 1), 768, (33, 17, 17), pixels=True),
+                config=published_config(64, (4, 2, 1), 768, (33, 17, 17), pixels=True),
                 paper=f"{PAPER} 64x64 pixels",
                 params="284 M",
                 fid="2.21",
@@ -401,7 +331,7 @@ registry.add(
                 note=FROM_COUNTS + "The paper's 284.0 M is that of the RMSN block norm.",
             ),
             "dimr-xl-2r-256": Preset(
-                config=published(32, (2, 1), 960, (39, 21), pixels=False),
+                config=published_config(32, (2, 1), 960, (39, 21), pixels=False),
                 paper=f"{PAPER} 256x256 latents",
                 codec="sd-vae-ft-ema",
                 params="505 M",
@@ -410,7 +340,7 @@ registry.add(
                 protocol=GUIDED,
             ),
             "dimr-g-2r-256": Preset(
-                config=published(32, (2, 1), 1152, (57, 29), pixels=False),
+                config=published_config(32, (2, 1), 1152, (57, 29), pixels=False),
                 paper=f"{PAPER} 256x256 latents",
                 codec="sd-vae-ft-ema",
                 params="1.06 B",
@@ -419,7 +349,7 @@ registry.add(
                 protocol=GUIDED,
             ),
             "dimr-xl-3r-512": Preset(
-                config=published(64, (4, 2, 1), 960, (39, 21, 21), pixels=False),
+                config=published_config(64, (4, 2, 1), 960, (39, 21, 21), pixels=False),
                 paper=f"{PAPER} 512x512 latents",
                 codec="sd-vae-ft-ema",
                 params="525 M",
@@ -430,13 +360,15 @@ registry.add(
             ),
             "dimr-tiny": Preset(
                 config=replace(
-                    published(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4
+                    published_config(32, (4, 2, 1), 128, (5, 3, 3), pixels=True),
+                    num_classes=10,
+                    heads=4,
                 ),
                 paper="none: DiMR that trains on a laptop, 32 or 64 pixels",
             ),
             "dimr-latent-tiny": Preset(
                 config=replace(
-                    published(16, (2, 1), 128, (5, 3), pixels=False), num_classes=10, heads=4
+                    published_config(16, (2, 1), 128, (5, 3), pixels=False), num_classes=10, heads=4
                 ),
                 paper="none: latent DiMR that trains on a laptop, on latents of 128x128 images",
                 codec="sd-vae-ft-ema",

@@ -1,13 +1,14 @@
-"""The parts of DiMR: time-dependent norms, attention, GEGLU, the two blocks, the cascade between branches.
+"""The layers of DiMR: time-dependent norms, attention, GEGLU and the two blocks.
 
-Tensors are channels last, (b, n, d) for tokens and (b, h, w, d) for maps. Time-dependent vectors come as arguments,
-(b, 1, ..., 1, d): a module states how many it wants and their values at initialisation in `vectors`.
-Section numbers are those of arXiv 2406.09416 unless said otherwise; where text and released code differ, the code.
+Tensors are channels last, (b, n, d) for tokens and (b, h, w, d) for maps. Time-dependent vectors
+come as arguments, (b, 1, ..., 1, d); a module's `vectors` holds their values at initialisation, one
+per vector. Section numbers are those of arXiv 2406.09416; where text and released code differ, we
+follow the code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from mezzotint.backbones.layers import attention
 
 
 class TimeVectors(nn.Module):
-    """Every time-dependent vector of a network, side by side: one fused operation per forward (section 3.2).
+    """All time-dependent vectors of a network, computed in one operation per forward (section 3.2).
 
-    s = sigmoid(w tau + b),  v(tau) = s p0 + (1 - s) p1, elementwise; the released code stores w - 1.
+    s = sigmoid(w tau + b),  v(tau) = s p0 + (1 - s) p1, elementwise. As the released code does, the
+    module stores w - 1.
 
     Args:
         widths: of the vectors, in the order in which `forward` returns them.
-        initial: their values at initialisation, 1 for a gain and 0 for a shift. p0 = p1, so v starts constant in tau.
+        initial: their values at initialisation, 1 for a gain and 0 for a shift. p0 = p1, so v
+            starts constant in tau.
     """
 
     def __init__(self, widths: Sequence[int], initial: Sequence[float]):
@@ -47,8 +50,8 @@ class TimeVectors(nn.Module):
         return torch.lerp(p1, p0, s).split(self.widths, dim=1)
 
 
-def layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """TD-LN (section 3.2): layer normalisation, eps 1e-5 in the root, with a gain and a shift per image."""
+def time_layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    """TD-LN (section 3.2): layer norm, eps 1e-5 in the root, with gain and shift per image."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-5), gain)
 
 
@@ -62,15 +65,14 @@ class TimeLayerNorm(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         """x (b, ..., d); gain and shift (b, 1, ..., d)."""
-        return layer_norm(x, gain, shift)
+        return time_layer_norm(x, gain, shift)
 
 
-def over_rms(x: Tensor) -> Tensor:
-    """x / (rms(x) + 1e-8) over the last axis.
-
-    The fused kernel has its epsilon inside the root: 1e-16 there is 1e-8 outside at x = 0, and elsewhere the two differ
-    by 1e-8 / rms, which float32 hardly sees (5e-7 at rms 0.02). float64 follows the formula.
-    """
+def divide_by_rms(x: Tensor) -> Tensor:
+    """Return x / (rms(x) + 1e-8) over the last axis."""
+    # The fused kernel has its epsilon inside the root: 1e-16 there is 1e-8 outside at x = 0.
+    # Elsewhere the two differ by 1e-8 / rms, about float32's rounding (5e-7 at rms 0.02). float64
+    # follows the formula.
     if x.dtype == torch.float64:
         rms = torch.linalg.vector_norm(x, dim=-1, keepdim=True) / x.shape[-1] ** 0.5
         return x / (rms + 1e-8)
@@ -78,7 +80,10 @@ def over_rms(x: Tensor) -> Tensor:
 
 
 class TimeRMSNorm(nn.Module):
-    """TDRMSN: x / (rms(x) + 1e-8) times a time-dependent gain; the norm of the released models, not of the text."""
+    """TDRMSN: x / (rms(x) + 1e-8) times a time-dependent gain.
+
+    The norm of the released models; the paper's text has `TimeLayerNorm`.
+    """
 
     vectors = (1.0,)
 
@@ -87,17 +92,18 @@ class TimeRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gain: Tensor) -> Tensor:
         """x (b, ..., d); gain (b, 1, ..., d)."""
-        plain = x.device.type != "cpu" or x.dtype == torch.float64 or torch.compiler.is_compiling()
-        return (
-            over_rms(x) * gain if plain or not torch.is_grad_enabled() else TimeRMS.apply(x, gain)
-        )
+        compiled = torch.compiler.is_compiling()
+        on_cpu = x.device.type == "cpu" and x.dtype != torch.float64
+        if on_cpu and torch.is_grad_enabled() and not compiled:
+            return TimeRMSNormCPU.apply(x, gain)
+        return divide_by_rms(x) * gain
 
 
-class TimeRMS(torch.autograd.Function):
-    """`over_rms(x) * gain` in training on a CPU, where torch has no fused norm and keeps x / rms(x) beside x.
+class TimeRMSNormCPU(torch.autograd.Function):
+    """`divide_by_rms(x) * gain` in training on a CPU, where torch would also keep x / rms(x).
 
-    Derivative of TDRMSN, with r = 1 / rms(x), n = r x and d the width:
-    dgain = sum dy n, dx = r (gain dy - n sum(gain dy n) / d).
+    Gradients of TDRMSN, with r = 1 / rms(x), n = r x and d the width:
+    dgain = sum dy n,   dx = r (gain dy - n sum(gain dy n) / d).
     """
 
     @staticmethod
@@ -110,7 +116,7 @@ class TimeRMS(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of x and gain."""
+        """Return the gradients of x and gain."""
         (grad,), (x, gain, r) = grads, ctx.saved_tensors
         n = x * r
         d_n = grad * n
@@ -121,7 +127,7 @@ class TimeRMS(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """RMSN: the same with one learned gain."""
+    """RMSN: x / (rms(x) + 1e-8) times one learned gain."""
 
     vectors = ()
 
@@ -131,14 +137,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b, ..., d)."""
-        return over_rms(x) * self.gain
+        return divide_by_rms(x) * self.gain
 
 
 class ClassRMSNorm(nn.Module):
-    """ADARMSN: RMS with eps 1e-6 in the root and the gain 1 + W c, W zero at initialisation.
+    """ADARMSN: RMS norm, eps 1e-6 in the root, with the gain 1 + W c; W is zero at initialisation.
 
-    c is the first entry along the first axis of positions: the class token of a transformer, the first row of a map
-    (so there it differs from column to column, as in the released code).
+    c is the first entry along the first axis of positions: the class token of a transformer, the
+    first row of a map. On a map it differs from column to column, as in the released code.
     """
 
     vectors = ()
@@ -179,7 +185,10 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """Norm, then W2 (gelu(W0 x + b0) * (W1 x + b1)) + b2 (section 3.2, GLU); W0 and W1 are the halves of `up`."""
+    """Norm, then W2 (gelu(W0 x + b0) * (W1 x + b1)) + b2 (section 3.2, GLU).
+
+    W0 and W1 are the halves of `up`.
+    """
 
     def __init__(self, dim: int, hidden: int, norm: str):
         super().__init__()
@@ -191,8 +200,9 @@ class GEGLU(nn.Module):
         """x (b, ..., d) -> (b, ..., d), without the residual."""
         x = self.norm(x, *time)
         if x.device.type == "cpu":
-            # Two products: gate and value lie apart, so gelu runs over contiguous memory and their gradients need no
-            # joining, which here costs more than the second product (1 to 18 % of this and its backward pass).
+            # Two products: gelu then reads contiguous memory, and the gradients of gate and value
+            # need no joining, which costs more than a second product on a CPU (1 to 18 % of this
+            # layer and its backward pass).
             halves = zip(self.up.weight.chunk(2), self.up.bias.chunk(2), strict=True)
             gate, value = (F.linear(x, weight, bias) for weight, bias in halves)
         else:
@@ -217,7 +227,10 @@ class TransformerBlock(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """x += depthwise convolution(x), no norm before it; x += GEGLU(x). No LayerScale, unlike ConvNeXt."""
+    """x += depthwise convolution(x), without norm; x += GEGLU(x).
+
+    No LayerScale, unlike ConvNeXt.
+    """
 
     def __init__(self, dim: int, hidden: int, kernel: int, norm: str):
         super().__init__()
@@ -232,7 +245,7 @@ class ConvNeXtBlock(nn.Module):
 
 
 class LongSkip(nn.Module):
-    """Linear of [x, skip] (U-ViT's long skip), the product split instead of the inputs joined."""
+    """Linear of [x, skip] (U-ViT's long skip), as two products instead of a concatenation."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -242,152 +255,3 @@ class LongSkip(nn.Module):
         """x and skip (b, ..., d) -> (b, ..., d)."""
         left, right = self.linear.weight.chunk(2, dim=1)
         return F.linear(x, left, self.linear.bias) + F.linear(skip, right)
-
-
-class Cascade(nn.Module):
-    """All features of a branch brought to the next: TD-LN, Linear, pixel shuffle, TD-LN (section 3.1).
-
-    The features are never concatenated whole, see `normed_projection`. The shuffle's channels are (row, column,
-    channel), channel fastest.
-
-    Args:
-        dim_in, count: width and number of the features; dim: width of the next branch; ratio: of the resolutions.
-    """
-
-    def __init__(self, dim_in: int, count: int, dim: int, ratio: int):
-        super().__init__()
-        self.ratio = ratio
-        self.project = nn.Linear(dim_in * count, dim * ratio**2)
-        self.vectors = ((dim_in * count, 1.0), (dim_in * count, 0.0), (dim, 1.0), (dim, 0.0))
-
-    def forward(self, features: Sequence[Tensor], time: Sequence[Tensor]) -> Tensor:
-        """Features (b, h, w, dim_in) each -> (b, h ratio, w ratio, dim); time: gain and shift before, and after."""
-        gain, shift, gain_out, shift_out = time
-        out = normed_projection(features, gain, shift, self.project.weight, self.project.bias)
-        b, h, w, _ = out.shape
-        r = self.ratio
-        out = out.view(b, h, w, r, r, -1).permute(0, 1, 3, 2, 4, 5).reshape(b, h * r, w * r, -1)
-        return layer_norm(out.to(gain_out.dtype), gain_out, shift_out)
-
-
-def normed_projection(
-    features: Sequence[Tensor], gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """W (gain LN(f) + shift) + b of the features f as if concatenated, LN without weights and with eps 1e-5.
-
-    Args:
-        features: count of (b, h, w, d). gain, shift: (b, 1, 1, count d). weight: (out, count d). bias: (out,).
-    """
-    kind = features[0].device.type
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    low = torch.get_autocast_dtype(kind) if mixed else weight.dtype
-    if (
-        torch.compiler.is_compiling()
-    ):  # the compiler chooses by itself what to keep and what to make again
-        mean, rstd = joint_statistics(features)
-        out = bias.to(mean.dtype)
-        for i, f in enumerate(features):
-            columns = slice(i * f.shape[-1], (i + 1) * f.shape[-1])
-            a = torch.addcmul(
-                shift[..., columns], (f.to(mean.dtype) - mean) * rstd, gain[..., columns]
-            ).to(low)
-            out = out + F.linear(a, weight[:, columns].to(low))
-        return out
-    return NormedProjection.apply(gain, shift, weight, bias, low, *features)
-
-
-GROUP = 8  # features normalised and projected at once: wide enough for the matrix product, a fifth of XL's memory
-
-
-class NormedProjection(torch.autograd.Function):
-    """`normed_projection` a few features at a time, keeping for the backward pass only what others keep already.
-
-    With n = (f - mean) rstd and a = gain n + shift, both of one group of features, the output is sum W a + b. Kept, the
-    a of all groups would be the largest activation of the network; they are made again from the features, one
-    elementwise pass, where plain checkpointing would repeat the matrix product too.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gain: Tensor,
-        shift: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        low: torch.dtype,
-        *features: Tensor,
-    ) -> Tensor:
-        """The products run in `low`, statistics in float32 or wider."""
-        mean, rstd = joint_statistics(features)
-        ctx.low = low
-        ctx.save_for_backward(gain, shift, weight, mean, rstd, *features)
-        rows = mean.numel()
-        out = bias.to(mean.dtype).repeat(rows, 1)
-        for columns, n in normed_groups(features, mean, rstd):
-            a = torch.addcmul(shift[..., columns], n, gain[..., columns], out=n).to(low)
-            out += a.view(rows, -1) @ weight[:, columns].to(low).t()
-        return out.view(*features[0].shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of gain, shift, weight, bias and every feature."""
-        gain, shift, weight, mean, rstd, *features = ctx.saved_tensors
-        rows, d, low = mean.numel(), features[0].shape[-1], ctx.low
-        grad = grads[0].reshape(rows, -1).to(low)
-        d_gain, d_shift, d_weight = (
-            torch.empty_like(gain),
-            torch.empty_like(shift),
-            torch.empty_like(weight),
-        )
-        d_normed: list[Tensor] = []
-        m1, m2 = torch.zeros_like(mean), torch.zeros_like(mean)
-        for columns, n in normed_groups(features, mean, rstd):
-            d_a = (grad @ weight[:, columns].to(low)).view_as(n).to(n.dtype)
-            a = torch.addcmul(shift[..., columns], n, gain[..., columns]).to(low)
-            if low == weight.dtype:
-                torch.mm(grad.t(), a.view(rows, -1), out=d_weight[:, columns])
-            else:
-                d_weight[:, columns] = grad.t() @ a.view(rows, -1)
-            d_shift[..., columns] = d_a.sum((1, 2), keepdim=True)
-            d_gain[..., columns] = (d_a * n).sum((1, 2), keepdim=True)
-            d_n = d_a.mul_(gain[..., columns])
-            m1 += d_n.sum(-1, keepdim=True)
-            m2 += (d_n * n).sum(-1, keepdim=True)
-            d_normed += d_n.split(d, dim=-1)
-        # layer normalisation: df = rstd (dn - mean(dn) - n mean(dn n)), both means over all features
-        width = d * len(features)
-        slope = rstd.square() * (m2 / width)
-        offset = slope * mean - rstd * (m1 / width)
-        d_features = [
-            (d_n * rstd + torch.addcmul(offset, f, slope, value=-1)).to(f.dtype)
-            for d_n, f in zip(d_normed, features, strict=True)
-        ]
-        return d_gain, d_shift, d_weight, grad.sum(0).to(weight.dtype), None, *d_features
-
-
-def normed_groups(
-    features: Sequence[Tensor], mean: Tensor, rstd: Tensor
-) -> Iterator[tuple[slice, Tensor]]:
-    """(columns, (f - mean) rstd) of a few features at a time, side by side; columns of the whole concatenation."""
-    d = features[0].shape[-1]
-    offset = -mean * rstd
-    for i in range(0, len(features), GROUP):
-        part = features[i : i + GROUP]
-        joined = mean.new_empty(*mean.shape[:-1], len(part) * d)
-        for f, place in zip(part, joined.split(d, dim=-1), strict=True):
-            torch.addcmul(offset, f.to(mean.dtype), rstd, out=place)
-        yield slice(i * d, (i + len(part)) * d), joined
-
-
-def joint_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + 1e-5) over the last axes of equally wide features as if concatenated."""
-    wide = torch.promote_types(features[0].dtype, torch.float32)
-    # The fused norm's own statistics: torch.var_mean takes 6 times as long on the CPU. It gives 1 / sqrt(variance).
-    moments = [
-        torch.native_layer_norm(f.to(wide), f.shape[-1:], None, None, 0.0)[1:] for f in features
-    ]
-    means, roots = (torch.stack(part) for part in zip(*moments, strict=True))
-    variances = roots.pow(-2)
-    spread, mean = torch.var_mean(means, dim=0, correction=0)
-    # law of total variance: the mean of the slices' variances plus the variance of their means
-    return mean, torch.rsqrt(variances.mean(0) + spread + 1e-5)

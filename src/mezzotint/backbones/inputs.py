@@ -1,4 +1,4 @@
-"""Checks of a network's input: sides, channels, labels, input transforms."""
+"""Checks of a network's input: height and width, channels, class labels, input transforms."""
 
 from __future__ import annotations
 
@@ -7,26 +7,31 @@ from torch import Tensor
 
 
 def check_sides(height: int, width: int, factor: int) -> None:
-    """ValueError with the nearest valid sizes unless both sides are positive multiples of `factor`."""
+    """Check that both sides are positive multiples of `factor`.
+
+    Errors: ValueError with the nearest valid sizes.
+    """
     if height > 0 and width > 0 and height % factor == 0 and width % factor == 0:
         return
 
-    def near(side: int) -> list[int]:
+    def nearest(side: int) -> list[int]:
         low = side // factor * factor
         return [side] if low == side > 0 else [s for s in (low, low + factor) if s > 0]
 
-    valid = [f"{h}x{w}" for h in near(height) for w in near(width)]
+    valid = [f"{h}x{w}" for h in nearest(height) for w in nearest(width)]
     raise ValueError(
         f"an input of {height}x{width} does not fit: both sides must be multiples of {factor}; "
         f"nearest: {', '.join(valid)}"
     )
 
 
-def label_index(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
-    """Rows of a label embedding with num_classes + 1 rows: `label`, or the null label num_classes where it is None.
+def label_rows(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
+    """Return `label`, or the null label num_classes for each image where it is None.
 
-    Errors: ValueError for a label outside 0...num_classes or a wrong count. Values are read on the CPU alone, since
-    reading them elsewhere would stop the host until the device has caught up; there the embedding itself fails.
+    Values are checked on a CPU only. Reading them from a GPU would make the host wait; there the
+    embedding itself fails.
+
+    Errors: ValueError for a label outside 0...num_classes, and for a wrong number of labels.
     """
     if label is None:
         return torch.full((batch,), num_classes, device=device)
@@ -39,34 +44,42 @@ def label_index(label: Tensor | None, num_classes: int, batch: int, device: torc
     readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
     if readable and bool(((label < 0) | (label > num_classes)).any()):
         raise ValueError(
-            f"labels {int(label.min())}...{int(label.max())} are out of range: 0...{num_classes - 1} are classes, "
-            f"{num_classes} is the null label"
+            f"labels {int(label.min())}...{int(label.max())} are out of range: "
+            f"0...{num_classes - 1} are classes, {num_classes} is the null label"
         )
     return label.to(device)
 
 
 def wavelet_levels(transform: str, patch: int) -> int:
-    """Levels of the wavelet that `transform` and `patch` mean; 0 for the other transforms. ValueError for a misfit."""
+    """Return the levels of the wavelet transform; 0 for the other transforms.
+
+    Errors: ValueError for a transform that does not exist with this patch.
+    """
     if (transform == "none" and patch == 1) or (transform == "conv" and patch >= 1):
         return 0
     if transform == "dwt" and patch in (2, 4):
         return patch.bit_length() - 1
     raise ValueError(
-        f"input transform {transform!r} with patch {patch} does not exist; "
-        "choose 'none' with patch 1, 'dwt' with patch 2 or 4 (levels 1 or 2), or 'conv' with any patch"
+        f"there is no input transform {transform!r} with patch {patch}; "
+        "choose 'none' with patch 1, 'dwt' with patch 2 or 4 (levels 1 or 2), "
+        "or 'conv' with any patch"
     )
 
 
 def check_input(z: Tensor, channels: int, factor: int) -> None:
-    """ValueError where z (b, c, h, w) has other channels or a side that is no multiple of `factor`."""
+    """Check that z (b, c, h, w) has the right channels and sides that are multiples of `factor`."""
     if z.shape[1] != channels:
         raise ValueError(f"an input of {z.shape[1]} channels was given to a network of {channels}")
     check_sides(z.shape[2], z.shape[3], factor)
 
 
-def checked_factor(size: int, transform: str, patch: int, halvings: int) -> int:
-    """What both sides of an input must be multiples of; ValueError where the native `size` is none."""
-    wavelet_levels(transform, patch)  # refuses a patch of 0 and other misfits
+def input_factor(size: int, transform: str, patch: int, halvings: int) -> int:
+    """Return what both sides of an input must be multiples of.
+
+    Errors: ValueError where the native `size` is no such multiple.
+    """
+    # Refuses a patch of 0, and a transform that does not exist with this patch.
+    wavelet_levels(transform, patch)
     factor = patch * 2**halvings
     check_sides(size, size, factor)
     return factor

@@ -1,7 +1,7 @@
-"""What the networks of simple diffusion share: conditioning, ResBlock, transformer block, input and output transforms.
+"""Layers of the simple diffusion networks: conditioning, ResBlock, transformer block, transforms.
 
-Sections are those of specs/simple-diffusion.md. Where the papers are silent the choice is ours, and the docstring
-says so.
+Section numbers are those of specs/simple-diffusion.md. "Our choice" marks what the papers do not
+state.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mezzotint.backbones.inputs import (
-    label_index,
-    wavelet_levels,
-)
+from mezzotint.backbones.inputs import label_rows, wavelet_levels
 from mezzotint.backbones.wavelet import dwt53, idwt53
 from mezzotint.process.denoiser import Cond
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """`layer` with all parameters at zero, so that what it feeds starts as nothing."""
+    """Set all parameters of `layer` to zero, so that its output starts at zero; return it."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with bias: gcd(32, channels / 4) groups, 32 for the published widths (section 6, [?]: our choice)."""
+    """Return a GroupNorm with gcd(32, channels / 4) groups: 32 for the published widths.
+
+    The number of groups is our choice (section 6, [?]).
+
+    Errors: ValueError where the channels are no multiple of 4.
+    """
     if channels % 4:
         raise ValueError(
             f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}"
@@ -37,26 +39,29 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def inv_cos(logsnr: Tensor) -> Tensor:
-    """Log-SNR to the u in [0, 1] at which the plain cosine schedule has it; section 2."""
+    """Return the u in [0, 1] at which the plain cosine schedule has this log-SNR (section 2)."""
     # u = (2/pi) atan(exp(-clip(l, -20, 20) / 2))
     return torch.atan(torch.exp(-logsnr.clamp(-20, 20) / 2)) * (2 / math.pi)
 
 
-def sinusoid(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """(b,) -> (b, dim): sines, then cosines, of position / max_period^(k / (dim/2)), ADM's timestep embedding."""
+def sinusoidal_embedding(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """Return ADM's timestep embedding, (b,) -> (b, dim): sines, then cosines.
+
+    The angles are position / max_period^(k / (dim/2)).
+    """
     k = torch.arange(dim // 2, device=position.device, dtype=position.dtype)
     angle = position[:, None] * torch.exp(-math.log(max_period) * k / (dim // 2))
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class Conditioning(nn.Module):
-    """Log-SNR and label to the one vector that every FiLM reads (section 6): swish(MLP(noise) + embedding(label)).
+    """The vector that every FiLM reads (section 6): swish(MLP(noise) + embedding(label)).
 
-    The sum is read through one swish, computed here once (our choice, as DDPM does in every block).
+    The swish of the sum is our choice. DDPM computes it in every block, we compute it once.
 
     Args:
         width: dimension of the sinusoidal embedding. emb_dim: dimension of the vector.
-        num_classes: labels, 0 for none; the null label has a row of its own.
+        num_classes: number of labels, 0 for none; the null label has a row of its own.
     """
 
     def __init__(self, width: int, emb_dim: int, num_classes: int):
@@ -71,29 +76,30 @@ class Conditioning(nn.Module):
             nn.init.normal_(self.label.weight, std=0.02)
 
     def forward(self, logsnr: Tensor, cond: Cond, pooled: Tensor | None = None) -> Tensor:
-        """(b,) log-SNR and conditions to (b, emb); `pooled` is the text as one vector (b, emb), see `Words`."""
+        """(b,) log-SNR and conditions to (b, emb_dim); `pooled` (b, emb_dim) is the pooled text."""
         if cond.text is not None and pooled is None:
             raise ValueError(
-                "text was given to a network without text input; pass a label or nothing"
+                "text was given to a network without text input; pass a label or no condition"
             )
         wide = logsnr.to(torch.promote_types(logsnr.dtype, torch.float32))
-        # Steps of 0...1000, as the embedding's periods are made for (section 2).
-        position = sinusoid(1000 * inv_cos(wide), self.width)
+        # The embedding's periods are made for steps from 0 to 1000 (section 2).
+        position = sinusoidal_embedding(1000 * inv_cos(wide), self.width)
         out = self.noise(position.to(next(self.noise.parameters()).dtype))
-        index = label_index(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
+        index = label_rows(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
         out = out if self.label is None else out + self.label(index)
         return F.silu(out if pooled is None else out + pooled)
 
 
 class TextConditioning(nn.Module):
-    """Token embeddings of a text encoder to what the transformer attends to and to one vector for FiLM.
+    """Text embeddings to tokens for the transformer, and to one vector for FiLM.
 
-    The paper's way of injection is not known ([?], section 6): here the normalised, projected tokens are extra keys and
-    values of every self-attention, and their mean is one more term of the conditioning. Padding is masked; a text
-    without any token, or none at all, is the empty condition.
+    The paper does not say how text enters ([?], section 6). Our choice: the normalised, projected
+    tokens are extra keys and values of every self-attention, and their mean is one more term of the
+    conditioning. Padding is masked. No text, or a text without tokens, is the empty condition.
 
     Args:
-        text_dim: width of the embeddings. channels: of the transformer. emb_dim: width of the conditioning.
+        text_dim: width of the embeddings. channels: of the transformer.
+        emb_dim: width of the conditioning.
     """
 
     def __init__(self, text_dim: int, channels: int, emb_dim: int):
@@ -104,7 +110,10 @@ class TextConditioning(nn.Module):
         self.pooled = nn.Linear(text_dim, emb_dim)
 
     def forward(self, cond: Cond, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (b, t, channels), mask (b, t), True where a token is real, and the pooled vector (b, emb)."""
+        """Return the tokens (b, t, channels), their mask and the pooled vector (b, emb_dim).
+
+        The mask (b, t) is True for real tokens.
+        """
         weight = self.tokens.weight
         text, mask = cond.text, cond.text_mask
         if text is None:
@@ -116,20 +125,19 @@ class TextConditioning(nn.Module):
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         if text.shape[0] != batch or text.shape[2] != self.text_dim or mask.shape != text.shape[:2]:
             raise ValueError(
-                f"text {tuple(text.shape)} with mask {tuple(mask.shape)} for a batch of {batch}: this network reads "
-                f"(b, t, {self.text_dim}) with a mask (b, t)"
+                f"text {tuple(text.shape)} with mask {tuple(mask.shape)} for a batch of {batch}: "
+                f"this network reads (b, t, {self.text_dim}) with a mask (b, t)"
             )
         mask = mask.to(weight.device)
-        text = text.to(weight).masked_fill(
-            ~mask[..., None], 0
-        )  # what stands in the padding does not matter
+        # The values in the padding must not matter, not even where they are NaN.
+        text = text.to(weight).masked_fill(~mask[..., None], 0)
         text = self.norm(text).to(weight.dtype) * mask[..., None]
         mean = text.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
         return self.tokens(text), mask, self.pooled(mean)
 
 
-def keys_mask(h: Tensor, mask: Tensor) -> Tensor:
-    """(b, 1, 1, h w + t), True for every cell of the map (b, c, h, w) and for the real tokens of `mask` (b, t)."""
+def attention_mask(h: Tensor, mask: Tensor) -> Tensor:
+    """Return (b, 1, 1, h w + t): True for every cell of h (b, c, h, w), then `mask` (b, t)."""
     cells = mask.new_ones(len(mask), h.shape[2] * h.shape[3])
     return torch.cat([cells, mask], 1)[:, None, None]
 
@@ -150,7 +158,7 @@ class FiLM(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Section 6: two 3x3 convolutions, FiLM between them, the second starting at zero; width and grid unchanged.
+    """Section 6: two 3x3 convolutions with FiLM between them; the second starts at zero.
 
     A skip from the way down is added, not concatenated: (Norm(h) + Norm'(skip)) / sqrt(2).
     """
@@ -166,7 +174,7 @@ class ResBlock(nn.Module):
         self.conv2 = zero_init(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, h: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """(b, c, h, w) and (b, emb) to (b, c, h, w); `skip` where the block was built with one."""
+        """(b, c, h, w) and (b, emb_dim) to (b, c, h, w); `skip` if the block was built with one."""
         n = self.norm1(h)
         if self.norm_skip is not None:
             assert skip is not None, "built with a skip"
@@ -177,7 +185,7 @@ class ResBlock(nn.Module):
 
 
 def to_tokens(h: Tensor) -> Tensor:
-    """(b, c, h, w) to (b, h w, c); free for a channels-last map, as is `to_map` the other way."""
+    """(b, c, h, w) to (b, h w, c); no copy for a channels-last map, nor in `to_map`."""
     return h.flatten(2).transpose(1, 2)
 
 
@@ -187,21 +195,24 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for (b, heads, n, d); a mask as `scaled_dot_product_attention` takes it.
+    """Return softmax(q k^T / sqrt(d)) v for (b, heads, n, d).
 
-    Measured on one AVX512-BF16 core, 257 tokens: torch's fused CPU kernel is 1.1-1.3 times as fast as these lines in
-    float32, but in bf16 2.2 times slower, forward and backward. Long rows stay fused, for memory.
+    `mask` is that of `scaled_dot_product_attention`.
     """
+    # One AVX512-BF16 core, 257 tokens, forward and backward: torch's fused kernel is 1.1-1.3 times
+    # as fast as the product written out in float32, but 2.2 times slower in bf16. Long rows stay
+    # fused for the sake of memory.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512 and mask is None:
         return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
-    """Section 6: pre-norm self-attention, q and k normalised per head, output projection starting at zero.
+    """Section 6: pre-norm self-attention, q and k normalised per head, output starting at zero.
 
-    Norms are LayerNorm, without bias on the tokens and with bias on q and k; q, k, v have no other (our choice).
-    With `text`, words give extra keys and values, see `Words`.
+    Norms are LayerNorm, without bias on the tokens and with bias on q and k; the projections to q,
+    k and v have no bias (our choice). With `text`, text tokens give extra keys and values, see
+    `TextConditioning`.
     """
 
     def __init__(self, channels: int, heads: int, text: bool = False):
@@ -216,24 +227,27 @@ class Attention(nn.Module):
         self.text = nn.Linear(channels, 2 * channels, bias=False) if text else None
         self.out = zero_init(nn.Linear(channels, channels))
 
-    def forward(self, h: Tensor, words: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(b, c, h, w) to (b, c, h, w), the residual included; words (b, t, c) with the mask of `keys_mask`."""
+    def forward(
+        self, h: Tensor, text_tokens: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """(b, c, h, w) to (b, c, h, w), the residual included.
+
+        text_tokens: (b, t, c). mask: of `attention_mask`.
+        """
         q, k, v = self.qkv(self.norm(to_tokens(h))).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        if self.text is not None and words is not None:
-            more_k, more_v = self.text(words).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        if self.text is not None and text_tokens is not None:
+            more_k, more_v = self.text(text_tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)
             k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
-        q, k = (
-            self.norm_q(q).to(v.dtype),
-            self.norm_k(k).to(v.dtype),
-        )  # autocast normalises in float32
+        # Autocast normalises in float32.
+        q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return h + to_map(self.out(mixed.transpose(1, 2).flatten(2)), h)
 
 
 class TransformerBlock(nn.Module):
-    """Section 6: first the MLP with FiLM, then attention without.
+    """Section 6: first the MLP with FiLM, then attention without FiLM.
 
-    FiLM comes before the swish, as in the ResBlock (order [?] in the paper).
+    FiLM comes before the swish, as in the ResBlock (the paper does not state the order, [?]).
     """
 
     def __init__(
@@ -248,22 +262,25 @@ class TransformerBlock(nn.Module):
         self.attention = Attention(channels, heads, text)
 
     def forward(
-        self, h: Tensor, emb: Tensor, words: Tensor | None = None, mask: Tensor | None = None
+        self, h: Tensor, emb: Tensor, text_tokens: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """(b, c, h, w) and (b, emb) to (b, c, h, w); words and mask as `Attention`."""
+        """(b, c, h, w) and (b, emb_dim) to (b, c, h, w); text_tokens and mask as in `Attention`."""
         hidden = F.silu(self.film(self.up(self.norm(to_tokens(h))), emb))
-        return self.attention(h + to_map(self.down(self.dropout(hidden)), h), words, mask)
+        return self.attention(h + to_map(self.down(self.dropout(hidden)), h), text_tokens, mask)
 
 
 class PositionEmbedding(nn.Module):
-    """Learned position embedding of a map, N(0, std²) (section 6); resized bilinearly for a map of another shape."""
+    """Learned positions of a map, initialised from N(0, std²) (section 6).
+
+    A map of another shape gets them resized bilinearly.
+    """
 
     def __init__(self, channels: int, side: int, std: float = 0.01):
         super().__init__()
         self.table = nn.Parameter(std * torch.randn(1, channels, side, side))
 
     def forward(self, h: Tensor) -> Tensor:
-        """(b, c, h, w) plus its positions."""
+        """Add the positions to (b, c, h, w)."""
         table = self.table
         if table.shape[2:] != h.shape[2:]:
             table = F.interpolate(table, h.shape[2:], mode="bilinear", align_corners=False)
@@ -295,9 +312,10 @@ class Up(nn.Module):
 
 
 class Stem(nn.Module):
-    """Section 5, first operation: image to the network's grid, `patch` times coarser, `width` channels.
+    """Section 5, first operation: image to a grid `patch` times coarser with `width` channels.
 
-    none: 3x3 convolution. dwt: wavelet, then 3x3 convolution. conv: one patch x patch convolution of that stride.
+    none: 3x3 convolution. dwt: wavelet, then 3x3 convolution. conv: a patch x patch convolution
+    with stride `patch`.
     """
 
     def __init__(self, channels: int, width: int, transform: str, patch: int):
@@ -314,7 +332,10 @@ class Stem(nn.Module):
 
 
 class Head(nn.Module):
-    """Section 5, last operation: norm, swish, zero-initialised convolution, and the inverse of `Stem`'s transform."""
+    """Section 5, last operation: norm, swish, convolution, inverse transform of `Stem`.
+
+    The convolution starts at zero.
+    """
 
     def __init__(self, width: int, channels: int, transform: str, patch: int):
         super().__init__()

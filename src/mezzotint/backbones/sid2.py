@@ -1,5 +1,6 @@
-"""SiD2's residual U-ViT (arXiv 2410.19324; specs/simple-diffusion.md section 9): one long residual per down-sampling
-instead of a skip per block.
+"""SiD2's residual U-ViT (arXiv 2410.19324; specs/simple-diffusion.md section 9).
+
+One long residual per down-sampling instead of a skip per block.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, checked_factor
+from mezzotint.backbones.inputs import check_input, input_factor
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
@@ -30,12 +31,14 @@ from mezzotint.process.prediction import named
 class SiD2Config:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
-    width: channels of the finest level; multipliers: their factor, level by level, the last for the middle.
-    kinds: "res" or "transformer" for each level's blocks, like `multipliers`. emb_dim: width of the conditioning (not in
-    the paper; simple diffusion's 1024).
-    blocks: blocks per level above the middle, on the way down and again on the way up. depth: blocks of the middle.
+    width: channels of the finest level.
+    multipliers: their factor, level by level, the last for the middle.
+    kinds: "res" or "transformer" for each level's blocks, like `multipliers`.
+    emb_dim: width of the conditioning (not in the paper; simple diffusion's 1024).
+    blocks: blocks per level above the middle, on the way down and again on the way up.
+    depth: blocks of the middle.
     heads: of every transformer block (4 or 8 in the paper: [?]).
-    dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
+    dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     """
 
@@ -57,15 +60,15 @@ class SiD2Config:
 
 
 class SiD2(Backbone):
-    """SiD2's residual U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
+    """SiD2's residual U-ViT: (z, noise, cond) -> [output of z's shape], zero at initialisation.
 
-    Per down-sampling p are the features before, q those after; on the way up h <- up(h - q) + p, without bias, so that
-    with a middle that does nothing the decoder starts from p. Each transformer level has its own learned positions,
-    added right after the down-sampling (before q is taken: our choice) and resized for other inputs. The
-    convolutions of the resampling are 1x1 (section 9 leaves 1x1 or 3x3 open: our choice).
+    p are the features before a down-sampling, q those after it. On the way up h <- up(h - q) + p,
+    without bias: if the middle does nothing, the decoder starts from p. Each transformer level has
+    its own learned positions, added right after the down-sampling (before q is taken: our choice)
+    and resized for other inputs. The convolutions of the resampling are 1x1 (section 9 leaves 1x1
+    or 3x3 open: our choice).
 
-    `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
-    `checkpointing` says what every block keeps for the backward pass, see `run`.
+    `noise` is the log-SNR (b,). Sides may differ; both must be multiples of `factor`.
     """
 
     def __init__(self, config: SiD2Config):
@@ -74,11 +77,11 @@ class SiD2(Backbone):
         levels = len(c.blocks)
         if not len(c.multipliers) == len(c.kinds) == levels + 1:
             raise ValueError(
-                f"multipliers and kinds need one entry per level of blocks and one for the middle: {c}"
+                f"multipliers and kinds need one entry per level and one for the middle: {c}"
             )
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
-        self.factor = checked_factor(c.size, c.transform, c.patch, levels)
+        self.factor = input_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
@@ -106,21 +109,21 @@ class SiD2(Backbone):
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
-        """(b, channels, h, w), log-SNR (b,) and conditions to one output shaped like z."""
+        """(b, channels, h, w), log-SNR (b,) and conditions to one output of z's shape."""
         check_input(z, self.config.channels, self.factor)
         emb = self.conditioning(noise, cond)
         h = self.positions[0](self.stem(z))
-        kept: list[tuple[Tensor, Tensor]] = []
+        residuals: list[tuple[Tensor, Tensor]] = []
         for i, blocks in enumerate(self.down):
             for block in blocks.children():
                 h = run_block(block, self.checkpointing, h, emb)
             p = h
             q = h = self.positions[i + 1](self.pool[i](p))
-            kept.append((p, q))
+            residuals.append((p, q))
         for block in self.middle:
             h = run_block(block, self.checkpointing, h, emb)
         for i in reversed(range(len(self.up))):
-            p, q = kept.pop()
+            p, q = residuals.pop()
             h = self.unpool[i](h - q) + p
             for block in self.up[i].children():
                 h = run_block(block, self.checkpointing, h, emb)
@@ -128,14 +131,14 @@ class SiD2(Backbone):
 
 
 def parameterisation(config: SiD2Config) -> Parameterisation:
-    """v by default; the network is told the log-SNR itself and embeds it (section 2)."""
+    """v by default; `noise` is the log-SNR, which the network embeds (section 2)."""
     return Parameterisation(kind=named(config.prediction), noise=lambda logsnr: logsnr)
 
 
 def schedule(config: SiD2Config) -> Spec:
     """Interpolated between references of 32 pixels and the image's own size, bounds -10 and 10.
 
-    Section 1 has it so at 512; at other sizes, and the order of the two ends, it is our reading.
+    Section 1 states this at 512. Other sizes, and the order of the two ends, are our reading.
     """
     low, high = min(32, config.size), config.size
     return Spec(
@@ -160,7 +163,8 @@ def _published(
         paper="Simpler Diffusion (SiD2), arXiv 2410.19324",
         gmac=gmac,
         fid=fid,
-        protocol="FID of 50k samples, guidance interval on, 512 steps; scale and interval are not known",
+        protocol="FID of 50k samples, guidance interval on, 512 steps; "
+        "scale and interval are not known",
         note=f"GMAC are of the blocks alone: no stem, resampling, FiLM or head{certainty}",
     )
 

@@ -1,7 +1,8 @@
-"""simple diffusion's U-Net (arXiv 2301.11093; specs/simple-diffusion.md section 4): capacity at 16x16, dropout there.
+"""simple diffusion's U-Net (arXiv 2301.11093; specs/simple-diffusion.md section 4).
 
-The paper's lists of blocks and widths are known; inside a block it follows section 6's ResBlock with additive skips.
-Attention (after each ResBlock of a level that has it, and between the two of the middle) is section 6's: our choice.
+Most blocks, and the dropout, are at 16x16. The paper lists blocks and widths. The inside of a
+block is our choice: section 6's ResBlock with additive skips, and section 6's attention, after each
+ResBlock of a level that has it and between the two ResBlocks of the middle.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, checked_factor
+from mezzotint.backbones.inputs import check_input, input_factor
 from mezzotint.backbones.layers import Attention, Conditioning, Down, Head, ResBlock, Stem, Up
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -23,10 +24,11 @@ from mezzotint.process.prediction import named
 class UNetConfig:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
-    width: channels at full resolution; multipliers: their factor, level by level. emb_dim: width of the conditioning.
+    width: channels at full resolution; multipliers: their factor, level by level.
+    emb_dim: width of the conditioning.
     blocks: ResBlocks per level on the way down; the way up has one more.
     attention: per level, whether self-attention follows each ResBlock. heads: of that attention.
-    dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
+    dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     """
 
@@ -61,10 +63,9 @@ class Block(nn.Module):
 
 
 class UNet(Backbone):
-    """simple diffusion's U-Net: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
+    """simple diffusion's U-Net: (z, noise, cond) -> [output of z's shape], zero at initialisation.
 
-    `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not.
-    `checkpointing` says what every block keeps for the backward pass, see `run`.
+    `noise` is the log-SNR (b,). Sides may differ; both must be multiples of `factor`.
     """
 
     def __init__(self, config: UNetConfig):
@@ -73,7 +74,7 @@ class UNet(Backbone):
         levels = len(c.multipliers)
         if not len(c.blocks) == len(c.attention) == levels:
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
-        self.factor = checked_factor(c.size, c.transform, c.patch, levels - 1)
+        self.factor = input_factor(c.size, c.transform, c.patch, levels - 1)
         widths = [c.width * m for m in c.multipliers]
 
         def block(level: int, skip: bool, attention: bool) -> Block:
@@ -101,15 +102,14 @@ class UNet(Backbone):
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
-        """(b, channels, h, w), log-SNR (b,) and conditions to one output shaped like z."""
+        """(b, channels, h, w), log-SNR (b,) and conditions to one output of z's shape."""
         check_input(z, self.config.channels, self.factor)
         emb = self.conditioning(noise, cond)
         h = self.stem(z)
         skips: list[Tensor] = []
         for i, blocks in enumerate(self.down):
-            skips.append(
-                h
-            )  # a level's entry is a skip too: the way up has one block more than the way down
+            # A level's input is a skip too: the way up has one block more than the way down.
+            skips.append(h)
             for block in blocks.children():
                 h = run_block(block, self.checkpointing, h, emb)
                 skips.append(h)
@@ -126,12 +126,15 @@ class UNet(Backbone):
 
 
 def parameterisation(config: UNetConfig) -> Parameterisation:
-    """v by default; the network is told the log-SNR itself and embeds it (section 2)."""
+    """v by default; `noise` is the log-SNR, which the network embeds (section 2)."""
     return Parameterisation(kind=named(config.prediction), noise=lambda logsnr: logsnr)
 
 
 def schedule(config: UNetConfig) -> Spec:
-    """Cosine shifted to a reference of 32 pixels, the best of the paper's ablation [M]; smaller images unshifted."""
+    """Cosine shifted to a reference of 32 pixels, the best of the paper's ablation [M].
+
+    Smaller images are not shifted.
+    """
     return Spec("cosine", {"image_d": config.size, "noise_d": min(32, config.size)})
 
 
@@ -144,7 +147,10 @@ _PAPER = "simple diffusion, arXiv 2301.11093"
 _PROTOCOL = (
     "FID of 50k samples against validation statistics, no guidance; NFE 1000 by a later table"
 )
-_NOTE = "block lists are recollections of the paper; it prints neither parameters nor GMAC of the U-Nets"
+_NOTE = (
+    "block lists are recollections of the paper; "
+    "it prints neither parameters nor GMAC of the U-Nets"
+)
 
 registry.add(
     "unet",
@@ -173,7 +179,8 @@ registry.add(
                 paper=_PAPER,
                 fid="4.28",
                 protocol=_PROTOCOL,
-                note=f"{_NOTE}; at 512 it is the list of 256 behind one wavelet level, the least certain",
+                note=f"{_NOTE}; at 512 it is the list of 256 behind one wavelet level, "
+                "the least certain",
             ),
             "unet-tiny": Preset(
                 config=UNetConfig(
@@ -187,7 +194,8 @@ registry.add(
                     heads=4,
                     dropout=0.0,
                 ),
-                paper="laptop size of the same network; digits of 16 to 64 pixels in minutes on a CPU",
+                paper="laptop size of the same network; "
+                "digits of 16 to 64 pixels in minutes on a CPU",
             ),
         },
     ),

@@ -1,5 +1,6 @@
-"""simple diffusion's U-ViT (arXiv 2301.11093; specs/simple-diffusion.md section 6): convolutions down to 16x16, one
-transformer there, block-wise skips on the convolutional levels alone.
+"""simple diffusion's U-ViT (arXiv 2301.11093; specs/simple-diffusion.md section 6).
+
+Convolutions down to 16x16, a transformer there, a skip per block on the convolutional levels alone.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, checked_factor
+from mezzotint.backbones.inputs import check_input, input_factor
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
@@ -21,7 +22,7 @@ from mezzotint.backbones.layers import (
     TextConditioning,
     TransformerBlock,
     Up,
-    keys_mask,
+    attention_mask,
 )
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -32,14 +33,15 @@ from mezzotint.process.prediction import named
 class UViTConfig:
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
-    width: channels at full resolution; multipliers: their factor, level by level, the last for the transformer.
+    width: channels at full resolution.
+    multipliers: their factor, level by level, the last for the transformer.
     emb_dim: width of the conditioning.
     blocks: ResBlocks per convolutional level on the way down; the way up has one more.
     depth, heads: transformer blocks and their heads.
-    dropout: probability in the blocks whose feature map, at the native size, is at most `dropout_from` wide.
+    dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
-    text_dim: width of the text embeddings it reads (T5-XXL: 4096), 0 for none; see `layers.Words`.
-    position_std: of the position embedding at initialisation (section 6: 0.01).
+    text_dim: width of the text embeddings (T5-XXL: 4096), 0 for none; see `TextConditioning`.
+    position_std: standard deviation of the positions at initialisation (section 6: 0.01).
     """
 
     size: int
@@ -61,13 +63,14 @@ class UViTConfig:
 
 
 class UViT(Backbone):
-    """simple diffusion's U-ViT: forward(z, noise, cond) -> [output shaped like z], zero at initialisation.
+    """simple diffusion's U-ViT: (z, noise, cond) -> [output of z's shape], zero at initialisation.
 
-    `noise` is the log-SNR (b,). Any input whose sides are multiples of `factor` fits, square or not; positions are
-    resized to it. `checkpointing` says what every block keeps for the backward pass, see `run`.
+    `noise` is the log-SNR (b,). Sides may differ; both must be multiples of `factor`. Positions are
+    resized to the input.
 
-    With 2 blocks down and 3 up per level the published size has 2.46 B parameters and 546 GMAC in its blocks; the
-    third block on the way up takes the level's entry as its skip, as in the U-Net (2 or 3 per level: [?], section 6).
+    With 2 blocks down and 3 up per level the published size has 2.46 B parameters and 546 GMAC in
+    its blocks. The third block on the way up takes the level's input as its skip, as in the U-Net
+    (2 or 3 per level: [?], section 6).
     """
 
     def __init__(self, config: UViTConfig):
@@ -78,7 +81,7 @@ class UViT(Backbone):
             raise ValueError(
                 f"multipliers need one entry per level of blocks and one for the transformer: {c}"
             )
-        self.factor = checked_factor(c.size, c.transform, c.patch, levels)
+        self.factor = input_factor(c.size, c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
@@ -94,9 +97,9 @@ class UViT(Backbone):
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
         self.positions = PositionEmbedding(widths[-1], sides[-1], c.position_std)
         self.words = TextConditioning(c.text_dim, widths[-1], c.emb_dim) if c.text_dim else None
-        reads = self.words is not None
+        reads_text = self.words is not None
         self.middle = nn.ModuleList(
-            TransformerBlock(widths[-1], c.emb_dim, c.heads, dropout[-1], reads)
+            TransformerBlock(widths[-1], c.emb_dim, c.heads, dropout[-1], reads_text)
             for _ in range(c.depth)
         )
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels))
@@ -104,11 +107,11 @@ class UViT(Backbone):
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
-        """(b, channels, h, w), log-SNR (b,) and conditions to one output shaped like z."""
+        """(b, channels, h, w), log-SNR (b,) and conditions to one output of z's shape."""
         check_input(z, self.config.channels, self.factor)
-        words = mask = pooled = None
+        text_tokens = mask = pooled = None
         if self.words is not None:
-            words, mask, pooled = self.words(cond, len(z))
+            text_tokens, mask, pooled = self.words(cond, len(z))
         emb = self.conditioning(noise, cond, pooled)
         h = self.stem(z)
         skips: list[Tensor] = []
@@ -119,9 +122,9 @@ class UViT(Backbone):
                 skips.append(h)
             h = pool(h)
         h = self.positions(h)
-        mask = None if mask is None else keys_mask(h, mask)
+        mask = None if mask is None else attention_mask(h, mask)
         for block in self.middle:
-            h = run_block(block, self.checkpointing, h, emb, words, mask)
+            h = run_block(block, self.checkpointing, h, emb, text_tokens, mask)
         for i in reversed(range(len(self.up))):
             h = self.unpool[i](h)
             for block in self.up[i].children():
@@ -130,20 +133,23 @@ class UViT(Backbone):
 
 
 def parameterisation(config: UViTConfig) -> Parameterisation:
-    """v by default; the network is told the log-SNR itself and embeds it (section 2)."""
+    """v by default; `noise` is the log-SNR, which the network embeds (section 2)."""
     return Parameterisation(kind=named(config.prediction), noise=lambda logsnr: logsnr)
 
 
 def schedule(config: UViTConfig) -> Spec:
-    """Cosine shifted to a reference of 64 pixels, the text's default (section 1); smaller images unshifted."""
+    """Cosine shifted to a reference of 64 pixels, the text's default (section 1).
+
+    Smaller images are not shifted.
+    """
     return Spec("cosine", {"image_d": config.size, "noise_d": min(64, config.size)})
 
 
 _PAPER = "simple diffusion, arXiv 2301.11093"
 _PROTOCOL = "FID of 50k samples against {} statistics, no guidance; NFE 1000 by a later table"
 _NOTE = (
-    "2 B or 2.5 B are both reported; 555 GMAC is reached with 3x3 convolutions around the resampling, where public "
-    "transcriptions have 1x1 and so do we"
+    "2 B or 2.5 B are both reported; 555 GMAC is reached with 3x3 convolutions around the "
+    "resampling, where public transcriptions have 1x1 and so do we"
 )
 
 
@@ -188,8 +194,9 @@ registry.add(
                     size=64,
                     num_classes=0,
                     prediction="x",
-                    # The transformer alone, on patches: with a convolutional level around it, and with positions that
-                    # start near zero, where things are was not learned from words in the first 19,000 images.
+                    # The transformer alone, on patches. With a convolutional level around it, and
+                    # with positions that start near zero, it did not learn from captions where
+                    # things are in the first 19,000 images.
                     width=256,
                     emb_dim=256,
                     multipliers=(1,),
@@ -201,7 +208,7 @@ registry.add(
                     text_dim=64,
                     position_std=0.5,
                 ),
-                paper="laptop size that reads captions instead of labels; a T5 encoder of width 64",
+                paper="laptop size that reads captions instead of labels; T5 encoder of width 64",
             ),
         },
     ),

@@ -1,8 +1,9 @@
-"""The 5/3 wavelet of JPEG 2000 without rounding: linear and exactly invertible (specs/simple-diffusion.md section 5).
+"""The 5/3 wavelet of JPEG 2000 without rounding: linear and exactly invertible.
 
-One level turns (b, c, h, w) into (b, 4c, h/2, w/2): the bands LL, LH, HL, HH in that order, first letter along the
-rows' axis h, second along w. A constant image has LL equal to itself and details of zero. The transform is not
-orthogonal: white noise does not stay white, so diffusion stays in pixels and the transform inside the network.
+One level turns (b, c, h, w) into (b, 4c, h/2, w/2): the bands LL, LH, HL, HH in that order, first
+letter along the axis h, second along w (specs/simple-diffusion.md section 5). A constant image has
+LL equal to itself and details of zero. The transform is not orthogonal, so white noise does not
+stay white: diffusion runs on pixels, and the transform is a part of the network.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Low and high band of the last axis, each half as long."""
+    """Return the low and the high band of the last axis, each half as long."""
     even, odd = x[..., ::2], x[..., 1::2]
     # d[n] = x[2n+1] - (x[2n] + x[2n+2]) / 2, with x[N] := x[N-2] at the edge
     high = odd - (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
@@ -24,15 +25,18 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(low: Tensor, high: Tensor) -> Tensor:
-    """Inverse of `_split`: its two steps undone in the other order."""
+    """Invert `_split`: undo its two steps in reverse order."""
     even = low - (torch.cat([high[..., :1], high[..., :-1]], -1) + high) / 4
     odd = high + (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
     return torch.stack([even, odd], -1).flatten(-2)
 
 
 def _space_to_depth(x: Tensor, factor: int) -> Tensor:
-    """(b, c, h, w) -> (b, c factor², h/factor, w/factor), channel index (dy factor + dx) c + channel."""
-    # torch orders the new channels (channel, dy, dx); the golden order has the channel fastest.
+    """(b, c, h, w) -> (b, c factor², h/factor, w/factor).
+
+    The new channel index is (dy factor + dx) c + channel.
+    """
+    # torch orders the new channels as (channel, dy, dx); here the channel is the fastest.
     return (
         pixel_unshuffle(x, factor)
         .unflatten(1, (x.shape[1], factor**2))
@@ -48,12 +52,12 @@ def _depth_to_space(x: Tensor, factor: int) -> Tensor:
 def dwt53(
     x: Float[Tensor, "b c h w"], levels: int
 ) -> Float[Tensor, "b c*4**{levels} h//2**{levels} w//2**{levels}"]:
-    """The 5/3 wavelet transform, bands on channels.
+    """Transform an image by the 5/3 wavelet, with the bands on channels.
 
     Args:
         x: (b, c, h, w); h and w multiples of 2^levels, else ValueError.
-        levels: 0 or more. Each further level transforms LL again and brings the detail bands of the level before to
-            the coarser grid by space-to-depth.
+        levels: 0 or more. Each further level transforms LL again, and brings the detail bands of
+            the level before to the coarser grid by space-to-depth.
 
     Returns:
         (b, c 4^levels, h / 2^levels, w / 2^levels): the coarsest bands first.
@@ -70,9 +74,8 @@ def dwt53(
     bands = [
         band.transpose(-1, -2) for half in (low, high) for band in _split(half.transpose(-1, -2))
     ]
-    ll, hl, lh, hh = (
-        bands  # first letter along h, though w was split first; without rounding the order is irrelevant
-    )
+    # First letter along h, though w was split first; without rounding the order does not matter.
+    ll, hl, lh, hh = bands
     details = [_space_to_depth(band, 2 ** (levels - 1)) for band in (lh, hl, hh)]
     return torch.cat([dwt53(ll, levels - 1), *details], 1)
 
@@ -80,7 +83,7 @@ def dwt53(
 def idwt53(
     y: Float[Tensor, "b c h w"], levels: int
 ) -> Float[Tensor, "b c//4**{levels} h*2**{levels} w*2**{levels}"]:
-    """Inverse of `dwt53`: (b, c 4^levels, h, w) -> (b, c, h 2^levels, w 2^levels).
+    """Invert `dwt53`: (b, c 4^levels, h, w) -> (b, c, h 2^levels, w 2^levels).
 
     Errors: ValueError where the channels are no multiple of 4^levels.
     """

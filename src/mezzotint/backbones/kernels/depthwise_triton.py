@@ -1,37 +1,36 @@
-"""Depthwise convolution of channels-last images for NVIDIA GPUs, and its weight gradient, as two Triton kernels.
+"""Two Triton kernels: the depthwise convolution of channels-last images, and its weight gradient.
 
-The arithmetic, k² multiply-adds per element in float32, takes about as long as moving the bytes; what makes such
-kernels slow is what lies between: an input loaded k² times, with an address, a mask and a conversion per load. So a
-thread owns two channels of a few adjacent columns, walks down the rows, and keeps in registers what it will need again:
-the k² weights and the unfinished sums of the next k - 1 output rows; for the weight gradient the k² sums and the last
-k rows of the output's gradient. At k = 7 each loaded value takes part in up to 28 multiply-adds.
+The k² multiply-adds per element take about as long as moving the bytes. Such kernels are slow
+where they load each input k² times, with an address, a mask and a conversion per load. Here a
+thread owns two channels of a few adjacent columns, walks down the rows, and keeps in registers
+what it needs again: the k² weights and the unfinished sums of the next k - 1 output rows; for the
+weight gradient the k² sums and the last k rows of the output's gradient. At k = 7 each loaded
+value takes part in up to 28 multiply-adds.
 
 Import this only where triton is installed.
 """
 
 from __future__ import annotations
 
-from typing import (
-    no_type_check,  # a kernel is written in Triton's language: its arguments are no Python values
-)
+from typing import no_type_check  # kernel arguments are no Python values
 
 import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
-COLUMNS = (
-    4  # adjacent output columns of one thread; with more, k = 7 does not fit into 255 registers
-)
-PATCHES = (
-    4  # such groups of columns side by side in one program: what they share comes from the L1 cache
-)
-CHANNELS = 32  # of one program: two per thread; divides the published widths but 240
-THREADS = {"num_warps": 2, "enable_fp_fusion": True}  # 64: each has two channels of one patch
-FEW = 256  # programs: below, the rows of an image are shared among several, though they add up some rows twice
-MANY = (
-    1024  # programs of a weight gradient, about: several for each multiprocessor, few partial sums
-)
+# Adjacent output columns of one thread; with more, k = 7 does not fit into 255 registers.
+COLUMNS = 4
+# Such groups of columns side by side in one program; what they share comes from the L1 cache.
+PATCHES = 4
+# Channels of one program, two per thread; divides all published widths but 240.
+CHANNELS = 32
+# 64 threads: each has two channels of one patch.
+THREADS = {"num_warps": 2, "enable_fp_fusion": True}
+# With fewer programs several share the rows of an image, although they add up some rows twice.
+MIN_PROGRAMS = 256
+# Programs of a weight gradient, about: several per multiprocessor, and few partial sums.
+GRADIENT_PROGRAMS = 1024
 
 
 @triton.jit
@@ -39,9 +38,10 @@ MANY = (
 def _place(
     groups, C: tl.constexpr, COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr
 ):
-    """Which part of the work is this program's: (the rest of its index, channels, first columns), both as tiles."""
+    """Return this program's work: the rest of its index, its channels, its first columns."""
     program = tl.program_id(0)
-    blocks = tl.cdiv(C, CHANNELS)  # neighbours in channels run together: they share pages of memory
+    # Programs of neighbouring channels run together: they share pages of memory.
+    blocks = tl.cdiv(C, CHANNELS)
     everywhere = tl.zeros((PATCHES, CHANNELS), tl.int32)
     channel = everywhere + program % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     patch = program // blocks % groups * PATCHES + tl.arange(0, PATCHES)[:, None]
@@ -51,7 +51,7 @@ def _place(
 @triton.jit
 @no_type_check
 def _load(row, column, channel, live, w, C: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT adjacent columns, as stored, of the image row that begins at the pointer `row`; zero outside the image."""
+    """Load COUNT adjacent columns of the image row at the pointer `row`; zero outside the image."""
     values = ()
     for i in tl.static_range(COUNT):
         inside = live & (column + i >= 0) & (column + i < w)
@@ -64,7 +64,7 @@ def _load(row, column, channel, live, w, C: tl.constexpr, COUNT: tl.constexpr):
 def _store(
     row, values, column, channel, live, w, C: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
 ):
-    """values[FIRST], ..., values[FIRST + COUNT - 1] to adjacent columns of the image row that begins at `row`."""
+    """Store values[FIRST : FIRST + COUNT] to adjacent columns of the image row at `row`."""
     for i in tl.static_range(COUNT):
         tl.store(
             row + (column * C + channel) + i * C, values[FIRST + i], mask=live & (column + i < w)
@@ -78,7 +78,7 @@ def _convolve(
     C: tl.constexpr, K: tl.constexpr, RESIDUAL: tl.constexpr,
     COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`strip` rows of the output of one image."""
+    """Compute `strip` rows of the output of one image."""
     PAD: tl.constexpr = K // 2
     WIDE: tl.constexpr = COLUMNS + K - 1
     rest, channel, column = _place(groups, C, COLUMNS, PATCHES, CHANNELS)
@@ -92,12 +92,12 @@ def _convolve(
     for t in tl.static_range(K * K):
         tap = tl.load(taps + t * C + channel, mask=live, other=0.0).to(tl.float32)
         if RESIDUAL and t == K * K // 2:
-            tap += 1.0  # x + convolution(x): the tap at the centre brings the residual along
+            tap += 1.0  # the residual: x + convolution(x)
         kernel += (tap,)
     start = tl.zeros((PATCHES, CHANNELS), tl.float32)
     start += tl.load(bias + channel, mask=live, other=0.0).to(tl.float32)
 
-    # sums[j COLUMNS + i]: column i of the output row j below (row - PAD), over the input rows above `row`
+    # sums[j COLUMNS + i]: column i of the output row j below (row - PAD), over the input rows above
     sums = ()
     for _ in tl.static_range((K - 1) * COLUMNS):
         sums += (start,)
@@ -108,7 +108,7 @@ def _convolve(
         values = ()
         for i in tl.static_range(WIDE):
             values += (coming[i].to(tl.float32),)
-        # The next row is on its way while this one is added; after the last, any row does.
+        # Load the next row while this one is added; after the last, any row will do.
         following = (image + tl.minimum(row + 1, h - 1)) * w * C
         coming = _load(x + following, column - PAD, channel, live, w, C, WIDE)
         added = ()
@@ -125,7 +125,8 @@ def _convolve(
         sums = ()
         for n in tl.static_range((K - 1) * COLUMNS):
             sums += (added[COLUMNS + n],)
-    for j in tl.static_range(PAD):  # the last rows of an image have only zeros below
+    # The last rows of an image have only zeros below them.
+    for j in tl.static_range(PAD):
         row = last - PAD + j
         if (row >= top) & (row < bottom):
             _store(
@@ -140,7 +141,10 @@ def _correlate(
     C: tl.constexpr, K: tl.constexpr,
     COLUMNS: tl.constexpr, PATCHES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """partial (programs, K K + 1, c): the weight's gradient and the bias's, over these columns of `images` images."""
+    """Add up the gradients of weight and bias over these columns of `images` images.
+
+    partial: (programs, K K + 1, c).
+    """
     PAD: tl.constexpr = K // 2
     WIDE: tl.constexpr = COLUMNS + K - 1
     chunk, channel, column = _place(groups, C, COLUMNS, PATCHES, CHANNELS)
@@ -153,7 +157,7 @@ def _correlate(
     begin = chunk.to(tl.int64) * images
     for image in range(begin, tl.minimum(begin + images, b)):
         above = image * h
-        # window[j COLUMNS + i]: column i of row (row - PAD + j) of the output's gradient, zero outside the image
+        # window[j COLUMNS + i]: column i of row (row - PAD + j) of the output's gradient
         window = ()
         for _ in tl.static_range(PAD * COLUMNS):
             window += (zero,)
@@ -167,7 +171,8 @@ def _correlate(
         below = _load(
             grad + (above + PAD) * w * C, column, channel, live, tl.where(h > PAD, w, 0), C, COLUMNS
         )
-        for row in tl.range(0, h, loop_unroll_factor=2):  # half the moves of the window's registers
+        # Unrolled twice: half as many moves of the window's registers.
+        for row in tl.range(0, h, loop_unroll_factor=2):
             values = ()
             for i in tl.static_range(WIDE):
                 values += (coming[i].to(tl.float32),)
@@ -209,7 +214,7 @@ def _correlate(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Tensor:
-    """(x if residual else 0) + the depthwise convolution of x, zeros around, + bias; added up in float32.
+    """Return (x if residual else 0) + depthwise convolution of x + bias, summed in float32.
 
     Args:
         x: (b, h, w, c), contiguous; float32, bfloat16 or float16.
@@ -223,42 +228,26 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> T
     b, h, w, c = x.shape
     k = weight.shape[-1]
     out = torch.empty_like(x)
-    bias = (
-        x.new_zeros(c, dtype=weight.dtype) if bias is None else bias
-    )  # rather than a second compilation
-    taps = (
-        weight.reshape(c, k * k).t().contiguous()
-    )  # neighbouring threads read neighbouring channels
+    # A bias of zeros saves the compilation of a second kernel.
+    bias = x.new_zeros(c, dtype=weight.dtype) if bias is None else bias
+    # Neighbouring threads read neighbouring channels.
+    taps = weight.reshape(c, k * k).t().contiguous()
     groups = triton.cdiv(w, COLUMNS * PATCHES)
     tall = triton.cdiv(c, CHANNELS) * groups * b
     strip = h
-    while (
-        strip >= 2 * k and tall * triton.cdiv(h, strip) < FEW
-    ):  # each strip adds up to k - 1 rows of its neighbours
+    # Each strip adds up to k - 1 rows of its neighbours.
+    while strip >= 2 * k and tall * triton.cdiv(h, strip) < MIN_PROGRAMS:
         strip = triton.cdiv(strip, 2)
     with torch.cuda.device_of(x):
         _convolve[(tall * triton.cdiv(h, strip),)](  # pyright: ignore[reportIndexIssue]
-            x,
-            taps,
-            bias,
-            out,
-            h,
-            w,
-            strip,
-            groups,
-            c,
-            k,
-            residual,
-            COLUMNS,
-            PATCHES,
-            CHANNELS,
-            **THREADS,
-        )
+            x, taps, bias, out, h, w, strip, groups,
+            c, k, residual, COLUMNS, PATCHES, CHANNELS, **THREADS,
+        )  # fmt: skip
     return out
 
 
 def weight_gradient(x: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The gradients of `forward`'s weight and bias; added up in float32, in an order that the shapes alone decide.
+    """Return the gradients of weight and bias, summed in float32 in an order fixed by the shapes.
 
     Args:
         x: (b, h, w, c), contiguous: the input.
@@ -272,7 +261,7 @@ def weight_gradient(x: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
     assert grad.is_contiguous()
     b, h, w, c = x.shape
     groups, blocks = triton.cdiv(w, COLUMNS * PATCHES), triton.cdiv(c, CHANNELS)
-    images = triton.cdiv(b * groups * blocks, MANY)
+    images = triton.cdiv(b * groups * blocks, GRADIENT_PROGRAMS)
     parts = triton.cdiv(b, images) * groups
     partial = torch.empty(parts, k * k + 1, c, device=x.device)
     with torch.cuda.device_of(x):
@@ -280,7 +269,6 @@ def weight_gradient(x: Tensor, grad: Tensor, k: int) -> tuple[Tensor, Tensor]:
             x, grad, partial, b, h, w, images, groups, c, k, COLUMNS, PATCHES, CHANNELS, **THREADS
         )
     total = partial.sum(0)
-    # copies of their own, aligned as compiled code expects
-    return total[:-1].t().clone(memory_format=torch.contiguous_format).view(c, 1, k, k), total[
-        -1
-    ].clone()
+    # Clones, so that both are aligned as compiled code expects.
+    d_weight = total[:-1].t().clone(memory_format=torch.contiguous_format).view(c, 1, k, k)
+    return d_weight, total[-1].clone()
