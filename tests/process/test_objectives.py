@@ -312,6 +312,6 @@ def test_errors_name_what_to_do(data):
 
 
 def test_data_std_belongs_to_the_edm_row():
-    with pytest.raises(ValueError, match="row=edm alone; row is eps"):
+    with pytest.raises(ValueError, match="row is eps"):
         objectives.registry["regression"](row="eps", data_std=0.5)
     objectives.registry["regression"](row="edm", data_std=0.3)

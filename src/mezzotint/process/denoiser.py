@@ -1,4 +1,4 @@
-"""The types that samplers, guidance, objectives and backbones share, and the one adapter between them: `Model`."""
+"""Types shared by samplers, guidance, objectives and backbones; `Model` connects them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ class Cond:
 
 
 class Denoised(NamedTuple):
-    """A denoiser's answer: the expected image, the noise that goes with it, and the learned variance if any.
+    """A denoiser's answer: the expected image, the noise that goes with it, and the learned
+    variance if any.
 
     var: -1...1, between the logs of the smallest and largest variance of an ancestral step.
     """
@@ -53,10 +54,10 @@ class Denoised(NamedTuple):
 
 @runtime_checkable
 class Denoiser(Protocol):
-    """All that samplers and guidance know of a model."""
+    """A model, as samplers and guidance use it."""
 
     def __call__(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        """The expected image and noise of the variance-preserving state z at log-SNR `logsnr`."""
+        """Return the expected image and noise of the state z at log-SNR `logsnr`."""
         ...
 
 
@@ -65,7 +66,7 @@ class Parameterisation:
     """How a backbone's output and inputs relate to the log-SNR; one value per family.
 
     kind: the row that the output predicts.
-    noise: log-SNR (b,) -> the number the network is told (b,).
+    noise: log-SNR (b,) -> the number that the network gets as its noise level (b,).
     scale: log-SNR (b,) -> factor on the network's input (b,).
     learned_variance: the output has twice the channels; the second half is `Denoised.var`.
     """
@@ -77,12 +78,13 @@ class Parameterisation:
 
 
 class Model(nn.Module):
-    """A backbone with its parameterisation: the Denoiser that samplers see, the raw outputs that losses see.
+    """A backbone with its parameterisation: a Denoiser for samplers, raw outputs for losses.
 
     Args:
-        backbone: module with forward(z, noise, cond) -> list of outputs, coarse to fine, the finest last.
+        backbone: module with forward(z, noise, cond) -> list of outputs, coarse to fine, the finest
+            last.
         parameterisation: what those outputs mean.
-        info: everything needed to build the same model again and to say what it is (see `mezzotint.models`).
+        info: `mezzotint.models.ModelInfo`, from which the same model can be built again.
     """
 
     def __init__(self, backbone: nn.Module, parameterisation: Parameterisation, info: Any = None):
@@ -92,21 +94,20 @@ class Model(nn.Module):
         self.info = info
 
     def raw(self, z: Image, logsnr: PerImage, cond: Cond) -> Sequence[Tensor]:
-        """The backbone's outputs, coarse to fine, in its own dtype; the last has z's height and width."""
+        """Return the backbone's outputs, coarse to fine, in its dtype; the last has z's size."""
         p = self.parameterisation
-        logsnr = to_device_of(
-            logsnr, z
-        )  # samplers give levels on the CPU, where guidance reads them without waiting
+        # Samplers give log-SNRs on the CPU, where guidance reads them without waiting for the GPU.
+        logsnr = to_device_of(logsnr, z)
         dtype = next(self.backbone.parameters()).dtype
         scaled = append_dims(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
 
     def forward(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        """The image and noise implied by the finest output, in float32 or wider."""
+        """Return the image and noise that the finest output implies, in float32 or wider."""
         return self.interpret(z, self.raw(z, logsnr, cond)[-1], logsnr)
 
     def interpret(self, z: Image, out: Tensor, logsnr: PerImage) -> Denoised:
-        """Denoised from a finest output of `raw`."""
+        """Return the image and noise that a finest output of `raw` implies."""
         var = None
         if self.parameterisation.learned_variance:
             out, var = out.chunk(2, dim=1)

@@ -1,13 +1,13 @@
-"""Wrappers that take a denoiser and return one: guidance, clipping, counting.
+"""Wrappers that take a denoiser and return one: guidance, clipping, counting of calls.
 
-A guidance scale is a function of log-SNR in DiT's unit: guess = weak + scale (strong - weak), so 1 is no guidance and
-0 the weak guess. The other papers' numbers are converted where they are read (`simple_diffusion_w`, `dimr_s`). Since x
-and eps are linear in each other given z, mixing both is mixing either.
+A guidance scale is a function of log-SNR in DiT's unit: guess = weak + scale (strong - weak), so 1
+is no guidance and 0 the weak guess. `simple_diffusion_w` and `dimr_s` convert the other papers'
+numbers. Since x and eps are linear in each other given z, mixing both is mixing either.
 
-Both passes of classifier-free guidance run as one doubled batch. Where the scale is 1 for the whole batch the weak
-pass is skipped, provided that the levels (b,) are on the CPU, as samplers give them on any device: reading them
-elsewhere would stop the host until the device has caught up. Levels on a device always take both passes; the result
-is the same.
+Both passes of classifier-free guidance run as one doubled batch. The weak pass is skipped where the
+scale is 1 for the whole batch, if the log-SNRs (b,) are on the CPU. Samplers give them there for
+models on any device, because reading them from a GPU would make the host wait. Log-SNRs on a GPU
+always take both passes; the result is the same.
 """
 
 from __future__ import annotations
@@ -27,22 +27,25 @@ Null = Callable[[Cond], Cond]  # a condition -> the empty condition of the same 
 
 
 def dit_s(s: float) -> Scale:
-    """DiT's, DiffiT's and EDM2's scale, constant: guess = uncond + s (cond - uncond); 1 is none."""
+    """Return DiT's, DiffiT's and EDM2's constant scale: uncond + s (cond - uncond); 1 is none."""
     return lambda logsnr: torch.full_like(logsnr, s)
 
 
 def simple_diffusion_w(w: float) -> Scale:
-    """simple diffusion's weight, constant: guess = (1 + w) cond - w uncond (section 2); 0 is none."""
+    """Return simple diffusion's constant weight: (1 + w) cond - w uncond (section 2); 0 is none."""
     return dit_s(1 + w)
 
 
 def dimr_s(s: float) -> Scale:
-    """DiMR's scale, constant: guess = cond + s (cond - uncond) (specs/dimr.md 6.2); 0 is none, 0.4 its default."""
+    """Return DiMR's constant scale: cond + s (cond - uncond) (specs/dimr.md 6.2); 0 is none.
+
+    DiMR's default is 0.4.
+    """
     return dit_s(1 + s)
 
 
 def interval(scale: Scale, low: float, high: float) -> Scale:
-    """`scale` where low <= logsnr <= high, no guidance elsewhere (arXiv 2404.07724).
+    """Return `scale` where low <= logsnr <= high, and 1 elsewhere (arXiv 2404.07724).
 
     Errors: ValueError unless low < high; both are natural log-SNRs, low the noisier.
     """
@@ -54,10 +57,13 @@ def interval(scale: Scale, low: float, high: float) -> Scale:
 
 
 def power_cosine(peak: float, power: float, time: Callable[[Tensor], Tensor]) -> Scale:
-    """MDT's curve, used by DiffiT at 256 pixels and by DiMR: 1 at pure noise, `peak` at the clean end.
+    """Return MDT's curve: 1 at pure noise, `peak` at the clean end.
+
+    DiffiT uses it at 256 pixels, and DiMR.
 
     Args:
-        peak: scale in DiT's unit at time 0. power: exponent; larger stays near 1 for longer.
+        peak: scale in DiT's unit at time 0.
+        power: exponent; a larger one stays near 1 for longer.
         time: log-SNR (b,) to t / T in [0, 1], 1 noisiest: DiffiT's index / 1000, DiMR's n / 1000.
 
     Errors: ValueError for a power that is not positive.
@@ -73,9 +79,9 @@ def power_cosine(peak: float, power: float, time: Callable[[Tensor], Tensor]) ->
 
 
 def null_label(num_classes: int) -> Null:
-    """The function that replaces every label by the null label, index num_classes.
+    """Return the function that replaces every label by the null label, index num_classes.
 
-    Errors: ValueError for num_classes 0; later, for a condition without a label, which has nothing to guide towards.
+    Errors: ValueError for num_classes 0; when called, for a condition without a label.
     """
     if num_classes < 1:
         raise ValueError(
@@ -91,22 +97,25 @@ def null_label(num_classes: int) -> Null:
 
 
 def null_text(cond: Cond) -> Cond:
-    """The condition without words: no token is real.
+    """Return the condition without text: no token is real.
 
-    Errors: ValueError for a condition without text, which has nothing to guide towards.
+    Errors: ValueError for a condition without text.
     """
     if cond.text is None or cond.text_mask is None:
         raise ValueError("guidance needs text and its mask for each image; none was given")
     return replace(cond, text_mask=torch.zeros_like(cond.text_mask))
 
 
-def _unguided(scale: Tensor) -> bool:
-    """Whether all scales are known, without a transfer, to be 1."""
+def _is_unguided(scale: Tensor) -> bool:
+    """Return whether all scales are 1; False if that cannot be read without a transfer."""
     return scale.device.type == "cpu" and bool((scale == 1).all())
 
 
-def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None) -> Denoised:
-    """weak + scale (strong - weak) on the first `channels` channels; the rest, and the variance, from `strong`."""
+def _mix(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None) -> Denoised:
+    """Return weak + scale (strong - weak) on the first `channels` channels.
+
+    The other channels and the variance are those of `strong`.
+    """
 
     def mix(c: Tensor, u: Tensor) -> Tensor:
         s = append_dims(to_device_of(scale, c), c).to(c.dtype)
@@ -120,13 +129,16 @@ def _mixed(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None
 def classifier_free(
     denoise: Denoiser, null: Null, scale: Scale, channels: int | None = None
 ) -> Denoiser:
-    """Classifier-free guidance (arXiv 2207.12598): away from the empty condition, in one doubled batch.
+    """Guide away from the empty condition, in one doubled batch (arXiv 2207.12598).
 
     Args:
-        denoise: a conditional denoiser. null: condition to empty condition, e.g. `null_label(1000)`.
-        scale: in DiT's unit, e.g. `dit_s(1.5)`, `simple_diffusion_w(0.1)`, `dimr_s(0.4)`, `power_cosine(...)`.
-        channels: how many leading channels are guided, all by default; DiffiT guides 3 of its 4 latent channels
-            (specs/diffit.md 2.1). The others and the learned variance come from the conditional pass.
+        denoise: a conditional denoiser.
+        null: condition to empty condition, e.g. `null_label(1000)`.
+        scale: in DiT's unit, e.g. `dit_s(1.5)`, `simple_diffusion_w(0.1)`, `dimr_s(0.4)`,
+            `power_cosine(...)`.
+        channels: number of leading channels to guide, all by default; DiffiT guides 3 of its 4
+            latent channels (specs/diffit.md 2.1). The others and the learned variance come from the
+            conditional pass.
     """
     if channels is not None and channels < 1:
         raise ValueError(f"channels {channels} must be at least 1; leave it out to guide all")
@@ -134,18 +146,18 @@ def classifier_free(
     def guided(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         empty = null(cond)
         s = scale(logsnr)
-        if _unguided(s):
+        if _is_unguided(s):
             return denoise(z, logsnr, cond)
-        both = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), _joined(cond, empty))
+        both = denoise(torch.cat([z, z]), torch.cat([logsnr, logsnr]), _join(cond, empty))
         n = len(z)
         strong = Denoised(both.x[:n], both.eps[:n], None if both.var is None else both.var[:n])
-        return _mixed(strong, Denoised(both.x[n:], both.eps[n:]), s, channels)
+        return _mix(strong, Denoised(both.x[n:], both.eps[n:]), s, channels)
 
     return guided
 
 
-def _joined(first: Cond, second: Cond) -> Cond:
-    """Two conditions of the same kind as one batch."""
+def _join(first: Cond, second: Cond) -> Cond:
+    """Return two conditions with the same fields as one batch."""
 
     def join(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         if a is None or b is None:
@@ -162,23 +174,24 @@ def _joined(first: Cond, second: Cond) -> Cond:
 
 
 def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
-    """Guidance away from a weaker denoiser under the same condition (arXiv 2406.02507).
+    """Guide away from a weaker denoiser under the same condition (arXiv 2406.02507).
 
     Args:
-        denoise: the strong denoiser. weak: e.g. an earlier checkpoint or a smaller network of the same data.
+        denoise: the strong denoiser.
+        weak: e.g. an earlier checkpoint, or a smaller network of the same data.
         scale: in DiT's unit, the paper's w: guess = weak + w (strong - weak).
     """
 
     def guided(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         strong = denoise(z, logsnr, cond)
         s = scale(logsnr)
-        return strong if _unguided(s) else _mixed(strong, weak(z, logsnr, cond), s, None)
+        return strong if _is_unguided(s) else _mix(strong, weak(z, logsnr, cond), s, None)
 
     return guided
 
 
 def with_image(z: Image, logsnr: PerImage, guess: Denoised, x: Image) -> Denoised:
-    """`guess` with another image, and the noise that z then implies."""
+    """Return `guess` with another image, and the noise that z then implies."""
     level = to_device_of(logsnr, x)
     # z = alpha x + sigma eps, so deps = -(alpha / sigma) dx; exactly zero where x did not change.
     ratio = append_dims(alpha(level) / sigma(level), x).to(x.dtype)
@@ -186,7 +199,7 @@ def with_image(z: Image, logsnr: PerImage, guess: Denoised, x: Image) -> Denoise
 
 
 def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """The image clamped to low...high, the noise recomputed; outside of guidance, as simple diffusion has it."""
+    """Clamp the image to low...high and recompute the noise (simple diffusion, after guidance)."""
     if not low < high:
         raise ValueError(f"clipping to {low}...{high} leaves nothing; the first must be smaller")
 
@@ -198,7 +211,9 @@ def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
 
 
 def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
-    """Imagen's dynamic thresholding (arXiv 2205.11487 section 2.3), the noise recomputed.
+    """Clip the image by Imagen's dynamic thresholding (arXiv 2205.11487 section 2.3).
+
+    The noise is recomputed.
 
     Per image, q is the `quantile` of |x|, at least 1; x is clamped to -q...q and divided by q.
     """
@@ -207,9 +222,8 @@ def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
 
     def guess(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
-        magnitude = (
-            raw.x.abs().flatten(1).sort(1).values
-        )  # torch.quantile refuses more than 16 M elements
+        # Sorted, since torch.quantile refuses more than 16 M elements.
+        magnitude = raw.x.abs().flatten(1).sort(1).values
         q = magnitude[:, math.ceil(quantile * magnitude.shape[1]) - 1].clamp(min=1)
         q = append_dims(q, raw.x)
         return with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
@@ -218,7 +232,7 @@ def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
 
 
 class CallCounter:
-    """A denoiser that counts: `rows` is how many images it was asked for, a doubled batch counting twice.
+    """A denoiser that counts images in `rows`; a doubled batch counts twice.
 
     Network calls per image, the NFE of papers that count both passes, are rows / images.
     """
@@ -228,6 +242,6 @@ class CallCounter:
         self.rows = 0
 
     def __call__(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        """The wrapped denoiser's answer."""
+        """Return the wrapped denoiser's answer."""
         self.rows += len(z)
         return self.denoise(z, logsnr, cond)

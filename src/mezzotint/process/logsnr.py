@@ -7,12 +7,18 @@ from torch import Tensor
 
 
 def alpha(logsnr: Tensor) -> Tensor:
-    """Scale of the image in z, in [0, 1]; any shape. simple diffusion section 2: alpha^2 = sigmoid(logsnr)."""
+    """Return the scale of the image in z, in [0, 1]; any shape.
+
+    simple diffusion section 2: alpha^2 = sigmoid(logsnr).
+    """
     return torch.sigmoid(logsnr).sqrt()
 
 
 def sigma(logsnr: Tensor) -> Tensor:
-    """Scale of the noise in z, in [0, 1]; any shape. simple diffusion section 2: sigma^2 = sigmoid(-logsnr)."""
+    """Return the scale of the noise in z, in [0, 1]; any shape.
+
+    simple diffusion section 2: sigma^2 = sigmoid(-logsnr).
+    """
     return torch.sigmoid(-logsnr).sqrt()
 
 
@@ -22,16 +28,17 @@ def append_dims(level: Tensor, like: Tensor) -> Tensor:
 
 
 def to_device_of(level: Tensor, like: Tensor) -> Tensor:
-    """One number per image on the device of `like`; the host does not wait for the copy."""
+    """Move one number per image to the device of `like`; the host does not wait for the copy."""
     dtype = (
         torch.float32 if like.device.type == "mps" and level.dtype == torch.float64 else level.dtype
     )
-    # Pageable memory is staged before the call returns, so `level` may go out of scope; on MPS that is not promised.
+    # CUDA stages pageable memory before the call returns, so `level` may go out of scope. MPS does
+    # not promise that.
     return level.to(like.device, dtype, non_blocking=like.device.type == "cuda")
 
 
 def diffuse(x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-    """z = alpha x + sigma eps (simple diffusion section 2), in the wider dtype of x and float32.
+    """Return z = alpha x + sigma eps (simple diffusion section 2), in float32 or x's wider dtype.
 
     Args:
         x: images in [-1, 1], (b, ...).

@@ -1,4 +1,4 @@
-"""What a network may predict, as rows: F = a x + b eps. One solve is every conversion."""
+"""What a network may predict, as rows F = a x + b eps; one solve does every conversion."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def flow(logsnr: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def edm(data_std: float = 0.5) -> Prediction:
-    """F of EDM's preconditioning, F = (D - c_skip y) / c_out with y = x + s eps (EDM eq. 7 and table 1).
+    """Return the row of EDM's preconditioned output (EDM eq. 7 and table 1).
+
+    F = (D - c_skip y) / c_out with y = x + s eps.
 
     Args:
         data_std: standard deviation of the data, sigma_data of EDM; at 1 the row is exactly -v.
@@ -44,8 +46,9 @@ def edm(data_std: float = 0.5) -> Prediction:
         )
 
     def row(logsnr: Tensor) -> tuple[Tensor, Tensor]:
-        # (1 - c_skip) / c_out = s / (d sqrt(s^2 + d^2)) and -c_skip s / c_out = -d / sqrt(s^2 + d^2), with
-        # s = sigma / alpha; numerator and denominator are multiplied by alpha so that neither end overflows.
+        # (1 - c_skip) / c_out = s / (d sqrt(s^2 + d^2)) and -c_skip s / c_out = -d / sqrt(s^2 +
+        # d^2), with s = sigma / alpha; numerator and denominator are multiplied by alpha so that
+        # neither end overflows.
         r = (sigma(logsnr) ** 2 + data_std**2 * alpha(logsnr) ** 2).sqrt()
         return sigma(logsnr) / (data_std * r), -data_std * alpha(logsnr) / r
 
@@ -53,7 +56,7 @@ def edm(data_std: float = 0.5) -> Prediction:
 
 
 def named(name: str, data_std: float = 0.5) -> Prediction:
-    """The row called `name` in configs: eps, x, v, flow or edm (which alone uses `data_std`)."""
+    """Return the row called `name` in configs: eps, x, v, flow, or edm, which uses `data_std`."""
     rows: dict[str, Prediction] = {"eps": eps, "x": x, "v": v, "flow": flow}
     if name == "edm":
         return edm(data_std)
@@ -63,7 +66,7 @@ def named(name: str, data_std: float = 0.5) -> Prediction:
 
 
 def target(kind: Prediction, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
-    """a x + b eps, the regression target of `kind`; shapes (b, ...), (b, ...), (b,)."""
+    """Return a x + b eps, the regression target of `kind`; shapes (b, ...), (b, ...), (b,)."""
     a, b = kind(logsnr)
     return (append_dims(a, x) * x + append_dims(b, x) * eps).to(
         torch.promote_types(x.dtype, torch.float32)
@@ -71,7 +74,7 @@ def target(kind: Prediction, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
 
 
 def solve(kind: Prediction, z: Tensor, out: Tensor, logsnr: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and the noise that a state and a prediction imply; in float32 or wider whatever their dtype.
+    """Return the image and the noise that a state and a prediction imply, in float32 or wider.
 
     The 2x2 system z = alpha x + sigma eps, out = a x + b eps, by Cramer's rule.
 
@@ -79,7 +82,8 @@ def solve(kind: Prediction, z: Tensor, out: Tensor, logsnr: Tensor) -> tuple[Ten
         kind: the row that `out` predicts.
         z: variance-preserving state, (b, ...).
         out: the network's prediction, same shape.
-        logsnr: (b,). Where the two rows are parallel (eps at -inf, x at +inf) the result is not finite.
+        logsnr: (b,). Where the two rows are parallel (eps at -inf, x at +inf) the result is not
+            finite.
 
     Returns:
         (x, eps), each shaped like z.

@@ -1,9 +1,10 @@
 """Objectives: functions (model, x, eps, logsnr, cond) -> loss per image. One file adds one.
 
-x are images (or latents) in [-1, 1], eps standard normal of the same shape, logsnr (b,) the level at which each image
-is noised; the loss is a mean over an image's elements, in float32 or wider. What is registered is a builder: keyword
-options in, objective out, so that a recipe can hold an objective by name. The level's distribution is the caller's:
-an objective that is an integral over log-SNR (`sigmoid`) is multiplied by -1/2 dlogsnr/du where u was drawn.
+x are images (or latents) in [-1, 1], eps is standard normal of the same shape, and logsnr (b,) is
+each image's noise level. The loss is a mean over an image's elements, in float32 or wider. The
+registry holds builders, from keyword options to an objective, so that a recipe can name one. The
+caller chooses the distribution of log-SNR: an objective that is an integral over log-SNR
+(`sigmoid`) is multiplied by -1/2 dlogsnr/du where u was drawn.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Weight = Callable[[Tensor], Tensor]  # log-SNR -> factor on a squared error, sam
 registry: Registry[Callable[..., Objective]] = Registry("objective", __name__)
 objective = registry.register
 
-# The promised names, below what their files import from here. The scan needs none of these lines.
+# Public names, below what their files import from here. The scan does not need these lines.
 from mezzotint.process.objectives.multiscale import multiscale_mse  # noqa: E402
 from mezzotint.process.objectives.pyramid import pyramid_loss, pyramid_targets  # noqa: E402
 from mezzotint.process.objectives.regression import (  # noqa: E402

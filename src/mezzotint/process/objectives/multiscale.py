@@ -1,4 +1,4 @@
-"""simple diffusion's multiscale loss (specs/simple-diffusion.md section 3): the eps residual at coarser scales too."""
+"""simple diffusion's multiscale loss of eps (specs/simple-diffusion.md section 3)."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from mezzotint.process.objectives.regression import mean_square, residual
 
 
 def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> PerImage:
-    """Sum over scales s of (1/s) times the mean squared error of both images average-pooled to side s.
+    """Return the sum over scales s of 1/s times the mean squared error, pooled to side s.
 
     Args:
-        target, output: (b, c, h, w), e.g. eps and its prediction. The scales are h and its halves down to `smallest`;
-            an image below `smallest` has one scale, its own. Where the image is not square, s is the shorter side
-            (our choice, as is stopping before an odd side).
+        target, output: (b, c, h, w), e.g. eps and its prediction. The scales are h and its halves
+            down to `smallest`; an image below `smallest` has one scale, its own. Where the image is
+            not square, s is the shorter side (our choice, as is stopping before an odd side).
         smallest: pixels, at least 1.
 
     Returns:
-        (b,), mean over channels and pixels; the paper's norm sums the channels. Weights are not normalised.
+        (b,), mean over channels and pixels; the paper's norm sums the channels. Weights are not
+        normalised.
     """
     if smallest < 1:
         raise ValueError(
@@ -39,7 +40,7 @@ def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> PerImage
 
 @objective("multiscale")
 def multiscale(smallest: int = 32) -> Objective:
-    """`multiscale_mse` of eps, in pixels, whatever the network predicts; helps above 256 pixels."""
+    """Return `multiscale_mse` of eps, for any prediction, in pixels; it helps above 256 pixels."""
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         error = residual(model, x, eps, logsnr, cond, prediction.eps)

@@ -15,39 +15,43 @@ from mezzotint.process.objectives.regression import mean_square
 from mezzotint.process.prediction import target
 
 
-def _pooled(image: Tensor, ratio: int) -> Tensor:
-    """Block sums divided by ratio, not ratio²: white noise keeps its unit variance."""
+def _pool(image: Tensor, ratio: int) -> Tensor:
+    """Return block sums divided by ratio, not ratio²: white noise keeps its unit variance."""
     # target_i = rho_i avgpool_{rho_i}(eps)
     return ratio * avg_pool2d(image, ratio) if ratio > 1 else image
 
 
 def pyramid_targets(eps: Image, levels: int) -> list[Tensor]:
-    """Variance-preserving targets of `levels` branches, coarse to fine, each twice as fine as the one before.
+    """Return variance-preserving targets of `levels` branches, coarse to fine by factors of 2.
 
     Args:
-        eps: (b, c, h, w); h and w multiples of 2^(levels - 1), else ValueError.
+        eps: (b, c, h, w).
 
     Returns:
-        (b, c, h / 2^(levels - 1), w / 2^(levels - 1)), ..., (b, c, h, w): sums over blocks of side rho, over rho.
+        (b, c, h / 2^(levels - 1), w / 2^(levels - 1)), ..., (b, c, h, w): sums over blocks of side
+        rho, divided by rho.
+
+    Errors: ValueError unless h and w are multiples of 2^(levels - 1).
     """
     if levels < 1:
         raise ValueError(f"levels {levels} must be at least 1")
     coarsest = 2 ** (levels - 1)
     if any(side % coarsest for side in eps.shape[2:]):
         raise ValueError(
-            f"{eps.shape[2]}x{eps.shape[3]} has no pyramid of {levels} levels: sides must be multiples of {coarsest}"
+            f"{eps.shape[2]}x{eps.shape[3]} has no pyramid of {levels} levels: sides must be "
+            f"multiples of {coarsest}"
         )
-    return [_pooled(eps, 2**i) for i in reversed(range(levels))]
+    return [_pool(eps, 2**i) for i in reversed(range(levels))]
 
 
 def pyramid_loss(
     outputs: Sequence[Tensor], truth: Image, coefficients: Sequence[float] | None = None
 ) -> PerImage:
-    """Sum over branches of c_i times the mean squared error against `truth` pooled to the branch's size.
+    """Return the sum over branches of c_i times the mean squared error, at the branch's size.
 
     Args:
         outputs: coarse to fine, (b, c, h_i, w_i), each h_i dividing truth's h.
-        truth: the full-resolution target, (b, c, h, w).
+        truth: the full-resolution target, (b, c, h, w); it is pooled to each branch's size.
         coefficients: c_i; by default the paper's rule 1 / rho_i² with rho_i = h / h_i.
 
     Errors: ValueError for a wrong number of coefficients or a size that does not divide.
@@ -56,18 +60,19 @@ def pyramid_loss(
     for out, ratio in zip(outputs, ratios, strict=True):
         if (out.shape[2] * ratio, out.shape[3] * ratio) != tuple(truth.shape[2:]):
             raise ValueError(
-                f"an output of {tuple(out.shape)} is no coarser version of a target of {tuple(truth.shape)}"
+                f"an output of {tuple(out.shape)} is no coarser version of a target of "
+                f"{tuple(truth.shape)}"
             )
     if coefficients is None:
         coefficients = [1 / ratio**2 for ratio in ratios]
     if len(coefficients) != len(outputs):
         raise ValueError(
-            f"{len(coefficients)} coefficients for {len(outputs)} branches; give one each, coarse to fine"
+            f"{len(coefficients)} coefficients for {len(outputs)} branches; give one each, "
+            "coarse to fine"
         )
     # L = sum_i c_i mean (out_i - target_i)^2
     losses = [
-        c
-        * mean_square(out.to(torch.promote_types(out.dtype, torch.float32)) - _pooled(truth, ratio))
+        c * mean_square(out.to(torch.promote_types(out.dtype, torch.float32)) - _pool(truth, ratio))
         for c, out, ratio in zip(coefficients, outputs, ratios, strict=True)
     ]
     return torch.stack(losses).sum(0)
@@ -75,17 +80,18 @@ def pyramid_loss(
 
 @objective("pyramid")
 def pyramid(coefficients: tuple[float, ...] | None = None) -> Objective:
-    """DiMR's multi-scale loss over all outputs of the network, in the row it predicts (eps in the paper).
+    """Return DiMR's loss over all branches, in the row that the network predicts (eps in the
+    paper).
 
     Args:
-        coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two branches, (1/16, 1/4, 1)
-            for three.
+        coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two
+            branches, (1/16, 1/4, 1) for three.
     """
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if model.parameterisation.learned_variance:
             raise ValueError(
-                "the pyramid objective has no use for a learned variance; take 'hybrid'"
+                "the pyramid objective does not train a learned variance; choose 'hybrid'"
             )
         outputs = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
         return pyramid_loss(

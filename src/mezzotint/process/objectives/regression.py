@@ -13,17 +13,17 @@ from mezzotint.process.prediction import Prediction, target
 
 
 def mean_square(error: Image) -> PerImage:
-    """Mean over an image's elements of error^2; (b, c, h, w) to (b,)."""
+    """Return the mean of error^2 over each image, (b, c, h, w) to (b,)."""
     return error.square().mean((1, 2, 3))
 
 
 def regressed(model: Model, out: Tensor) -> Tensor:
-    """The part of a network's output that is a prediction, without the learned variance."""
+    """Return the part of a network's output that is a prediction, without the learned variance."""
     return out.chunk(2, 1)[0] if model.parameterisation.learned_variance else out
 
 
 def determinant(row: Prediction, logsnr: Tensor) -> Tensor:
-    """Of the 2x2 system z = alpha x + sigma eps, F = a x + b eps: alpha b - sigma a; shaped like logsnr."""
+    """Return alpha b - sigma a of z = alpha x + sigma eps, F = a x + b eps; shaped like logsnr."""
     a, b = row(logsnr)
     return alpha(logsnr) * b - sigma(logsnr) * a
 
@@ -31,10 +31,11 @@ def determinant(row: Prediction, logsnr: Tensor) -> Tensor:
 def residual(
     model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond, row: Prediction | None = None
 ) -> Image:
-    """Prediction minus truth in `row` (the model's own by default) of the finest output; float32 or wider.
+    """Return prediction minus truth of the finest output in `row`, by default the model's own.
 
-    The state z is known, so the errors of x and eps cancel in it: alpha dx + sigma deps = 0. Hence an error in one row
-    is the error in another times a ratio of determinants, and no conversion is needed; e.g. deps = alpha dv.
+    In float32 or wider. The state z is known, so the errors of x and eps cancel in it: alpha dx +
+    sigma deps = 0. Hence an error in one row is the error in another times a ratio of determinants,
+    e.g. deps = alpha dv.
     """
     own = model.parameterisation.kind
     out = regressed(model, model.raw(diffuse(x, eps, logsnr), logsnr, cond)[-1])
@@ -46,7 +47,7 @@ def residual(
 
 
 def weighted(row: Prediction | None, weight: Weight | None = None) -> Objective:
-    """weight(logsnr) times the mean squared error in `row`, or in the model's own row where it is None."""
+    """Return weight(logsnr) times the mean squared error in `row`; None is the model's own row."""
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         error = mean_square(residual(model, x, eps, logsnr, cond, row))
@@ -56,34 +57,36 @@ def weighted(row: Prediction | None, weight: Weight | None = None) -> Objective:
 
 
 def sigmoid_weight(logsnr: Tensor, bias: float) -> Tensor:
-    """SiD2's weight on the eps-MSE, sigmoid(bias - logsnr); any shape. The factor -1/2 dlogsnr/du is not included.
+    """Return SiD2's weight on the eps-MSE, sigmoid(bias - logsnr), without -1/2 dlogsnr/du.
 
     Args:
         logsnr: natural logarithm, any shape.
-        bias: 0 at 128 pixels, -1 at 256, -3 at 512 (specs/simple-diffusion.md section 9; 0 and -1 single-source).
+        bias: 0 at 128 pixels, -1 at 256, -3 at 512 (specs/simple-diffusion.md section 9; one source
+            each for 0 and -1).
     """
     # SiD2: w(logsnr) = sigmoid(b - logsnr) on e^logsnr ||x - x_hat||^2 = ||eps - eps_hat||^2
     return torch.sigmoid(bias - logsnr)
 
 
 def min_snr_weight(logsnr: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR-gamma (arXiv 2303.09556) as a weight on the eps-MSE: min(SNR, gamma) / SNR; any shape."""
+    """Return Min-SNR-gamma's weight on the eps-MSE, min(SNR, gamma) / SNR (arXiv 2303.09556)."""
     return torch.exp(-torch.relu(logsnr - torch.tensor(gamma).log()))
 
 
 @objective("regression")
 def regression(row: str | None = None, data_std: float | None = None) -> Objective:
-    """Unweighted mean squared error.
+    """Return the unweighted mean squared error.
 
     Args:
         row: eps, x, v, flow or edm; by default what the network predicts.
-        data_std: of the edm row alone, 0.5 by default. EDM's weight (s^2 + d^2) / (s d)^2 on the image is 1 in its row.
+        data_std: of the edm row only, 0.5 by default. EDM's weight (s^2 + d^2) / (s d)^2 on the
+            image is 1 in its row.
 
     Errors: ValueError for data_std with another row.
     """
     if data_std is not None and row != "edm":
         raise ValueError(
-            f"data_std {data_std} is of row=edm alone; row is {row or 'that of the network'}"
+            f"data_std {data_std} needs row=edm; row is {row or 'that of the network'}"
         )
     return weighted(
         None if row is None else prediction.named(row, 0.5 if data_std is None else data_std)
@@ -92,19 +95,22 @@ def regression(row: str | None = None, data_std: float | None = None) -> Objecti
 
 @objective("eps_mse")
 def eps_mse() -> Objective:
-    """Unweighted mean squared error of eps whatever the network predicts: simple diffusion's loss (section 2)."""
+    """Return simple diffusion's loss (section 2): the mean squared error of eps, unweighted."""
     return weighted(prediction.eps)
 
 
 @objective("sigmoid")
 def sigmoid(bias: float = 0.0) -> Objective:
-    """SiD2's eps-MSE times `sigmoid_weight`; an integral over log-SNR: multiply by -1/2 dlogsnr/du where u is drawn."""
+    """Return SiD2's eps-MSE times `sigmoid_weight`.
+
+    It is an integral over log-SNR: multiply by -1/2 dlogsnr/du where u is drawn.
+    """
     return weighted(prediction.eps, lambda logsnr: sigmoid_weight(logsnr, bias))
 
 
 @objective("min_snr")
 def min_snr(gamma: float = 5.0) -> Objective:
-    """eps-MSE times `min_snr_weight`; gamma is the SNR, alpha^2 / sigma^2, above which the weight falls."""
+    """Return the eps-MSE times `min_snr_weight`; above an SNR of `gamma` the weight falls."""
     if not gamma > 0:
         raise ValueError(f"gamma {gamma} must be positive; the paper uses 5")
     return weighted(prediction.eps, lambda logsnr: min_snr_weight(logsnr, gamma))
@@ -112,5 +118,8 @@ def min_snr(gamma: float = 5.0) -> Objective:
 
 @objective("edm")
 def edm(data_std: float = 0.5) -> Objective:
-    """EDM's loss: the image's squared error times (s^2 + d^2) / (s d)^2, that is 1 in the edm row (EDM eq. 8)."""
+    """Return EDM's loss (EDM eq. 8).
+
+    Its weight (s^2 + d^2) / (s d)^2 on the image's squared error is 1 in the edm row.
+    """
     return weighted(prediction.edm(data_std))

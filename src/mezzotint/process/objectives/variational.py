@@ -1,4 +1,7 @@
-"""The learned variance's loss: regression plus a variational term (Improved DDPM section 3.1; DiffiT [M])."""
+"""The loss of a learned variance: regression plus a variational term.
+
+Improved DDPM section 3.1; DiffiT [M].
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,15 @@ from mezzotint.process.schedules.ddpm import linear_ddpm
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """Of the standard normal, by the tanh that ADM's code takes, within 3e-4 of the truth."""
+    """Return the standard normal's CDF, by ADM's tanh approximation, within 3e-4."""
     return (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
 
 
 def _log_bin(x: Image, mean: Image, log_var: Image) -> Image:
-    """Log-probability of x's 8-bit bin (width 2/255, open at -1 and 1) under N(mean, exp(log_var))."""
+    """Return the log-probability of x's 8-bit bin (width 2/255, open at -1 and 1).
+
+    Under N(mean, exp(log_var)).
+    """
     # DDPM eq. 13
     inv_std = torch.exp(-log_var / 2)
     upper = _normal_cdf((x - mean + 1 / 255) * inv_std)
@@ -36,13 +42,17 @@ def _log_bin(x: Image, mean: Image, log_var: Image) -> Image:
 def variational_bound(
     x: Image, x_hat: Image, var: Image, logsnr_t: PerImage, logsnr_s: PerImage, smallest: float
 ) -> PerImage:
-    """Bits per element of one ancestral step t -> s; the negative log-likelihood of x where s is clean.
+    """Return bits per element of one ancestral step t -> s.
+
+    Where s is clean it is the negative log-likelihood of x.
 
     Args:
-        x: the true image. x_hat: the predicted one (detached by whoever wants the mean untouched), same shape.
-        var: -1...1, between the logs of the smallest and the largest variance of the step (`Denoised.var`).
+        x: the true image.
+        x_hat: the predicted one, same shape; detach it to leave the mean untouched.
+        var: -1...1, between the logs of the smallest and the largest variance of the step
+            (`Denoised.var`).
         logsnr_t, logsnr_s: (b,), t noisier; s = +inf is the clean end.
-        smallest: log-variance that stands for the posterior's at the clean end, where that is zero: the posterior's
+        smallest: log-variance used at the clean end, where the posterior's is zero: the posterior's
             of the table's second step.
 
     Returns:
@@ -71,15 +81,17 @@ def variational_bound(
 
 
 def hybrid_loss(table: Table) -> Objective:
-    """Regression in the model's own row plus `variational_bound` of the table's step, which does not move the mean.
+    """Return regression in the model's own row plus `variational_bound` of the table's step.
 
-    Levels must be entries of the table. The two terms are added as they are: ADM's and DiT's L_hybrid without
-    Improved DDPM's factor 1/1000.
+    The second term does not move the mean.
+
+    Log-SNRs must be entries of the table. The two terms are added as they are: ADM's and DiT's
+    L_hybrid without Improved DDPM's factor 1/1000.
     """
     entries = table.logsnr
     if len(entries) < 2:
         raise ValueError(
-            "a table of one step has no posterior variance to learn; take 2 steps or more"
+            "a table of one step has no posterior variance to learn; use 2 steps or more"
         )
     cleaner = torch.cat([torch.full_like(entries[:1], torch.inf), entries[:-1]])
     # c sigma_s^2 at the second step
@@ -88,7 +100,7 @@ def hybrid_loss(table: Table) -> Objective:
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if not model.parameterisation.learned_variance:
             raise ValueError(
-                "the hybrid objective needs a network that learns the variance; take 'regression'"
+                "the hybrid objective needs a network that learns the variance; choose 'regression'"
             )
         z = diffuse(x, eps, logsnr)
         out = model.raw(z, logsnr, cond)[-1]
@@ -106,7 +118,9 @@ def hybrid_loss(table: Table) -> Objective:
 
 @objective("hybrid")
 def hybrid(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Objective:
-    """`hybrid_loss` on DDPM's linear table, as latent DiffiT trains; the options are the table's."""
+    """Return `hybrid_loss` on DDPM's linear table, as latent DiffiT trains; options as
+    `linear_ddpm`.
+    """
     table = linear_ddpm(steps, beta_min, beta_max)
     assert isinstance(table, Table), "linear_ddpm returns one"
     return hybrid_loss(table)

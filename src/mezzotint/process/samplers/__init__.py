@@ -1,12 +1,13 @@
-"""Samplers: functions (denoiser, z at grid[0], grid of rising log-SNR, cond) -> image. One file adds one.
+"""Samplers: functions (denoiser, z at grid[0], grid of rising log-SNRs, cond) -> image.
 
-Options are keyword-only with defaults. A stochastic sampler takes `noise: Noise = gaussian`; draw number i of a run is
-noise(i, z), standard normal and shaped like z, so that whoever calls can make it a function of each image's own seed.
-i counts the intervals of the grid.
+Adding a file adds a sampler. Options are keyword-only with defaults. A stochastic sampler takes
+`noise: Noise = gaussian`. The draw in interval i of the grid is noise(i, z), standard normal and
+shaped like z, so that the caller can make it a function of each image's own seed.
 
-A grid that ends in +inf ends in a denoised image, the network's own; one that ends at a finite log-SNR ends in a state
-with that much noise left. Grids are in `grids`. Coefficients are float64 scalars, the state keeps z's dtype (float32
-or wider). To see x along the way, wrap the denoiser.
+A grid that ends in +inf ends in a denoised image, the network's own; one that ends at a finite
+log-SNR ends in a state with that much noise left. Grids are made by `grids`. Coefficients are
+float64 scalars, the state keeps z's dtype (float32 or wider). To record x along the way, wrap the
+denoiser.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ sampler = registry.register
 
 
 def gaussian(i: int, like: Image) -> Image:
-    """Draw number i from torch's global generator; fine for experiments, not reproducible across batch sizes."""
+    """Draw from torch's global generator; results then depend on the batch size."""
     return torch.randn_like(like)
 
 
 def points(grid: Grid) -> list[Tensor]:
-    """A grid's log-SNRs as float64 scalars on the CPU, where they multiply tensors of any device without a transfer.
+    """Return a grid's log-SNRs as float64 scalars on the CPU, which multiply tensors anywhere.
 
-    Errors: ValueError unless there are two or more, rising, the first finite; only the last may be +inf.
-    """
+    Errors: ValueError unless there are two or more, rising, the first finite; only the last may be
+    +inf."""
     values = grid.detach().to("cpu", torch.float64)
     if len(values) < 2:
         raise ValueError(f"a grid of {len(values)} log-SNRs has no step; it needs two or more")
@@ -50,14 +51,14 @@ def points(grid: Grid) -> list[Tensor]:
 
 
 def intervals(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
-    """The steps of a grid: pairs (t, s) of log-SNRs, from the noisier to the cleaner."""
+    """Yield the steps of a grid: pairs (t, s) of log-SNRs, t the noisier."""
     return pairwise(points(grid))
 
 
 def level(logsnr: Tensor, z: Image) -> PerImage:
-    """One log-SNR as the (b,) tensor that a denoiser takes.
+    """Return one log-SNR as the (b,) tensor that a denoiser takes.
 
-    float64, so that a table's entries are met exactly; on the CPU whatever z's device, so that guidance can look at it
-    without waiting for the device (`logsnr.beside` brings it there).
+    In float64, so that a table's entries are met exactly. On the CPU for z on any device, so that
+    guidance can read it without waiting for the device; `logsnr.to_device_of` moves it there.
     """
     return torch.full((len(z),), float(logsnr), dtype=torch.float64, device="cpu")

@@ -1,4 +1,4 @@
-"""Ancestral sampling: DDPM (arXiv 2006.11239), simple diffusion's variance, Improved DDPM's learned variance."""
+"""Ancestral sampling: DDPM (arXiv 2006.11239), with simple diffusion's or a learned variance."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ MIX = {"posterior": 0.0, "upper": 1.0}
 
 
 def mean_and_bounds(z: Image, x: Image, t: Tensor, s: Tensor) -> tuple[Image, Tensor, Tensor]:
-    """The reverse step from log-SNR t to s > t: its mean and the logs of its smallest and largest variance.
+    """Return the mean and the logs of the smallest and largest variance of the step from t to s.
 
     Args:
-        z: state at t; x: the denoised image (the step's only need of a network).
-        t, s: float64 scalars; s may be +inf, where the mean is x and both logs are -inf.
+        z: state at t.
+        x: the denoised image.
+        t, s: log-SNRs with s > t, float64 scalars; s may be +inf, where the mean is x and both logs
+            are -inf.
     """
-    # simple diffusion appendix: c = 1 - exp(logsnr_t - logsnr_s), mean = alpha_s ((1 - c) z / alpha_t + c x)
+    # simple diffusion appendix: c = 1 - exp(logsnr_t - logsnr_s), mean = alpha_s ((1 - c) z /
+    # alpha_t + c x)
     c = -torch.expm1(t - s)
     mean = alpha(s) * ((1 - c) / alpha(t) * z + c * x)
     # DDPM section 3.2: the posterior's variance c sigma_s^2, and c sigma_t^2 (beta_t of a table).
@@ -37,13 +40,15 @@ def ancestral(
     variance: str | float = "posterior",
     noise: Noise = gaussian,
 ) -> Image:
-    """DDPM's sampler for any grid; one network call per step. The step to +inf returns x and draws no noise.
+    """Sample by DDPM's steps on any grid; one network call per step.
+
+    The step to +inf returns x and draws no noise.
 
     Args:
         z: state at grid[0].
-        variance: "posterior" (or 0), "upper" (or 1), a number between for simple diffusion's mixture of the two in
-            log, whose value for the paper's results is not known (0 is our default), or "learned" for a
-            denoiser that answers with `Denoised.var`.
+        variance: "posterior" (or 0), "upper" (or 1), a number between for simple diffusion's
+            mixture of the two in log (its value in the paper is not known; 0 is our default), or
+            "learned" for a denoiser that returns `Denoised.var`.
         noise: draws.
     """
     mix = MIX.get(variance, variance) if isinstance(variance, str) else variance
@@ -59,7 +64,7 @@ def ancestral(
         if isinstance(mix, str):
             if var is None:
                 raise ValueError(
-                    "variance 'learned' needs a denoiser that predicts one; try 'posterior' or 'upper'"
+                    "variance 'learned' needs a denoiser that predicts one; try posterior or upper"
                 )
             # Improved DDPM eq. 15: the network's answer in -1 ... 1 moves between the logs.
             fraction = (var + 1) / 2

@@ -1,4 +1,4 @@
-"""DDIM (arXiv 2010.02502), with its family of stochastic steps."""
+"""DDIM (arXiv 2010.02502), deterministic or stochastic."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ def ddim(
     eta: float = 0.0,
     noise: Noise = gaussian,
 ) -> Image:
-    """First order; one network call per step.
+    """Sample at first order; one network call per step.
 
     Args:
         z: state at grid[0].
-        eta: 0 is deterministic (the probability flow), 1 is DDPM's ancestral step with the posterior variance.
+        eta: 0 is deterministic (the probability flow), 1 is DDPM's ancestral step with the
+            posterior variance.
         noise: draws, used when eta > 0.
     """
     if not 0 <= eta <= 1:

@@ -11,9 +11,10 @@ from mezzotint.process.samplers import Grid, intervals, level, sampler
 
 @sampler("dpmpp_2m")
 def dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
-    """Second order, deterministic, multistep; one network call per step. A step to +inf returns x.
+    """Sample at second order, multistep and deterministic; one network call per step.
 
-    The first step has no history and is first order, whose one local error keeps the order.
+    A step to +inf returns x. The first step has no history and is first order; a single one keeps
+    the order.
     """
     past: Image | None = None
     h_past = torch.zeros(())

@@ -12,11 +12,12 @@ from mezzotint.process.samplers import Grid, intervals, level, sampler
 
 @sampler("dpmpp_3m")
 def dpmpp_3m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
-    """Third order, deterministic, multistep; one network call per step. A step to +inf returns x.
+    """Sample at third order, multistep and deterministic; one network call per step.
 
-    Two departures from the authors' code, without which the measured order is 2: the parabola's weight is twice
-    theirs, and the first step, of order 1 for want of history, is corrected when the next call, which is made anyway,
-    tells x at its far end (UniPC's free corrector).
+    A step to +inf returns x. We differ from the authors' code in two ways, without which the
+    measured order is 2. The parabola's weight is twice theirs. And the first step, which is of
+    order 1 without history, is corrected once the next call gives x at its far end (UniPC's free
+    corrector).
     """
     past: list[tuple[Tensor, Image]] = []  # (log-SNR, x), newest first, at most two
     for t, s in intervals(grid):
@@ -26,8 +27,9 @@ def dpmpp_3m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
         if len(past) == 1:
             z = z + slope_weight(past[0][0], t) * (x - past[0][1])
         h = (s - t) / 2  # step in lambda = log(alpha / sigma)
-        # Proposition 4.1: z_s = (sigma_s / sigma_t) z_t + sigma_s times the integral of exp(lambda) x(lambda),
-        # for the parabola through the last three x in Newton's form, in units of the step.
+        # Proposition 4.1: z_s = (sigma_s / sigma_t) z_t + sigma_s times the integral of exp(lambda)
+        # x(lambda), for the parabola through the last three x in Newton's form, in units of the
+        # step.
         z = sigma(s) / sigma(t) * z - alpha(s) * torch.expm1(-h) * x
         if past:
             r0 = (t - past[0][0]) / (s - t)
@@ -36,7 +38,7 @@ def dpmpp_3m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
                 r1 = (past[0][0] - past[1][0]) / (s - t)
                 half_bend = (slope - (past[0][1] - past[1][1]) / r1) / (r0 + r1)
                 slope = slope + r0 * half_bend
-                # 2: half_bend is the second divided difference, half the second derivative that the weight is for.
+                # 2: half_bend, the second divided difference, is half of the second derivative.
                 z = z - alpha(s) * ((torch.expm1(-h) + h) / h**2 - 0.5) * 2 * half_bend
             z = z + slope_weight(t, s) * slope
         past = [(t, x), *past[:1]]
@@ -44,6 +46,6 @@ def dpmpp_3m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
 
 
 def slope_weight(t: Tensor, s: Tensor) -> Tensor:
-    """What a rise of x by one along the step from t to s adds to z."""
+    """Return what a rise of x by one along the step from t to s adds to z."""
     h = (s - t) / 2
     return alpha(s) * (torch.expm1(-h) / h + 1)

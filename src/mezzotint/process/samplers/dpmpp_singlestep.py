@@ -1,4 +1,7 @@
-"""DPM-Solver++ single-step, orders 1 to 3 (arXiv 2211.01095; the "fast" plan of DPM-Solver, arXiv 2206.00927)."""
+"""DPM-Solver++ single-step, orders 1 to 3 (arXiv 2211.01095).
+
+With the "fast" plan of DPM-Solver (arXiv 2206.00927).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from mezzotint.process.samplers import Grid, level, points, sampler
 
 
 def fast_plan(calls: int, order: int) -> list[int]:
-    """Orders of the steps that spend `calls` >= 1 network calls (DPM-Solver section 3.4; specs/dimr.md 6.1)."""
+    """Return the orders of the steps that use `calls` >= 1 network calls.
+
+    DPM-Solver section 3.4; specs/dimr.md 6.1.
+    """
     if order < 3:
         return [order] * (calls // order) + [1] * (calls % order)
     threes, rest = divmod(calls, 3)
@@ -24,11 +30,12 @@ def fast_plan(calls: int, order: int) -> list[int]:
 def dpmpp_singlestep(
     denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
 ) -> Image:
-    """Runge-Kutta steps in data prediction; one network call per interval of the grid.
+    """Sample by Runge-Kutta steps in data prediction; one network call per interval of the grid.
 
-    A step of order k jumps over k intervals and calls the network at the points between; k = 3 is third order where
-    those lie at 1/3 and 2/3 in log-SNR. The plan ends in lower orders if `order` does not divide the intervals; an
-    interval to +inf is a step of order 1 of its own, which returns x.
+    A step of order k jumps over k intervals and calls the network at the points between; k = 3 is
+    third order where those lie at 1/3 and 2/3 in log-SNR. The plan ends in lower orders if `order`
+    does not divide the intervals; an interval to +inf is a step of order 1 of its own, which
+    returns x.
 
     Args:
         z: state at grid[0].
@@ -48,7 +55,7 @@ def dpmpp_singlestep(
 
 
 def step(denoise: Denoiser, z: Image, at: list[Tensor], cond: Cond) -> Image:
-    """One step from log-SNR at[0] to at[-1], of the order that the 0 to 2 points between allow."""
+    """Step from log-SNR at[0] to at[-1]; the order is the number of intervals in `at`."""
     t, s = at[0], at[-1]
     h = (s - t) / 2  # in lambda = log(alpha / sigma)
 

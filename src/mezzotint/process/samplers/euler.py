@@ -11,10 +11,11 @@ from mezzotint.process.samplers import Grid, intervals, level, sampler
 
 @sampler("euler")
 def euler(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
-    """First order, deterministic; one network call per step.
+    """Sample at first order, deterministic; one network call per step.
 
-    The state of flow matching is y = (1 - time) x + time eps with velocity eps - x, so time = sigmoid(-logsnr / 2)
-    and y = z (1 - time) / alpha. Where a denoiser's x and eps agree with z, the step is DDIM's (eta = 0).
+    The state of flow matching is y = (1 - time) x + time eps with velocity eps - x, so time =
+    sigmoid(-logsnr / 2) and y = z (1 - time) / alpha. Where a denoiser's x and eps agree with z,
+    the step is DDIM's (eta = 0).
     """
     for t, s in intervals(grid):
         x, eps, _ = denoise(z, level(t, z), cond)

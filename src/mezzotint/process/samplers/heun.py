@@ -24,27 +24,31 @@ def heun(
     s_noise: float = 1.0,
     noise: Noise = gaussian,
 ) -> Image:
-    """EDM algorithm 2; second order. Two network calls per step, one for a step to +inf.
+    """Sample by EDM's algorithm 2, at second order; two network calls per step, one to +inf.
 
-    EDM's state is y = x + sigma eps with sigma = exp(-logsnr / 2): y = z / alpha here, and dy / dsigma = eps.
+    EDM's state is y = x + sigma eps with sigma = exp(-logsnr / 2): y = z / alpha here, and dy /
+    dsigma = eps.
 
     Args:
         z: state at grid[0].
-        s_churn: noise put back per run, 0 for the deterministic sampler; spread evenly over the steps.
+        s_churn: noise put back per run, 0 for the deterministic sampler; spread evenly over the
+            steps.
         s_min, s_max: EDM's sigma between which churn acts.
         s_noise: standard deviation of the noise put back.
         noise: draws, used when s_churn > 0.
     """
     if min(s_churn, s_min, s_noise) < 0 or s_max < s_min:
         raise ValueError(
-            f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be positive"
+            f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be "
+            "positive"
         )
     steps = len(grid) - 1
     for i, (t, s) in enumerate(intervals(grid)):
         y = z / alpha(t)
         now, then = torch.exp(-t / 2), torch.exp(-s / 2)
         if s_churn > 0 and s_min <= now <= s_max:
-            # Algorithm 2, lines 5-6: up to sigma (1 + gamma), gamma = min(s_churn / N, sqrt(2) - 1).
+            # Algorithm 2, lines 5-6: up to sigma (1 + gamma), gamma = min(s_churn / N, sqrt(2) -
+            # 1).
             hat = now * (1 + min(s_churn / steps, math.sqrt(2) - 1))
             y = y + (hat**2 - now**2).sqrt() * s_noise * noise(i, y)
             now, t = hat, -2 * hat.log()

@@ -1,4 +1,4 @@
-"""SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5 and appendix): the 2M solver of the reverse SDE."""
+"""SDE-DPM-Solver++(2M), the 2M solver of the reverse SDE (arXiv 2211.01095 section 5, appendix)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from mezzotint.process.samplers import Grid, Noise, gaussian, intervals, level, 
 def sde_dpmpp_2m(
     denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, noise: Noise = gaussian
 ) -> Image:
-    """Stochastic, multistep; one network call per step. A step to +inf returns x and draws no noise.
+    """Sample by a stochastic multistep solver; one network call per step.
 
-    On Gaussian data the variance of what it makes is of second order, where `ancestral` is of first.
+    A step to +inf returns x and draws no noise. On Gaussian data the variance of its samples
+    converges at second order, that of `ancestral` at first.
 
     Args:
         z: state at grid[0].
@@ -29,7 +30,8 @@ def sde_dpmpp_2m(
             return x
         h = (s - t) / 2  # step in lambda = log(alpha / sigma)
         d = x if past is None else x + h / (2 * h_past) * (x - past)
-        # SDE-DPM-Solver++(2M), midpoint form: twice the data term's exponent, exp(-h) more of z lost to fresh noise.
+        # SDE-DPM-Solver++(2M), midpoint form: twice the data term's exponent, and z loses exp(-h)
+        # more to fresh noise.
         fresh = -torch.expm1(-2 * h)
         z = (
             sigma(s) / sigma(t) * torch.exp(-h) * z

@@ -1,8 +1,9 @@
-"""Schedules: quantile functions u in (0, 1) -> log-SNR, decreasing; u = 0 clean, u = 1 noise. One file adds one.
+"""Schedules: quantile functions u in (0, 1) -> log-SNR, decreasing; u = 0 clean, u = 1 noise.
 
-A schedule answers in u's dtype (float32 at least) and on u's device, computing in float64. A discrete table
-(`Table`) is a schedule too: a look-up, constant between its entries, so that uniform u draws each entry equally often.
-What needs an inverse or a slope, and every sampling grid, reads a table between its entries (`continuous`).
+Adding a file adds a schedule. A schedule returns u's dtype (float32 at least) on u's device, and
+computes in float64. A discrete table (`Table`) is a schedule too: a look-up, constant between its
+entries, so that uniform u draws each entry equally often. Inverses, slopes and sampling grids
+interpolate a table between its entries (`continuous`).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ schedule = registry.register
 
 
 def in_float64(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`function` of one tensor evaluated in float64; the answer comes in the argument's dtype, float32 at least."""
+    """Evaluate `function` in float64 and return the argument's dtype, float32 at least."""
 
     @functools.wraps(function)
     def wrapped(value: Tensor) -> Tensor:
-        # MPS has no float64; there float32 has to do.
+        # MPS has no float64.
         exact = torch.float32 if value.device.type == "mps" else torch.float64
         return function(value.to(exact)).to(torch.promote_types(value.dtype, torch.float32))
 
@@ -33,12 +34,15 @@ def in_float64(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 def continuous(schedule: Schedule) -> Schedule:
-    """The schedule itself, or for a table the strictly decreasing curve through its entries."""
+    """Return the schedule, or for a table the strictly decreasing curve through its entries."""
     return schedule.interpolated if isinstance(schedule, Table) else schedule
 
 
 def invert(schedule: Schedule, logsnr: Tensor) -> Tensor:
-    """The u of a log-SNR, by bisection to 2^-64; float64 of any shape, 0 and 1 beyond the schedule's ends."""
+    """Return the u of a log-SNR, by bisection to 2^-64; 0 and 1 beyond the schedule's ends.
+
+    float64 of any shape.
+    """
     curve = continuous(schedule)
     logsnr = logsnr.double()
     low, high = torch.zeros_like(logsnr), torch.ones_like(logsnr)
@@ -50,14 +54,14 @@ def invert(schedule: Schedule, logsnr: Tensor) -> Tensor:
 
 
 def slope(schedule: Schedule, u: Tensor) -> Tensor:
-    """d logsnr / d u, negative, by automatic differentiation; float64, shaped like u (0 < u < 1)."""
+    """Return d logsnr / d u, by automatic differentiation; float64, shaped like u (0 < u < 1)."""
     with torch.inference_mode(False), torch.enable_grad():
         u = u.detach().clone().double().requires_grad_()
         (gradient,) = torch.autograd.grad(continuous(schedule)(u).sum(), u)
     return gradient
 
 
-# The promised names, below what their files import from here. The scan needs none of these lines.
+# Public names, below what their files import from here. The scan does not need these lines.
 from mezzotint.process.schedules.cosine import cosine  # noqa: E402
 from mezzotint.process.schedules.cosine_interpolated import cosine_interpolated  # noqa: E402
 from mezzotint.process.schedules.ddpm import Table, ddpm, linear_ddpm  # noqa: E402

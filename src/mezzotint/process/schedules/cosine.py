@@ -15,12 +15,16 @@ from mezzotint.process.schedules import in_float64, schedule
 def cosine(
     image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logsnr_max: float = 15.0
 ) -> Schedule:
-    """Cosine schedule that keeps at image_d pixels the log-SNR which noise_d pixels would have (simple diffusion).
+    """Return the shifted cosine: at image_d pixels the log-SNR that noise_d pixels would have.
+
+    simple diffusion section 2.
 
     Args:
         image_d: side of the image in pixels, not of the network's grid: noise is added to pixels.
-        noise_d: reference side; smaller means noisier. The paper's text uses 64, its best ablation rows 32.
-        logsnr_min, logsnr_max: ends of the unshifted curve; the shift 2 log(noise_d / image_d) is added afterwards.
+        noise_d: reference side; smaller means noisier. The paper's text uses 64, its best ablation
+            rows 32.
+        logsnr_min, logsnr_max: ends of the unshifted curve; the shift 2 log(noise_d / image_d) is
+            added afterwards.
 
     Errors: ValueError for a side below 1 or bounds out of order.
     """
@@ -32,9 +36,11 @@ def cosine(
         )
     if max(abs(logsnr_min), abs(logsnr_max)) > 1000:
         raise ValueError(
-            f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -1000...1000, e.g. -15, 15"
+            f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -1000...1000, "
+            "e.g. -15 and 15"
         )
-    # The bounds rescale the tangent's argument (simple diffusion's code; specs/simple-diffusion.md section 1).
+    # The bounds rescale the tangent's argument (simple diffusion's code; specs/simple-diffusion.md
+    # section 1).
     t0 = math.atan(math.exp(-logsnr_max / 2))
     t1 = math.atan(math.exp(-logsnr_min / 2))
     shift = 2 * math.log(noise_d / image_d)

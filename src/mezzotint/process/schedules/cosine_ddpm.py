@@ -19,7 +19,7 @@ def _check(s: float) -> None:
 
 @schedule("cosine_vp")
 def cosine_vp(s: float = 0.008) -> Schedule:
-    """The curve of Improved DDPM eq. 17 with u = t: +inf at t = 0, and pure noise at t = 1."""
+    """Return the curve of Improved DDPM eq. 17 with u = t: +inf at t = 0, pure noise at t = 1."""
     _check(s)
 
     @in_float64
@@ -38,7 +38,7 @@ def cosine_vp(s: float = 0.008) -> Schedule:
 
 @schedule("cosine_ddpm")
 def cosine_ddpm(steps: int = 1000, s: float = 0.008) -> Table:
-    """Improved DDPM's cosine table: the betas of eq. 17 at t = n / N, none above 0.999."""
+    """Return Improved DDPM's cosine table: the betas of eq. 17 at t = n / N, none above 0.999."""
     _check(s)
     t = torch.arange(checked_steps(steps) + 1, dtype=torch.float64) / steps
     f = torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2

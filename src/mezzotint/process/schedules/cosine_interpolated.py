@@ -1,4 +1,4 @@
-"""Two shifted cosine schedules mixed along the way (simple diffusion; SiD2 trains on one)."""
+"""A mixture of two shifted cosine schedules (simple diffusion; SiD2 trains on one)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def cosine_interpolated(
     logsnr_min: float = -15.0,
     logsnr_max: float = 15.0,
 ) -> Schedule:
-    """u times the cosine shifted to noise_d_low plus 1 - u times the one shifted to noise_d_high, in log-SNR.
+    """Return u times the cosine of noise_d_low plus 1 - u times that of noise_d_high, in log-SNR.
 
-    This order spreads the log-SNR wider than either cosine, which is the stated aim. Equation 6 of the paper's first
-    version prints the other order, which narrows it and need not decrease; its pseudo-code has this one. The choice
-    is ours (specs/simple-diffusion.md section 1, "order A"). The defaults are the paper's example for 512 pixels.
+    This order spreads the log-SNR wider than either cosine, which is the paper's aim. Equation 6 of
+    its first version prints the other order, which narrows it and may increase; its pseudo-code has
+    this one. The choice is ours (specs/simple-diffusion.md section 1, "order A"). The defaults are
+    the paper's example for 512 pixels.
 
     Args:
         image_d: side of the image in pixels.
@@ -32,7 +33,8 @@ def cosine_interpolated(
     """
     if noise_d_low > noise_d_high:
         raise ValueError(
-            f"noise_d_low {noise_d_low} must not exceed noise_d_high {noise_d_high}; try them exchanged"
+            f"noise_d_low {noise_d_low} must not exceed noise_d_high {noise_d_high}; "
+            "try them exchanged"
         )
     low = cosine(image_d, noise_d_low, logsnr_min, logsnr_max)
     high = cosine(image_d, noise_d_high, logsnr_min, logsnr_max)

@@ -1,4 +1,4 @@
-"""Discrete tables of betas: DDPM's own, and the class that every table is."""
+"""Discrete tables of betas: DDPM's own, and the class of all tables."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from mezzotint.process.schedules import in_float64, schedule
 
 
 class Table:
-    """A schedule of N steps, n = 1 (cleanest) ... N; also the map from a log-SNR to the step that a network is told.
+    """A schedule of N steps, n = 1 (cleanest) ... N, and the step of a log-SNR.
 
-    Called with u it looks up entry n = ceil(N u), so that uniform u draws n = 1 ... N equally often. Between the
-    entries, for sampling, log alpha is piecewise linear in t = n / N (`interpolated`; DPM-Solver's discrete schedule,
-    specs/dimr.md 6.1).
+    Called with u it looks up entry n = ceil(N u), so that uniform u draws n = 1 ... N equally
+    often. Between the entries, for sampling, log alpha is piecewise linear in t = n / N
+    (`interpolated`; DPM-Solver's discrete schedule, specs/dimr.md 6.1).
 
     Args:
         betas: 1 - alpha_n^2 / alpha_{n-1}^2 of each step, each in (0, 1).
 
     Attributes:
-        logsnr: (N,) float64 on the CPU, decreasing; row i is step n = i + 1, index i of DDPM's code.
+        logsnr: (N,) float64 on the CPU, decreasing; row i is step n = i + 1, index i of DDPM's
+            code.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor):
@@ -31,16 +32,18 @@ class Table:
             raise ValueError(
                 f"betas must be one row of numbers in (0, 1); given shape {tuple(betas.shape)}"
             )
-        # DDPM eq. 4: alpha_n^2 = prod (1 - beta); summed as logs so that 1 - alpha^2 is exact at the clean end.
+        # DDPM eq. 4: alpha_n^2 = prod (1 - beta); summed as logs so that 1 - alpha^2 is exact at
+        # the clean end.
         log_alpha = torch.log1p(-betas).cumsum(0) / 2
         self.logsnr = 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
-        self._knots = torch.cat(
-            [torch.zeros(1, dtype=torch.float64), log_alpha]
-        )  # at t = 0, 1/N, ..., 1
+        # log alpha at t = 0, 1/N, ..., 1
+        self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(logsnr, knots) on `device`, copied once: a copy per call would make the host wait in every step."""
+        """Return (logsnr, knots) on `device`, copied once: a copy per call would make the host
+        wait.
+        """
         if device not in self._copies:
             exact = torch.float32 if device.type == "mps" else torch.float64
             self._copies[device] = self.logsnr.to(device, exact), self._knots.to(device, exact)
@@ -50,16 +53,18 @@ class Table:
         return len(self.logsnr)
 
     def __call__(self, u: Tensor) -> Tensor:
-        """The log-SNR of entry n = ceil(N u); u in [0, 1] of any shape, in u's dtype."""
-        # u = n / N, rounded to float32 on its way, must still find n.
+        """Return the log-SNR of entry n = ceil(N u); u in [0, 1] of any shape, in u's dtype."""
+        # u = n / N must still give n after rounding to float32.
         rounding = len(self) * torch.finfo(torch.float32).eps
         n = torch.ceil(u.double() * len(self) - rounding).long().clamp(1, len(self))
         return self._on(u.device)[0][n - 1].to(torch.promote_types(u.dtype, torch.float32))
 
     def interpolated(self, t: Tensor) -> Tensor:
-        """Log-SNR with log alpha piecewise linear through the entries at t = n / N; t in [0, 1], any shape.
+        """Return the log-SNR at t in [0, 1], any shape, between the entries at t = n / N.
 
-        Below the first entry the line runs to alpha = 1 at t = 0, our choice: there the log-SNR is +inf.
+        log alpha is piecewise linear.
+        Below the first entry the line runs to alpha = 1 at t = 0, our choice: there the log-SNR is
+        +inf.
         """
         return in_float64(self._interpolated)(t)
 
@@ -70,12 +75,14 @@ class Table:
         return 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
 
     def index(self, logsnr: Tensor) -> Tensor:
-        """Where a log-SNR stands in the table: 0 ... N - 1, fractional between entries; any shape, logsnr's dtype.
+        """Return the index of a log-SNR, 0 ... N - 1, fractional between entries; any shape.
 
-        The inverse of `interpolated` less one (N t - 1), held at the ends beyond the table. DDPM, ADM, DiT and DiffiT
-        tell their networks this number; step n = index + 1 is what DiMR and U-ViT count.
+        In logsnr's dtype. It is N t - 1 for the t that `interpolated` maps to this log-SNR, clamped
+        to the table. DDPM, ADM, DiT and DiffiT give their networks this number; DiMR and U-ViT
+        count the step n = index + 1.
         """
-        # A log-SNR that is an entry up to the rounding of its own dtype gets that entry's integer exactly.
+        # A log-SNR that is an entry up to the rounding of its own dtype gets that entry's integer
+        # exactly.
         rounding = 4 * torch.finfo(logsnr.dtype).eps
 
         def index(logsnr: Tensor) -> Tensor:
@@ -93,7 +100,7 @@ class Table:
 
 @schedule("ddpm")
 def ddpm(betas: Sequence[float] | Tensor) -> Table:
-    """The table of any betas (DDPM section 2), beta_n = 1 - alpha_n^2 / alpha_{n-1}^2 for n = 1 ... N.
+    """Return the table of any betas (DDPM section 2), beta_n = 1 - alpha_n^2 / alpha_{n-1}^2.
 
     Errors: ValueError for betas that are not one row of numbers in (0, 1).
     """
@@ -102,12 +109,15 @@ def ddpm(betas: Sequence[float] | Tensor) -> Table:
 
 @schedule("linear_ddpm")
 def linear_ddpm(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Table:
-    """DDPM's linear betas (section 4), which ADM, DiT and latent DiffiT keep; the ends are for 1000 steps."""
+    """Return DDPM's linear betas (section 4), also ADM's, DiT's and latent DiffiT's.
+
+    The ends are for 1000 steps.
+    """
     return Table(torch.linspace(beta_min, beta_max, checked_steps(steps), dtype=torch.float64))
 
 
 def checked_steps(steps: int) -> int:
-    """`steps` of a table, after a ValueError below 1."""
+    """Return `steps` of a table; ValueError below 1."""
     if steps < 1:
         raise ValueError(f"a table of {steps} steps is empty; the papers use 1000")
     return steps

@@ -13,18 +13,22 @@ from mezzotint.process.schedules import in_float64, schedule
 
 @schedule("flow")
 def flow(shift: float = 1.0) -> Schedule:
-    """u is the t of the straight line (1 - t) x + t eps, moved towards noise by `shift`; both ends are infinite.
+    """Return the schedule of u = t of the line (1 - t) x + t eps, shifted towards noise by `shift`.
+
+    Both ends are infinite.
 
     Args:
-        shift: s of t -> s t / (1 + (s - 1) t) (Stable Diffusion 3 eq. 23), the ratio of image sides; it lowers the
-            log-SNR by 2 log s, exactly as simple diffusion's shift does. For logit-normal t use `lognormal`.
+        shift: s of t -> s t / (1 + (s - 1) t) (Stable Diffusion 3 eq. 23), the ratio of image
+            sides; it lowers the log-SNR by 2 log s, exactly as simple diffusion's shift does. For
+            logit-normal t use `lognormal`.
     """
     if not shift > 0:
         raise ValueError(f"shift {shift} must be positive; 1 is none, 3 is usual at 1024 pixels")
 
     @in_float64
     def logsnr(u: Tensor) -> Tensor:
-        # alpha / sigma = (1 - t) / t; rescaling the line to unit variance leaves the ratio as it is.
+        # alpha / sigma = (1 - t) / t; rescaling the line to unit variance leaves the ratio as it
+        # is.
         return 2 * (torch.log1p(-u) - torch.log(u)) - 2 * math.log(shift)
 
     return logsnr

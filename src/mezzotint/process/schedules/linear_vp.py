@@ -13,21 +13,24 @@ from mezzotint.process.schedules import in_float64, schedule
 def _check(beta_min: float, beta_max: float) -> None:
     if not 0 < beta_min <= beta_max:
         raise ValueError(
-            f"beta_min {beta_min} and beta_max {beta_max} must be positive and rise, e.g. 0.1 and 20"
+            f"beta_min {beta_min} and beta_max {beta_max} must be positive and rise, "
+            "e.g. 0.1 and 20"
         )
 
 
 @schedule("linear_vp")
 def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
-    """dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw with beta(t) = beta_min + t (beta_max - beta_min), u = t in [0, 1].
+    """Return the schedule of dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw, u = t in [0, 1].
 
-    The ends: +inf at t = 0, and at t = 1 about -(beta_min + beta_max) / 2.
+    beta(t) = beta_min + t (beta_max - beta_min). The log-SNR is +inf at t = 0, and about
+    -(beta_min + beta_max) / 2 at t = 1.
     """
     _check(beta_min, beta_max)
 
     @in_float64
     def logsnr(u: Tensor) -> Tensor:
-        # Score SDE eq. 33: alpha^2 = exp(-B) with B the integral of beta, so alpha^2 / sigma^2 = 1 / (e^B - 1).
+        # Score SDE eq. 33: alpha^2 = exp(-B) with B the integral of beta, so alpha^2 / sigma^2 = 1
+        # / (e^B - 1).
         integral = beta_min * u + (beta_max - beta_min) * u**2 / 2
         return -torch.log(torch.expm1(integral))
 
@@ -35,7 +38,10 @@ def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
 
 
 def linear_vp_time(logsnr: Tensor, beta_min: float = 0.1, beta_max: float = 20.0) -> Tensor:
-    """The t of a log-SNR under `linear_vp`, closed form, any shape; 1000 t is the step that U-ViT and DiMR count in."""
+    """Return the t of a log-SNR under `linear_vp`, in closed form; any shape.
+
+    U-ViT and DiMR count the step 1000 t.
+    """
     _check(beta_min, beta_max)
 
     @in_float64

@@ -15,10 +15,10 @@ ndtri: Callable[[Tensor], Tensor] = torch.special.ndtri  # pyright: ignore
 
 @schedule("lognormal")
 def lognormal(mean: float = -1.2, std: float = 1.2) -> Schedule:
-    """log(sigma / alpha) ~ N(mean, std^2) (EDM table 1); the ends u = 0 and u = 1 are infinite.
+    """Return the schedule of log(sigma / alpha) ~ N(mean, std^2) (EDM table 1); both ends infinite.
 
-    With the straight line of flow matching, where sigma / alpha = t / (1 - t), the same law is the logit-normal
-    distribution of t.
+    With the straight line of flow matching, where sigma / alpha = t / (1 - t), this is the
+    logit-normal distribution of t.
 
     Args:
         mean, std: of the natural log of EDM's sigma; EDM trains on -1.2 and 1.2.

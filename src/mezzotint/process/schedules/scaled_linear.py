@@ -10,13 +10,13 @@ from mezzotint.process.schedules.ddpm import Table, checked_steps
 
 @schedule("scaled_linear")
 def scaled_linear(steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> Table:
-    """Betas whose square roots are evenly spaced (latent diffusion; specs/dimr.md section 4).
+    """Return betas whose square roots are even (latent diffusion; specs/dimr.md section 4).
 
     Errors: ValueError for no steps, or betas outside (0, 1).
     """
     if min(beta_min, beta_max) <= 0:
         raise ValueError(
-            f"beta_min {beta_min} and beta_max {beta_max} must be positive; the paper: 0.00085 and 0.012"
+            f"beta_min {beta_min} and beta_max {beta_max} must be positive, e.g. 0.00085 and 0.012"
         )
     return Table(
         torch.linspace(beta_min**0.5, beta_max**0.5, checked_steps(steps), dtype=torch.float64) ** 2
