@@ -84,7 +84,7 @@ def _open_captions(
     """Return the embedded captions for a network that reads text `width` wide; None for width 0.
 
     Errors: ValueError for a text network without an encoder or with one of another width, for an
-    encoder given to a network that reads no text, and for images without captions.
+        encoder given to a network that reads no text, and for images without captions.
     """
     name = recipe.data.text_encoder
     if not width:

@@ -23,8 +23,7 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
         return backbone
     if engine.strategy == "ddp":
         ids = [world.device.index] if world.device.type == "cuda" else None
-        # A depthwise weight (c, 1, 7, 7) has both memory layouts; DDP copies its few numbers and
-        # warns.
+        # A depthwise weight (c, 1, 7, 7) has both memory layouts; DDP copies it and warns.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         return nn.parallel.DistributedDataParallel(
             backbone, device_ids=ids, gradient_as_bucket_view=True

@@ -102,8 +102,7 @@ def train(
     Returns: the folder.
 
     Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before
-        a
-    non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
+        a non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
     """
     folder = Path(folder)
     trackers.check_installed(recipe.trackers)
@@ -138,8 +137,7 @@ def loop(
     flop = count_training_flop(run.meta_model)
     run.model.train()
     progress.start(recipe.images, state.images)
-    # The process before may have ended between a checkpoint and the grid or the evaluation due
-    # there.
+    # The last process may have ended between a checkpoint and the grid or evaluation due with it.
     if grid_pending(run):
         draw_grid(run)
     if evaluator is not None and evaluation_pending(run):
@@ -200,9 +198,8 @@ def loop(
         if evaluator is not None and evaluation_due:
             paused_at = time.monotonic()
             run_evaluation(run, evaluator, stop, progress, listeners)
-            logged_at += (
-                time.monotonic() - paused_at
-            )  # the log measures the speed of training alone
+            # The log measures the speed of training alone.
+            logged_at += time.monotonic() - paused_at
     run.writer.wait()
 
 
@@ -212,9 +209,8 @@ def open_listeners(
     """Open log.jsonl and events.jsonl; a resumed run drops what they hold beyond its checkpoint."""
     if not run.world.is_rank0:
         return Listeners()
-    lines, events = (
-        log.Log(run.folder / f"{n}.jsonl", run.state.images) for n in ("log", "events")
-    )
+    lines = log.Log(run.folder / "log.jsonl", run.state.images)
+    events = log.Log(run.folder / "events.jsonl", run.state.images)
     return Listeners([lines.write, *tracker_writers], [events.write, progress.print_event])
 
 

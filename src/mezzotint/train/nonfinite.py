@@ -76,8 +76,7 @@ def handle_nonfinite(run: Run, batch: Batch, losses: Losses, result: StepResult)
         up.
 
     Errors: NonFiniteError where the recipe says "stop", its limit is reached, or there is no
-        checkpoint
-    to roll back to.
+        checkpoint to roll back to.
     """
     recipe, state = run.recipe, run.state
     facts = gather_facts(run, batch, losses, result)

@@ -81,8 +81,7 @@ def solve_coefficients(
     # b_i = <p_i, p>
     A = profile_product(t[:, None], gamma[:, None], t, gamma)
     b = profile_product(t, gamma, target_t, target_gamma)
-    # Neighbouring snapshots are nearly parallel: scale to a unit diagonal, solve by singular
-    # values.
+    # Neighbouring snapshots are nearly parallel: unit diagonal, then solve by singular values.
     length = A.diagonal().sqrt()
     unit_A, unit_b = A / (length[:, None] * length), b / length
     x = torch.linalg.lstsq(unit_A, unit_b[:, None], driver="gelsd").solution[:, 0] / length

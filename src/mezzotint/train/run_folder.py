@@ -56,8 +56,7 @@ def run_lock(folder: Path, source: str = "") -> Iterator[None]:
         source: of the data, see `check_run_folder`.
 
     Errors: ValueError for a folder that cannot become a run's or that another process holds;
-        OSError
-    where the folder cannot be written.
+        OSError where the folder cannot be written.
     """
     check_run_folder(folder, source)
     try:

@@ -90,8 +90,7 @@ def setup(
     newest, damaged = checkpoint.find_newest_intact(folder)
     if newest is None and init_weights is not None:
         init_weights(model)
-    # Averages, parts and optimisers are made after wrapping: FSDP2 replaces the parameters by
-    # shards.
+    # Averages, parts and optimisers come after wrapping: FSDP2 replaces parameters by shards.
     backbone = get_backbone(model)
     backbone.checkpointing = recipe.engine.checkpointing
     backbone.set_depthwise_kernel(recipe.engine.depthwise)
@@ -133,8 +132,7 @@ def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule
     """Compute the loss at a low, a middle and a high noise level, to fail before training starts.
 
     Errors: ValueError where the objective does not fit the network or the schedule, or the loss is
-        not
-    finite.
+        not finite.
     """
     config, device = model.info.config, next(model.parameters()).device
     spec = recipe.objective
