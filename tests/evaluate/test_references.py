@@ -1,26 +1,18 @@
-"""References and image sources: formats of other packages, metadata, damaged and unsafe files."""
+"""Reference files: ours, those of other packages, damaged and unsafe ones."""
 
 from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.prepare import prepare_source
 from mezzotint.evaluate.features import NETWORK_BATCH, from_module
-from mezzotint.evaluate.image_source import (
-    from_folder,
-    from_npz,
-    from_samples,
-    open_image_source,
-    open_real_images,
-)
+from mezzotint.evaluate.image_source import from_samples, open_image_source, open_real_images
 from mezzotint.evaluate.metrics import frechet_distance
 from mezzotint.evaluate.references import (
     Reference,
@@ -113,13 +105,6 @@ def test_prepared_datasets_are_read_at_their_own_size(tmp_path):
     assert reference.metadata["resolution"] == [16, 16]
     reference.check(feature_set(), (16, 16))
     assert open_real_images(str(tmp_path / "set"), 8).resolution == (8, 8)
-
-
-@pytest.mark.parametrize("size", [None, 16])
-def test_latents_are_refused(tmp_path, size):
-    (tmp_path / "latents.json").write_text("{}")
-    with pytest.raises(ValueError, match="latents"):
-        open_real_images(str(tmp_path), size)
 
 
 def test_references_that_do_not_fit_are_refused(tmp_path):
@@ -356,95 +341,3 @@ def test_npz_files_of_wrong_content_are_refused(tmp_path, arrays, named):
     np.savez(tmp_path / "f.npz", **arrays)
     with pytest.raises(ValueError, match=named):
         read_reference(tmp_path / "f.npz", "edm")
-
-
-# --- image sources --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_any_part_of_a_sample_file_can_be_read(tmp_path, save):
-    x = random_images(130)
-    save(tmp_path / "s.npz", x.permute(0, 2, 3, 1).numpy(), np.arange(130))
-    source = from_npz(tmp_path / "s.npz")
-    assert (source.num_images, source.resolution) == (130, (12, 12))
-    assert torch.cat(list(source.batches(0, 130))).equal(x)
-    assert torch.cat(list(source.batches(65, 71))).equal(x[65:71])
-
-
-def test_grey_sample_files_have_one_channel(tmp_path):
-    np.savez(tmp_path / "g.npz", np.zeros((3, 4, 4, 1), np.uint8))
-    assert next(iter(from_npz(tmp_path / "g.npz").batches(0, 3))).shape == (3, 1, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("arrays", "named"),
-    [
-        ({"arr_0": np.zeros((3, 4, 4, 3), np.float32)}, "float32"),
-        ({"arr_0": np.zeros((3, 3, 4, 4), np.uint8)}, r"\(3, 3, 4, 4\)"),
-        ({"arr_0": np.array([{}], dtype=object)}, "pickled objects"),
-        ({"other": np.zeros(3)}, "'arr_0'"),
-    ],
-)
-def test_bad_sample_files_are_refused(tmp_path, arrays, named):
-    np.savez(tmp_path / "s.npz", **arrays)
-    with pytest.raises(ValueError, match=named):
-        from_npz(tmp_path / "s.npz")
-
-
-def test_truncated_sample_files_are_refused(tmp_path):
-    np.savez(tmp_path / "s.npz", np.zeros((64, 16, 16, 3), np.uint8))
-    with zipfile.ZipFile(tmp_path / "s.npz") as archive:
-        content = archive.read("arr_0.npy")
-    with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
-        archive.writestr("arr_0.npy", content[:-100])
-    with pytest.raises(ValueError, match="arr_0 is damaged"):
-        list(from_npz(tmp_path / "s.npz").batches(0, 64))
-
-
-def test_folders_and_zips_are_read_unchanged(tmp_path):
-    x = random_images(5)
-    for i, image in enumerate(x):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:03d}.png")
-    source = open_image_source(tmp_path)
-    assert (source.num_images, source.resolution) == (5, (12, 12))
-    assert torch.cat(list(source.batches(0, 5))).equal(x)
-    assert torch.cat(list(source.batches(2, 4))).equal(x[2:4])
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
-        for file in sorted(tmp_path.glob("*.png")):
-            archive.write(file, file.name)
-    assert torch.cat(list(open_image_source(tmp_path / "z.zip").batches(0, 5))).equal(x)
-
-
-def test_only_opaque_alpha_channels_are_dropped(tmp_path):
-    x = random_images(2)
-    for i, image in enumerate(x):
-        rgba = Image.fromarray(image.permute(1, 2, 0).numpy()).convert("RGBA")
-        rgba.save(tmp_path / f"{i}.png")
-    assert torch.cat(list(from_folder(tmp_path).batches(0, 2))).equal(x)
-    rgba.putalpha(100)
-    rgba.save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match="RGBA"):
-        list(from_folder(tmp_path).batches(0, 2))
-
-
-@pytest.mark.parametrize(
-    ("second", "named"),
-    [(Image.new("RGB", (12, 13)), "12 x 13"), (Image.new("L", (12, 12)), "mode L")],
-)
-def test_folders_of_different_images_are_refused(tmp_path, second, named):
-    Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
-    second.save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=named):
-        list(from_folder(tmp_path).batches(0, 2))
-
-
-def test_folders_of_too_few_or_damaged_images_are_refused(tmp_path):
-    Image.new("RGB", (12, 12)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="1 images"):
-        from_folder(tmp_path)
-    content = (tmp_path / "a.png").read_bytes()
-    (tmp_path / "b.png").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"b\.png"):
-        list(from_folder(tmp_path).batches(0, 2))
-    with pytest.raises(ValueError, match=r"a\.png"):
-        open_image_source(tmp_path / "a.png")

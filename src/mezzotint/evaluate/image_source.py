@@ -286,13 +286,11 @@ def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
     raise ValueError(f"no images at {path}; give a folder or .zip of images, or a .npz with arr_0")
 
 
-def open_real_images(
-    source: str, size: int | None, channels: int = 3, crop: str | None = None
-) -> ImageSource:
+def open_real_images(source: str, size: int | None, channels: int = 3) -> ImageSource:
     """Open real images: a dataset cropped and resized to `size`, or without a size, as stored.
 
     Errors: ValueError for a source that cannot be opened, e.g. raw data without a size.
     """
     if size is None:
         return open_image_source(source, channels)
-    return from_dataset(open_images(source, size=size, channels=channels, crop=crop), source)
+    return from_dataset(open_images(source, size=size, channels=channels), source)
