@@ -1,4 +1,4 @@
-"""One process or many, launched by torchrun: rank, device, reductions, and errors shared by all ranks."""
+"""One process or many, launched by torchrun: rank, device, reductions, errors on all ranks."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class RankFailed(OSError):
 
 
 def default_device() -> torch.device:
-    """Return the GPU of this process (number LOCAL_RANK, as set by torchrun, else 0), or the CPU."""
+    """Return the GPU of this process (number LOCAL_RANK, set by torchrun, else 0), or the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
 def init_distributed() -> World:
-    """Join the process group described by torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one."""
+    """Join the process group of torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one."""
     device = default_device()
     cuda = device.type == "cuda"
     if cuda:
@@ -147,7 +147,7 @@ def _get_patient_group() -> dist.ProcessGroup:
 
 
 def all_ranks(work: Callable[[], T], world: World | None = None) -> T:
-    """Return `work()` of this rank; if it raises on any rank, raise on every rank once all are done.
+    """Return `work()` of this rank; if it raises on any rank, raise on all once all are done.
 
     A rank raises its own error, or else `RankFailed`. `work` must not communicate: the others would
     wait for a rank that failed.
@@ -170,7 +170,7 @@ def all_ranks(work: Callable[[], T], world: World | None = None) -> T:
 
 
 def on_rank0(work: Callable[[], T], world: World | None = None) -> T:
-    """Run `work()` on rank 0 alone and return its result on every rank; errors as for `all_ranks`."""
+    """Run `work()` on rank 0 and return its result on every rank; errors as for `all_ranks`."""
     is_rank0 = get_rank() == 0 if world is None else world.is_rank0
     result = all_ranks(lambda: work() if is_rank0 else None, world)
     box: list[Any] = [result]

@@ -21,9 +21,10 @@ from mezzotint.core.progress import ProgressBar
 CHUNK_BYTES = 1 << 20
 
 
-# --- atomic writes ---------------------------------------------------------------------------------
-# Each writes to a name of its own beside the target, `.NAME.HOST.PID.partial`, flushes to disk, and
-# renames. A reader sees the old content or the new one. What a killed process leaves is `.*.partial`.
+# --- atomic writes ---
+# --------------------------------------------------------------------------------- Each writes to
+# a name of its own beside the target, `.NAME.HOST.PID.partial`, flushes to disk, and renames. A
+# reader sees the old content or the new one. What a killed process leaves is `.*.partial`.
 
 
 def _partial_path(path: Path) -> Path:
@@ -44,7 +45,7 @@ def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a binary file to write; it gets its name at the end of the block, and only without error."""
+    """Yield a binary file to write; it gets its name at the end of a block without error."""
     partial = _partial_path(path)
     try:
         with partial.open("wb") as file:
@@ -125,7 +126,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-# --- JSON and hashes -------------------------------------------------------------------------------
+# --- JSON and hashes ---
 
 
 def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
@@ -159,11 +160,11 @@ def sha256_of_file(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-# --- the cache and downloads -----------------------------------------------------------------------
+# --- the cache and downloads ---
 
 
 def cache_dir() -> Path:
-    """Return the folder of downloads: $MEZZOTINT_CACHE, else mezzotint/ in $XDG_CACHE_HOME or ~/.cache."""
+    """Return $MEZZOTINT_CACHE, else mezzotint/ in $XDG_CACHE_HOME or ~/.cache, for downloads."""
     own = os.environ.get("MEZZOTINT_CACHE")
     if own:
         return Path(own)
@@ -194,7 +195,7 @@ def check_sha256(path: Path, published: PublishedFile) -> Path:
 
 
 def locate_file(published: PublishedFile, path: str | Path | None = None) -> Path:
-    """Return a checked local copy: `path`, or in our cache or torch hub's, or downloaded to ours."""
+    """Return a checked local copy: `path`, or from our cache or torch hub's, or downloaded."""
     if path is not None:
         return check_sha256(Path(path), published)
     torch_home = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))

@@ -10,7 +10,7 @@ import torch
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """What a result depends on beside the code: processor, threads, versions, other load."""
+    """Return what a result depends on besides the code: processor, threads, versions, load."""
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "cores": os.cpu_count(),

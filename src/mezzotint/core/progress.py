@@ -15,7 +15,7 @@ LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class ProgressBar:
-    """Show how much of `total` is done, how fast it goes and how long it will take, on standard error.
+    """Show how much of `total` is done, how fast it goes and how long it takes, on stderr.
 
     Args:
         description: what is being done, e.g. "encoding".

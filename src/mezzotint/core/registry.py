@@ -1,7 +1,4 @@
-"""Names to builders, found by scanning a folder: adding a variant is adding a file.
-
-Lowest room of the house; it imports nothing of mezzotint.
-"""
+"""Registries of builders by name, filled by importing a package: to add a variant, add a file."""
 
 from __future__ import annotations
 
@@ -17,14 +14,14 @@ T = TypeVar("T")
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Words for an error about an unknown name: its nearest neighbours first, else everything known."""
+    """Return "did you mean ...?" with the names nearest to an unknown one, else all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """A read-only mapping that imports every module of `package` on its first look-up.
+    """A read-only mapping that imports every module of `package` at its first use.
 
     Args:
         what: the singular noun used in errors, e.g. "sampler".
@@ -38,14 +35,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self._scanned = False
 
     def add(self, name: str, entry: T) -> T:
-        """Register `entry`; a name taken twice is a ValueError, since one of the two would be lost."""
+        """Register `entry`; ValueError if the name is taken."""
         if name in self._entries:
             raise ValueError(f"{self.what} {name!r} is registered twice")
         self._entries[name] = entry
         return entry
 
     def register(self, name: str) -> Callable[[T], T]:
-        """Decorator form of `add`."""
+        """Return a decorator that registers a function under `name`."""
         return lambda entry: self.add(name, entry)
 
     def _scan(self) -> None:
@@ -53,7 +50,7 @@ class Registry(Mapping[str, T], Generic[T]):
             return
         self._scanned = True
         package = importlib.import_module(self.package)
-        # A module that fails to import fails the scan loudly: a variant that vanished is worse than an error.
+        # An import error must reach the user: a variant must not be missing silently.
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self.package}.{module.name}")
 
@@ -78,7 +75,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 @dataclass(frozen=True)
 class Spec:
-    """A registered function by name with its keyword options: the form in which recipes and configs hold one."""
+    """A registered function by name, with keyword options, as in recipes and configs."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +87,7 @@ class Spec:
 def check_options(
     what: str, function: Callable[..., Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """`options` as given, after a ValueError for any that `function` does not take by keyword."""
+    """Return `options`; ValueError for one that `function` does not take by keyword."""
     allowed = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -103,9 +100,9 @@ def check_options(
 
 
 def build(registry: Registry[Callable[..., T]], spec: Spec) -> T:
-    """Call the builder that `spec` names with its options, after checking the options' names.
+    """Call the builder named by `spec` with its options, after checking the options' names.
 
-    Lists, as YAML and JSON give them, arrive as tuples.
+    Lists, as read from YAML and JSON, are passed as tuples.
     """
     builder = registry[spec.name]
     options = check_options(f"{registry.what} {spec.name}", builder, spec.options)

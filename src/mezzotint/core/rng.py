@@ -1,8 +1,8 @@
-"""Every random number of mezzotint is a function of what it is for, never of when it was drawn.
+"""Random numbers as functions of their purpose, seed and index, independent of when they are drawn.
 
-A draw is keyed by (seed, index): `index` is an image's number in the run or the sample's own seed. The generator is
-numpy's counter-based Philox with the 128-bit key (seed, purpose/index), so that two keys never share a stream, as two
-32-bit Mersenne seeds may.
+`index` is an image's number in the run, or a sample's own seed. The generator is numpy's counter-
+based Philox with a 128-bit key hashed from (purpose, seed, index, draw). Two such keys
+practically never share a stream; two 32-bit seeds of a Mersenne Twister may.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# One word per purpose, so that the noise of image 7 and the order of epoch 7 are unrelated.
+# One key per purpose, so that the noise of image 7 and the order of epoch 7 are unrelated. The
+# position in this tuple is part of the key: append, never sort or insert.
 PURPOSES = (
     "noise",
     "time",
@@ -27,7 +28,7 @@ PURPOSES = (
 
 
 def philox(purpose: str, seed: int, index: int, draw: int = 0) -> np.random.Generator:
-    """The generator of draw number `draw` for (purpose, seed, index); all three integers in [0, 2^63)."""
+    """Return the generator of (purpose, seed, index, draw); the integers are in [0, 2^63)."""
     if min(seed, index, draw) < 0:
         raise ValueError(f"seed {seed}, index {index} and draw {draw} must not be negative")
     key = np.random.SeedSequence((PURPOSES.index(purpose), seed, index, draw)).generate_state(
@@ -39,7 +40,10 @@ def philox(purpose: str, seed: int, index: int, draw: int = 0) -> np.random.Gene
 def normal(
     purpose: str, seed: int, indices: list[int], shape: tuple[int, ...], draw: int = 0
 ) -> Tensor:
-    """Standard normal, (len(indices), *shape) float32; row i depends on (purpose, seed, indices[i], draw) alone."""
+    """Draw standard normal numbers, (len(indices), *shape) float32.
+
+    Row i is a function of (purpose, seed, indices[i], draw).
+    """
     rows = [
         philox(purpose, seed, i, draw).standard_normal(shape, dtype=np.float32) for i in indices
     ]
@@ -47,8 +51,12 @@ def normal(
 
 
 def uniform(purpose: str, seed: int, indices: list[int], draw: int = 0) -> Tensor:
-    """Uniform numbers in (0, 1), (len(indices),) float64; row i depends on (purpose, seed, indices[i], draw) alone."""
-    # random() is in [0, 1) on a grid of 2^-53; half a grid step keeps 0 out, where a log-SNR may be infinite.
+    """Draw uniform numbers in (0, 1), (len(indices),) float64.
+
+    Number i is a function of (purpose, seed, indices[i], draw).
+    """
+    # random() is in [0, 1) on a grid of 2^-53. Half a step excludes 0, where a log-SNR may be
+    # infinite.
     return torch.tensor(
         [philox(purpose, seed, i, draw).random() + 2.0**-54 for i in indices], dtype=torch.float64
     )

@@ -1,7 +1,7 @@
-"""Files of weights, looked at before anything is allocated: safetensors headers, and .pth without its code.
+"""Files of weights, checked before anything is allocated: safetensors, and .pth without its code.
 
-A file's claims (names, dtypes, shapes, bytes) are checked against its size first; only then are tensors read, one by
-one. Every failure is a ValueError that names the file.
+Names, dtypes, shapes and byte counts are checked against the file's size first. Only then are
+tensors read, one by one. Every failure is a ValueError that names the file.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from mezzotint.core.files import format_bytes
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a file says of one tensor."""
+    """Dtype and shape of a tensor, as listed in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -47,8 +48,8 @@ class TensorSpec:
 class TensorSource:
     """Named tensors that are not read yet.
 
-    what: the file, for errors. claims: name -> dtype and shape, already known to fit into the file.
-    read: name -> the tensor, on the CPU; it may share memory with what it was read from.
+    what: the file, for errors. claims: name -> dtype and shape, checked against the file's size.
+    read: name -> the tensor, on the CPU; it may share memory with the file's content.
     """
 
     what: str
@@ -57,7 +58,7 @@ class TensorSource:
 
 
 def open_safetensors(path: Path) -> TensorSource:
-    """A safetensors file whose header has been checked; ValueError for one that lies or is cut."""
+    """Open a safetensors file and check its header; ValueError if it is damaged or truncated."""
     from safetensors import safe_open
 
     claims = read_safetensors_header(path)
@@ -70,17 +71,18 @@ def open_safetensors(path: Path) -> TensorSource:
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
-    """The claims of a safetensors file, checked against one another and against the file's size.
+    """Read the header of a safetensors file; check it for consistency and against the file's size.
 
-    Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}}, then the data without
-    holes (huggingface/safetensors, README).
+    Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}},
+    then the data without gaps (huggingface/safetensors, README).
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise ValueError(
-                f"{path} is no intact safetensors file: of {format_bytes(size)} it says {format_bytes(length)} are header"
+                f"{path} is no intact safetensors file: it has {format_bytes(size)}, its first "
+                f"bytes give a header of {format_bytes(length)}"
             )
         try:
             header = json.loads(file.read(length))
@@ -92,7 +94,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
             numbers = [n for v in entries.values() for n in (*v["shape"], *v["data_offsets"])]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} is no intact safetensors file: its header does not read ({error!r})"
+                f"{path} is no intact safetensors file: its header cannot be read ({error!r})"
             ) from error
     if not all(type(n) is int and n >= 0 for n in numbers):
         raise ValueError(f"{path}: a size or offset in the header is not a whole number")
@@ -100,25 +102,31 @@ def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
     for start, stop, name in spans:
         if stop > held:
             raise ValueError(
-                f"{path} is cut or lies: {name} claims data up to {format_bytes(stop)}, there are {format_bytes(held)}"
+                f"{path} is cut or lies: {name} claims data up to {format_bytes(stop)}, there are "
+                f"{format_bytes(held)}"
             )
         if start != end or stop - start != claims[name].bytes:
             raise ValueError(
                 f"{path}: the header lies about {name}: shape {claims[name].shape} needs "
-                f"{format_bytes(claims[name].bytes)}, the header gives it bytes {start} to {stop} after {end}"
+                f"{format_bytes(claims[name].bytes)}, the header gives it bytes {start} to {stop} "
+                f"after {end}"
             )
         end = stop
     if end != held:
         raise ValueError(
-            f"{path} lies: the header claims {format_bytes(end)} of data, the file holds {format_bytes(held)}"
+            f"{path} lies: the header claims {format_bytes(end)} of data, the file holds "
+            f"{format_bytes(held)}"
         )
     return claims
 
 
 def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -> TensorSource:
-    """A file of torch.save, read without running code from it.
+    """Open a file of torch.save without running code from it.
 
-    The first reading is on the meta device and allocates nothing; `choose` picks the state dict out of its contents.
+    The first reading is on the meta device and allocates nothing.
+
+    Args:
+        choose: returns the state dict among the file's contents.
     """
     size = path.stat().st_size
     if zipfile.is_zipfile(path):
@@ -144,30 +152,24 @@ def _torch_load(path: Path, device: str) -> Any:
     mmap = device == "cpu" and zipfile.is_zipfile(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # torch's about old pickle protocols; the error that follows is enough
+            warnings.simplefilter("ignore")  # about old pickle protocols: the error is enough
             return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except (
-        Exception
-    ) as error:  # torch.load fails in too many types to list: all mean that the file is not usable
+    except Exception as error:  # torch.load raises many types: all mean that the file is unusable
         if isinstance(error, pickle.UnpicklingError) and _is_pickle(path):
             found = re.search(r"GLOBAL (\S+)", str(error))
             raise ValueError(
-                f"{path} contains code ({found[1] if found else 'or objects of unknown kind'}) and was refused: "
-                "mezzotint reads weights only and runs nothing from a file. Whoever made it can save its state dict "
-                "alone, best as .safetensors"
+                f"{path} contains code ({found[1] if found else 'or unknown objects'}) and was "
+                "refused: mezzotint reads only weights and runs no code from a file. Its author "
+                "can save the state dict alone, preferably as .safetensors"
             ) from None
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(
-            error, pickle.UnpicklingError
-        ):  # torch's words advise to run whatever is in the file
+        if isinstance(error, pickle.UnpicklingError):  # torch's message advises to run its code
             first = "it does not begin as torch.save's do"
         raise ValueError(f"{path} is damaged, cut or not a file of weights: {first}") from error
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether a file begins as torch.save's do: a zip, or a pickle of protocol 2 or later."""
+    """Return whether a file begins like torch.save's: a zip, or a pickle of protocol 2 or later."""
     with path.open("rb") as file:
         return file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
@@ -175,9 +177,10 @@ def _is_pickle(path: Path) -> bool:
 def state_dict_specs(
     what: str, state: Mapping[str, Tensor], limit: int | None = None
 ) -> dict[str, TensorSpec]:
-    """The claims of a state dict in memory, after checking that its tensors have as many bytes as they say.
+    """Return the specs of a state dict, after checking that there are enough bytes for its tensors.
 
-    limit: bytes of the file they come from; None if their storages are real.
+    Args:
+        limit: bytes of the file that they come from; None if their storages are real.
     """
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()}
     held, claimed = sum(storages.values()), sum(t.numel() * t.itemsize for t in state.values())
@@ -190,14 +193,14 @@ def state_dict_specs(
 
 
 def list_names(names: Mapping[str, Any] | set[str] | list[str], most: int = 12) -> str:
-    """A list of names for an error, cut after `most`."""
+    """Return names as a list for an error message, at most `most` of them."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
     return "[" + ", ".join(ordered[:most]) + "]" + more
 
 
 def sha256_of_module(module: nn.Module) -> str:
-    """Hex SHA-256 of a module's parameters and buffers: names, dtypes, shapes, bytes, in the order of names."""
+    """Return the SHA-256 of a module's parameters and buffers: names, dtypes, shapes, bytes."""
     h = hashlib.sha256()
     for key, value in sorted(module.state_dict().items()):
         h.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""What a set of images holds and what is wrong with it: damage, modes, sizes, duplicates, classes."""
+"""What a dataset of images holds and what is wrong with it: damage, sizes, duplicates, ..."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_LISTED = 20  # names listed in a report's text; the JSON has all
 class Audit:
     """Counts over the images of a dataset; `summary` is the report.
 
-    unreadable: name -> reason. sizes: (width, height) as stored. upscaled: images whose short side is
-    below `size`. same_pixels: hash of the pixels -> image indices.
+    unreadable: name -> reason. sizes: (width, height) as stored. upscaled: images whose short
+    side is below `size`. same_pixels: hash of the pixels -> image indices.
     """
 
     size: int

@@ -1,7 +1,8 @@
-"""Codecs: the spaces that networks work in, pixels or the latents of an autoencoder. Every scaling constant is here.
+"""Codecs: the spaces that networks work in, pixels or the latents of an autoencoder.
 
-A codec's latents are in the model's units: what the autoencoder says, shifted and scaled. Its random part is stated as
-mean and log-variance, so that whoever holds the two draws latents without the autoencoder: `draw_latents`.
+All scaling constants are here. A codec's latents are in the model's units: the autoencoder's
+output, shifted and scaled. Their distribution is given as mean and log-variance, from which
+`draw_latents` draws without the autoencoder.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from mezzotint.core.tensor_files import sha256_of_module
 ImageBatch = Float[Tensor, "b c h w"]
 LatentBatch = Float[Tensor, "b d i j"]
 
-SD_SCALE = 0.18215  # Stable Diffusion's first stage to unit standard deviation (DiT, DiffiT and DiMR use the same)
-# Largest side decoded in one piece. On a GPU 512 px of Stable Diffusion's, as the authors decode; on a CPU, whose
-# convolutions copy their input nine times over, 256 px.
+SD_SCALE = 0.18215  # Stable Diffusion's latents to unit standard deviation; also DiT, DiffiT, DiMR
+# Largest side decoded in one piece, in cells. On a GPU 512 px of Stable Diffusion's, as the authors
+# decode; on a CPU, whose convolutions copy their input nine times, 256 px.
 TILE_CELLS, TILE_CELLS_CPU = 64, 32
 KINDS = (
     "AutoencoderKL",
@@ -42,7 +43,7 @@ class Release:
     files: tuple[str, ...]
     megabytes: int
     licence: str
-    scale: float | None = None  # None: what its config says
+    scale: float | None = None  # None: that of its config
 
 
 DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -64,17 +65,16 @@ RELEASES = {
     ),
     "taesd": Release(repo="madebyollin/taesd", files=_TAESD, megabytes=5, licence="MIT"),
 }
-SD_LATENTS = tuple(
-    RELEASES
-)  # these three share one latent space, so that TAESD may decode what the others encode
+SD_LATENTS = tuple(RELEASES)  # these three share a latent space: TAESD decodes the others' latents
 
 
 @runtime_checkable
 class Codec(Protocol):
     """Images in [-1, 1] to latents and back.
 
-    name: what `codec` was called with; a folder as an absolute path. factor: pixels per cell, on each side.
-    channels: of the latents. scale, shift: latent = scale (autoencoder's number - shift). hash: SHA-256 of the weights.
+    name: as given to `open_codec`; a folder as an absolute path. factor: pixels per cell, on each
+    side. channels: of the latents. scale, shift: latent = scale (autoencoder's output - shift).
+    hash: SHA-256 of the weights.
     """
 
     @property
@@ -91,22 +91,21 @@ class Codec(Protocol):
     def hash(self) -> str: ...  # noqa: D102
 
     def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
-        """Mean and log-variance of the latents of images in [-1, 1]; a deterministic codec's log-variance is -inf."""
-        ...
+        """Return mean and log-variance of the latents of images in [-1, 1].
 
-    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
-        """Latents drawn with standard normal `noise`."""
+        A deterministic codec's log-variance is -inf.
+        """
         ...
 
     def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
-        """Images in [-1, 1], one at a time; sides above `tile` cells in overlapping tiles."""
+        """Return images in [-1, 1], decoded one at a time; sides above `tile` cells in tiles."""
         ...
 
 
 def draw_latents(
     mean: Float[Tensor, "*shape"], logvar: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """z = mean + exp(logvar / 2) noise (Kingma and Welling 2013, section 2.4); float32 or wider."""
+    """Return z = mean + exp(logvar / 2) noise (Kingma and Welling 2013, 2.4), at least float32."""
     wide = torch.promote_types(mean.dtype, torch.float32)
     return torch.addcmul(mean.to(wide), (logvar.to(wide) / 2).exp(), noise.to(wide))
 
@@ -114,7 +113,7 @@ def draw_latents(
 @final
 @dataclass(frozen=True)
 class Pixels:
-    """The codec that does nothing: networks that work on pixels."""
+    """The identity codec, of networks that work on pixels."""
 
     name: str = "pixels"
     factor: int = 1
@@ -124,24 +123,20 @@ class Pixels:
     hash: str = "pixels"
 
     def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
-        """The images, without variance."""
+        """Return the images, with log-variance -inf."""
         return images, torch.full_like(images, -torch.inf)
 
-    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
-        """The mean where the log-variance is -inf; see `draw_latents`."""
-        return draw_latents(mean, logvar, noise)
-
     def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
-        """The latents, clamped to -1...1."""
+        """Return the latents, clamped to [-1, 1]."""
         return latents.clamp(-1, 1)
 
 
 @final
 class Autoencoder:
-    """A codec around an autoencoder of diffusers, in float32 and eval mode; see `Codec`.
+    """An autoencoder of diffusers as a codec, in float32 and eval mode; see `Codec`.
 
-    Images are encoded and decoded one at a time: what becomes of one then depends on no other, bit for bit, and memory
-    is that of one.
+    Images are encoded and decoded one at a time: the result of one depends on no other, bit for
+    bit, and the memory needed is that of one.
     """
 
     def __init__(self, name: str, vae: nn.Module, device: torch.device, scale: float | None = None):
@@ -164,77 +159,78 @@ class Autoencoder:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of all weights: names, shapes, bytes."""
+        """SHA-256 of all weights: names, shapes, bytes; computed on first use."""
         if self._hash is None:
             self._hash = sha256_of_module(self.vae)
         return self._hash
 
     @torch.no_grad()
     def encode_moments(self, images: ImageBatch) -> tuple[LatentBatch, LatentBatch]:
-        """(b, 3, h, w) in [-1, 1] to mean and log-variance, both (b, channels, h / factor, w / factor) float32.
+        """Return mean and log-variance of images (b, 3, h, w) in [-1, 1].
 
-        Errors: ValueError for sides that are no multiple of `factor`, and for latents that are not finite.
+        Both are (b, channels, h / factor, w / factor) in float32.
+
+        Errors: ValueError for sides that are not multiples of `factor` or non-finite latents.
         """
         if images.shape[1] != 3 or images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(
-                f"images {tuple(images.shape[1:])} do not fit codec {self.name}: it takes 3 channels and sides that "
-                f"are multiples of {self.factor}"
+                f"images {tuple(images.shape[1:])} do not fit codec {self.name}: it takes 3 "
+                f"channels and sides that are multiples of {self.factor}"
             )
         moments = [self._moments(image[None].to(self.device, torch.float32)) for image in images]
         mean, logvar = (torch.cat(parts) for parts in zip(*moments, strict=True))
         if not torch.isfinite(mean).all() or torch.isnan(logvar).any():
             raise ValueError(
-                f"codec {self.name} made latents that are not finite; are its weights whole?"
+                f"codec {self.name} gives latents that are not finite; are its weights intact?"
             )
         return mean, logvar
 
     def _moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.vae.encode(image)
-        if "latent_dist" in made:
-            posterior = made.latent_dist
+        encoded = self.vae.encode(image)
+        if "latent_dist" in encoded:
+            posterior = encoded.latent_dist
             mean, logvar = posterior.mean, posterior.logvar + 2 * torch.tensor(self.scale).log()
-        else:  # diffusers calls it "latents" here and "latent" there
-            (mean,) = made.values()
+        else:  # diffusers calls it "latents" or "latent"
+            (mean,) = encoded.values()
             logvar = torch.full_like(mean, -torch.inf)
         return self.scale * (mean - self.shift), logvar
 
-    def sample(self, mean: LatentBatch, logvar: LatentBatch, noise: LatentBatch) -> LatentBatch:
-        """Latents drawn with standard normal `noise`; see `draw_latents`."""
-        return draw_latents(mean, logvar, noise)
-
     @torch.no_grad()
     def decode(self, latents: LatentBatch, tile: int | None = None) -> ImageBatch:
-        """(b, channels, h, w) latents to (b, 3, h factor, w factor) images in [-1, 1], float32.
+        """Return images (b, 3, h factor, w factor) in [-1, 1] of latents (b, channels, h, w).
 
-        tile: sides above so many cells are decoded in tiles of this side, a quarter overlapping and blended, which
-        bounds memory and changes pixels slightly. None: 64 cells, on a CPU 32.
+        Args:
+            tile: larger sides are decoded in tiles of so many cells, a quarter overlapping and
+                blended. This bounds memory and changes pixels slightly. None: 64, on a CPU 32.
 
         Errors: ValueError for another number of channels.
         """
         if latents.shape[1] != self.channels:
             raise ValueError(
-                f"latents of {latents.shape[1]} channels do not fit codec {self.name}, which has {self.channels}"
+                f"latents of {latents.shape[1]} channels do not fit codec {self.name}, which has "
+                f"{self.channels}"
             )
         if tile is None:
             tile = TILE_CELLS_CPU if self.device.type == "cpu" else TILE_CELLS
         if tile < 4:
             raise ValueError(f"tile {tile}: at least 4 cells, e.g. 32")
 
-        def one(z: Tensor) -> Tensor:
+        def decode_one(z: Tensor) -> Tensor:
             return self.vae.decode(z / self.scale + self.shift).sample
 
         images = []
         for z in latents.to(self.device, torch.float32).split(1):
-            whole = max(z.shape[2:]) <= tile
-            images.append(
-                (one(z) if whole else decode_tiled(one, z, tile, self.factor)).clamp(-1, 1)
-            )
+            if max(z.shape[2:]) <= tile:
+                image = decode_one(z)
+            else:
+                image = decode_tiled(decode_one, z, tile, self.factor)
+            images.append(image.clamp(-1, 1))
         side = [n * self.factor for n in latents.shape[2:]]
         return torch.cat(images) if images else torch.empty(0, 3, *side, device=self.device)
 
 
 def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, tile: int, factor: int) -> Tensor:
-    """decode(z) from overlapping tiles, each weighted by its distance from its own edges; z is (1, c, h, w)."""
+    """Return decode(z), z (1, c, h, w), from overlapping tiles weighted by distance to edges."""
 
     def starts(side: int) -> list[int]:
         return [*range(0, max(side - tile, 0), tile - tile // 4), max(side - tile, 0)]
@@ -246,28 +242,29 @@ def decode_tiled(decode: Callable[[Tensor], Tensor], z: Tensor, tile: int, facto
             image = decode(z[:, :, top : top + tile, left : left + tile])
             rows, columns = (_tent(n, tile // 4 * factor, image) for n in image.shape[2:])
             share = rows[:, None] * columns
-            here = (..., slice(top * factor, None), slice(left * factor, None))
-            total[here][..., : image.shape[2], : image.shape[3]] += image * share
-            weight[here][..., : image.shape[2], : image.shape[3]] += share
+            corner = (..., slice(top * factor, None), slice(left * factor, None))
+            total[corner][..., : image.shape[2], : image.shape[3]] += image * share
+            weight[corner][..., : image.shape[2], : image.shape[3]] += share
     return total / weight
 
 
 def _tent(length: int, ramp: int, like: Tensor) -> Tensor:
-    """Weights along one side: rising over `ramp` pixels, level, falling."""
+    """Return weights along one side that rise over `ramp` pixels, stay at 1, and fall."""
     i = torch.arange(length, device=like.device, dtype=like.dtype) + 0.5
     return torch.minimum(torch.minimum(i, length - i) / ramp, torch.ones_like(i))
 
 
 def open_codec(name: str | Path, device: torch.device | str = "cpu") -> Codec:
-    """The codec called `name`.
+    """Open a codec by name.
 
     Args:
-        name: "pixels"; "sd-vae-ft-ema", "sd-vae-ft-mse" or "taesd"; an autoencoder of diffusers as a folder or as
-            OWNER/NAME on the hub; or a folder with taesd_encoder.safetensors and taesd_decoder.safetensors.
+        name: "pixels"; "sd-vae-ft-ema", "sd-vae-ft-mse" or "taesd"; an autoencoder of diffusers as
+            a folder or as OWNER/NAME on the hub; or a folder with taesd_encoder.safetensors and
+            taesd_decoder.safetensors.
         device: where it computes.
 
-    Errors: ValueError for an unknown name, a folder that holds no autoencoder, damaged weights, and one that is not on
-        this machine and cannot be fetched, saying what to fetch and where to put it.
+    Errors: ValueError for an unknown name, a folder without autoencoder, damaged weights, and files
+        that cannot be downloaded, with what to download and where to put it.
     """
     if str(name) == "pixels":
         return Pixels()
@@ -279,9 +276,12 @@ def open_codec(name: str | Path, device: torch.device | str = "cpu") -> Codec:
 
 
 def find_autoencoder(name: str, fetch: bool = True) -> Path:
-    """The folder with the files of an autoencoder: `name` itself, our cache, the hub's cache, or fetched from the hub.
+    """Return the folder of an autoencoder: `name` itself, in our cache or the hub's, or downloaded.
 
-    fetch: whether the network may be asked. Errors: ValueError as `codec`.
+    Args:
+        fetch: whether it may be downloaded.
+
+    Errors: ValueError as `open_codec`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -291,7 +291,8 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
         return ours
     if name not in RELEASES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
         raise ValueError(
-            f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; {suggest(name, ['pixels', *RELEASES])}"
+            f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; "
+            f"{suggest(name, ['pixels', *RELEASES])}"
         )
     release = RELEASES.get(name) or Release(
         repo=name, files=DIFFUSERS_FILES, megabytes=0, licence=""
@@ -308,14 +309,15 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
         size = f" ({release.megabytes} MB, {release.licence})" if release.megabytes else ""
         place = ours if name in RELEASES else "any folder"
         raise ValueError(
-            f"codec {name} is not on this machine and could not be fetched: {first}. Fetch "
-            f"{' and '.join(release.files)} of the hub's {release.repo}{size} on a machine with a network (mezzotint "
-            f"download {name}), put them into {place}, or give the folder that holds them as the codec"
+            f"codec {name} is not on this machine and could not be downloaded: {first}. Download "
+            f"{' and '.join(release.files)} of the hub's {release.repo}{size} on a machine with a "
+            f"network (mezzotint download {name}) and put them into {place}, or give the folder "
+            "that holds them as the codec"
         ) from None
 
 
 def if_cached(name: str, device: torch.device | str = "cpu") -> Codec | None:
-    """The codec, if its files are on this machine; the network is not asked."""
+    """Return the codec if its files are on this machine, else None; nothing is downloaded."""
     try:
         find_autoencoder(name, fetch=False)
     except ValueError:
@@ -324,7 +326,7 @@ def if_cached(name: str, device: torch.device | str = "cpu") -> Codec | None:
 
 
 def _diffusers(folder: Path) -> nn.Module:
-    """The autoencoder of a folder written by diffusers' `save_pretrained`, or of its subfolder "vae"."""
+    """Load the folder of diffusers' `save_pretrained`, or its subfolder "vae"."""
     diffusers = _import_diffusers()
     if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         folder = folder / "vae"
@@ -332,7 +334,8 @@ def _diffusers(folder: Path) -> nn.Module:
         kind = read_json(folder / "config.json")["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder} holds no autoencoder: {error!r}; give a folder with {' and '.join(DIFFUSERS_FILES)}, or with "
+            f"{folder} holds no autoencoder: {error!r}; give a folder with "
+            f"{' and '.join(DIFFUSERS_FILES)}, or with "
             f"{' and '.join(_TAESD)}"
         ) from None
     if kind not in KINDS:
@@ -352,16 +355,17 @@ def _diffusers(folder: Path) -> nn.Module:
         ) from error
     if report["missing_keys"]:
         raise ValueError(
-            f"{folder} lacks the weights {', '.join(report['missing_keys'][:4])}, ...; fetch it again"
+            f"{folder} lacks the weights {', '.join(report['missing_keys'][:4])}, ...; "
+            "download it again"
         )
     return loaded
 
 
 def _taesd(folder: Path) -> nn.Module:
-    """TAESD from its author's two files.
+    """Load TAESD from its author's two files.
 
-    The author's modules are plain sequences. diffusers' encoder has the same places; its decoder clamps, tanh(x / 3) 3,
-    in `forward` rather than as place 0, so that every later place is one less.
+    The author's modules are plain sequences. diffusers' encoder has the same indices. Its decoder
+    clamps, tanh(x / 3) 3, in `forward` and not as layer 0, so that every later index is one less.
     """
     from safetensors.torch import load_file
 
@@ -369,14 +373,16 @@ def _taesd(folder: Path) -> nn.Module:
     state: dict[str, Tensor] = {}
     for part, file, shift in (("encoder", _TAESD[0], 0), ("decoder", _TAESD[1], 1)):
         try:
-            theirs = load_file(folder / file)
+            tensors = load_file(folder / file)
         except Exception as error:  # safetensors raises its own
-            raise ValueError(f"{folder / file} cannot be read: {error}; fetch it again") from None
-        for key, tensor in theirs.items():
-            place, _, rest = key.partition(".")
-            if not place.isdigit():
+            raise ValueError(
+                f"{folder / file} cannot be read: {error}; download it again"
+            ) from None
+        for key, tensor in tensors.items():
+            index, _, rest = key.partition(".")
+            if not index.isdigit():
                 raise ValueError(f"{folder / file} is no TAESD {part}: unexpected key {key!r}")
-            state[f"{part}.layers.{int(place) - shift}.{rest}"] = tensor
+            state[f"{part}.layers.{int(index) - shift}.{rest}"] = tensor
     try:
         vae.load_state_dict(state)
     except RuntimeError as error:
@@ -395,9 +401,9 @@ def _import_diffusers() -> Any:
 
 
 def check_codec_fits(codec: Codec, channels: int, what: str) -> None:
-    """ValueError unless a network of `channels` input channels, called `what`, works in the codec's space."""
+    """Raise ValueError unless the latents have `channels` channels, those of `what`'s input."""
     if codec.channels != channels:
         raise ValueError(
-            f"codec {codec.name} has latents of {codec.channels} channels, {what} takes {channels}; use a codec of "
-            f"{channels} channels or set model.channels={codec.channels}"
+            f"codec {codec.name} has latents of {codec.channels} channels, {what} takes "
+            f"{channels}; use a codec of {channels} channels or set model.channels={codec.channels}"
         )

@@ -1,4 +1,4 @@
-"""Two sets that need no download: `digits`, real handwriting, and `shapes`, pictures whose every word is checkable."""
+"""The built-in dataset `digits`: real handwriting that needs no download."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from PIL import Image
 from mezzotint.core.rng import philox
 from mezzotint.data.sources import hash_parts
 
-DIGITS_TRAIN = 1500  # of 1,797; the other 297 are held out
+DIGITS_TRAIN = 1500  # of 1,797; the other 297 are the test split
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @dataclass(frozen=True)
 class DigitSource:
-    """The 1,797 handwritten digits of scikit-learn (8 x 8 pixels, 17 grey levels), white on black."""
+    """The 1,797 handwritten digits of scikit-learn (8 x 8 pixels, 17 grey levels)."""
 
     numbers: np.ndarray = field(repr=False)  # in scikit-learn's order
     pixels: np.ndarray = field(repr=False)  # uint8 (n, 8, 8)
@@ -29,24 +29,24 @@ class DigitSource:
         return len(self.numbers)
 
     def name(self, i: int) -> str:
-        """The digit's number in scikit-learn's order."""
+        """Return the digit's number in scikit-learn's order."""
         return f"digit {self.numbers[i]}"
 
     def read(self, i: int) -> Image.Image:
-        """8 x 8 grey."""
+        """Return an 8 x 8 grey image."""
         return Image.fromarray(self.pixels[i])
 
     def text(self, i: int) -> str:
-        """A caption in words."""
+        """Return a caption, e.g. "a handwritten digit three"."""
         return f"a handwritten digit {NUMERALS[self.labels[i]]}"
 
     def identity(self) -> str:
-        """Of the pixels and labels."""
+        """Return the hash of the pixels and labels."""
         return hash_parts([self.pixels.tobytes(), self.labels.tobytes()])
 
 
 def open_digits(split: str = "train") -> DigitSource:
-    """The set's part "train" (1,500), "test" (297) or "all"; which digit is where is a fixed permutation."""
+    """Open the split "train" (1,500), "test" (297) or "all", chosen by a fixed permutation."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -55,11 +55,7 @@ def open_digits(split: str = "train") -> DigitSource:
         ) from error
     raw: Any = load_digits()
     permutation = philox("order", 0, 0).permutation(len(raw.target))
-    first, last = {"train": (0, DIGITS_TRAIN), "test": (DIGITS_TRAIN, None), "all": (0, None)}[
-        split
-    ]
-    chosen = np.sort(permutation[first:last])
-    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(
-        np.uint8
-    )  # the set's grey levels are 0...16
+    stop = {"train": DIGITS_TRAIN, "test": None, "all": None}[split]
+    chosen = np.sort(permutation[DIGITS_TRAIN if split == "test" else 0 : stop])
+    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)  # grey levels are 0...16
     return DigitSource(chosen, pixels, raw.target[chosen].astype(np.int64))

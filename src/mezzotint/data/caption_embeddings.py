@@ -1,8 +1,8 @@
-"""Embedded captions on disk: `text_encoder` writes them once, training reads them through a memory map.
+"""Embedded captions on disk: written once by `text_encoder`, read through a memory map.
 
-A folder holds `tokens.npy`, float16 (tokens of all distinct captions, width); `starts.npy`, the first
-token of each distinct caption, and the end; and `words.json`: the encoder, its hash, its tokenizer's
-hash, counts.
+A folder holds `tokens.npy`, float16 (tokens of all distinct captions, width); `starts.npy`, the
+first token of each distinct caption, and the end; and `words.json`: the encoder, its hash, its
+tokenizer's hash, counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class CaptionEmbeddings:
 
     Args:
         folder: of `mezzotint.data.text_encoder.embed_captions`.
-        captions: for every image, the number of its caption among the folder's distinct ones, or -1.
+        captions: for every image, the number of its caption among the folder's distinct ones, or
+        -1.
     """
 
     def __init__(self, folder: Path, captions: np.ndarray):

@@ -45,7 +45,7 @@ class UnreadableReport:
 
 @runtime_checkable
 class Dataset(Protocol):
-    """What training reads: images or latents by index, with labels and captions where there are any.
+    """What training reads: images or latents by index, with labels and captions if there are any.
 
     codec_name: the space of the data, "pixels" or an autoencoder's name. channels: of the network's
     input. fingerprint: changes with the data. caption_embeddings: for networks that read text.
@@ -81,7 +81,7 @@ class Dataset(Protocol):
         """Return the network's inputs from what `batch` returned.
 
         Args:
-            image_numbers: sample numbers in the run; all randomness is a function of them and `seed`.
+            image_numbers: sample numbers in the run; they and `seed` key all randomness.
             mirror: mirror half of the image numbers left to right.
             send: moves a tensor to the network's device.
         """

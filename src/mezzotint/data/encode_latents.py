@@ -1,4 +1,4 @@
-"""Write a folder of latents, see `mezzotint.data.latent_dataset`, by any number of processes, resumably."""
+"""Write a folder of latents, see `latent_dataset`, by any number of processes, resumably."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Latents to train on: `LatentDataset` reads a prepared folder, `EncodedDataset` encodes at every read.
+"""Latents to train on: `LatentDataset` reads a prepared folder, `EncodedDataset` encodes anew.
 
 Both round the moments to float16, so that training is bitwise the same from either.
 
 A folder of `mezzotint.data.encode_latents` holds pieces, each complete or absent: `piece-N.npy`,
 float16 (images, 2, 2, channels, side, side), whose axes of length two are (image, mirror image) and
-(mean, log-variance); `piece-N.json` with names, labels, captions and sums; `plan.json`, the codec and
-the images; and, when all pieces are there, `labels.npy` and `latents.json`.
+(mean, log-variance); `piece-N.json` with names, labels, captions and sums; `plan.json`, the codec
+and the images; and, when all pieces are there, `labels.npy` and `latents.json`.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class LatentDataset:
         return _read_facts(str(self.folder), piece, self.fingerprint)[column][row]
 
     def moments(self, i: int) -> Float16[Tensor, "2 2 c h w"]:
-        """Return the moments of image i: (image and mirror image, mean and log-variance, c, h, w)."""
+        """Return the moments of image i: (image and mirror image, mean and log-variance, ...)."""
         piece, row = self._locate(i)
         moments = _map_moments(str(self.folder), piece, self.fingerprint)[row].copy()
         if np.isnan(moments).any():

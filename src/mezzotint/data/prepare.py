@@ -1,7 +1,7 @@
 """Resize a set of images once and write it as Arrow, to be read through a memory map.
 
-`datasets.load_from_disk` opens a prepared folder too: one row per image with `pixels` (uint8, channels
-x size x size, as bytes), `label`, `text` (its caption) and `name`. The folder also holds
+`datasets.load_from_disk` opens a prepared folder too: one row per image with `pixels` (uint8,
+channels x size x size, as bytes), `label`, `text` (its caption) and `name`. The folder also holds
 `mezzotint.json`, which describes the bytes, and `report.json`.
 """
 

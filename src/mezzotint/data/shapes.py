@@ -1,7 +1,8 @@
-"""`shapes`: procedural one coloured shape on a textured ground, every word of its caption checkable.
+"""The built-in dataset `shapes`: one coloured shape on a textured background, drawn by a program.
 
-Picture i is a function of (seed, i) and of the part of the set alone, and looks the same at any resolution. Grounds are
-nearly grey and shapes saturated, so that hue tells the colour, and the saturated pixels the shape and its position.
+Image i is a function of (seed, i, split), and looks the same at any size. Backgrounds are nearly
+grey and shapes are saturated, so that a program can check each word of a caption: hue gives the
+colour, and the saturated pixels give the shape and its position.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from PIL import Image
 from mezzotint.core.rng import philox
 from mezzotint.data.sources import hash_parts
 
-# Hue in degrees; neighbours are at least 25 apart and the jitter is 4, so nearest hue is the colour.
+# Hue in degrees; neighbours are at least 25 apart and the jitter is 4, so nearest hue is the
+# colour.
 COLOURS = {
     "red": 0,
     "orange": 30,
@@ -34,14 +36,14 @@ POSITIONS = (
     *("on the left", "in the centre", "on the right"),
     *("at the bottom left", "at the bottom", "at the bottom right"),
 )
-CENTRES = (0.2, 0.5, 0.8)  # of the columns and rows, in parts of the side
+CENTRES = (0.2, 0.5, 0.8)  # of the columns and rows, as fractions of the side
 CENTRE_JITTER = 0.03
-RADIUS = (0.12, 0.16)  # of the circle that encloses the shape, in parts of the side
+RADIUS = (0.12, 0.16)  # of the circle that encloses the shape, as fractions of the side
 COUNTS = {"train": 100_000, "test": 10_000, "all": 110_000}
 
 
-# Signed distance to a shape's edge, negative inside, in units of x and y; r is the enclosing radius. Beside edges it is
-# exact, which is all that antialiasing needs; beyond corners it is not.
+# Signed distance to a shape's edge, negative inside, in units of x and y; r is the enclosing
+# radius. It is exact near edges, which is enough for antialiasing, but not beyond corners.
 def _circle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     return np.hypot(x, y) - r
 
@@ -51,12 +53,13 @@ def _square(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    # Equilateral, point up (y grows downwards): its incircle has half the radius of its circumcircle.
+    # Equilateral, point up (y grows downwards): its incircle has half the radius of its
+    # circumcircle.
     return np.maximum(y, abs(x) * 0.75**0.5 - y * 0.5) - r / 2
 
 
 def _diamond(x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    # Narrower than tall, lest it be a turned square.
+    # Narrower than tall: otherwise it is a rotated square.
     return (abs(x) / 0.6 + abs(y) - r) / np.hypot(1 / 0.6, 1)
 
 
@@ -80,14 +83,14 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray, float], np.ndarray]] = {
 
 
 class Attributes(NamedTuple):
-    """What a picture shows, as indices into COLOURS, SHAPES and POSITIONS."""
+    """What an image shows, as indices into COLOURS, SHAPES and POSITIONS."""
 
     colour: int
     shape: int
     position: int
 
     def caption(self) -> str:
-        """E.g. "a red circle at the top left"."""
+        """Return e.g. "a red circle at the top left"."""
         colour, shape = list(COLOURS)[self.colour], list(SHAPES)[self.shape]
         return (
             f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape} {POSITIONS[self.position]}"
@@ -96,18 +99,20 @@ class Attributes(NamedTuple):
 
 @functools.cache
 def list_combinations(split: str) -> tuple[Attributes, ...]:
-    """The combinations of words of a part of the set: "test" holds every fifth, so that "train" knows each pair."""
-    every = [
+    """Return a split's combinations; "test" has every fifth, so that "train" shows every pair."""
+    combinations = [
         Attributes(colour, shape, position)
         for colour in range(len(COLOURS))
         for shape in range(len(SHAPES))
         for position in range(len(POSITIONS))
     ]
-    return tuple(a for a in every if split == "all" or (sum(a) % 5 == 4) == (split == "test"))
+    return tuple(
+        a for a in combinations if split == "all" or (sum(a) % 5 == 4) == (split == "test")
+    )
 
 
-def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
-    """(side, side, 3) nearly grey texture, 0...255: value noise of three octaves, isotropic or stretched."""
+def _draw_background(rng: np.random.Generator, side: int) -> np.ndarray:
+    """Draw a nearly grey texture (side, side, 3), 0...255: value noise of three octaves."""
     stretch = ((1, 1), (4, 1), (1, 4))[rng.integers(3)]
     grey, tint = rng.uniform(70, 190), rng.uniform(-10, 10, 3)
     texture = np.zeros((side, side), np.float32)
@@ -119,8 +124,8 @@ def _ground(rng: np.random.Generator, side: int) -> np.ndarray:
 
 
 def draw_shape(attributes: Attributes, rng: np.random.Generator, side: int) -> np.ndarray:
-    """uint8 (side, side, 3) picture of `attributes`; place, size, shade and ground vary with `rng`."""
-    ground = _ground(rng, side)
+    """Draw a uint8 image (side, side, 3); place, size, shade and background vary with `rng`."""
+    background = _draw_background(rng, side)
     hue, jitter = list(COLOURS.values())[attributes.colour], rng.uniform(-HUE_JITTER, HUE_JITTER)
     colour = colorsys.hsv_to_rgb(
         (hue + jitter) % 360 / 360, rng.uniform(0.85, 1.0), rng.uniform(0.8, 1.0)
@@ -131,23 +136,21 @@ def draw_shape(attributes: Attributes, rng: np.random.Generator, side: int) -> n
     pixel = (np.arange(side) + 0.5) / side
     x, y = pixel[None, :] - CENTRES[column] - dx, pixel[:, None] - CENTRES[row] - dy
     distance = list(SHAPES.values())[attributes.shape](x, y, radius)
-    cover = np.clip(0.5 - distance * side, 0, 1)[
-        ..., None
-    ]  # 1/2 where the edge crosses a pixel's centre
-    return np.round(np.clip(ground * (1 - cover) + 255 * np.array(colour) * cover, 0, 255)).astype(
-        np.uint8
-    )
+    # Antialiasing: 1/2 where the edge crosses a pixel's centre.
+    alpha = np.clip(0.5 - distance * side, 0, 1)[..., None]
+    image = background * (1 - alpha) + 255 * np.array(colour) * alpha
+    return np.round(np.clip(image, 0, 255)).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class ShapeSource:
-    """`count` pictures of side `size`; labels are the shapes. Every run of len(combinations) holds each combination."""
+    """`count` images of side `size`, labelled by shape; every block has all combinations."""
 
     size: int
     count: int
     seed: int
     split: str
-    chosen: np.ndarray = field(repr=False)  # index into combinations(split), per picture
+    chosen: np.ndarray = field(repr=False)  # index into list_combinations(split), per image
     labels: np.ndarray = field(repr=False)
     label_names: tuple[str, ...] = tuple(SHAPES)
     notes: tuple[str, ...] = ()
@@ -156,39 +159,39 @@ class ShapeSource:
         return self.count
 
     def attributes(self, i: int) -> Attributes:
-        """Colour, shape and position of picture i."""
+        """Return colour, shape and position of image i."""
         return list_combinations(self.split)[self.chosen[i]]
 
     def name(self, i: int) -> str:
-        """E.g. "shape 7"."""
+        """Return e.g. "shape 7"."""
         return f"shape {i}"
 
     def read(self, i: int) -> np.ndarray:
-        """uint8 (3, size, size)."""
-        # Draw number 1: number 0 of this purpose belongs to the training loop.
+        """Return uint8 pixels (3, size, size)."""
+        # Draw number 1: training uses number 0 of this purpose.
         rng = philox("augment", self.seed, i, draw=1)
         return np.ascontiguousarray(
             draw_shape(self.attributes(i), rng, self.size).transpose(2, 0, 1)
         )
 
     def text(self, i: int) -> str:
-        """The caption."""
+        """Return the caption."""
         return self.attributes(i).caption()
 
     def identity(self) -> str:
-        """Of everything the pictures depend on."""
+        """Return the hash of everything that the images depend on."""
         return hash_parts([f"shapes 1 {self.seed} {self.count} {self.split}"])
 
 
 def open_shapes(
     size: int, *, split: str = "train", count: int | None = None, seed: int = 0
 ) -> ShapeSource:
-    """The part "train", "test" (combinations of words that "train" never shows) or "all".
+    """Open the split "train", "test" (combinations that "train" never shows) or "all".
 
     Args:
         size: side in pixels.
         split: which combinations of colour, shape and position.
-        count: number of pictures; by default 100,000, 10,000 and 110,000.
+        count: number of images; by default 100,000, 10,000 and 110,000.
         seed: of everything random in them.
     """
     count = COUNTS[split] if count is None else count

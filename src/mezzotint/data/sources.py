@@ -1,7 +1,7 @@
-"""Where pictures come from: each kind of source is a small class that reads sample i, undecoded things first.
+"""Where images come from: the `Source` interface, and image files in a folder or zip.
 
-A source knows nothing of the size asked for; `mezzotint.data.image_dataset` turns its pictures into pixels. Sources pickle by
-path, never by content, so that a worker process opens its own handles.
+A source returns images as stored; `mezzotint.data.image_dataset` resizes them. Sources pickle by
+path, not by content, and a worker process opens its own handles.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ NO_LABEL = -1  # in `Source.labels`
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples by number, as they were stored."""
+    """Images by index, as stored, with labels and captions."""
 
     @property
     def label_names(self) -> tuple[str, ...] | None:
-        """What each class is called; the number of classes is their count."""
+        """Names of the classes, None for a source without labels."""
         ...
 
     @property
     def labels(self) -> np.ndarray | None:
-        """int64 (n,), NO_LABEL where a sample has none."""
+        """Class indices, int64 (n,), NO_LABEL for an image without one."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a report should say of the whole."""
+        """Sentences for reports, e.g. about files that were left out."""
         ...
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What a report calls sample i."""
+        """Return the name of image i in reports."""
         ...
 
     def read(self, i: int) -> Image.Image | np.ndarray:
-        """The picture of sample i, or its uint8 (c, h, w) pixels where those are stored; may raise `Unreadable`."""
+        """Return image i, or its pixels (c, h, w) if stored so; may raise `UnreadableImage`."""
         ...
 
     def text(self, i: int) -> str | None:
-        """The caption of sample i."""
+        """Return the caption of image i, or None."""
         ...
 
     def identity(self) -> str:
-        """Hex digest that changes when samples are added, removed, reordered or relabelled."""
+        """Return a hash that changes when images are added, removed, reordered or relabelled."""
         ...
 
 
 def hash_parts(parts: Iterable[bytes | str]) -> str:
-    """SHA-256 over length-prefixed parts, 32 hex digits."""
+    """Return the SHA-256 of length-prefixed parts, 32 hexadecimal digits of it."""
     h = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
@@ -78,49 +78,47 @@ def hash_parts(parts: Iterable[bytes | str]) -> str:
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """An opened, not yet loaded picture; `Unreadable` if no decoder knows the bytes."""
+    """Open an image without loading its pixels; `UnreadableImage` if no decoder knows the bytes."""
     if not data:
         raise UnreadableImage("no bytes")
     try:
         return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # its own words hold an address in memory
-        raise UnreadableImage("no picture that Pillow knows") from error
+    except UnidentifiedImageError as error:  # its message contains an address in memory
+        raise UnreadableImage("not an image that Pillow can open") from error
     except Exception as error:
         raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
 
-def split_indices(count: int, split: str, stated: np.ndarray | None) -> np.ndarray:
-    """Indices of the samples in `split` ("train", "test", "all").
+def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndarray:
+    """Return the indices of the images in `split` ("train", "test", "all").
 
-    stated: bool (count,), True where the source itself declares a test sample; where it declares nothing, every tenth
-    sample in name order is one.
+    Args:
+        is_test: bool (count,), the test images of a source that has a test split; without one,
+        every
+            tenth image is a test image.
     """
-    test = np.arange(count) % 10 == 9 if stated is None else stated
+    test = np.arange(count) % 10 == 9 if is_test is None else is_test
     return np.flatnonzero({"train": ~test, "test": test, "all": np.ones(count, bool)}[split])
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Lower-case file suffixes that Pillow can open."""
+    """Return the lower-case suffixes of image files that Pillow can open."""
     Image.init()
-    known = {
-        suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN
-    }
-    return frozenset(
-        known
-        - {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf", ".eps", ".ps"}
-    )
+    known = {s for s, format in Image.registered_extensions().items() if format in Image.OPEN}
+    not_images = ".pdf .mpg .mpeg .h5 .hdf .grib .bufr .wmf .emf .eps .ps"
+    return frozenset(known - set(not_images.split()))
 
 
 class FolderStore:
-    """Bytes of the files below a folder, by relative name with forward slashes; links are followed, loops are not."""
+    """Files below a folder, by relative name with forward slashes; links are followed."""
 
     def __init__(self, root: Path):
         self.root = root
 
     def sizes(self) -> dict[str, int]:
-        """File sizes in bytes by name, hidden files left out."""
-        found: dict[str, int] = {}
+        """Return file sizes in bytes by name, without hidden files."""
+        sizes: dict[str, int] = {}
         seen: set[str] = set()
         root = str(self.root)
         for folder, below, files in os.walk(root, followlinks=True):
@@ -130,59 +128,50 @@ class FolderStore:
             for name in [] if real in seen else files:
                 status = _status(os.path.join(folder, name))
                 if not name.startswith(".") and status is not None and stat.S_ISREG(status.st_mode):
-                    found[prefix + name] = status.st_size
+                    sizes[prefix + name] = status.st_size
             seen.add(real)
-        return found
+        return sizes
 
     def bytes(self, name: str) -> bytes:
-        """The content of one file."""
+        """Return the content of a file."""
         return (self.root / name).read_bytes()
 
 
 def _status(path: str) -> os.stat_result | None:
     try:
         return os.stat(path)
-    except OSError:  # a link to nowhere
+    except OSError:  # a broken link
         return None
 
 
 class ZipStore:
-    """Bytes of the members of a zip, by name; read in place, never extracted to disk."""
+    """Members of a zip, by name; read in place, never extracted to disk."""
 
     def __init__(self, root: Path):
         self.root = root
         self.modified_ns = root.stat().st_mtime_ns
 
     def sizes(self) -> dict[str, int]:
-        """CRC-32 by name (as telling as a size, and free), folders and hidden members left out."""
-        return {
-            info.filename: info.CRC
-            for info in self._handle().infolist()
-            if not info.is_dir()
-            and not any(
-                part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts
-            )
-        }
+        """Return CRC-32 by name, in place of sizes, without folders and hidden members."""
+
+        def is_hidden(name: str) -> bool:
+            return any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)
+
+        members = [info for info in self._handle().infolist() if not info.is_dir()]
+        return {info.filename: info.CRC for info in members if not is_hidden(info.filename)}
 
     def bytes(self, name: str) -> bytes:
-        """The content of one member; damage is an `Unreadable`."""
+        """Return the content of a member; `UnreadableImage` if it is damaged."""
         try:
             return self._handle().read(name)
-        except (
-            zipfile.BadZipFile,
-            RuntimeError,
-            NotImplementedError,
-            EOFError,
-            OSError,
-            zlib.error,
-        ) as error:
+        except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error) as error:
             raise UnreadableImage(f"{type(error).__name__}: {error}") from error
 
     def _handle(self) -> zipfile.ZipFile:
         return _open_zip(str(self.root), self.modified_ns, os.getpid(), threading.get_ident())
 
 
-# A handle of its own for every thread and process, which else share one file position.
+# One handle per thread and process: they would share one file position.
 @functools.lru_cache(maxsize=64)
 def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.ZipFile:
     try:
@@ -195,14 +184,17 @@ def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.Zip
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files of a folder or zip, with labels and captions found beside them."""
+    """Image files of a folder or zip, with labels and captions.
+
+    captions: by name, from metadata.jsonl. text_files: names of .txt files.
+    """
 
     store: FolderStore | ZipStore
     names: tuple[str, ...]
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
-    captions: dict[str, str] = field(repr=False)  # by name, from metadata.jsonl
-    beside: frozenset[str] = field(repr=False)  # names of .txt files
+    captions: dict[str, str] = field(repr=False)
+    text_files: frozenset[str] = field(repr=False)
     notes: tuple[str, ...]
     key: str
 
@@ -210,11 +202,11 @@ class FileSource:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        """The relative file name."""
+        """Return the relative file name."""
         return self.names[i]
 
     def read(self, i: int) -> Image.Image:
-        """The opened picture."""
+        """Return the opened image."""
         try:
             data = self.store.bytes(self.names[i])
         except OSError as error:
@@ -222,35 +214,37 @@ class FileSource:
         return decode_image(data)
 
     def text(self, i: int) -> str | None:
-        """From metadata.jsonl, else from the .txt of the same stem."""
+        """Return the caption from metadata.jsonl, else from NAME.txt, or None."""
         name = self.names[i]
         if name in self.captions:
             return self.captions[name]
-        beside = str(PurePosixPath(name).with_suffix(".txt"))
-        return (
-            self.store.bytes(beside).decode("utf-8", "replace").strip()
-            if beside in self.beside
-            else None
-        )
+        text_file = str(PurePosixPath(name).with_suffix(".txt"))
+        if text_file not in self.text_files:
+            return None
+        return self.store.bytes(text_file).decode("utf-8", "replace").strip()
 
     def identity(self) -> str:
-        """Names, sizes and labels."""
+        """Return the hash of names, sizes and labels."""
         return self.key
 
 
 def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
-    """The images of a folder or zip.
+    """Open the images of a folder or zip.
 
-    Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list "test"), else the
-    first folder below the common one. Captions: `metadata.jsonl` ({"file_name": ..., "text": ...}), else NAME.txt.
+    Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list
+    "test"), else the first folder below the common one. Captions: `metadata.jsonl`
+    ({"file_name": ..., "text": ...}), else NAME.txt.
     """
     sizes = store.sizes()
     names = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in image_suffixes())
     if not names:
         others = ", ".join(sorted(sizes)[:3])
-        held = f"{len(sizes)} files, none of them images ({others}, ...)" if sizes else "no files"
+        content = (
+            f"{len(sizes)} files, none of them images ({others}, ...)" if sizes else "no files"
+        )
         raise ValueError(
-            f"{store.root} holds {held}; give a folder or zip of images ({', '.join(_usual())})"
+            f"{store.root} holds {content}; give a folder or zip of images (.png, .jpg, .webp, "
+            ".tif, .bmp, .gif)"
         )
     base = _common_folder(names)
     notes: list[str] = []
@@ -267,25 +261,23 @@ def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
         )
     others = len(sizes) - len(names)
     if others:
-        notes.append(f"{others} files that are not images of this set were left alone")
+        notes.append(f"{others} files that are not images of this dataset were ignored")
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
     key = hash_parts(
         [f"{name}\t{sizes[name]}" for name in names] + [b"" if labels is None else labels.tobytes()]
     )
-    beside = frozenset(name for name in sizes if name.endswith(".txt"))
-    captions = _captions(
-        store, sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
+    text_files = frozenset(name for name in sizes if name.endswith(".txt"))
+    metadata = sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
+    captions = _read_captions(store, metadata)
+    return FileSource(
+        store, tuple(names), labels, label_names, captions, text_files, tuple(notes), key
     )
-    return FileSource(store, tuple(names), labels, label_names, captions, beside, tuple(notes), key)
-
-
-def _usual() -> tuple[str, ...]:
-    return (".png", ".jpg", ".webp", ".tif", ".bmp", ".gif")
 
 
 def _common_folder(names: Sequence[str]) -> str:
-    """The folder that holds every name, as a prefix ending in "/" or empty: `zip -r` of a folder adds one level."""
+    """Return the deepest folder of all names, as a prefix ending in "/", or ""."""
+    # `zip -r` of a folder adds one level.
     folders = [name.split("/")[:-1] for name in names]
     shared = takewhile(
         lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)
@@ -300,11 +292,13 @@ def _labels_from_folders(
     classes = sorted(set(folders) - {""})
     if classes and set(classes) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(
-            f"{store.root} holds the splits {', '.join(classes)}; give one, as {store.root / base / classes[0]}"
+            f"{store.root} holds the splits {', '.join(classes)}; give one of them, e.g. "
+            f"{store.root / base / classes[0]}"
         )
     if classes and "" in folders:
         notes.append(
-            f"no labels: {folders.count('')} images lie beside the class folders {', '.join(classes[:4])}"
+            f"no labels: {folders.count('')} images are outside the class folders "
+            f"{', '.join(classes[:4])}"
         )
         return None, None
     if not classes:
@@ -332,14 +326,15 @@ def _labels_from_json(
         missing = [name for name, _ in given if name not in present]
         if missing:
             raise ValueError(
-                f"{where} lists {len(missing)} files that are not there, first {missing[0]!r}"
+                f"{where} lists {len(missing)} files that do not exist, first {missing[0]!r}"
             )
         given.sort()
         ordered = [name for name, _ in given]
         labels = np.array([label for _, label in given], dtype=np.int64)
         if len(set(ordered)) < len(ordered) or labels.min() < 0:
             raise ValueError(
-                f"{where} lists a file twice or has a negative label; give each file one label from 0"
+                f"{where} lists a file twice or has a negative label; give each file one label "
+                "from 0"
             )
         label_names = tuple(card.get("classes") or map(str, range(int(labels.max()) + 1)))
         if labels.max() >= len(label_names):
@@ -348,13 +343,13 @@ def _labels_from_json(
             )
         if len(present) > len(ordered):
             notes.append(
-                f"{len(present) - len(ordered)} images that dataset.json does not list were left out"
+                f"{len(present) - len(ordered)} images are not in dataset.json and were left out"
             )
     test = None if listed is None else np.array([name in listed for name in ordered])
     return ordered, labels, label_names, test
 
 
-def _captions(store: FolderStore | ZipStore, files: Sequence[str]) -> dict[str, str]:
+def _read_captions(store: FolderStore | ZipStore, files: Sequence[str]) -> dict[str, str]:
     captions: dict[str, str] = {}
     for file in files:
         folder = file.rpartition("/")[0]

@@ -1,4 +1,4 @@
-"""Sources whose samples are rows: Hugging Face data sets, our own prepared folders, and .npz arrays."""
+"""Sources whose images are rows: Hugging Face datasets, prepared folders, and .npz arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mezzotint.core.files import read_json
 from mezzotint.data.sources import NO_LABEL, decode_image, hash_parts, split_indices
 from mezzotint.data.transforms import UnreadableImage
 
-CARD = "mezzotint.json"  # beside the Arrow files of a prepared folder
+CARD = "mezzotint.json"  # of a prepared folder
 CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
 LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
@@ -41,21 +41,21 @@ class PreparedSource:
         return len(self.rows)
 
     def name(self, i: int) -> str:
-        """The name it had where it came from."""
+        """Return the name of image i in its source."""
         return str(self._cell("name", i))
 
     def read(self, i: int) -> np.ndarray:
-        """uint8 (c, h, w), a view of the map."""
+        """Return uint8 pixels (c, h, w), a view of the memory map."""
         starts, chunks = _pixels(self.folder, self.key)
         k = bisect.bisect_right(starts, self.rows[i]) - 1
         return chunks[k][self.rows[i] - starts[k]].reshape(self.shape)
 
     def text(self, i: int) -> str | None:
-        """Its caption."""
+        """Return the caption of image i, or None."""
         return self._cell("text", i)
 
     def identity(self) -> str:
-        """Of the content written, and of the rows chosen."""
+        """Return the hash of the content and of the split's rows."""
         return hash_parts([self.key, self.rows.tobytes()])
 
     def _cell(self, column: str, i: int) -> Any:
@@ -64,7 +64,7 @@ class PreparedSource:
 
 @functools.lru_cache(maxsize=8)
 def _table(folder: str, key: str) -> Any:
-    """The rows of a prepared folder as one memory-mapped Arrow table; `key` tells apart what was prepared again."""
+    """Map the rows of a prepared folder as an Arrow table; `key` changes if prepared again."""
     import pyarrow as pa
 
     parts = [
@@ -76,7 +76,7 @@ def _table(folder: str, key: str) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _pixels(folder: str, key: str) -> tuple[list[int], list[np.ndarray]]:
-    """First row, and uint8 (rows, bytes of a row) view, of every record batch: ten times faster than asking Arrow."""
+    """Return first rows and uint8 views (rows, row bytes) of all batches; 10 x Arrow's speed."""
     chunks = [
         np.frombuffer(chunk.buffers()[2], np.uint8).reshape(len(chunk), -1)
         for chunk in _table(folder, key).column("pixels").chunks
@@ -85,11 +85,11 @@ def _pixels(folder: str, key: str) -> tuple[list[int], list[np.ndarray]]:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """What `prepare` wrote of itself; ValueError if it is damaged."""
+    """Read the card of a prepared folder; ValueError if it is damaged."""
     try:
         card = read_json(folder / CARD)
         if card["format"] != 1:
-            raise ValueError(f"format {card['format']}, and this version reads format 1")
+            raise ValueError(f"format {card['format']}, this version reads format 1")
         if missing := CARD_KEYS - card.keys():
             raise ValueError(f"lacks {', '.join(sorted(missing))}")
         return card
@@ -100,12 +100,12 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def open_prepared(folder: Path, split: str | None) -> PreparedSource:
-    """A folder of `prepare`, or its part "train" or "test" (every tenth)."""
+    """Open a prepared folder, or its split "train" or "test" (every tenth)."""
     card = read_card(folder)
     try:
         table = _table(str(folder.resolve()), card["fingerprint"])
         if table.num_rows != card["count"]:
-            raise ValueError(f"{table.num_rows} rows, but its card says {card['count']}")
+            raise ValueError(f"{table.num_rows} rows, its card has {card['count']}")
         labels = (
             table.column("label").fill_null(NO_LABEL).to_numpy() if card["label_names"] else None
         )
@@ -125,24 +125,24 @@ def open_prepared(folder: Path, split: str | None) -> PreparedSource:
 
 @dataclass(frozen=True)
 class TableSource:
-    """A Hugging Face data set with a column of encoded pictures."""
+    """A Hugging Face dataset with a column of encoded images."""
 
-    pictures: Any  # datasets.Dataset of one column, undecoded
+    images: Any  # datasets.Dataset of one column, undecoded
     captions: Any  # datasets.Dataset of one column, or None
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def name(self, i: int) -> str:
-        """The row, and its file if it has one."""
+        """Return the row number, and the file name if there is one."""
         path = (self._cell(i) or {}).get("path")
         return f"row {i}" + (f" ({os.path.basename(path)})" if path else "")
 
     def read(self, i: int) -> Image.Image:
-        """The opened picture."""
+        """Return the opened image."""
         cell = self._cell(i)
         if cell is None:
             raise UnreadableImage("an empty cell")
@@ -154,12 +154,12 @@ class TableSource:
             raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
 
     def text(self, i: int) -> str | None:
-        """The caption column's cell; the first, if it holds several."""
+        """Return the caption; the first if there are several."""
         cell = None if self.captions is None else next(iter(self.captions[i].values()))
         return (cell[0] if cell else None) if isinstance(cell, list) else cell
 
     def identity(self) -> str:
-        """Of the number of bytes and the label of every row: the bytes themselves may be terabytes."""
+        """Return the hash of every row's byte count and label; the bytes may be terabytes."""
         lengths = [self._lengths(start) for start in range(0, len(self), 4096)]
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hash_parts([*(length.tobytes() for length in lengths), labels])
@@ -167,25 +167,25 @@ class TableSource:
     def _lengths(self, start: int) -> np.ndarray:
         import pyarrow.compute
 
-        column = self.pictures.with_format("arrow")[start : start + 4096].column(0).combine_chunks()
+        column = self.images.with_format("arrow")[start : start + 4096].column(0).combine_chunks()
         call = pyarrow.compute.call_function
         lengths = call("binary_length", [column.field("bytes")])
         return call("coalesce", [lengths, -1]).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def _cell(self, i: int) -> dict[str, Any] | None:
-        return next(iter(self.pictures[i].values()))
+        return next(iter(self.images[i].values()))
 
 
 def _column(
     features: Mapping[str, Any], kinds: tuple[type, ...], names: tuple[str, ...]
 ) -> str | None:
-    """The first column of a telling type, else of a telling name."""
+    """Find the first column of one of these types, else of one of these names."""
     typed = [name for name, feature in features.items() if isinstance(feature, kinds)]
     return next((name for name in [*typed, *names] if name in features), None)
 
 
 def table_source(dataset: Any, what: str) -> TableSource:
-    """A `datasets.Dataset` as a source; the columns are found by type, then by usual names."""
+    """Wrap a `datasets.Dataset`; its columns are found by type, then by usual names."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
@@ -195,12 +195,12 @@ def table_source(dataset: Any, what: str) -> TableSource:
         raise ValueError(
             f"{what} has no column of images; columns: {', '.join(features)}; name it 'image'"
         )
-    pictures = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
+    images = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
     caption = _column(features, (), TEXT_COLUMNS)
     captions = None if caption is None else dataset.select_columns([caption])
     label = _column(features, (ClassLabel,), LABEL_COLUMNS)
     labels, names = (None, None) if label is None else _labels(dataset, label, what)
-    return TableSource(pictures, captions, labels, names)
+    return TableSource(images, captions, labels, names)
 
 
 def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -216,7 +216,7 @@ def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str
         labels = np.array([NO_LABEL if c is None else int(c) for c in cells], dtype=np.int64)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"column {column!r} of {what} is no class: {error}; give whole numbers or words"
+            f"column {column!r} of {what} holds no classes: {error}; give whole numbers or words"
         ) from error
     if isinstance(feature, ClassLabel):
         return labels, tuple(feature.names)
@@ -226,7 +226,7 @@ def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str
 
 
 def open_table(path: str, split: str | None, builder: str | None = None) -> TableSource:
-    """A data set by hub name or folder, or the files `path` read by `builder` ("parquet", "arrow", "webdataset")."""
+    """Open a dataset by hub name or folder, or files by `builder`: parquet, arrow, webdataset."""
     import datasets
 
     try:
@@ -239,14 +239,15 @@ def open_table(path: str, split: str | None, builder: str | None = None) -> Tabl
             parts = datasets.load_dataset(path)
     except Exception as error:  # the hub, the network and every builder raise their own
         raise ValueError(
-            f"{path!r} cannot be opened as a data set ({type(error).__name__}: {str(error).splitlines()[0]}); give a "
-            "folder or zip of images, parquet files, or a data set of the hub as OWNER/NAME"
+            f"{path!r} cannot be opened as a dataset ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}); give a folder or zip of images, parquet files, or a "
+            "Hugging Face dataset as OWNER/NAME"
         ) from error
-    return table_source(_part(parts, split, path), path)
+    return table_source(_select_split(parts, split, path), path)
 
 
-def _part(parts: Any, split: str | None, what: str) -> Any:
-    """The split asked for; every tenth row is the test part of a data set that has one split alone."""
+def _select_split(parts: Any, split: str | None, what: str) -> Any:
+    """Return a split; every tenth row is the test split of a dataset with a single split."""
     import datasets
 
     if split in parts:
@@ -268,11 +269,14 @@ def _tenths(dataset: Any, split: str) -> Any:
 
 @dataclass(frozen=True)
 class NpzSource:
-    """Arrays of an .npz: encoded pictures in one blob with offsets, or uint8 pixels."""
+    """Arrays of an .npz: encoded images in one blob with offsets, or uint8 pixels.
+
+    prefix: of the arrays' names, e.g. "train_".
+    """
 
     path: str
     modified_ns: int
-    part: str  # prefix of the arrays' names
+    prefix: str
     rows: np.ndarray = field(repr=False)
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
@@ -282,25 +286,25 @@ class NpzSource:
         return len(self.rows)
 
     def name(self, i: int) -> str:
-        """Its row."""
-        return f"{self.part}row {self.rows[i]}"
+        """Return the row."""
+        return f"{self.prefix}row {self.rows[i]}"
 
     def read(self, i: int) -> Image.Image | np.ndarray:
-        """The opened picture, or uint8 (c, h, w)."""
+        """Return the opened image, or uint8 pixels (c, h, w)."""
         arrays, row = _npz(self.path, self.modified_ns), int(self.rows[i])
         if "arr_0" in arrays:
             return np.ascontiguousarray(arrays["arr_0"][row].transpose(2, 0, 1))
-        first, last = arrays[f"{self.part}offsets"][row : row + 2]
-        return decode_image(arrays[f"{self.part}blob"][first:last].tobytes())
+        first, last = arrays[f"{self.prefix}offsets"][row : row + 2]
+        return decode_image(arrays[f"{self.prefix}blob"][first:last].tobytes())
 
     def text(self, i: int) -> None:
-        """No captions."""
+        """Return None: there are no captions."""
         return None
 
     def identity(self) -> str:
-        """Of all bytes, the rows chosen and the labels."""
+        """Return the hash of all bytes, the split's rows and the labels."""
         arrays = _npz(self.path, self.modified_ns)
-        name = "arr_0" if "arr_0" in arrays else f"{self.part}blob"
+        name = "arr_0" if "arr_0" in arrays else f"{self.prefix}blob"
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hash_parts([arrays[name].tobytes(), self.rows.tobytes(), labels])
 
@@ -312,10 +316,10 @@ def _npz(path: str, modified_ns: int) -> dict[str, np.ndarray]:
 
 
 def open_npz(path: Path, split: str | None) -> NpzSource:
-    """Pictures of an .npz in one of two forms.
+    """Open the images of an .npz in one of two forms.
 
-    Encoded: "train_blob", "train_offsets" (n + 1), "train_labels", the same for "test", and "classes". Or ADM's sample
-    batch: "arr_0" uint8 (n, h, w, c) with optional labels "arr_1".
+    Encoded: "train_blob", "train_offsets" (n + 1), "train_labels", the same for "test", and
+    "classes". Or ADM's sample batch: "arr_0" uint8 (n, h, w, c) with optional labels "arr_1".
     """
     form = "give {train,test}_blob, _offsets, _labels, classes; or arr_0 as uint8 (n, h, w, c)"
     try:
@@ -327,17 +331,18 @@ def open_npz(path: Path, split: str | None) -> NpzSource:
         pixels = arrays["arr_0"]
         if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
             raise ValueError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; {form}")
-        rows, part = split_indices(len(pixels), split or "all", None), ""
+        rows, prefix = split_indices(len(pixels), split or "all", None), ""
         labels = arrays.get("arr_1")
     else:
-        part = f"{split or 'train'}_"
-        if f"{part}blob" not in arrays or f"{part}offsets" not in arrays:
+        prefix = f"{split or 'train'}_"
+        if f"{prefix}blob" not in arrays or f"{prefix}offsets" not in arrays:
             raise ValueError(
-                f"{path} holds {', '.join(arrays)}, no {part}blob and {part}offsets; {form}"
+                f"{path} holds {', '.join(arrays)}, but not {prefix}blob and {prefix}offsets; "
+                f"{form}"
             )
-        rows, labels = np.arange(len(arrays[f"{part}offsets"]) - 1), arrays.get(f"{part}labels")
+        rows, labels = np.arange(len(arrays[f"{prefix}offsets"]) - 1), arrays.get(f"{prefix}labels")
     if labels is None:
-        return NpzSource(str(path), modified_ns, part, rows, None, None)
+        return NpzSource(str(path), modified_ns, prefix, rows, None, None)
     labels = labels[rows].astype(np.int64)
     names = map(str, arrays["classes"] if "classes" in arrays else range(int(labels.max()) + 1))
-    return NpzSource(str(path), modified_ns, part, rows, labels, tuple(names))
+    return NpzSource(str(path), modified_ns, prefix, rows, labels, tuple(names))

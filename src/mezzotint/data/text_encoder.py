@@ -1,7 +1,7 @@
-"""Captions to embeddings: a T5 encoder by name or folder, and a cache of its float16 outputs on disk.
+"""Captions to embeddings: a T5 encoder by name or folder, and a cache of its outputs on disk.
 
-The encoder reads each distinct caption once, alone, so that an embedding depends on no other caption. What is cached is
-known by the encoder's weights, its tokenizer and the captions; a change of any of them is another cache.
+The encoder reads each distinct caption once and by itself, so that an embedding depends on no other
+caption. The cache is keyed by the encoder's weights, its tokenizer and the captions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mezzotint.core.tensor_files import sha256_of_module
 from mezzotint.data.caption_embeddings import EMBEDDINGS_CARD, CaptionEmbeddings
 from mezzotint.data.sources import hash_parts
 
-MAX_TOKENS = 128  # Imagen's and its successors' usual length; longer captions are cut and counted
+MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
 FILES = ("*.json", "*.safetensors", "*.model")
 
@@ -32,8 +32,8 @@ FILES = ("*.json", "*.safetensors", "*.model")
 class TextEncoder:
     """A T5 encoder with its tokenizer, in eval mode.
 
-    name: what it was opened with; a folder as an absolute path. width: of an embedding. max_tokens: longer captions
-    are cut. hash: of the weights; tokenizer_hash: of its files.
+    name: as given to `open_text_encoder`; a folder as an absolute path. width: of an embedding.
+    max_tokens: longer captions are cut. hash: of the weights. tokenizer_hash: of its files.
     """
 
     def __init__(self, name: str, model: Any, tokenizer: Any, tokenizer_hash: str, max_tokens: int):
@@ -46,35 +46,31 @@ class TextEncoder:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the weights."""
+        """SHA-256 of the weights, computed on first use."""
         if self._hash is None:
             self._hash = sha256_of_module(self.model)
         return self._hash
 
     def tokens(self, caption: str) -> tuple[list[int], bool]:
-        """Token ids of one caption with the end token, cut to max_tokens, and whether it was cut."""
+        """Return token ids with the end token, cut to max_tokens, and whether they were cut."""
         ids = self.tokenizer(caption, truncation=False)["input_ids"]
         if len(ids) <= self.max_tokens:
             return ids, False
-        return [*ids[: self.max_tokens - 1], ids[-1]], True  # the end token stays at the end
+        return [*ids[: self.max_tokens - 1], ids[-1]], True  # keep the end token
 
     @torch.no_grad()
     def encode(self, caption: str) -> Float[Tensor, "t d"]:
-        """One state per token, float32 on the CPU; an empty caption has none."""
+        """Return one state per token, float32 on the CPU; none for an empty caption."""
         if not caption.strip():
             return torch.zeros(0, self.width)
         ids = torch.tensor([self.tokens(caption)[0]], device=self.model.device)
-        return (
-            self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-            .last_hidden_state[0]
-            .float()
-            .cpu()
-        )
+        output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return output.last_hidden_state[0].float().cpu()
 
     def conditions(
         self, captions: Sequence[str]
     ) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-        """Embeddings rounded to float16, as training reads them, padded to max_tokens, with their mask."""
+        """Return float16 embeddings, as in training, padded to max_tokens, and their mask."""
         text = torch.zeros(len(captions), self.max_tokens, self.width, dtype=torch.float16)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
@@ -86,14 +82,17 @@ class TextEncoder:
 def open_text_encoder(
     name: str, device: torch.device | str = "cpu", max_tokens: int = MAX_TOKENS
 ) -> TextEncoder:
-    """A T5 encoder.
+    """Open a T5 encoder.
 
     Args:
-        name: a folder with a saved T5 (or T5 encoder) and its tokenizer, or OWNER/NAME on the hub: google/t5-v1_1-xxl
-            as in the paper, google-t5/t5-small, ... device: where it computes. max_tokens: longer captions are cut.
+        name: a folder with a saved T5 (or T5 encoder) and its tokenizer, or OWNER/NAME on the hub:
+            google/t5-v1_1-xxl as in the paper, google-t5/t5-small, ...
+        device: where it computes.
+        max_tokens: longer captions are cut.
 
-    Errors: ValueError for an encoder that is not on this machine and cannot be fetched, saying what to fetch and where
-        to put it, and for a folder that holds none.
+    Errors: ValueError for a folder without encoder, and for an encoder that cannot be downloaded,
+    with
+        what to download and where to put it.
     """
     try:
         from transformers import AutoTokenizer, T5EncoderModel
@@ -111,27 +110,34 @@ def open_text_encoder(
         raise ValueError(
             f"{folder} holds a {kind!r} model; text encoders are T5's, e.g. google-t5/t5-small"
         )
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of reading a file from disk
+    bar_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # loading from disk needs no progress bar
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         model = T5EncoderModel.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers, tokenizers and safetensors raise their own
         raise ValueError(
-            f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs config.json, weights in "
-            "safetensors, and tokenizer.json (a spiece.model alone needs: pip install sentencepiece)"
+            f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs "
+            "config.json, weights in safetensors, and tokenizer.json (a spiece.model alone needs: "
+            "pip install sentencepiece)"
         ) from error
     finally:
-        if bar:
+        if bar_enabled:
             logging.enable_progress_bar()
-    own = str(folder) if Path(name).expanduser().is_dir() else name
+    full_name = str(folder) if Path(name).expanduser().is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
-    return TextEncoder(own, model, tokenizer, _tokenizer_hash(folder), max_tokens)
+    return TextEncoder(full_name, model, tokenizer, _tokenizer_hash(folder), max_tokens)
 
 
 def find_text_encoder(name: str, fetch: bool = True) -> Path:
-    """The folder of an encoder: `name` itself, our cache, the hub's cache, or fetched; ValueError as `encoder`."""
+    """Return the folder of an encoder: `name` itself, in our cache or the hub's, or downloaded.
+
+    Args:
+        fetch: whether it may be downloaded.
+
+    Errors: ValueError as `open_text_encoder`.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -140,7 +146,8 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
         return ours
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
-            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; the paper's is {XXL}"
+            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; the paper's is "
+            f"{XXL}"
         )
     from huggingface_hub import snapshot_download
 
@@ -149,9 +156,10 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
     except Exception as error:  # the hub, the network and the cache raise their own
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"text encoder {name} is not on this machine and could not be fetched: {first}. Fetch its config.json, "
-            f"tokenizer and *.safetensors on a machine with a network (mezzotint download {name}), put them into "
-            f"{ours}, or give the folder that holds them"
+            f"text encoder {name} is not on this machine and could not be downloaded: {first}. "
+            "Download its config.json, tokenizer and *.safetensors on a machine with a network "
+            f"(mezzotint download {name}) and put them into {ours}, or give the folder that holds "
+            "them"
         ) from None
 
 
@@ -170,41 +178,39 @@ def _tokenizer_hash(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class UniqueCaptions:
-    """The captions of a set: the distinct ones, and for every sample the number of its own (-1 for none)."""
+    """The distinct captions of a dataset, and every image's number among them, -1 for none."""
 
     distinct: tuple[str, ...]
-    of_sample: np.ndarray
-    empty: int
+    numbers: np.ndarray
 
 
 def unique_captions(texts: Sequence[str | None]) -> UniqueCaptions:
-    """Captions by first appearance; None and white space are no caption."""
-    numbers: dict[str, int] = {}
-    said = [(text or "").strip() for text in texts]
-    rows = [numbers.setdefault(text, len(numbers)) if text else -1 for text in said]
-    of_sample = np.array(rows, dtype=np.int64)
-    return UniqueCaptions(tuple(numbers), of_sample, int((of_sample < 0).sum()))
+    """Number captions by first appearance; None and white space count as no caption."""
+    seen: dict[str, int] = {}
+    stripped = [(text or "").strip() for text in texts]
+    numbers = [seen.setdefault(text, len(seen)) if text else -1 for text in stripped]
+    return UniqueCaptions(tuple(seen), np.array(numbers, dtype=np.int64))
 
 
 def embed_captions(
-    texts: Sequence[str | None], reader: TextEncoder, *, progress: bool = False
+    texts: Sequence[str | None], encoder: TextEncoder, *, progress: bool = False
 ) -> CaptionEmbeddings:
-    """Embeddings of every sample's caption, from the cache or written there.
+    """Return the embeddings of every image's caption, from the cache; fill the cache if needed.
 
-    Errors: ValueError if no sample has a caption.
+    Errors: ValueError if no image has a caption.
     """
     captions = unique_captions(texts)
     if not captions.distinct:
         raise ValueError(
-            "no picture has a caption; put a .txt beside each, a metadata.jsonl, or a column 'text'"
+            "no image has a caption; add NAME.txt for each, a metadata.jsonl, or a column 'text'"
         )
     key = hash_parts(
-        [reader.hash, reader.tokenizer_hash, str(reader.max_tokens), *captions.distinct]
+        [encoder.hash, encoder.tokenizer_hash, str(encoder.max_tokens), *captions.distinct]
     )
     folder = cache_dir() / "words" / key
     if not (folder / EMBEDDINGS_CARD).is_file():
-        _write_embeddings(folder, key, captions, reader, progress)
-    return CaptionEmbeddings(folder, captions.of_sample)
+        _write_embeddings(folder, key, captions, encoder, progress)
+    return CaptionEmbeddings(folder, captions.numbers)
 
 
 def _write_embeddings(
@@ -252,15 +258,16 @@ def _write_embeddings(
         write_json(partial / EMBEDDINGS_CARD, card)
 
 
-def describe_captions(words: CaptionEmbeddings) -> list[str]:
-    """What a reader should know of a set's captions: how many, how many are missing, how many were cut."""
-    card = words.card
-    missing = int((words.captions < 0).sum())
+def describe_captions(embeddings: CaptionEmbeddings) -> list[str]:
+    """Return lines of text: how many captions there are, how many are missing or were cut."""
+    card = embeddings.card
+    missing = int((embeddings.captions < 0).sum())
     lines = [
-        f"{card['captions']:,} distinct captions for {len(words):,} pictures, embedded by {card['encoder']}"
+        f"{card['captions']:,} distinct captions for {len(embeddings):,} images, embedded by "
+        f"{card['encoder']}"
     ]
     if missing:
-        lines.append(f"{missing:,} pictures have no caption and train the empty condition")
+        lines.append(f"{missing:,} images have no caption and train the empty condition")
     if card["cut"]:
         lines.append(f"{card['cut']:,} captions were cut to {card['max_tokens']} tokens")
     return lines

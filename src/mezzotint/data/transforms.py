@@ -23,7 +23,7 @@ class UnreadableImage(ValueError):
 
 
 def to_model_range(pixels: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
-    """Return float32 -1...1 of uint8 0...255: x / 127.5 - 1 (specs/dimr.md section 4, preprocessing)."""
+    """Return float32 -1...1 of uint8 0...255: x / 127.5 - 1 (specs/dimr.md section 4)."""
     return pixels.to(torch.float32) / 127.5 - 1
 
 
@@ -59,8 +59,8 @@ def _scaled_to_uint8(image: Image.Image) -> Image.Image:
     if not np.isfinite(values).all():
         raise UnreadableImage(f"mode {image.mode} with non-finite values")
     low, high = float(values.min()), float(values.max())
-    # Pillow defines no full scale for I and F. Ours is the smallest usual one that holds the values:
-    # 16 bits then 32 for integers, 1 then 8 then 16 bits for floats.
+    # Pillow defines no full scale for I and F. Ours is the smallest usual one that holds the
+    # values: 16 bits then 32 for integers, 1 then 8 then 16 bits for floats.
     scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
     full_scale = next((s for s in scales if high <= s), None)
     if full_scale is None or low < 0:
@@ -101,7 +101,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """Return ADM's centre crop to (size, size) (specs/dimr.md section 4, preprocessing).
 
-    Halve with BOX while the short side is at least twice `size`, bicubic to short side = size, centre crop.
+    Halve with BOX while the short side is at least twice `size`, bicubic to short side = size,
+    centre crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -129,7 +130,7 @@ CROPS = {"adm": adm_crop, "plain": plain_crop}
 
 
 def to_pixels(image: Image.Image, size: int, channels: int, crop: str) -> np.ndarray:
-    """Return uint8 (channels, size, size) of any Pillow image; `UnreadableImage` if it is damaged."""
+    """Return uint8 (channels, size, size) of a Pillow image; `UnreadableImage` if damaged."""
     return to_array(CROPS[crop](to_mode(image, channels), size))
 
 
