@@ -24,7 +24,7 @@ from mezzotint.core.registry import build
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
-from mezzotint.tools.accelerators import GIB, Accelerator, get_accelerator
+from mezzotint.tools.accelerators import GIB, get_accelerator
 from mezzotint.tools.memory import StepMemoryEstimator
 from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
@@ -60,9 +60,9 @@ def plan(
     efficiency: float = EFFICIENCY,
     compare: bool = True,
 ) -> dict[str, Any]:
-    """Return memory, time and FLOP of a recipe, in seconds (a minute for the largest networks).
+    """Return the memory, the time and the FLOP that a recipe needs.
 
-    Nothing is allocated.
+    Counting takes seconds, or a minute for the largest networks, and allocates nothing.
 
     Args:
         recipe: its batch is split over the ranks; `engine` sets strategy, precision, microbatch and
@@ -89,18 +89,10 @@ def plan(
         with torch.device("meta"):
             model = build_model(info)
         macs = count_macs(get_backbone(model))
+        shared = {"precision": precision, "gpus": gpus, "device": device}
         memory = [
-            memory_per_rank(
-                recipe,
-                model,
-                chip,
-                strategy=strategy,
-                checkpointing=checkpointing,
-                precision=precision,
-                gpus=gpus,
-                device=device,
-            )
-            for strategy, checkpointing in _layouts(recipe.engine, gpus, compare)
+            memory_per_rank(recipe, model, strategy=strategy, checkpointing=how, **shared)
+            for strategy, how in _layouts(recipe.engine, gpus, compare)
         ]
     # A backward pass costs two forward passes, and full checkpointing repeats the forward pass.
     passes = 4 if recipe.engine.checkpointing == "full" else 3
@@ -182,7 +174,6 @@ def _countable(size: int) -> Iterator[None]:
 def memory_per_rank(
     recipe: Recipe,
     model: Model,
-    chip: Accelerator,
     *,
     strategy: str,
     checkpointing: Checkpointing,
@@ -232,7 +223,7 @@ def memory_per_rank(
         "gradients": FLOAT * trained // shards if gradients_stay else 0,
         "gathered": gathered_bytes(model, 2 if gather_bf16 else FLOAT) if sharded else 0,
     }
-    available = int((1 - MEMORY_MARGIN) * chip.memory) - sum(state.values())
+    available = int((1 - MEMORY_MARGIN) * get_accelerator(device).memory) - sum(state.values())
     # The optimiser needs all gradients at once, when the activations are gone.
     activations = max(estimator.peak(micro), 0 if gradients_stay else FLOAT * trained)
     return {
