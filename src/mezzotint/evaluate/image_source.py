@@ -255,8 +255,7 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
         raise ValueError("latents cannot be evaluated; leave out --latents to decode them")
     card = job.card(num_images, first_seed)
     model = card["model"]
-    # Image i does not depend on how many there are, so that a longer evaluation can reuse the
-    # pieces of a shorter one.
+    # Neither the number of images nor the versions change what image i is.
     essence = {k: v for k, v in card.items() if k not in ("num_images", "versions")}
     return from_samples(
         lambda indices: job.draw([first_seed + i for i in indices]),
