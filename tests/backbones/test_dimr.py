@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from helpers.plain import plain_module
 import mezzotint as mz
+from helpers.plain import plain_module
 from mezzotint.backbones import presets
 from mezzotint.backbones.dimr import DiMR, DiMRConfig
 from mezzotint.backbones.kernels.depthwise import ResidualDepthwise

@@ -77,7 +77,7 @@ def test_torch_export_gives_the_same_numbers_at_any_batch(preset, tmp_path):
         back = torch.export.load(file, extra_files=kept).module()
     assert json.loads(kept["config.json"])["backbone"] == model.info.backbone
     for batch in (1, 5):
-        inputs = export.example(model, batch)
+        inputs = export.example_inputs(model, batch)
         ours = model(inputs[0], inputs[1], mz.Cond(label=inputs[2] if len(inputs) == 3 else None))
         for a, b in zip([t for t in ours if t is not None], back(*inputs), strict=True):
             assert torch.allclose(a, b, atol=1e-5)
@@ -92,7 +92,7 @@ def test_onnx_gives_the_same_numbers(preset, tmp_path):
     model = trained(preset)
     assert export.save_onnx(model, tmp_path / "denoiser.onnx") < 1e-5
     graph = onnx.load(tmp_path / "denoiser.onnx")
-    inputs, outputs = export.names(model)
+    inputs, outputs = export.tensor_names(model)
     assert [i.name for i in graph.graph.input] == inputs
     assert [o.name for o in graph.graph.output] == outputs
     assert {o.version for o in graph.opset_import if o.domain == ""} == {export.OPSET}
@@ -104,20 +104,28 @@ def test_onnx_gives_the_same_numbers(preset, tmp_path):
 
 
 def test_names_say_what_a_model_has():
-    assert export.names(trained("diffit-latent-tiny"))[1] == ["x", "eps", "var"]
-    assert export.names(trained("unet-tiny", num_classes=0)) == (["z", "logsnr"], ["x", "eps"])
+    assert export.tensor_names(trained("diffit-latent-tiny"))[1] == ["x", "eps", "var"]
+    assert export.tensor_names(trained("unet-tiny", num_classes=0)) == (
+        ["z", "logsnr"],
+        ["x", "eps"],
+    )
 
 
 def test_a_difference_is_seen(unet):
-    assert export.difference(unet, lambda *a: export.Flat(unet)(*a)) == 0
-    assert export.difference(unet, lambda z, t, y: export.Flat(unet)(z, t, y.flip(0))) > 1e-6
+    assert export.max_relative_difference(unet, lambda *a: export.FlatDenoiser(unet)(*a)) == 0
+    assert (
+        export.max_relative_difference(
+            unet, lambda z, t, y: export.FlatDenoiser(unet)(z, t, y.flip(0))
+        )
+        > 1e-6
+    )
 
 
 def test_what_cannot_be_traced_is_told(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multiples of"):
-        export.export(folder, tmp_path / "x.pt2", "torch", size=15)
+        export.export_model(folder, tmp_path / "x.pt2", "torch", size=15)
     with pytest.raises(ValueError, match="leave --size out"):
-        export.export(folder, tmp_path / "x", "diffusers", size=16)
+        export.export_model(folder, tmp_path / "x", "diffusers", size=16)
 
     def impossible(*args, **kwargs):
         raise RuntimeError("data-dependent branch\nand a long trace")
@@ -127,7 +135,7 @@ def test_what_cannot_be_traced_is_told(folder, tmp_path, monkeypatch):
         ValueError,
         match=r"torch.export cannot take the backbone unet: data-dependent branch \(--to",
     ):
-        export.export(folder, tmp_path / "x.pt2", "torch")
+        export.export_model(folder, tmp_path / "x.pt2", "torch")
     assert not (tmp_path / "x.pt2").exists()
 
 
@@ -140,7 +148,7 @@ def load_pipeline(folder):
 
 def test_diffusers_draws_the_same_picture(unet, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    assert "from_pretrained" in export.export(folder, tmp_path / "pipe", "diffusers")[0]
+    assert "from_pretrained" in export.export_model(folder, tmp_path / "pipe", "diffusers")[0]
     pipe = load_pipeline(tmp_path / "pipe")
     ours = mz.sample(unet, [3, 8], label=[1, 2], steps=3, guidance=2.0, sampler="heun")
     how = {"num_inference_steps": 3, "guidance_scale": 2.0, "sampler": "heun"}
@@ -168,7 +176,9 @@ def test_another_pipelines_folder_is_left_alone(unet, tmp_path):
 def quick(monkeypatch):
     """Pictures on cards of few seeds and steps."""
     monkeypatch.setattr(
-        model_card, "draw_grid", functools.partial(model_card.draw_samples, count=2, steps=2)
+        model_card,
+        "save_sample_grid",
+        functools.partial(model_card.save_sample_grid, count=2, steps=2),
     )
 
 
@@ -190,7 +200,11 @@ def run(unet, tmp_path, quick):
         high=13.0,
     )
     protocol = Protocol(
-        source="/home/someone/runs/flowers", n=5000, code_version="0.1.0", sampler="ddim", steps=50
+        source="/home/someone/runs/flowers",
+        num_images=5000,
+        code_version="0.1.0",
+        sampler="ddim",
+        steps=50,
     )
     Evaluation(protocol=protocol, numbers=(number,)).save(folder / "evaluation.json")
     (folder / "other.json").write_text("{}")
@@ -258,27 +272,27 @@ class Hub:
 
 
 def test_push_sends_the_model_and_nothing_else(folder):
-    api = Hub()
+    hub = Hub()
     assert (
-        model_card.push_to_hub(folder, "someone/flowers", private=True, api=api)
+        model_card.push_to_hub(folder, "someone/flowers", private=True, hub=hub)
         == "https://hub/someone/flowers/commit/1"
     )
     files = ["README.md", "config.json", "model.safetensors", "samples.png"]
-    assert api.calls == [
+    assert hub.calls == [
         ("create", "someone/flowers", True, True),
         ("upload", "someone/flowers", folder, files),
     ]
 
 
 def test_a_push_that_cannot_be_is_told(folder, tmp_path):
-    with pytest.raises(ValueError, match="owner/name"):
-        model_card.push_to_hub(folder, "flowers", api=Hub())
-    with pytest.raises(ValueError, match="no name of a repository"):
-        model_card.push_to_hub(folder, "someone/--flowers..", api=Hub())
+    with pytest.raises(ValueError, match="flowers"):
+        model_card.push_to_hub(folder, "flowers", hub=Hub())
+    with pytest.raises(ValueError, match="--flowers"):
+        model_card.push_to_hub(folder, "someone/--flowers..", hub=Hub())
     with pytest.raises(ValueError, match=r"has no config.json"):
-        model_card.push_to_hub(tmp_path, "someone/flowers", api=Hub())
-    with pytest.raises(ValueError, match=r"did not take .*: no route"):
-        model_card.push_to_hub(folder, "someone/flowers", api=Hub(ConnectionError("no route")))
+        model_card.push_to_hub(tmp_path, "someone/flowers", hub=Hub())
+    with pytest.raises(ValueError, match="no route"):
+        model_card.push_to_hub(folder, "someone/flowers", hub=Hub(ConnectionError("no route")))
     with pytest.raises(
         ValueError, match="HF_HUB_OFFLINE"
     ):  # the tests run offline, and the real hub says so

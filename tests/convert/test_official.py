@@ -16,8 +16,14 @@ from safetensors.torch import load_file, save_file
 import mezzotint as mz
 from mezzotint import models
 from mezzotint.backbones import registry as backbones
-from mezzotint.convert.official import convert, registry
-from mezzotint.convert.official.load import bitwise_equal, layout, span, to_official
+from mezzotint.convert.official import registry
+from mezzotint.convert.official.load import (
+    bitwise_equal,
+    convert_checkpoint,
+    official_specs,
+    row_range,
+    to_official,
+)
 
 
 def small(family):
@@ -67,10 +73,11 @@ def test_key_maps_are_total(family):
         for parts in official.keys(preset.config).values():
             assert parts
             for part in parts:
-                held[part.name][slice(*span(part, own))] += 1
+                held[part.name][slice(*row_range(part, own))] += 1
         assert all(bool((rows == 1).all()) for rows in held.values())
         assert all(
-            re.fullmatch(official.pattern, key) for key in layout(official, preset.config, own)
+            re.fullmatch(official.pattern, key)
+            for key in official_specs(official, preset.config, own)
         )
 
 
@@ -99,13 +106,14 @@ def test_sizes_come_from_shapes_and_the_way_back_is_bitwise(family, tmp_path, ca
 def test_convert_there_and_back(family, tmp_path):
     state, config = small(family)
     save_file(state, tmp_path / "in.safetensors")
-    lines = convert(
+    lines = convert_checkpoint(
         tmp_path / "in.safetensors", tmp_path / "model", check=True, hints=HEADS.get(family)
     )
     assert f"checked: {len(state)} tensors equal bit for bit" in lines
     for out in ("out.safetensors", "out.pth"):
         assert (
-            "checked" in convert(tmp_path / "model", tmp_path / out, to="official", check=True)[-1]
+            "checked"
+            in convert_checkpoint(tmp_path / "model", tmp_path / out, to="official", check=True)[-1]
         )
     for back in (
         load_file(tmp_path / "out.safetensors"),
@@ -126,13 +134,13 @@ def test_convert_errors(dimr, tmp_path):
         ({"family": "dimrr"}, "did you mean dimr"),
     ]:
         with pytest.raises(ValueError, match=words):
-            convert(tmp_path / "in.safetensors", tmp_path / "out", **kwargs)
+            convert_checkpoint(tmp_path / "in.safetensors", tmp_path / "out", **kwargs)
     mz.save_model(mz.create_model("uvit-tiny"), tmp_path / "uvit")
-    with pytest.raises(ValueError, match=r"no official family of backbone uvit"):
-        convert(tmp_path / "uvit", tmp_path / "out.pth", to="official")
+    with pytest.raises(ValueError, match=r"uvit"):
+        convert_checkpoint(tmp_path / "uvit", tmp_path / "out.pth", to="official")
     mz.save_model(mz.load_official(dimr, heads=4), tmp_path / "model")
     with pytest.raises(ValueError, match=r"\.safetensors or \.pth"):
-        convert(tmp_path / "model", tmp_path / "out.bin", to="official")
+        convert_checkpoint(tmp_path / "model", tmp_path / "out.bin", to="official")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.safetensors", "model", "uvit"]
 
 

@@ -1,6 +1,7 @@
-"""A model as a diffusers pipeline. Imported by the folders of `mezzotint export --to diffusers`, when diffusers loads.
+"""A model as a diffusers pipeline: `mezzotint.sample` behind diffusers' calling convention.
 
-The pipeline is `mezzotint.sample` behind diffusers' calling convention: the same seed gives the same image.
+The folders of `mezzotint export --to diffusers` import this module. The same seed gives the same
+image as in mezzotint.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mezzotint.sampling.sample import sample
 
 
 class Network(nn.Module):
-    """The pipeline's one component: a Model, loaded and saved as diffusers asks its components to be."""
+    """The pipeline's one component: a Model with the loading interface of diffusers."""
 
     def __init__(self, model: Model):
         super().__init__()
@@ -31,29 +32,29 @@ class Network(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str, torch_dtype: torch.dtype | None = None) -> Network:
-        """The model of a `save_model` folder; torch_dtype: of its weights, float32 by default."""
+        """Load a folder of `save_model`; the weights become `torch_dtype`, by default float32."""
         return cls(load_model(folder).to(torch_dtype or torch.float32))
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The dtype of the weights."""
         return next(self.parameters()).dtype
 
 
 class MezzotintPipeline(DiffusionPipeline):
-    """Seeds and labels to pictures, by any sampler of mezzotint."""
+    """Seeds and class labels to images, by any sampler of mezzotint."""
 
     def __init__(self, network: Network):
         super().__init__()
         self.register_modules(network=network)
 
     def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Write the folder again; diffusers' own would not know the component."""
+        """Write the folder again; diffusers' own method does not know the component."""
         save_diffusers(self.network.model, Path(save_directory))
 
     def __call__(
@@ -66,34 +67,36 @@ class MezzotintPipeline(DiffusionPipeline):
         size: int | tuple[int, int] | None = None,
         output_type: str = "pil",
     ) -> ImagePipelineOutput:
-        """Pictures.
+        """Generate images.
 
         Args:
-            seeds: one per picture, in place of diffusers' generator; a picture depends on its own seed alone.
-            label: class index of each picture, or one for all; None is no class.
+            seeds: one per image, in place of diffusers' generator; an image depends on its own seed
+                alone.
+            label: class label of each image, or one for all; None is no class.
             num_inference_steps, sampler: see `mezzotint.sample`.
-            guidance_scale: classifier-free scale as DiT and diffusers count it; None or 1 is none.
+            guidance_scale: classifier-free scale in the convention of DiT and diffusers; None or 1
+                is no guidance.
             size: height and width of the network's input; None is its native size.
-            output_type: "pil"; "np" (b, h, w, c) or "pt" (b, c, h, w) in [0, 1]; "latent" is what `mezzotint.sample`
-                gives, before an autoencoder and before rounding to 8 bits.
+            output_type: "pil"; "np" (b, h, w, c) or "pt" (b, c, h, w) in [0, 1]; "latent" is the
+                output of `mezzotint.sample`, before the autoencoder and before rounding to 8 bits.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"unknown output_type {output_type!r}; pil, np, pt or latent")
+            raise ValueError(f"unknown output_type {output_type!r}; choose pil, np, pt or latent")
         model: Model = self.network.model
-        numbers = [seeds] if isinstance(seeds, int) else list(seeds)
-        made = sample(
-            model, numbers, label, None, sampler, num_inference_steps, guidance_scale, size
+        seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+        samples = sample(
+            model, seeds, label, None, sampler, num_inference_steps, guidance_scale, size
         )
-        images: Any = made if output_type == "latent" else self.pictures(made, output_type)
+        images: Any = samples if output_type == "latent" else self.decode(samples, output_type)
         return ImagePipelineOutput(images=images)
 
-    def pictures(self, made: Tensor, output_type: str) -> Any:
-        """What the network made, decoded where it works in latents, as `output_type` asks."""
+    def decode(self, samples: Tensor, output_type: str) -> Any:
+        """Return the samples as `output_type`, decoded where the network works on latents."""
         name = self.network.model.info.codec
         decoder = open_codec(name, self.network.device)
         if name != "pixels":
-            check_codec_fits(decoder, made.shape[1], "this model")
-        pixels = to_uint8(decoder.decode(made.float())).cpu()
+            check_codec_fits(decoder, samples.shape[1], "this model")
+        pixels = to_uint8(decoder.decode(samples.float())).cpu()
         if output_type == "pil":
             return [to_pil(image) for image in pixels]
         images = pixels.float() / 255

@@ -1,9 +1,8 @@
-"""A run's model made ready for others: a card for people and for the Hugging Face hub, and the way there."""
+"""Model cards: the README.md of a trained model, and its upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,44 +10,35 @@ from typing import Any, Protocol, runtime_checkable
 
 from mezzotint import config
 from mezzotint.config import Recipe
+from mezzotint.core.files import read_json
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.transforms import to_uint8
-from mezzotint.evaluate.results import Evaluation, load_evaluation
-from mezzotint.models import CONFIG, README, WEIGHTS, open_model
+from mezzotint.evaluate.results import Evaluation, Number, load_evaluation
+from mezzotint.models import CONFIG, README, WEIGHTS, open_model, readme
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling.sample import sample
 from mezzotint.train import log
 
 GRID = "samples.png"
-FILES = (
-    CONFIG,
-    WEIGHTS,
-    README,
-    GRID,
-)  # what goes to the hub; nothing else that lies in the folder
-LIMITS = (
-    "It draws what its training images hold, with their gaps and prejudices, and may repeat single training images "
-    "(`mezzotint evaluate --train-images ... --heldout-images ...` looks for copies).",
-    "It was trained at one resolution; other sizes are extrapolation.",
-    "Numbers compare only with numbers made under the same protocol (`mezzotint compare`).",
-)
+# What is uploaded; any other file in the folder stays where it is.
+FILES = (CONFIG, WEIGHTS, README, GRID)
 
 
 @runtime_checkable
-class Api(Protocol):
-    """The two calls of `huggingface_hub.HfApi` that a push makes."""
+class Hub(Protocol):
+    """The two calls of `huggingface_hub.HfApi` that `push_to_hub` makes."""
 
     def create_repo(
         self, repo_id: str, *, private: bool | None = None, exist_ok: bool = False
     ) -> Any:
-        """Make the repository, or find it."""
+        """Create the repository, unless it exists."""
         ...
 
     def upload_folder(
         self, *, repo_id: str, folder_path: Path, commit_message: str, allow_patterns: list[str]
     ) -> Any:
-        """Send the files of a folder as one commit."""
+        """Upload the files of a folder as one commit."""
         ...
 
 
@@ -58,58 +48,66 @@ def write_card(
     licence: str | None = None,
     fresh: bool = False,
 ) -> Path:
-    """Write README.md and samples.png into a run's model folder (or into a model folder); returns that folder.
+    """Write README.md and samples.png into a run's model folder, or into a model folder.
 
     Args:
         source: run folder, or folder of `save_model`.
-        evaluations: files of `mezzotint evaluate`; those that lie in the run folder are found without being named.
-        licence: of the weights, as the hub names it (apache-2.0, cc-by-4.0, other); by default what the model's card
-            says, else none is stated.
-        fresh: sample the picture anew instead of taking the run's newest grid.
+        evaluations: files of `mezzotint evaluate`; those in the run folder are found by themselves.
+        licence: of the weights, as the hub names it (apache-2.0, cc-by-4.0, other); None takes the
+            one in the model's config.json.
+        fresh: sample new images instead of copying the run's newest grid.
+
+    Returns:
+        the model folder.
 
     Errors: ValueError for a folder without a model, and for a file that is no evaluation.
     """
     folder = Path(source)
     if not folder.is_dir():
-        raise ValueError(
-            f"there is no folder {folder}; a card is written for a run or a model folder"
-        )
+        raise ValueError(f"there is no folder {folder}; give a run folder or a model folder")
     run = folder if (folder / "recipe.yaml").exists() else None
     model = open_model(folder)
-    place = folder / "model" if run else folder
-    found = [load_evaluation(path) for path in (*_lying_in(run, model.info.images), *evaluations)]
+    target = folder / "model" if run else folder
+    paths = (*_find_evaluations(run, model.info.images), *evaluations)
     recipe = config.from_yaml(run / "recipe.yaml") if run else None
     records = log.read(run / "log.jsonl") if run and (run / "log.jsonl").exists() else []
     grids = sorted((run / "samples").glob("*.png")) if run else []
     if grids and not fresh:
-        shutil.copyfile(grids[-1], place / GRID)
+        shutil.copyfile(grids[-1], target / GRID)
         caption = f"The run's fixed seeds and labels after {model.info.images:,} images."
     else:
-        caption = draw_samples(model, place / GRID)
+        caption = save_sample_grid(model, target / GRID)
     text = card_text(
-        model, place.name if not run else folder.name, caption, recipe, records, found, licence
+        model,
+        folder.name,
+        caption,
+        recipe,
+        records,
+        [load_evaluation(path) for path in paths],
+        licence,
     )
-    (place / README).write_text(text, encoding="utf-8")
-    return place
+    (target / README).write_text(text, encoding="utf-8")
+    return target
 
 
-def _lying_in(run: Path | None, images: int) -> list[Path]:
-    """The evaluations in a run's folder, in the order of their names; of those along the way, the one at `images`."""
+def _find_evaluations(run: Path | None, images: int) -> list[Path]:
+    """Return the run folder's evaluation files, and the one made during training at `images`."""
     if run is None:
         return []
-    along = run / "evaluations" / f"{images}.json"
-    files = [*sorted(run.glob("*.json")), *([along] if along.exists() else [])]
+    at_the_end = run / "evaluations" / f"{images}.json"
+    files = [*sorted(run.glob("*.json")), *([at_the_end] if at_the_end.exists() else [])]
     return [p for p in files if '"mezzotint_evaluation"' in p.read_text()]
 
 
-def draw_samples(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:
-    """Sample seeds 0, 1, ... with classes in turn into a PNG; returns a caption."""
+def save_sample_grid(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:
+    """Sample seeds 0, 1, ... with classes in turn into a PNG, and return a caption."""
     classes = model.info.config.num_classes
     labels = [i % classes for i in range(count)] if classes else None
-    made = sample(model, range(count), labels, steps=steps)
-    decoder = open_codec(model.info.codec, made.device)
-    save_png(make_grid(to_uint8(decoder.decode(made)).cpu()), path)
-    return f"Seeds 0 to {count - 1}{', classes in turn' if classes else ''}; DDIM, {steps} steps, no guidance."
+    samples = sample(model, range(count), labels, steps=steps)
+    decoder = open_codec(model.info.codec, samples.device)
+    save_png(make_grid(to_uint8(decoder.decode(samples)).cpu()), path)
+    in_turn = ", classes in turn" if classes else ""
+    return f"Seeds 0 to {count - 1}{in_turn}; DDIM, {steps} steps, no guidance."
 
 
 def card_text(
@@ -121,63 +119,34 @@ def card_text(
     evaluations: Sequence[Evaluation] = (),
     licence: str | None = None,
 ) -> str:
-    """The card: Markdown below the hub's YAML header, which `huggingface_hub` writes and checks."""
-    card = model.info
-    count = sum(p.numel() for p in model.backbone.parameters())
-    classes = f", {card.config.num_classes} classes" if card.config.num_classes else ""
-    lines = [
-        f"# {name}",
-        "",
-        f"![samples]({GRID})",
-        "",
-        caption,
-        "",
-        f"{card.preset or card.backbone} of mezzotint: {count:,} parameters, "
-        f"{card.config.size}x{card.config.size}x{card.config.channels} in {card.codec}{classes}; "
-        f"{card.images:,} training images seen.",
-        "",
-        "```python",
-        "import mezzotint as mz",
-        "",
-        f'model = mz.load_model("OWNER/{name}")',
-        "images = mz.sample(model, seeds=range(4), steps=50)  # in [-1, 1]"
-        if card.codec == "pixels"
-        else "latents = mz.sample(model, seeds=range(4), steps=50)",
-        "```",
-        "",
-        *_training(recipe, records),
-        *_numbers(evaluations),
-        "## Licence and limits",
-        "",
-        f"Licence of the weights: {licence or card.licence or 'not stated; ask whoever trained them'}.",
-        "",
-        *[f"- {limit}" for limit in LIMITS],
-        "",
-        "## The network",
-        "",
-        *[f"- {field}: {value}" for field, value in dataclasses.asdict(card.config).items()],
-        f"- schedule: {card.schedule}",
-        *([f"- labels: {', '.join(card.labels)}"] if card.labels else []),
-    ]
-    return (
-        f"---\n{header(model, name, recipe, evaluations, licence)}\n---\n\n"
-        + "\n".join(lines)
-        + "\n"
+    """Return the card: `mezzotint.models.readme` with images, training and evaluations added."""
+    return readme(
+        model,
+        name=name,
+        source=f"OWNER/{name}",
+        licence=licence,
+        header=_hub_metadata(model, name, recipe, evaluations, licence),
+        introduction=[f"![samples]({GRID})", "", caption, ""],
+        sections=[*_training_section(recipe, records), *_evaluation_section(evaluations)],
     )
 
 
-def _training(recipe: Recipe | None, records: Sequence[dict[str, Any]]) -> list[str]:
+def _training_section(recipe: Recipe | None, records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the lines on how the model was trained, with the whole recipe."""
     if recipe is None:
         return []
     o, time = recipe.optim, recipe.time
     last = [r for r in records if "loss" in r][-1:]
+    # The path of the data is private; its name is not.
+    shown = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=""))
     return [
         "## Training",
         "",
         f"- data: {Path(recipe.data.source).name}",
         f"- length: {recipe.images:,} images in batches of {recipe.batch}",
         f"- loss: {recipe.objective}, noise levels {time.sampling} in {time.loss_measure}",
-        f"- optimiser: {o.name}, learning rate {o.lr:g}, betas {o.betas}, weight decay {o.weight_decay:g}",
+        f"- optimiser: {o.name}, learning rate {o.lr:g}, betas {o.betas}, "
+        f"weight decay {o.weight_decay:g}",
         f"- averaging: half-life of {recipe.ema.half_life_images:g} images",
         f"- precision: {recipe.engine.precision}; seed {recipe.seed}",
         *[
@@ -188,9 +157,7 @@ def _training(recipe: Recipe | None, records: Sequence[dict[str, Any]]) -> list[
         "<details><summary>The whole recipe</summary>",
         "",
         "```yaml",
-        config.to_yaml(
-            dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=""))
-        ).rstrip(),
+        config.to_yaml(shown).rstrip(),
         "```",
         "",
         "</details>",
@@ -198,43 +165,43 @@ def _training(recipe: Recipe | None, records: Sequence[dict[str, Any]]) -> list[
     ]
 
 
-def _numbers(evaluations: Sequence[Evaluation]) -> list[str]:
+def _evaluation_section(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return one table of numbers per evaluation, each with the protocol behind it."""
     if not evaluations:
         return ["## Numbers", "", "None: this model was not evaluated.", ""]
     lines = ["## Numbers", ""]
     for evaluation in evaluations:
         lines += ["| metric | value | features | reference |", "|---|---|---|---|"]
-        for n in evaluation.numbers:
-            bounds = (
-                f" ({n.low:.5g} to {n.high:.5g})"
-                if n.low is not None and n.high is not None
-                else ""
-            )
-            against = (
-                f"{n.reference.get('name')} ({str(n.reference.get('hash'))[:12]})"
-                if n.reference
-                else ""
-            )
-            lines.append(
-                f"| {n.metric} | {n.value:.5g}{bounds} | {n.features.get('name', '')} | {against} |"
-            )
-        stated = {k: v for k, v in dataclasses.asdict(evaluation.protocol).items() if v is not None}
-        words = "; ".join(f"{k}: {Path(v).name if k == 'source' else v}" for k, v in stated.items())
-        lines += ["", f"Protocol: {words}.", ""]
+        lines += [_number_row(number) for number in evaluation.numbers]
+        values = {k: v for k, v in dataclasses.asdict(evaluation.protocol).items() if v is not None}
+        if "source" in values:
+            values["source"] = Path(values["source"]).name
+        protocol = "; ".join(f"{key}: {value}" for key, value in values.items())
+        lines += ["", f"Protocol: {protocol}.", ""]
     return lines
 
 
-def header(
+def _number_row(n: Number) -> str:
+    interval = ""
+    if n.low is not None and n.high is not None:
+        interval = f" ({n.low:.5g} to {n.high:.5g})"
+    reference = ""
+    if n.reference:
+        reference = f"{n.reference.get('name')} ({str(n.reference.get('hash'))[:12]})"
+    return f"| {n.metric} | {n.value:.5g}{interval} | {n.features.get('name', '')} | {reference} |"
+
+
+def _hub_metadata(
     model: Model,
     name: str,
     recipe: Recipe | None,
     evaluations: Sequence[Evaluation],
     licence: str | None,
 ) -> str:
-    """The hub's metadata as YAML: licence, library, tags, and every number with its data set."""
+    """Return the hub's metadata as YAML: licence, library, tags, every number with its dataset."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    card = model.info
+    info = model.info
     data = Path(recipe.data.source).name if recipe else "unknown"
     results = [
         EvalResult(
@@ -248,14 +215,14 @@ def header(
         for evaluation in evaluations
         for n in evaluation.numbers
     ]
-    stated = licence or card.licence
+    stated = licence or info.licence
     known = stated if stated and " " not in stated else ("other" if stated else None)
     values = ModelCardData(
         license=known,
         license_name=None if known == stated else stated,
         library_name="mezzotint",
         pipeline_tag="unconditional-image-generation",
-        tags=["mezzotint", "diffusion", card.backbone],
+        tags=["mezzotint", "diffusion", info.backbone],
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -263,16 +230,21 @@ def header(
 
 
 def push_to_hub(
-    folder: str | Path, repo: str, private: bool = False, api: Api | None = None
+    folder: str | Path, repo: str, private: bool = False, hub: Hub | None = None
 ) -> str:
-    """Send a model folder to a repository of the Hugging Face hub, made if it is not there; returns where it is.
+    """Upload a model folder to a repository of the Hugging Face hub, created if it does not exist.
 
-    The model's four files go there and nothing else. Who you are is known from `hf auth login` or $HF_TOKEN.
+    The model's four files are uploaded and nothing else. The hub knows you from `hf auth login` or
+    $HF_TOKEN.
 
     Args:
-        repo: "owner/name". api: stands for the hub.
+        repo: "owner/name". hub: takes the place of `huggingface_hub.HfApi` in tests.
 
-    Errors: ValueError for a folder that holds no model, for a name that is none, offline, and where the hub refuses.
+    Returns:
+        the address of the commit.
+
+    Errors: ValueError for a folder without a model, a name that is not owner/name, offline, and
+    where the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -282,36 +254,36 @@ def push_to_hub(
     missing = [name for name in (CONFIG, WEIGHTS, README) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} has no {' and no '.join(missing)}; push what save_model or `mezzotint card` wrote"
+            f"{folder} has no {' and no '.join(missing)}; "
+            "push a folder of save_model or of `mezzotint card`"
         )
-    if "mezzotint" not in json.loads((folder / CONFIG).read_text()):
+    if "mezzotint" not in read_json(folder / CONFIG):
         raise ValueError(f"{folder / CONFIG} belongs to another library")
     if repo.count("/") != 1:
-        raise ValueError(f"{repo!r} names no owner and repository; give owner/name")
+        raise ValueError(f"{repo!r} must be owner/name")
     try:
         validate_repo_id(repo)
-        hub = api or HfApi()
+        hub = hub or HfApi()
         hub.create_repo(repo, private=private, exist_ok=True)
-        done = hub.upload_folder(
+        commit = hub.upload_folder(
             repo_id=repo,
             folder_path=folder,
             commit_message="Weights and card, by mezzotint",
             allow_patterns=list(FILES),
         )
     except HFValidationError as error:
-        raise ValueError(f"{repo!r} is no name of a repository: {error}") from None
+        raise ValueError(f"{repo!r} is not a valid repository name: {error}") from None
     except LocalTokenNotFoundError:
         raise ValueError(
-            "the hub does not know you: run `hf auth login` or set HF_TOKEN, then push again"
+            "you are not logged in to the hub: run `hf auth login` or set HF_TOKEN, then push again"
         ) from None
     except ValueError:
         raise
-    except (
-        Exception
-    ) as error:  # each HTTP client that the hub's library has used has errors of its own
+    # Each HTTP client that huggingface_hub has used raises errors of its own.
+    except Exception as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"the hub did not take {folder}: {first}. The folder is complete; push it again when there is a network "
-            "(and HF_HUB_OFFLINE is not set), or send it by hand"
+            f"the hub did not accept {folder}: {first}. The folder is complete; push it again when "
+            "there is a network (and HF_HUB_OFFLINE is not set), or upload it by hand"
         ) from None
-    return str(getattr(done, "commit_url", f"https://huggingface.co/{repo}"))
+    return str(getattr(commit, "commit_url", f"https://huggingface.co/{repo}"))

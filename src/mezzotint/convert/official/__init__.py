@@ -1,7 +1,8 @@
-"""Official checkpoints: one file per release, each registering an `Official`; found by scanning this folder.
+"""Official checkpoints: one file per release, which registers an `Official`.
 
-A key map says of every official tensor which rows of which of our tensors it is, so one table serves both ways, bit
-for bit, and can be checked to be total: every official key used, every tensor of ours filled, each exactly once.
+A key map states which rows of which of our tensors each official tensor holds. One table serves
+both directions, bit for bit. `load` checks that it is total: it uses every official key and fills
+every one of our tensors, each exactly once.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mezzotint.core.registry import Registry
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows start:stop (None: to the end) of the backbone's tensor `name`, a key of its state dict."""
+    """Rows start:stop (None: to the end) of the tensor `name` of the backbone's state dict."""
 
     name: str
     start: int = 0
@@ -37,14 +38,15 @@ class Official:
     """One family's official checkpoints.
 
     backbone: registered name.
-    pattern: regular expression that every official key of the family matches in full; tells families apart.
-    config: (shapes: dict official key -> shape, *, hints...) -> the backbone's config. Keyword-only parameters are the
-        hints a user may give, all with defaults. Reading a key that is absent raises a ValueError by itself.
+    pattern: regular expression that every official key of the family matches in full.
+    config: (shapes: dict official key -> shape, *, hints...) -> the backbone's config. The
+        keyword-only parameters are the user's hints, all with defaults. Reading an absent key of
+        `shapes` raises the ValueError.
     keys: config -> {official key: the rows of ours that it holds, stacked along its first axis}.
-    constants: config -> {official key: tensor} for official tensors that are functions of the config (index tables):
-        checked on the way in, written on the way back, not stored by us.
-    codec: config -> the space the network works in, see `mezzotint.backbones.Preset`.
-    licence: of the weights, printed on load. where: how to get them, for docs and errors.
+    constants: config -> {official key: tensor} for official tensors that follow from the config
+        (index tables). They are checked on loading and written on export; we do not store them.
+    codec: config -> the space of the network's input, see `mezzotint.backbones.Preset`.
+    licence: of the weights, printed on loading. where: how to get them, for docs and errors.
     """
 
     backbone: str

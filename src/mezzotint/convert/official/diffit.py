@@ -1,6 +1,7 @@
-"""Official latent DiffiT checkpoints (github.com/NVlabs/DiffiT), `.safetensors`; names as in specs/diffit.md section 2.
+"""Official latent DiffiT checkpoints (github.com/NVlabs/DiffiT), `.safetensors`.
 
-The map is written from the specification's list of keys; the authors' code, which is not free, was not consulted.
+The map is written from the list of keys in specs/diffit.md section 2. The authors' code, which is
+not free, was not consulted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from mezzotint.backbones.diffit import DiffiTConfig, relative_index
 from mezzotint.convert.official import Official, Rows, registry
 
 PATTERN = (
-    r"pos_embed|x_embedder\.proj\.(weight|bias)|t_embedder\.mlp\.[02]\.(weight|bias)|y_embedder\.embedding_table\.weight"
+    r"pos_embed|x_embedder\.proj\.(weight|bias)|t_embedder\.mlp\.[02]\.(weight|bias)"
+    r"|y_embedder\.embedding_table\.weight"
     r"|blocks\.\d+\.(attn\.(relative_position_(bias_table|index)|(qkv_temb|qkv|proj)\.(weight|bias))"
     r"|mlp\.fc[12]\.(weight|bias))|final_layer\.linear\.(weight|bias)"
 )
@@ -29,62 +31,63 @@ OUTSIDE = {  # official module -> ours
 INSIDE = {"attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
 
 
-def dimensions(shapes: Mapping[str, tuple[int, ...]], key: str, count: int) -> tuple[int, ...]:
-    """The shape of an official tensor, or a ValueError if it has another number of dimensions or an empty one."""
+def get_shape(shapes: Mapping[str, tuple[int, ...]], key: str, count: int) -> tuple[int, ...]:
+    """Return a tensor's shape; ValueError unless it has `count` dimensions, none empty."""
     shape = shapes[key]
     if len(shape) != count or 0 in shape:
         raise ValueError(f"{key} has shape {shape}; expected {count} dimensions, none empty")
     return shape
 
 
-def root(what: str, square: int) -> int:
-    """The side of a square, or a ValueError."""
+def square_side(what: str, square: int) -> int:
+    """Return the side of a square; ValueError where it is none."""
     side = math.isqrt(square)
     if side**2 != square:
         raise ValueError(f"{what} has {square} rows, which is not the square of a side")
     return side
 
 
-def config(shapes: Mapping[str, tuple[int, ...]], *, prediction: str = "eps") -> DiffiTConfig:
-    """The config of a state dict; heads from the bias tables, windows from their length.
+def infer_config(shapes: Mapping[str, tuple[int, ...]], *, prediction: str = "eps") -> DiffiTConfig:
+    """Infer the config: heads from the bias tables, windows from their length.
 
     Hints:
-        prediction: the row that the weights predict; every release predicts eps.
+        prediction: what the weights predict; every release predicts eps.
     """
-    width, channels, patch, _ = dimensions(shapes, "x_embedder.proj.weight", 4)
-    grid = root("pos_embed", dimensions(shapes, "pos_embed", 3)[1])
-    rows, heads = dimensions(shapes, "blocks.0.attn.relative_position_bias_table", 2)
-    window = (root("the bias table", rows) + 1) // 2
+    width, channels, patch, _ = get_shape(shapes, "x_embedder.proj.weight", 4)
+    grid = square_side("pos_embed", get_shape(shapes, "pos_embed", 3)[1])
+    rows, heads = get_shape(shapes, "blocks.0.attn.relative_position_bias_table", 2)
+    window = (square_side("the bias table", rows) + 1) // 2
     index = shapes["blocks.0.attn.relative_position_index"]
-    if index != (window**2, window**2):  # said before a table of that size is made
+    # Checked before a table of that size is allocated.
+    if index != (window**2, window**2):
         raise ValueError(
-            f"bias tables of {rows} rows are those of {window**2} tokens, but the index is {index}"
+            f"bias tables of {rows} rows belong to {window**2} tokens, but the index is {index}"
         )
-    outputs, cells = dimensions(shapes, "final_layer.linear.weight", 2)[0], patch**2 * channels
+    outputs, cells = get_shape(shapes, "final_layer.linear.weight", 2)[0], patch**2 * channels
     if outputs not in (cells, 2 * cells):
         raise ValueError(
-            f"the final layer has {outputs} outputs; patch {patch} and {channels} channels need {cells} "
-            f"or, with a learned variance, {2 * cells}"
+            f"the final layer has {outputs} outputs; patch {patch} and {channels} channels need "
+            f"{cells} or, with a learned variance, {2 * cells}"
         )
-    # Counted, not the highest number: a gap then shows as unused and missing keys.
+    # Counted, not the highest index, so that a gap shows as unused and missing keys.
     blocks = {m[1] for m in map(re.compile(r"blocks\.(\d+)\.").match, shapes) if m}
     return DiffiTConfig(
         size=grid * patch,
         channels=channels,
-        num_classes=dimensions(shapes, "y_embedder.embedding_table.weight", 2)[0] - 1,
+        num_classes=get_shape(shapes, "y_embedder.embedding_table.weight", 2)[0] - 1,
         prediction=prediction,
         patch=patch,
         width=width,
         depth=len(blocks),
         heads=heads,
-        mlp_ratio=dimensions(shapes, "blocks.0.mlp.fc1.weight", 2)[0] / width,
+        mlp_ratio=get_shape(shapes, "blocks.0.mlp.fc1.weight", 2)[0] / width,
         window=None if window == grid else window,
         learned_variance=outputs == 2 * cells,
     )
 
 
-def keys(c: DiffiTConfig) -> dict[str, tuple[Rows, ...]]:
-    """Official key -> rows of ours; our `temporal` stacks the q of all blocks, then their v, then their k."""
+def key_map(c: DiffiTConfig) -> dict[str, tuple[Rows, ...]]:
+    """Return official key -> our rows; `temporal` stacks all q, then all v, then all k."""
     result: dict[str, tuple[Rows, ...]] = {"pos_embed": (Rows("positions"),)}
     result["y_embedder.embedding_table.weight"] = (Rows("label.weight"),)
     for leaf in ("weight", "bias"):
@@ -104,8 +107,8 @@ def keys(c: DiffiTConfig) -> dict[str, tuple[Rows, ...]]:
     return result
 
 
-def constants(c: DiffiTConfig) -> dict[str, Tensor]:
-    """The index tables, int64 (tokens, tokens), which we compute."""
+def index_tables(c: DiffiTConfig) -> dict[str, Tensor]:
+    """Return the index tables, int64 (tokens, tokens)."""
     side = c.table_side
     index = relative_index(side, side, torch.device("cpu")).view(side**2, side**2)
     return {f"blocks.{i}.attn.relative_position_index": index.clone() for i in range(c.depth)}
@@ -116,11 +119,12 @@ registry.add(
     Official(
         backbone="diffit",
         pattern=PATTERN,
-        config=config,
-        keys=keys,
-        constants=constants,
+        config=infer_config,
+        keys=key_map,
+        constants=index_tables,
         codec=lambda c: "sd-vae-ft-ema",
-        licence="CC-BY-NC-SA-4.0: no commercial use, share alike, name the authors (NVIDIA, DiffiT)",
+        licence="CC-BY-NC-SA-4.0: no commercial use, share alike, "
+        "name the authors (NVIDIA, DiffiT)",
         where="github.com/NVlabs/DiffiT, README: DiffiT for ImageNet 256x256 and 512x512",
     ),
 )

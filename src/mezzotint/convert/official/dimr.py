@@ -1,4 +1,4 @@
-"""Official DiMR checkpoints (github.com/qihao067/DiMR), `.pth` state dicts; names as in the published code."""
+"""Official DiMR checkpoints (github.com/qihao067/DiMR), `.pth` state dicts."""
 
 from __future__ import annotations
 
@@ -10,44 +10,41 @@ from mezzotint.backbones.dimr import DiMRConfig
 from mezzotint.backbones.dimr_blocks import NORMS
 from mezzotint.convert.official import Official, Rows, registry
 
-TDP = (
-    "param0",
-    "param1",
-    "nodecay_weight",
-    "nodecay_bias",
-)  # leaves of a time-dependent vector, as TIME
+# The tensors of a time-dependent vector, official and ours, in the same order.
+TDP = ("param0", "param1", "nodecay_weight", "nodecay_bias")
 TIME = ("time.p0", "time.p1", "time.w_minus_1", "time.b")
 NORM_VECTORS = {"TDRMSN": ("scale",), "LN": ("weight", "bias"), "RMSN": (), "ADARMSN": ()}
-NORM_OWN = {
-    "RMSN": ("scale", "gain"),
-    "ADARMSN": ("linear.weight", "linear.weight"),
-}  # official leaf, ours
+# Norms with weights of their own: the official tensor, ours.
+NORM_OWN = {"RMSN": ("scale", "gain"), "ADARMSN": ("linear.weight", "linear.weight")}
 
 _LEAF = r"(\.(param0|param1|nodecay_weight|nodecay_bias))"
 _NORM = rf"norm\.(linear\.weight|(scale|weight|bias){_LEAF}?)"
 PATTERN = (
-    r"stages\.\d+\.(input_layer\.1\.(weight|bias)|input_layer\.3\.position_embeddings\.weight|class_embeds\.weight"
+    r"stages\.\d+\.(input_layer\.1\.(weight|bias)|input_layer\.3\.position_embeddings\.weight"
+    r"|class_embeds\.weight"
     rf"|upsample\.(1\.kernel\.(weight|bias)|[02]\.(weight|bias){_LEAF})"
-    rf"|blocks\.\d+\.(block[12]\.{_NORM}|block1\.(query_key_value\.weight|dense\.(weight|bias)|1\.(weight|bias))"
+    rf"|blocks\.\d+\.(block[12]\.{_NORM}"
+    r"|block1\.(query_key_value\.weight|dense\.(weight|bias)|1\.(weight|bias))"
     r"|block2\.w[012]\.(weight|bias))"
     rf"|skip_denses\.\d+\.(weight|bias)|output_layer\.(0\.(weight|bias){_LEAF}|2\.(weight|bias)))"
 )
 
 
-def config(
+def infer_config(
     shapes: Mapping[str, tuple[int, ...]],
     *,
     heads: int = 16,
     null_label: bool | None = None,
     time: str | None = None,
 ) -> DiMRConfig:
-    """The config of a state dict.
+    """Infer the config of a state dict.
 
     Hints:
         heads: of the attention; both released models have 16.
-        null_label: whether the last row of the class embedding means "no class". By default it does, except in a table
-            of 1000 rows, which are ImageNet's classes alone.
-        time: "scaled_linear" (default with 4 channels: latents) or "linear_vp" (default otherwise: pixels).
+        null_label: whether the last row of the class embedding means "no class". By default it
+            does, except in a table of 1000 rows: ImageNet's classes alone.
+        time: "scaled_linear" (default with 4 channels: latents) or "linear_vp" (default otherwise:
+            pixels).
     """
     branches = 1 + max(
         (int(m[1]) for m in map(re.compile(r"stages\.(\d+)\.").match, shapes) if m), default=0
@@ -58,7 +55,8 @@ def config(
     sizes = {math.isqrt(rows) * patch for rows, patch in zip(tables, patches, strict=True)}
     if len(sizes) != 1 or any(math.isqrt(rows) ** 2 != rows for rows in tables):
         raise ValueError(
-            f"position tables of {tables} rows for patches {patches} are not those of one square input"
+            f"position tables of {tables} rows for patches {patches} do not belong to one square "
+            "input"
         )
     stages = tuple(
         "transformer"
@@ -89,62 +87,62 @@ def config(
         patches=patches,
         dims=tuple(shapes[f"stages.{i}.input_layer.1.weight"][0] for i in indices),
         hidden_dims=tuple(shapes[f"stages.{i}.blocks.0.block2.w0.weight"][0] for i in indices),
-        depths=tuple(depth(shapes, i) for i in indices),
+        depths=tuple(infer_depth(shapes, i) for i in indices),
         stages=stages,
         heads=heads,
         kernel_size=depthwise[0] if depthwise else 7,
-        norm=norm(shapes),
+        norm=infer_norm(shapes),
         time=time or ("scaled_linear" if channels == 4 else "linear_vp"),
     )
 
 
-def depth(shapes: Mapping[str, tuple[int, ...]], i: int) -> int:
-    """Blocks of branch i: as many as the highest number of a block or long skip says, so that a gap is an error."""
+def infer_depth(shapes: Mapping[str, tuple[int, ...]], i: int) -> int:
+    """Return the blocks of branch i, from the highest index, so that a gap is an error."""
     found = [re.match(rf"stages\.{i}\.(blocks|skip_denses)\.(\d+)\.", key) for key in shapes]
     counts = [1 + int(m[2]) // 2 * 2 if m[1] == "blocks" else 2 * int(m[2]) + 3 for m in found if m]
     return max(counts, default=1)
 
 
-def norm(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The block norm, from the names of its parameters."""
+def infer_norm(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Return the name of the block norm, from the names of its parameters."""
     prefix = "stages.0.blocks.0.block2.norm."
     for name, leaf in {"TDRMSN": "scale.param0", "LN": "weight.param0", "RMSN": "scale"}.items():
         if prefix + leaf in shapes:
             return name
-    shapes[prefix + "linear.weight"]  # the last that is known; missing is the error
+    shapes[prefix + "linear.weight"]  # raises the ValueError where this is missing too
     return "ADARMSN"
 
 
-def keys(c: DiMRConfig) -> dict[str, tuple[Rows, ...]]:
-    """Official key -> rows of ours."""
+def key_map(c: DiMRConfig) -> dict[str, tuple[Rows, ...]]:
+    """Return official key -> rows of ours."""
     result: dict[str, tuple[Rows, ...]] = {}
     start = 0
     for i, (stage, hidden) in enumerate(zip(c.stages, c.hidden_dims, strict=True)):
         theirs, ours = f"stages.{i}.", f"branches.{i}."
-        for name, width in vectors(c, i):
+        for name, width in time_vectors(c, i):
             for leaf, own in zip(TDP, TIME, strict=True):
                 result[f"{theirs}{name}.{leaf}"] = (Rows(own, start, start + width),)
             start += width
-        result |= pairs(f"{theirs}input_layer.1", f"{ours}patch", ("weight", "bias"))
+        result |= map_whole(f"{theirs}input_layer.1", f"{ours}patch", ("weight", "bias"))
         result[f"{theirs}input_layer.3.position_embeddings.weight"] = (Rows(f"{ours}positions"),)
         if stage == "transformer":
             result[f"{theirs}class_embeds.weight"] = (Rows(f"{ours}classes"),)
         if i > 0:
-            result |= pairs(
+            result |= map_whole(
                 f"{theirs}upsample.1.kernel", f"{ours}cascade.project", ("weight", "bias")
             )
         for j in range(c.depths[i]):
-            result |= block(f"{theirs}blocks.{j}.", f"{ours}blocks.{j}.", stage, hidden, c.norm)
+            result |= map_block(f"{theirs}blocks.{j}.", f"{ours}blocks.{j}.", stage, hidden, c.norm)
         for j in range(c.depths[i] // 2):
-            result |= pairs(
+            result |= map_whole(
                 f"{theirs}skip_denses.{j}", f"{ours}skips.{j}.linear", ("weight", "bias")
             )
-        result |= pairs(f"{theirs}output_layer.2", f"{ours}head", ("weight", "bias"))
+        result |= map_whole(f"{theirs}output_layer.2", f"{ours}head", ("weight", "bias"))
     return result
 
 
-def vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
-    """Official name and width of branch i's time-dependent vectors, in the order of ours (`Branch`)."""
+def time_vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
+    """Yield name and width of branch i's time-dependent vectors, in the order of `Branch`."""
     dim = c.dims[i]
     if i > 0:
         joined = c.dims[i - 1] * (c.depths[i - 1] + 1)
@@ -160,25 +158,25 @@ def vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
     yield from [("output_layer.0.weight", dim), ("output_layer.0.bias", dim)]
 
 
-def pairs(theirs: str, ours: str, leaves: tuple[str, ...]) -> dict[str, tuple[Rows, ...]]:
-    """Whole tensors under two prefixes."""
+def map_whole(theirs: str, ours: str, leaves: tuple[str, ...]) -> dict[str, tuple[Rows, ...]]:
+    """Map whole tensors from one prefix to another."""
     return {f"{theirs}.{leaf}": (Rows(f"{ours}.{leaf}"),) for leaf in leaves}
 
 
-def block(
+def map_block(
     theirs: str, ours: str, stage: str, hidden: int, norm: str
 ) -> dict[str, tuple[Rows, ...]]:
-    """One block; our `up` stacks w0 (the gated half) and w1."""
+    """Map one block; our `up` stacks w0 (the gated half) and w1."""
     result: dict[str, tuple[Rows, ...]] = {}
     if stage == "transformer":
-        result |= pairs(f"{theirs}block1.query_key_value", f"{ours}attention.qkv", ("weight",))
-        result |= pairs(f"{theirs}block1.dense", f"{ours}attention.out", ("weight", "bias"))
+        result |= map_whole(f"{theirs}block1.query_key_value", f"{ours}attention.qkv", ("weight",))
+        result |= map_whole(f"{theirs}block1.dense", f"{ours}attention.out", ("weight", "bias"))
     else:
-        result |= pairs(f"{theirs}block1.1", f"{ours}depthwise", ("weight", "bias"))
+        result |= map_whole(f"{theirs}block1.1", f"{ours}depthwise", ("weight", "bias"))
     for leaf in ("weight", "bias"):
         result[f"{theirs}block2.w0.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", 0, hidden),)
         result[f"{theirs}block2.w1.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", hidden, 2 * hidden),)
-    result |= pairs(f"{theirs}block2.w2", f"{ours}mlp.down", ("weight", "bias"))
+    result |= map_whole(f"{theirs}block2.w2", f"{ours}mlp.down", ("weight", "bias"))
     if norm in NORM_OWN:
         official, own = NORM_OWN[norm]
         if stage == "transformer":
@@ -194,10 +192,11 @@ registry.add(
     Official(
         backbone="dimr",
         pattern=PATTERN,
-        config=config,
-        keys=keys,
+        config=infer_config,
+        keys=key_map,
         codec=lambda c: "sd-vae-ft-ema" if c.time == "scaled_linear" else "pixels",
         licence="research purposes only, as its authors' README says; their code is Apache-2.0",
-        where="huggingface.co/QHL067/DiMR: DiMR-XL_2R_800epochs.pth and DiMR-G_2R_800epochs.pth, ImageNet 256x256",
+        where="huggingface.co/QHL067/DiMR: DiMR-XL_2R_800epochs.pth and DiMR-G_2R_800epochs.pth, "
+        "ImageNet 256x256",
     ),
 )

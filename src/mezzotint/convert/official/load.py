@@ -1,4 +1,4 @@
-"""Official files to models and back, through the total key maps of this folder."""
+"""Convert official files to models and back, by the key maps of this folder."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from mezzotint.core.tensor_files import (
 from mezzotint.process.denoiser import Model
 
 HALVES = (torch.float16, torch.bfloat16)
-# Hints that every family takes, beside those of its own `config`.
+# Hints of every family; each has more of its own, see `Official.config`.
 COMMON = {"entry": None, "widen": False}
 
 
 class Shapes(dict[str, tuple[int, ...]]):
-    """Official key -> shape, whose missing keys are the user's error; `unknown` are keys of no known meaning."""
+    """Official key -> shape; a missing key is a ValueError that also lists the `unknown` keys."""
 
     unknown: tuple[str, ...] = ()
 
@@ -45,21 +45,24 @@ class Shapes(dict[str, tuple[int, ...]]):
 def load_official(
     source: str | Path | Mapping[str, Any], family: str | None = None, **hints: Any
 ) -> Model:
-    """A model from an official checkpoint; sizes are inferred from shapes, and all is checked before weights are read.
+    """Load a model from an official checkpoint.
+
+    Sizes are inferred from shapes, and everything is checked before weights are read.
 
     Args:
         source: a .safetensors or .pth/.pt/.ckpt/.bin file, or a state dict.
         family: registered official family, e.g. "dimr"; None recognises it by its keys.
-        hints: what shapes cannot tell, e.g. heads=16 for DiMR (each family's in docs/checkpoints.md); for all
-            families entry="ema" picks a state dict inside a training checkpoint, and widen=True accepts float16 and
-            bfloat16 weights and makes them float32, which is lossless.
+        hints: what shapes do not show, e.g. heads=16 for DiMR (see docs/checkpoints.md). For all
+            families: entry="ema" chooses a state dict inside a training checkpoint, and widen=True
+            accepts float16 and bfloat16 weights and converts them to float32, which is lossless.
 
-    Errors: ValueError for another family's keys (says which), unused and missing keys (lists both), wrong shapes,
-    half precision without `widen`, files that are cut, lie about their sizes or contain code.
+    Errors: ValueError for another family's keys (says which), unused and missing keys (lists both),
+    wrong shapes, half precision without `widen`, and files that are truncated, state wrong sizes or
+    contain code.
     """
     common = {name: hints.pop(name, default) for name, default in COMMON.items()}
     opened = open_source(source, common["entry"])
-    family = identify(opened, family)
+    family = identify_family(opened, family)
     official = registry[family]
     shapes = Shapes({name: claim.shape for name, claim in opened.claims.items()})
     shapes.unknown = tuple(name for name in shapes if not re.fullmatch(official.pattern, name))
@@ -67,12 +70,12 @@ def load_official(
         infer = partial(official.config, shapes)
         config = infer(**check_options(f"family {family}", infer, hints))
         own = models.tensor_specs(official.backbone, config)
-        dtype = check(opened, official, config, own, common["widen"])
+        dtype = check_tensors(opened, official, config, own, common["widen"])
     except ValueError as error:
         raise ValueError(f"{opened.what} as a {family} checkpoint: {error}") from None
     entry = backbones.registry[official.backbone]
     same = [n for n, p in entry.presets.items() if p.config == config]
-    card = models.ModelInfo(
+    info = models.ModelInfo(
         backbone=official.backbone,
         config=config,
         schedule=entry.schedule(config),
@@ -82,59 +85,62 @@ def load_official(
         extra={"official": {"family": family, "dtype": str(dtype).removeprefix("torch.")}},
     )
     print(f"{family} weights of {opened.what}: {official.licence}", file=sys.stderr)
-    return models.model_from_state_dict(card, to_ours(opened, official, config, own))
+    return models.model_from_state_dict(info, to_ours(opened, official, config, own))
 
 
 def open_source(source: str | Path | Mapping[str, Any], entry: str | None) -> TensorSource:
-    """The state dict of `source`, not read yet."""
+    """Open the state dict of `source`, without reading its tensors."""
     if isinstance(source, Mapping):
-        state = choose("the state dict", source, entry)
+        state = choose_state_dict("the state dict", source, entry)
         return TensorSource(
             "the state dict", state_dict_specs("the state dict", state), state.__getitem__
         )
     path = Path(source)
     if path.is_dir():
         raise ValueError(
-            f"{path} is a folder; official checkpoints are files, and mezzotint's own folders open with load_model"
+            f"{path} is a folder; official checkpoints are files, and mezzotint's own folders open "
+            "with load_model"
         )
     if not path.is_file():
         raise ValueError(
-            f"there is no file {path}; docs/checkpoints.md says where each official file is found"
+            f"there is no file {path}; docs/checkpoints.md lists where to get each official file"
         )
     if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
-        return open_torch_file(path, lambda contents: choose(str(path), contents, entry))
+        return open_torch_file(path, lambda contents: choose_state_dict(str(path), contents, entry))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} is neither .safetensors nor .pth, .pt, .ckpt, .bin")
-    whole = open_safetensors(path)
-    inside = flat_entries(whole.claims)
+    everything = open_safetensors(path)
+    inside = find_flat_entries(everything.claims)
     if entry is None and not inside:
-        return whole
-    prefix = f"{pick(whole.what, inside, entry)}."
+        return everything
+    prefix = f"{check_entry(everything.what, inside, entry)}."
     claims = {
-        name.removeprefix(prefix): c for name, c in whole.claims.items() if name.startswith(prefix)
+        name.removeprefix(prefix): c
+        for name, c in everything.claims.items()
+        if name.startswith(prefix)
     }
-    return TensorSource(whole.what, claims, lambda name: whole.read(prefix + name))
+    return TensorSource(everything.what, claims, lambda name: everything.read(prefix + name))
 
 
-def choose(what: str, contents: Any, entry: str | None) -> Mapping[str, Tensor]:
-    """The state dict itself, or the `entry` of a training checkpoint that holds it."""
+def choose_state_dict(what: str, contents: Any, entry: str | None) -> Mapping[str, Tensor]:
+    """Return the state dict itself, or the `entry` of a training checkpoint that holds it."""
     if not isinstance(contents, Mapping):
         raise ValueError(f"{what} holds a {type(contents).__name__}, not a state dict")
     nested = [str(k) for k, v in contents.items() if is_state_dict(v)]
     if nested:
-        return contents[pick(what, nested, entry)]
+        return contents[check_entry(what, nested, entry)]
     if not is_state_dict(contents):
         wrong = [str(k) for k, v in contents.items() if not isinstance(v, Tensor)]
         raise ValueError(f"{what} is no state dict: {list_names(wrong)} are no tensors")
-    inside = flat_entries(contents)
+    inside = find_flat_entries(contents)
     if entry is None and not inside:
         return contents
-    prefix = f"{pick(what, inside, entry)}."
+    prefix = f"{check_entry(what, inside, entry)}."
     return {name.removeprefix(prefix): t for name, t in contents.items() if name.startswith(prefix)}
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether `value` maps names to tensors and nothing else."""
+    """Return whether `value` maps names to tensors and nothing else."""
     return (
         isinstance(value, Mapping)
         and bool(value)
@@ -142,57 +148,64 @@ def is_state_dict(value: Any) -> bool:
     )
 
 
-def flat_entries(names: Mapping[str, Any]) -> list[str]:
-    """Prefixes under which a flat state dict of no family as it stands holds one that is, e.g. "ema"."""
-    if any(scores(names).values()):
+def find_flat_entries(names: Mapping[str, Any]) -> list[str]:
+    """Return the prefixes, e.g. "ema", under which a flat dict holds a known state dict.
+
+    Empty where it is a known state dict itself.
+    """
+    if any(count_known_keys(names).values()):
         return []
     prefixes = {name.split(".", 1)[0] for name in names}
     return sorted(
-        p for p in prefixes if any(scores([n.removeprefix(f"{p}.") for n in names]).values())
+        p
+        for p in prefixes
+        if any(count_known_keys([n.removeprefix(f"{p}.") for n in names]).values())
     )
 
 
-def pick(what: str, entries: list[str], entry: str | None) -> str:
-    """`entry` after checking it, or an error that offers the entries by name."""
+def check_entry(what: str, entries: list[str], entry: str | None) -> str:
+    """Return `entry`; ValueError that lists the entries where it is none of them."""
     offer = " or ".join(f"entry={name!r}" for name in entries) or "none: it is a plain state dict"
     if entry is None:
         raise ValueError(
-            f"{what} is a training checkpoint holding several things; choose one: {offer}"
+            f"{what} is a training checkpoint with several state dicts; choose one: {offer}"
         )
     if entry not in entries:
         raise ValueError(f"{what} has no entry {entry!r}; it offers {offer}")
     return entry
 
 
-def scores(names: Any) -> dict[str, int]:
-    """How many of the keys each family knows."""
+def count_known_keys(names: Any) -> dict[str, int]:
+    """Return how many of the keys each family knows."""
     return {
         f: sum(re.fullmatch(registry[f].pattern, name) is not None for name in names)
         for f in registry
     }
 
 
-def identify(source: TensorSource, family: str | None) -> str:
-    """The family whose keys these are; ValueError if none, or another than `family`."""
-    known = scores(source.claims)
+def identify_family(source: TensorSource, family: str | None) -> str:
+    """Return the family of these keys; ValueError if none, or another than `family`."""
+    known = count_known_keys(source.claims)
     likely = max(known, key=known.__getitem__)
     if family is not None and family not in known:
         raise ValueError(f"unknown official family {family!r}; {suggest(family, known)}")
     if not known[likely]:
         first = list_names([*source.claims], 4)
         raise ValueError(
-            f"{source.what} is of no known family ({', '.join(known)}): its keys are {first}"
+            f"{source.what} belongs to no known family ({', '.join(known)}): its keys are {first}"
         )
     if family is not None and known[family] < known[likely]:
         raise ValueError(f"{source.what} looks like {likely}, not {family}")
     return family or likely
 
 
-def layout(official: Official, config: Any, own: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The official tensors of a config: key -> dtype and shape."""
+def official_specs(
+    official: Official, config: Any, own: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """Return the official tensors of a config: key -> dtype and shape."""
     claims = {}
     for key, parts in official.keys(config).items():
-        rows = sum(span(part, own)[1] - span(part, own)[0] for part in parts)
+        rows = sum(row_range(part, own)[1] - row_range(part, own)[0] for part in parts)
         first = own[parts[0].name]
         claims[key] = TensorSpec(first.dtype, (rows, *first.shape[1:]))
     constants = {
@@ -201,20 +214,20 @@ def layout(official: Official, config: Any, own: Mapping[str, TensorSpec]) -> di
     return {**claims, **constants}
 
 
-def span(part: Any, own: Mapping[str, TensorSpec]) -> tuple[int, int]:
-    """First and last-plus-one row of a part."""
+def row_range(part: Any, own: Mapping[str, TensorSpec]) -> tuple[int, int]:
+    """Return the first row of a part and the one after its last."""
     return part.start, own[part.name].shape[0] if part.stop is None else part.stop
 
 
-def check(
+def check_tensors(
     source: TensorSource,
     official: Official,
     config: Any,
     own: Mapping[str, TensorSpec],
     widen: bool,
 ) -> torch.dtype:
-    """ValueError unless keys, shapes and dtypes are exactly those of the config; returns the weights' dtype."""
-    expected = layout(official, config, own)
+    """Check that keys, shapes and dtypes are exactly the config's; return the weights' dtype."""
+    expected = official_specs(official, config, own)
     unused, missing = set(source.claims) - set(expected), set(expected) - set(source.claims)
     if unused or missing:
         raise ValueError(f"unused keys {list_names(unused)}; missing {list_names(missing)}")
@@ -229,13 +242,15 @@ def check(
     kinds = {
         source.claims[k].dtype for k, claim in expected.items() if claim.dtype.is_floating_point
     }
-    whole = {
+    wrong_tables = {
         k
         for k, c in expected.items()
         if not c.dtype.is_floating_point and source.claims[k].dtype != c.dtype
     }
-    if whole or len(kinds) != 1 or not all(k.is_floating_point for k in kinds):
-        raise ValueError(f"mixed or wrong dtypes: {sorted(map(str, kinds))}, {list_names(whole)}")
+    if wrong_tables or len(kinds) != 1 or not all(k.is_floating_point for k in kinds):
+        raise ValueError(
+            f"mixed or wrong dtypes: {sorted(map(str, kinds))}, {list_names(wrong_tables)}"
+        )
     (dtype,) = kinds
     if dtype in HALVES and not widen:
         raise ValueError(
@@ -247,15 +262,15 @@ def check(
 def to_ours(
     source: TensorSource, official: Official, config: Any, own: Mapping[str, TensorSpec]
 ) -> dict[str, Tensor]:
-    """Our tensors, each a copy put together from the official ones; the map must fill every row exactly once."""
+    """Return our tensors, copied from the official ones; the map fills each row exactly once."""
     for key, constant in official.constants(config).items():
         if not torch.equal(source.read(key), constant):
-            raise ValueError(f"{source.what}: {key} is not the table that its config implies")
+            raise ValueError(f"{source.what}: {key} is not the table that its config requires")
     pieces: dict[str, list[tuple[int, int, str, int]]] = {name: [] for name in own}
     for key, parts in official.keys(config).items():
         offset = 0
         for part in parts:
-            start, stop = span(part, own)
+            start, stop = row_range(part, own)
             pieces[part.name].append((start, stop, key, offset))
             offset += stop - start
     state = {}
@@ -272,28 +287,30 @@ def to_ours(
 
 
 def to_official(model: Model, family: str | None = None) -> dict[str, Tensor]:
-    """The official state dict of a model, bit for bit what it was loaded from; float32 unless it came as another dtype.
+    """Return the official state dict of a model, bit for bit that of the file it was loaded from.
+
+    The dtype is that of the file, float32 for any other model.
 
     Errors: ValueError where no official release has such a backbone.
     """
     families = [f for f in registry if registry[f].backbone == model.info.backbone]
     if not families or (family is not None and family not in families):
         raise ValueError(
-            f"no official family {f'{family} ' if family else ''}of backbone {model.info.backbone}; "
+            f"there is no official {family or 'checkpoint'} of backbone {model.info.backbone}; "
             f"known: {', '.join(registry)}"
         )
     official = registry[family or families[0]]
     config, state = model.info.config, model.backbone.state_dict()
     own = models.tensor_specs(model.info.backbone, config)
-    made = getattr(torch, model.info.extra.get("official", {}).get("dtype", "float32"))
+    dtype = getattr(torch, model.info.extra.get("official", {}).get("dtype", "float32"))
     result = {}
     for key, parts in official.keys(config).items():
-        rows = torch.cat([state[p.name].cpu()[slice(*span(p, own))] for p in parts])
-        result[key] = rows.to(made) if rows.is_floating_point() else rows
+        rows = torch.cat([state[p.name].cpu()[slice(*row_range(p, own))] for p in parts])
+        result[key] = rows.to(dtype) if rows.is_floating_point() else rows
     return {**result, **official.constants(config)}
 
 
-def convert(
+def convert_checkpoint(
     source: str | Path,
     out: str | Path,
     *,
@@ -302,15 +319,19 @@ def convert(
     family: str | None = None,
     hints: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Official file to model folder, or a model (folder or hub name) to an official file.
+    """Convert an official file to a model folder, or a model to an official file.
 
     Args:
-        source, out: where from and where to; an official file ends in .safetensors or .pth.
+        source, out: an official file (.safetensors or .pth) and a model folder, or the reverse;
+            a source may also be the name of a hub repository.
         to: "mezzotint" or "official".
         check: read back what was written, convert it back and compare every tensor bit for bit.
         family, hints: as for `load_official`.
 
-    Returns: lines that say what was done. Errors: ValueError as of `load_official`, and where the check fails.
+    Returns:
+        lines that say what was done.
+
+    Errors: those of `load_official`, and ValueError where the check fails.
     """
     if to == "mezzotint":
         model = load_official(source, family, **dict(hints or {}))
@@ -332,9 +353,9 @@ def convert(
     ]
     if check:
         again = models.load_model(out) if to == "mezzotint" else None
-        written = to_official(again) if again is not None else read_all(open_source(out, None))
+        written = to_official(again) if again is not None else read_tensors(open_source(out, None))
         original = (
-            read_all(open_source(source, (hints or {}).get("entry")))
+            read_tensors(open_source(source, (hints or {}).get("entry")))
             if again is not None
             else to_official(model, family)
         )
@@ -347,13 +368,13 @@ def convert(
     return lines
 
 
-def read_all(source: TensorSource) -> dict[str, Tensor]:
-    """Every tensor of a source."""
+def read_tensors(source: TensorSource) -> dict[str, Tensor]:
+    """Return every tensor of a source."""
     return {name: source.read(name) for name in source.claims}
 
 
 def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
-    """Equal shape, dtype and bits (so that a NaN equals itself and -0 is not 0)."""
+    """Return whether shape, dtype and bits are equal (a NaN equals itself, -0 differs from 0)."""
     if b is None or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(
@@ -362,7 +383,7 @@ def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
 
 
 def write_official(state: dict[str, Tensor], out: Path) -> None:
-    """A state dict as .safetensors or .pth, written beside and renamed."""
+    """Write a state dict as .safetensors or .pth, atomically."""
     from safetensors.torch import save_file
 
     if out.suffix not in (".safetensors", ".pth"):
