@@ -1,4 +1,4 @@
-"""Data whose denoiser is known: what samplers are measured against. Pixels are independent, so any shape will do."""
+"""Data with a known denoiser, to measure samplers against. Pixels are independent, of any shape."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def answer(z, x, logsnr):
 
 
 def gaussian(mean, std):
-    """The exact denoiser of data N(mean, std^2)."""
+    """Return the exact denoiser of data N(mean, std^2)."""
 
     def denoise(z, logsnr, cond):
         a, s = alpha(append_dims(logsnr, z)), sigma(append_dims(logsnr, z))
@@ -27,7 +27,10 @@ def gaussian(mean, std):
 
 
 def gaussian_flow(z, start, end, mean, std):
-    """Where the probability flow of N(mean, std^2) carries z: the same number of standard deviations from the mean."""
+    """Return where the probability flow of N(mean, std^2) takes z.
+
+    It keeps the number of standard deviations from the mean.
+    """
     start, end = torch.as_tensor(start).double(), torch.as_tensor(end).double()
 
     def spread(logsnr):
@@ -37,7 +40,7 @@ def gaussian_flow(z, start, end, mean, std):
 
 
 def mixture(means, std, weights):
-    """The exact denoiser of a mixture of N(mean_k, std^2)."""
+    """Return the exact denoiser of a mixture of N(mean_k, std^2)."""
 
     def denoise(z, logsnr, cond):
         a, s = alpha(append_dims(logsnr, z)), sigma(append_dims(logsnr, z))
@@ -54,7 +57,7 @@ def mixture(means, std, weights):
 
 
 def linear_guidance(strong, weak, w):
-    """(1 + w) strong - w weak, on image and noise alike."""
+    """Return (1 + w) strong - w weak, of image and noise."""
 
     def denoise(z, logsnr, cond):
         p, q = strong(z, logsnr, cond), weak(z, logsnr, cond)
@@ -64,7 +67,10 @@ def linear_guidance(strong, weak, w):
 
 
 def runge_kutta(denoise, z, start, end, steps=600):
-    """The probability flow by the classical fourth-order method in lambda = logsnr / 2: dy / dlambda = -sigma eps."""
+    """Integrate the probability flow by the classical fourth-order method.
+
+    In lambda = logsnr / 2: dy / dlambda = -sigma eps.
+    """
     nodes = torch.linspace(start, end, steps + 1, dtype=torch.float64) / 2
 
     def slope(y, at):

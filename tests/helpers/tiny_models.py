@@ -9,13 +9,14 @@ import mezzotint as mz
 SMALL = {
     "unet-tiny": {"size": 8, "width": 8, "emb_dim": 16, "multipliers": (1, 1), "blocks": (1, 1),
                   "attention": (False, True)},
-    "dimr-tiny": {"size": 8, "dims": (32, 16, 16), "hidden_dims": (32, 16, 16), "depths": (3, 1, 1)},
+    "dimr-tiny": {"size": 8, "dims": (32, 16, 16), "hidden_dims": (32, 16, 16),
+                  "depths": (3, 1, 1)},
     "diffit-latent-tiny": {"size": 8, "width": 64, "depth": 2},
 }  # fmt: skip
 
 
 def tiny(preset: str = "unet-tiny", seed: int = 0, **overrides) -> mz.Model:
-    """A small network whose output is not zero, as that of a fresh one would be."""
+    """Return a small network with random weights, also where a new one has zeros."""
     torch.manual_seed(seed)
     model = mz.create_model(preset, **{**SMALL[preset], **overrides})
     for parameter in model.parameters():

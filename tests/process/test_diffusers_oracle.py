@@ -1,6 +1,7 @@
-"""Our samplers against diffusers' schedulers: the same table, the same points, the same closed-form denoiser.
+"""Our samplers against diffusers' schedulers, on the same table, points and denoiser.
 
-diffusers keeps its coefficients in float32, so agreement is to about 1e-5. Where a method differs, the test says why.
+diffusers keeps its coefficients in float32, so agreement is to about 1e-5. Where a method differs,
+the test says why.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def start():
 
 
 def draws(dtype=torch.float64):
-    """A sampler's noise that repeats what a scheduler draws from a generator of the same seed."""
+    """Return a noise function that repeats a scheduler's draws of the same seed."""
     generator = torch.Generator().manual_seed(9)
     return lambda i, z: torch.randn(z.shape, dtype=dtype, generator=generator)
 
@@ -50,12 +51,12 @@ def close(image, expected, atol=2e-5):
 
 
 def at(sigmas):
-    """A scheduler's sigma / alpha as our grid."""
+    """Return a scheduler's sigma / alpha as our grid."""
     return -2 * sigmas.double().log()
 
 
 def run_on_sigmas(scheduler, z):
-    """A sigma-based scheduler's whole run with variance-preserving states."""
+    """Run a sigma-based scheduler on variance-preserving states."""
     generator = torch.Generator().manual_seed(9)
     takes_generator = "sde" in getattr(scheduler.config, "algorithm_type", "")
     for i, t in enumerate(scheduler.timesteps):
@@ -66,7 +67,7 @@ def run_on_sigmas(scheduler, z):
     return z
 
 
-# ---- steps of a table ----------------------------------------------------------------------------------------------
+# ---- steps of a table ----------------------------------------------------------------------------
 
 
 def run_on_table(scheduler, z, table, variance=None, **options):
@@ -98,7 +99,7 @@ def test_ddim(eta):
     ("theirs", "ours"), [("fixed_small", "posterior"), ("fixed_large", "upper")]
 )
 def test_ddpm(theirs, ours):
-    """Leading steps, since diffusers leaves out the last draw only where the last step is step 0."""
+    """Leading steps: diffusers leaves out the last draw only if the last step is step 0."""
     scheduler = diffusers.DDPMScheduler(
         **TABLE, clip_sample=False, variance_type=theirs, timestep_spacing="leading"
     )
@@ -126,7 +127,7 @@ def test_ddpm_with_learned_variance():
     close(image, run_on_table(scheduler, start(), table, variance))
 
 
-# ---- DPM-Solver++ and UniPC ----------------------------------------------------------------------------------------
+# ---- DPM-Solver++ and UniPC ----------------------------------------------------------------------
 
 
 def multistep(**options):
@@ -152,7 +153,7 @@ def test_sde_dpmpp_2m():
 
 
 def test_dpmpp_3m_is_of_higher_order_than_theirs():
-    """diffusers, as the authors' code, gives the parabola half its weight (see `dpmpp_3m`) and so has order 2.
+    """diffusers and the authors' code give the parabola half its weight, and so have order 2.
 
     Both are held to the exact flow on steps even in log-SNR, half as long in the second run.
     """
@@ -180,7 +181,7 @@ def test_dpmpp_3m_is_of_higher_order_than_theirs():
     + [(3, steps, end) for steps in (11, 12, 13) for end in ("zero", "sigma_min")],
 )
 def test_dpmpp_singlestep(order, steps, end):
-    """Order 3: diffusers makes the second inner point with the midpoint weight, DiMR's solver with the exact integral.
+    """At order 3 the second inner point differs: a midpoint weight there, the exact integral here.
 
     Both are third order; they differ in the fourth power of the step.
     """
@@ -204,7 +205,7 @@ def test_unipc(order):
     close(image, run_on_sigmas(scheduler, start()))
 
 
-# ---- EDM -----------------------------------------------------------------------------------------------------------
+# ---- EDM -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("karras", [False, True])
@@ -222,7 +223,7 @@ def test_heun(karras):
 
 @pytest.mark.parametrize("name", ["ddim", "dpmpp_2m"])
 def test_edm(name):
-    """EDM's preconditioned networks: Euler in sigma is DDIM; the grid is our Karras grid; F is the edm row."""
+    """EDM's networks: Euler in sigma is DDIM, the grid is our Karras grid, F is the edm row."""
     build = {
         "ddim": diffusers.EDMEulerScheduler,
         "dpmpp_2m": diffusers.EDMDPMSolverMultistepScheduler,

@@ -1,4 +1,4 @@
-"""The tables, time grids, order plans and solver runs of independent implementations (golden/dimr, golden/diffit)."""
+"""Tables, grids, plans and solver runs recorded from other implementations (DiMR, DiffiT)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def diffit(shared):
     }
 
 
-# ---- DiMR: Stable Diffusion's table, DPM-Solver's interpolation of it, its grids and plans --------------------------
+# ---- DiMR: Stable Diffusion's table, DPM-Solver's interpolation of it, its grids and plans -------
 
 
 def test_scaled_linear_table(dimr):
@@ -48,14 +48,14 @@ def test_scaled_linear_table(dimr):
     )
 
 
-def test_number_the_network_is_told(dimr):
+def test_noise_level_of_the_network(dimr):
     table = schedules.scaled_linear()
     told = 8 * (table.index(table.logsnr) + 1) / 1000 - 4
     assert_close(told.float(), dimr["log_snr_of_n"], rtol=0, atol=1e-6)
 
 
 def test_interpolated_table(dimr):
-    """The recorded log alpha is a float32 sum, whose rounding at the clean end is what the tolerance allows."""
+    """The tolerance is the rounding of the recorded float32 sum at the clean end."""
     table = schedules.scaled_linear()
     logsnr = table.interpolated(dimr["vp_t"].double())
     assert_close(logsnr / 2, dimr["vp_lambda"].double(), rtol=0, atol=3e-5)
@@ -77,7 +77,7 @@ def test_fast_grid_and_plan(dimr, calls):
 
 @pytest.mark.parametrize("calls", [10, 11, 12, 50])
 def test_solver_on_an_analytic_model(dimr, calls):
-    """The recorded runs' noise model is that of data N(0, 0.7^2): found by fitting the runs of all four lengths."""
+    """The recorded runs are of data N(0, 0.7^2), which we fitted to the runs of all lengths."""
     grid = grids.even(schedules.scaled_linear(), calls, end=1e-3, clean=False)
     image = registry["dpmpp_singlestep"](gaussian(0.0, 0.7), dimr["analytic_z"], grid, Cond())
     expected = dimr[f"analytic_out_{calls}"]
@@ -86,14 +86,14 @@ def test_solver_on_an_analytic_model(dimr, calls):
 
 @pytest.mark.parametrize(("name", "key"), [("linear_vp", "vpsde"), ("cosine_vp", "cosine")])
 def test_continuous_schedules(dimr, name, key):
-    """float32 recordings: 1 - alpha^2 is theirs by subtraction, so the log-SNR is rough at the clean end."""
+    """They compute 1 - alpha^2 in float32, so the log-SNR is imprecise at the clean end."""
     logsnr = schedules.registry[name]()(dimr[f"{key}_t"].double())
     assert_close(torch.sigmoid(logsnr), dimr[f"{key}_cum_alpha"].double(), rtol=1e-4, atol=2e-7)
     assert_close(torch.sigmoid(-logsnr), dimr[f"{key}_cum_beta"].double(), rtol=0, atol=2e-7)
     assert_close(logsnr[1:], dimr[f"{key}_log_snr"][1:].double(), rtol=0, atol=3e-4)
 
 
-# ---- DiffiT: DDPM's table, respacing, ancestral updates with learned variance ---------------------------------------
+# ---- DiffiT: DDPM's table, respacing, ancestral updates with learned variance --------------------
 
 
 def test_linear_table(diffit):
@@ -112,7 +112,7 @@ def test_respaced_steps(diffit, steps):
 
 
 def test_respaced_variances(diffit):
-    """Beta and the posterior's variance of every respaced step are the two bounds of the ancestral step."""
+    """Beta and the posterior's variance of each respaced step bound the ancestral step."""
     grid = grids.respaced(schedules.linear_ddpm(), 250)
     image = torch.zeros(1, 1, 1, 1)
     bounds = [mean_and_bounds(image, image, t, s)[1:] for t, s in pairwise(grid)][::-1]
@@ -123,7 +123,7 @@ def test_respaced_variances(diffit):
 
 
 def test_ancestral_update_with_learned_variance(diffit):
-    """One step of the sampler for each recorded index: its mean with no noise, its variance with noise of ones."""
+    """One step per recorded index: the mean without noise, the variance with noise of ones."""
     grid = grids.respaced(schedules.linear_ddpm(), 250).flip(
         0
     )  # position k + 1 is index k, position 0 is clean
@@ -154,8 +154,8 @@ def test_ancestral_update_with_learned_variance(diffit):
             assert_close(log_variance, diffit["pmv_logvar"][row], rtol=0, atol=5e-4)
 
 
-def test_guided_chain(shared, diffit):
-    """Four steps of the recorded network, from noise to image: respaced grid, learned variance, guided at 4.4, power 4.
+def test_guided_sampling(shared, diffit):
+    """Four respaced steps of the recorded network, learned variance, guided at 4.4 with power 4.
 
     The recording stacks conditional on unconditional rows and keeps the first half.
     """

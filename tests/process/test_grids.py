@@ -1,4 +1,4 @@
-"""Grids: strictly rising, clean at the end, as their formulas say; and their errors."""
+"""Discretizations: strictly rising, clean at the end, as in their formulas; errors."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def test_grids_rise_and_end_clean(name, steps):
 
 @pytest.mark.parametrize("name", grids.registry)
 @pytest.mark.parametrize("steps", [0, -3])
-def test_no_steps_is_an_error(name, steps):
-    with pytest.raises(ValueError, match="steps are not enough"):
+def test_too_few_steps(name, steps):
+    with pytest.raises(ValueError, match=f"{steps} steps"):
         grids.registry[name](schedules.linear_ddpm(), steps)
 
 
@@ -88,10 +88,10 @@ def test_respaced_indices():
 
 
 @pytest.mark.parametrize(
-    ("build", "words"),
+    ("build", "message"),
     [
-        (lambda: grids.even(schedules.scaled_linear(), 1001), "more than the table's 1000"),
-        (lambda: grids.respaced(schedules.scaled_linear(), 1001), "more than the table's 1000"),
+        (lambda: grids.even(schedules.scaled_linear(), 1001), "1001 .* 1000"),
+        (lambda: grids.respaced(schedules.scaled_linear(), 1001), "1001 .* 1000"),
         (lambda: grids.respaced(schedules.cosine(), 10), "table"),
         (lambda: grids.even(schedules.registry["flow"](), 10), "cannot start"),
         (lambda: grids.even(schedules.cosine(), 10, start=0.2, end=0.5), "start 0.2"),
@@ -105,6 +105,6 @@ def test_respaced_indices():
         (lambda: grids.karras(schedules.cosine(), 10, rho=0.0), "rho"),
     ],
 )
-def test_bad_grid_options(build, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_grid_options(build, message):
+    with pytest.raises(ValueError, match=message):
         build()

@@ -1,4 +1,4 @@
-"""Guidance wrappers on a closed-form denoiser: formulas, what is skipped, what is counted."""
+"""Guidance and clipping of a closed-form denoiser: formulas, skipped passes, counted calls."""
 
 import math
 
@@ -14,7 +14,7 @@ CLASSES = 10
 
 
 def gaussian(z, logsnr, cond):
-    """The exact denoiser of unit-variance data whose mean is the label / 10; `var` tells the label it was asked for."""
+    """Denoise unit-variance data whose mean is the label / 10; `var` returns the label."""
     mean = append_dims(cond.label.to(z) / 10, z)
     a, s = append_dims(alpha(logsnr), z), append_dims(sigma(logsnr), z)
     x = a * z + s**2 * mean  # posterior mean with prior N(mean, 1)
@@ -88,7 +88,7 @@ def test_one_doubled_call_or_one_plain_call(query):
     torch.testing.assert_close(mixed.x[0], guided(z, inside, cond).x[0], rtol=0, atol=0)
 
 
-def test_levels_on_a_device_are_never_read():
+def test_log_snrs_on_a_device_are_never_read():
     # The meta device has no values: any read raises, as any read on an accelerator would wait.
     z, level = torch.empty(2, 4, 8, 8, device="meta"), torch.empty(2, device="meta")
     counted = guidance.CallCounter(gaussian)
@@ -99,7 +99,7 @@ def test_levels_on_a_device_are_never_read():
     assert counted.rows == 4
 
 
-def test_counted_counts_both_passes(query):
+def test_call_counter_counts_both_passes(query):
     z, logsnr, cond = query
     counted = guidance.CallCounter(gaussian)
     guided = guidance.classifier_free(counted, NULL, guidance.dit_s(1.5))
@@ -164,7 +164,7 @@ def test_clipping_keeps_the_state_and_what_was_inside(query):
     torch.testing.assert_close(out.eps[inside], raw.eps[inside], rtol=0, atol=0)
 
 
-def test_dynamic_clipping_is_imagens(query):
+def test_dynamic_clipping_is_that_of_imagen(query):
     z, logsnr, cond = query
     big = z * torch.tensor([5.0, 4.0, 0.1, 1.0, 6.0]).double().reshape(5, 1, 1, 1)
     raw = gaussian(big, logsnr, cond)
@@ -204,13 +204,13 @@ def test_text_is_doubled_with_its_mask(query):
 def test_errors(query):
     z, logsnr, _ = query
     guided = guidance.classifier_free(gaussian, NULL, guidance.dit_s(2.0))
-    with pytest.raises(ValueError, match="label for each image"):
+    with pytest.raises(ValueError, match="label"):
         guided(z, logsnr, Cond())
     with pytest.raises(ValueError, match="unconditional"):
         guidance.null_label(0)
-    with pytest.raises(ValueError, match="same fields"):
+    with pytest.raises(ValueError, match="fields"):
         guidance.classifier_free(gaussian, lambda _: Cond(), guidance.dit_s(2.0))(*query)
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match=r"1\.0\.\.\.1\.0"):
         guidance.interval(guidance.dit_s(2.0), 1.0, 1.0)
     with pytest.raises(ValueError, match="power"):
         guidance.power_cosine(2.0, 0.0, lambda l: l)

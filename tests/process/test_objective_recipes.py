@@ -1,4 +1,4 @@
-"""Every schedule, prediction, loss and way to draw times can be named in a recipe; what does not fit is refused."""
+"""Recipes with every schedule, prediction, objective and way to draw times."""
 
 from __future__ import annotations
 
@@ -27,20 +27,23 @@ OPTIONS = {  # of builders that have no default for something
     "ddpm": {"betas": [0.01 * i for i in range(1, 20)]},
 }  # fmt: skip
 LATENT = [
-    "data.source=digits", "data.codec=pixels", "model.size=8", "model.channels=1", "model.width=16", "model.depth=2",
-    "model.heads=2", "batch=4", "engine.precision=float32",
+    "data.source=digits", "data.codec=pixels", "model.size=8", "model.channels=1",
+    "model.width=16", "model.depth=2", "model.heads=2", "batch=4", "engine.precision=float32",
 ]  # fmt: skip
 
 
 def fits(objective: str, schedule: str, learned_variance: bool) -> bool:
-    """Which combinations mean something: the variational term needs DDPM's steps and a variance, the pyramid none."""
+    """Return whether a combination is valid.
+
+    The variational term needs DDPM's steps and a learned variance, the pyramid none.
+    """
     if objective == "hybrid":
         return learned_variance and schedule == "linear_ddpm"
     return not (objective == "pyramid" and learned_variance)
 
 
 def named(recipe, schedule, objective, measure="u"):
-    """The recipe with the choices named as a user would, on a command line."""
+    """Return the recipe with choices given as on a command line."""
     words = [
         f"objective.name={objective}",
         f"schedule.name={schedule}",
@@ -51,7 +54,7 @@ def named(recipe, schedule, objective, measure="u"):
 
 
 def one_step(run, recipe):
-    """Loss and gradient norm of one step of `recipe` with the network of `run`."""
+    """Return loss and gradient norm of one step of `recipe` with the network of `run`."""
     card = dataclasses.replace(run.info, schedule=recipe.schedule)
     run.model.info = card
     schedule, objective = (
@@ -107,14 +110,14 @@ def test_every_schedule_and_objective_with_a_learned_variance(tmp_path):
 @pytest.mark.parametrize("measure", ["u", "logsnr"])
 @pytest.mark.parametrize("sampling", ["uniform", "stratified"])
 def test_every_way_to_draw_times(sampling, measure, tmp_path):
-    """lognormal is EDM's way to draw them: a schedule; each with either measure trains through the front door."""
+    """EDM's log-normal draw is a schedule. Each way trains with either loss measure."""
     recipe = named(small(f"time.sampling={sampling}", "images=32"), "lognormal", "sigmoid", measure)
     train(recipe, tmp_path, quiet=True)
     assert math.isfinite(records(tmp_path)[-1]["loss"])
 
 
 def test_the_measure_is_the_integral_over_logsnr(tmp_path):
-    """With measure=logsnr the expected sigmoid loss is one integral whatever the schedule; with u it is not."""
+    """With loss_measure=logsnr the expected sigmoid loss is one integral for any schedule."""
     run = setup(
         small("model.dropout=0", "batch=512", "time.sampling=stratified"),
         tmp_path,
@@ -123,12 +126,14 @@ def test_the_measure_is_the_integral_over_logsnr(tmp_path):
     wide = {"logsnr_min": -12.0, "logsnr_max": 12.0}
 
     def loss(image_d, measure):
-        recipe = config.override(
-            run.recipe,
-            ["objective.name=sigmoid", f"time.loss_measure={measure}", "schedule.name=cosine",
-             f"schedule.options.image_d={image_d}", *(f"schedule.options.{k}={v}" for k, v in wide.items())],
-        )  # fmt: skip
-        return one_step(run, recipe).loss
+        options = {"image_d": image_d, **wide}
+        words = [
+            "objective.name=sigmoid",
+            f"time.loss_measure={measure}",
+            "schedule.name=cosine",
+            *(f"schedule.options.{k}={v}" for k, v in options.items()),
+        ]
+        return one_step(run, config.override(run.recipe, words)).loss
 
     assert loss(64, "logsnr") == pytest.approx(loss(48, "logsnr"), rel=0.05)
     assert abs(loss(64, "u") / loss(48, "u") - 1) > 0.05
@@ -149,16 +154,19 @@ def test_stratified_times_are_spread_evenly_over_every_batch():
     assert any(len(set((row * 16).floor().int().tolist())) < 16 for row in uniform.view(4, 16))
 
 
-def test_a_wrong_combination_fails_at_setup_and_leaves_nothing_running(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"hybrid objective needs a network that learns the variance"
-    ):
+def test_an_invalid_combination_fails_at_setup(tmp_path):
+    with pytest.raises(ValueError, match="hybrid"):
         train(named(small(), "linear_ddpm", "hybrid"), tmp_path / "a", quiet=True)
-    with pytest.raises(ValueError, match=r"2 coefficients for 1 branches"):
-        train(config.override(named(small(), "cosine", "pyramid"), ["objective.options.coefficients=[1,2]"]),
-              tmp_path / "b", quiet=True)  # fmt: skip
+    with pytest.raises(ValueError, match="2 coefficients"):
+        train(
+            config.override(
+                named(small(), "cosine", "pyramid"), ["objective.options.coefficients=[1,2]"]
+            ),
+            tmp_path / "b",
+            quiet=True,
+        )
     assert not list(tmp_path.glob("*/checkpoints"))
-    with pytest.raises(ValueError, match=r"min_snr takes no option 'gama'; did you mean gamma"):
+    with pytest.raises(ValueError, match="did you mean gamma"):
         train(
             config.override(named(small(), "cosine", "min_snr"), ["objective.options.gama=2"]),
             tmp_path / "c",
@@ -167,9 +175,9 @@ def test_a_wrong_combination_fails_at_setup_and_leaves_nothing_running(tmp_path)
 
 
 def test_a_loss_that_cannot_be_finite_is_refused_at_setup(tmp_path):
-    """Levels so clean that the image's squared error overflows float32 where an x-prediction is turned into noise."""
+    """At such log-SNRs an x-prediction converted to noise overflows float32."""
     recipe = config.override(
         named(small("model.prediction=x"), "lognormal", "eps_mse"), ["schedule.options.std=60"]
     )
-    with pytest.raises(ValueError, match=r"predicts x is \[.*inf.* at log-SNR .*choose another"):
+    with pytest.raises(ValueError, match=r"x is \[inf"):
         train(recipe, tmp_path, quiet=True)

@@ -1,4 +1,4 @@
-"""Losses against their definitions written out, in float64, and against recorded numbers."""
+"""Losses against their definitions in float64, and against recorded numbers."""
 
 import math
 
@@ -87,7 +87,7 @@ def test_sigmoid_both_forms_of_the_paper(data):
     model = stub("v")
     error = (model(diffuse(x, eps, logsnr), logsnr, cond).x - x).square().mean((1, 2, 3))
     for bias in (0.0, -1.0, -3.0):
-        # e^b sigmoid(l - b) on the image's error, as code writes it; e^l sigmoid(b - l), as the paper does
+        # e^b sigmoid(l - b) on the image's error, as in code; e^l sigmoid(b - l), as in the paper
         loss = loss_of("sigmoid", model, data, bias=bias)
         torch.testing.assert_close(loss, math.exp(bias) * torch.sigmoid(logsnr - bias) * error)
         torch.testing.assert_close(
@@ -137,7 +137,7 @@ def test_multiscale_is_the_sum_of_its_definition():
     one = (target - output).square().mean((1, 2, 3)) / 64
     torch.testing.assert_close(objectives.multiscale_mse(target, output, smallest=64), one)
     torch.testing.assert_close(objectives.multiscale_mse(target, output, smallest=100), one)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="smallest"):
         objectives.multiscale_mse(target, output, smallest=0)
 
 
@@ -186,7 +186,7 @@ def test_pyramid_loss_weights_branches(data):
     torch.testing.assert_close(
         loss_of("pyramid", model, data, coefficients=(0.25, 0.5, 1.0)), given
     )
-    with pytest.raises(ValueError, match="2 coefficients for 3"):
+    with pytest.raises(ValueError, match="2 coefficients"):
         loss_of("pyramid", model, data, coefficients=(1.0, 1.0))
     with pytest.raises(ValueError, match="learned variance"):
         loss_of("pyramid", stub("eps", doubled=True), data)
@@ -217,7 +217,7 @@ def test_golden_pyramid_targets(shared):
 
 
 class Recorded(nn.Module):
-    """A backbone that answers with one recorded output."""
+    """A backbone that returns one recorded output."""
 
     def __init__(self, out):
         super().__init__()
@@ -278,7 +278,7 @@ def test_first_step_is_a_distribution_over_256_values():
     assert abs(float((2**-bits).sum()) - 1) < 1e-9
 
 
-def test_hybrid_teaches_the_mean_by_regression_alone(data):
+def test_hybrid_trains_the_mean_by_regression_alone(data):
     x, eps, _, cond = data
     table = linear_ddpm(1000)
     logsnr = table.logsnr[[0, 1, 10, 300, 700, 999]]
@@ -298,12 +298,12 @@ def test_hybrid_teaches_the_mean_by_regression_alone(data):
     assert not gradients[1][:, 3:].any()
 
 
-def test_errors_name_what_to_do(data):
+def test_errors(data):
     with pytest.raises(ValueError, match="regression"):
         loss_of("hybrid", stub("eps"), data)
     with pytest.raises(ValueError, match="did you mean eps_mse"):
         loss_of("eps_mes", stub(), data)
-    with pytest.raises(ValueError, match="unknown prediction"):
+    with pytest.raises(ValueError, match="prediction"):
         loss_of("regression", stub(), data, row="nosie")
     with pytest.raises(ValueError, match="gamma"):
         loss_of("min_snr", stub(), data, gamma=0.0)

@@ -1,4 +1,4 @@
-"""Every deterministic sampler's order of convergence, measured where the answer is known to 1e-10."""
+"""The order of convergence of every deterministic sampler, against an answer known to 1e-10."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from helpers.closed_forms import gaussian, gaussian_flow, linear_guidance, mixtu
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.samplers import registry
 
-# Steps leave no remainder in order 2 and a step of order 2 in order 3: a last step of order 1 would be a second-order
-# error of its own.
+# Steps leave no remainder in order 2 and a step of order 2 in order 3: a last step of order 1 would
+# be a second-order error of its own.
 STEPS = [80, 158, 320]
 START, END = -4.0, 4.0
 
@@ -30,7 +30,7 @@ ORDERS = [
     ("unipc", {"order": 2}, 3),
     ("unipc", {"order": 3}, 4),
 ]
-# A sampler that names no order here must at least converge; stochastic ones are in test_samplers.py.
+# A sampler without an order here must converge; stochastic ones are in test_samplers.py.
 UNCLAIMED = [
     name
     for name in registry
@@ -85,7 +85,7 @@ def test_any_other_sampler_converges(name, start, exact):
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_singlestep", "unipc"])
-def test_higher_order_pays(name, start, exact):
+def test_higher_orders_are_more_accurate(name, start, exact):
     """At 20 intervals each of the better solvers is at least five times closer than DDIM."""
     grid = torch.linspace(START, END, 21, dtype=torch.float64)
 

@@ -1,4 +1,4 @@
-"""Samplers: identities, exact ends, moments of the stochastic ones, errors, and the drop-in file."""
+"""Samplers: identities, exact ends, moments of the stochastic ones, errors, adding a file."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def silent(i, z):
 
 
 def recorded(denoise):
-    """The denoiser and the list of log-SNRs at which it will have been called."""
+    """Return the denoiser, and a list to which each call adds its log-SNR."""
     calls: list[float] = []
 
     def recording(z, logsnr, cond):
@@ -46,7 +46,7 @@ def recorded(denoise):
     return recording, calls
 
 
-# ---- every sampler -------------------------------------------------------------------------------------------------
+# ---- every sampler -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", registry)
@@ -66,8 +66,8 @@ def test_a_clean_grid_ends_in_the_denoised_image(name, steps):
 
 
 @pytest.mark.parametrize("name", registry)
-def test_one_possible_image_is_found_exactly(name):
-    """If the denoiser always answers the same image, any grid ends in it to the last digit."""
+def test_a_constant_denoiser_gives_its_image_exactly(name):
+    """If the denoiser always returns one image, any grid ends in it to the last digit."""
     only = state(dtype=torch.float64).tanh()
 
     def denoise(z, logsnr, cond):
@@ -78,7 +78,7 @@ def test_one_possible_image_is_found_exactly(name):
 
 
 @pytest.mark.parametrize("name", registry)
-def test_dtype_and_input_are_left_alone(name):
+def test_dtype_and_input_do_not_change(name):
     z = state(dtype=torch.float32)
     before = z.clone()
     image = registry[name](gaussian(0.1, 0.5), z, grids.even(schedules.cosine(), 4), Cond())
@@ -90,7 +90,7 @@ def test_dtype_and_input_are_left_alone(name):
 @pytest.mark.parametrize("name", registry)
 @pytest.mark.parametrize("clean", [True, False])
 def test_calls(name, clean):
-    """One call per step (Heun two, but one for a clean end), none at the far end of the grid, all rising."""
+    """One call per step, Heun two but one to a clean end; never at the grid's end; all rising."""
     denoise, calls = recorded(TWO)
     grid = grids.even_logsnr(schedules.cosine(), 11, clean=clean)
     registry[name](denoise, state(), grid, Cond())
@@ -102,7 +102,7 @@ def test_calls(name, clean):
 
 
 @pytest.mark.parametrize("name", registry)
-def test_images_do_not_depend_on_their_neighbours(name):
+def test_images_do_not_depend_on_the_batch(name):
     z = state()
     grid = grids.even(schedules.cosine(), 5)
     noise = {"noise": lambda i, z: torch.full_like(z, 0.3 + i)}
@@ -125,7 +125,7 @@ def test_images_do_not_depend_on_their_neighbours(name):
         [0.0, math.nan],
     ],
 )
-def test_bad_grids_are_refused(name, bad):
+def test_bad_grids(name, bad):
     with pytest.raises(ValueError, match="grid"):
         registry[name](TWO, state(), torch.tensor(bad), Cond())
 
@@ -144,7 +144,7 @@ def test_bad_grids_are_refused(name, bad):
         ("unipc", {"order": 0}),
     ],
 )
-def test_bad_options_are_refused(name, options):
+def test_bad_options(name, options):
     with pytest.raises(ValueError, match=next(iter(options))):
         registry[name](TWO, state(), grids.even(schedules.cosine(), 4), Cond(), **options)
 
@@ -176,10 +176,10 @@ def test_a_new_file_is_found(tmp_path, monkeypatch):
     assert "grid_for_the_test" in grids.registry
 
 
-# ---- identities ----------------------------------------------------------------------------------------------------
+# ---- identities ----------------------------------------------------------------------------------
 
 
-def test_first_order_solvers_are_one():
+def test_first_order_solvers_agree():
     """DDIM, Euler on the straight line, and DPM-Solver++ of order 1 are the same step."""
     grid = grids.even(schedules.cosine(), 8, end=0.05, clean=False)
     expected = registry["ddim"](TWO, state(), grid, Cond())
@@ -237,7 +237,7 @@ def test_edm_step_by_hand():
     assert_close(image, alpha(s) * y, rtol=0, atol=1e-12)
 
 
-def test_churn_acts_between_its_bounds_only():
+def test_churn_acts_between_its_bounds():
     grid = grids.karras(schedules.cosine(), 6)
     plain = registry["heun"](TWO, state(), grid, Cond())
     outside = registry["heun"](TWO, state(), grid, Cond(), s_churn=3.0, s_min=100.0)
@@ -302,13 +302,17 @@ def test_variances_mix_in_log():
             assert_close(std, expected, rtol=1e-12, atol=0)
 
 
-# ---- moments of the stochastic samplers: on a Gaussian they are linear, so the moments come without chance ---------
+# ---- moments of the stochastic samplers: on a Gaussian they are linear, so the moments come
+# without chance
 
 MEAN, STD = 0.3, 0.5
 
 
 def moments(name, steps, **options):
-    """Mean and variance of what a sampler makes of z ~ N(0, 1): its response to the start and to each draw alone."""
+    """Return mean and variance of a sampler's result for z ~ N(0, 1).
+
+    From its response to the start and to each draw alone.
+    """
     grid = torch.linspace(-8.0, 6.0, steps + 1, dtype=torch.float64)
     rows = torch.eye(steps + 1, dtype=torch.float64)
 
@@ -363,8 +367,8 @@ def test_moments_of_the_mixture():
         assert right.std() == pytest.approx(0.3, abs=0.02)
 
 
-def test_flow_of_a_gaussian_is_met():
-    """A whole run against the closed form, on a grid a user would take."""
+def test_flow_of_a_gaussian():
+    """A full run against the closed form, on a usual grid."""
     grid = grids.even(schedules.cosine(), 200, start=0.98, end=0.02, clean=False)
     expected = gaussian_flow(state(), grid[0], grid[-1], MEAN, STD)
     for name in ("heun", "dpmpp_2m", "dpmpp_3m", "dpmpp_singlestep", "unipc"):

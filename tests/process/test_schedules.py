@@ -1,4 +1,4 @@
-"""Schedules: closed forms, quantile property, tables, inverse and slope, errors, and the drop-in file."""
+"""Schedules: closed forms, quantiles, tables, inverse and slope, errors, adding a file."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def float64(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ---- every schedule ------------------------------------------------------------------------------------------------
+# ---- every schedule ------------------------------------------------------------------------------
 
 
-def test_the_promised_names():
+def test_public_names():
     for name in (
         "cosine",
         "cosine_interpolated",
@@ -107,7 +107,7 @@ def test_a_new_file_is_found(tmp_path, monkeypatch):
     assert_close(registry["straight_for_the_test"]()(float64(0, 0.5, 1)), float64(10, 0, -10))
 
 
-# ---- closed forms --------------------------------------------------------------------------------------------------
+# ---- closed forms --------------------------------------------------------------------------------
 
 
 def test_cosine_is_the_cosine():
@@ -134,7 +134,7 @@ def test_shift_comes_after_the_bounds(image_d, noise_d, shift):
 
 
 def test_interpolated_order():
-    """Noisy end from the low reference, clean end from the high; the spread of specs/simple-diffusion.md section 1."""
+    """The noisy end of the low reference, the clean end of the high (order A of the spec)."""
     mixed = schedules.cosine_interpolated(512, 32, 256, -15.0, 15.0)
     low, high = schedules.cosine(512, 32), schedules.cosine(512, 256)
     assert_close(mixed(float64(0, 1)), torch.cat([high(float64(0)), low(float64(1))]))
@@ -146,7 +146,7 @@ def test_interpolated_order():
 
 
 def test_lognormal_quantiles():
-    """Uniform u gives normal log sigma with EDM's mean and standard deviation, and the median is the mean."""
+    """Uniform u gives normal log sigma with EDM's mean and standard deviation."""
     schedule = schedules.lognormal(-1.2, 1.2)
     log_sigma = -schedule(rng.uniform("time", 0, list(range(4000)))) / 2
     assert log_sigma.mean() == pytest.approx(-1.2, abs=4 * 1.2 / 4000**0.5)
@@ -157,7 +157,7 @@ def test_lognormal_quantiles():
 
 
 def test_linear_vp_by_quadrature():
-    """alpha^2 = exp(-integral of beta), the integral by the trapezium rule, exact for a straight line."""
+    """alpha^2 = exp(-integral of beta), by the trapezium rule, exact for a line."""
     schedule = schedules.linear_vp(0.1, 20.0)
     for t in (1e-4, 0.2, 0.7, 1.0):
         integral = t * (0.1 + (0.1 + t * 19.9)) / 2
@@ -181,7 +181,7 @@ def test_flow():
     assert_close(flow(shift=3.0)(U), flow()(moved))
 
 
-# ---- tables --------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def test_table_of_given_betas():
@@ -209,7 +209,7 @@ def test_uniform_u_draws_each_entry_equally(name):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_index(name):
-    """Whole at the entries, exactly, in either precision; between them the inverse of the interpolated curve."""
+    """Integers at the entries, exactly, in either precision; the inverse curve between them."""
     table = registry[name]()
     whole = torch.arange(len(table))
     assert torch.equal(table.index(table.logsnr), whole.double())
@@ -239,7 +239,7 @@ def test_interpolated_meets_the_entries(name):
 
 
 def test_published_ends():
-    """DDPM's table ends at alpha^2 = 4.0358e-5, Stable Diffusion's at 4.6601e-3; the cosine's betas stop at 0.999."""
+    """alpha^2 ends at 4.0358e-5 (DDPM) and 4.6601e-3 (Stable Diffusion); cosine betas at 0.999."""
     assert torch.sigmoid(schedules.linear_ddpm().logsnr[-1]) == pytest.approx(
         4.03582977e-5, rel=1e-8
     )
@@ -254,16 +254,16 @@ def test_published_ends():
     assert registry["cosine_vp"]()(torch.zeros(())) == torch.inf
 
 
-def test_bounds_that_no_number_holds_are_refused():
+def test_bounds_that_overflow():
     with pytest.raises(ValueError, match=r"-1000\.\.\.1000"):
         schedules.cosine(logsnr_min=-2000.0)
 
 
-# ---- errors --------------------------------------------------------------------------------------------------------
+# ---- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "words"),
+    ("name", "options", "message"),
     [
         ("cosine", {"image_d": 0}, "image_d 0"),
         ("cosine", {"logsnr_min": 5.0, "logsnr_max": -5.0}, "logsnr_min 5.0"),
@@ -280,6 +280,6 @@ def test_bounds_that_no_number_holds_are_refused():
         ("flow", {"shift": -1.0}, "shift -1.0"),
     ],
 )
-def test_bad_options_are_refused(name, options, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_options(name, options, message):
+    with pytest.raises(ValueError, match=message):
         registry[name](**options)

@@ -41,8 +41,7 @@ class Cond:
 
 
 class Denoised(NamedTuple):
-    """A denoiser's answer: the expected image, the noise that goes with it, and the learned
-    variance if any.
+    """A denoiser's answer: the expected image, its noise, and the learned variance, if any.
 
     var: -1...1, between the logs of the smallest and largest variance of an ancestral step.
     """

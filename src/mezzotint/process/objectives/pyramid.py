@@ -80,8 +80,7 @@ def pyramid_loss(
 
 @objective("pyramid")
 def pyramid(coefficients: tuple[float, ...] | None = None) -> Objective:
-    """Return DiMR's loss over all branches, in the row that the network predicts (eps in the
-    paper).
+    """Return DiMR's loss over all branches, in the network's row (eps in the paper).
 
     Args:
         coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two

@@ -118,9 +118,7 @@ def hybrid_loss(table: Table) -> Objective:
 
 @objective("hybrid")
 def hybrid(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Objective:
-    """Return `hybrid_loss` on DDPM's linear table, as latent DiffiT trains; options as
-    `linear_ddpm`.
-    """
+    """Return `hybrid_loss` on the table `linear_ddpm`, as latent DiffiT trains."""
     table = linear_ddpm(steps, beta_min, beta_max)
     assert isinstance(table, Table), "linear_ddpm returns one"
     return hybrid_loss(table)

@@ -17,8 +17,7 @@ solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignor
 
 @sampler("unipc")
 def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
-    """Predictor of `order` and a corrector that reuses the next step's call; one network call per
-    step.
+    """Predict at `order` and correct with the next step's call; one network call per step.
 
     The corrector adds one to the predictor's order (UniPC section 3): measured 2, 3 and 4 for 1, 2
     and 3. A step to +inf returns x; the last step has no corrector, which would cost one more call.
@@ -43,8 +42,9 @@ def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
 
 
 def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) -> Image:
-    """z at s from z at t by UniPC's predictor, or by its corrector where x at s is known too
-    (section 3).
+    """Return z at s from z at t by UniPC's predictor, or its corrector if x at s is known.
+
+    UniPC section 3.
 
     Args:
         known: the network's answers (log-SNR, x), the one at t first.
@@ -62,8 +62,9 @@ def update(z: Image, t: Tensor, s: Tensor, known: list[tuple[Tensor, Image]]) ->
 
 
 def coefficients(h: Tensor, r: Tensor) -> Tensor:
-    """The weights of the differences at the fractions r of the step h: R(h) rho = b / B(h) (UniPC
-    section 3).
+    """Return the weights of the differences at fractions r of the step h: R(h) rho = b / B(h).
+
+    UniPC section 3.
 
     One unknown gets 1/2, its limit for h -> 0, as the paper does, which keeps the order.
     """

@@ -41,9 +41,7 @@ class Table:
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (logsnr, knots) on `device`, copied once: a copy per call would make the host
-        wait.
-        """
+        """Return (logsnr, knots) on `device`, copied once so that the host need not wait."""
         if device not in self._copies:
             exact = torch.float32 if device.type == "mps" else torch.float64
             self._copies[device] = self.logsnr.to(device, exact), self._knots.to(device, exact)
