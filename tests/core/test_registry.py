@@ -13,7 +13,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "variants_for_test"
     folder.mkdir()
     (folder / "__init__.py").write_text(
-        "from mezzotint.registry import Registry\nregistry = Registry('variant', __name__)\n"
+        "from mezzotint.core.registry import Registry\nregistry = Registry('variant', __name__)\n"
     )
     (folder / "one.py").write_text(
         textwrap.dedent("""
@@ -34,7 +34,7 @@ def load() -> Registry:
     return variants_for_test.registry
 
 
-def test_a_file_is_found_without_another_edit(package):
+def test_a_new_file_is_found_by_the_scan(package):
     (package / "two.py").write_text(
         "from variants_for_test import registry\nregistry.add('two', lambda: 2)\n"
     )

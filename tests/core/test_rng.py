@@ -12,7 +12,7 @@ def test_a_row_does_not_depend_on_its_batch():
     assert torch.equal(together[1:2], alone)
 
 
-def test_purpose_seed_index_and_draw_all_matter():
+def test_draws_depend_on_purpose_seed_index_and_draw():
     base = rng.normal("noise", 3, [5], (8,))
     others = [
         rng.normal("sample", 3, [5], (8,)),

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: no picture is lost, every batch has one shape, portraits are turned and say so."""
+"""Aspect-ratio buckets: no image is lost, every batch has one shape, portraits are rotated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mezzotint.train.loop import train
 SHAPES = ((16, 16), (12, 20), (20, 12))
 
 
-def pictures(folder, sizes):
+def write_images(folder, sizes):
     rng = np.random.default_rng(0)
     folder.mkdir(exist_ok=True)
     for i, (height, width) in enumerate(sizes):
@@ -35,16 +35,16 @@ def pictures(folder, sizes):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Eleven pictures: 5 nearly square, 4 wide, 2 tall."""
+    """Eleven images: 5 nearly square, 4 wide, 2 tall."""
     square, wide, tall = [(30, 31)] * 5, [(20, 35)] * 4, [(40, 20)] * 2
-    return pictures(tmp_path / "mixed", [*square, *wide, *tall])
+    return write_images(tmp_path / "mixed", [*square, *wide, *tall])
 
 
 def opened(folder, shapes=SHAPES, **options) -> BucketedDataset:
     return BucketedDataset(open_source(str(folder), 16)[0], shapes, **options)
 
 
-def test_each_picture_goes_where_its_aspect_ratio_is_nearest(mixed):
+def test_images_go_to_the_bucket_of_the_nearest_aspect_ratio(mixed):
     images = opened(mixed)
     assert images.bucket_counts() == [5, 4, 2]
     assert [images.image(i).shape[1:] for i in (0, 5, 9)] == [(16, 16), (12, 20), (20, 12)]
@@ -87,8 +87,8 @@ def test_resuming_and_ranks_see_the_same_batches(mixed):
         assert torch.equal(a.image_numbers, torch.cat([part.image_numbers for part in parts]))
 
 
-def test_portraits_are_turned_and_flagged(tmp_path):
-    folder = pictures(tmp_path / "in", [(20, 32), (32, 20), (40, 64)])
+def test_portraits_are_rotated_and_their_captions_flagged(tmp_path):
+    folder = write_images(tmp_path / "in", [(20, 32), (32, 20), (40, 64)])
     for i in range(2):
         (folder / f"{i:02d}.txt").write_text("a tree")
     images = opened(folder, ((20, 32),), portrait=True)
@@ -99,7 +99,7 @@ def test_portraits_are_turned_and_flagged(tmp_path):
     assert opened(folder, ((20, 32),)).text(1) == "a tree"
 
 
-def test_the_orientation_a_camera_states_counts(tmp_path):
+def test_exif_orientation_decides_the_bucket(tmp_path):
     (tmp_path / "in").mkdir()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -109,7 +109,7 @@ def test_the_orientation_a_camera_states_counts(tmp_path):
     assert opened(tmp_path / "in").bucket_counts() == [0, 0, 1]
 
 
-def test_the_unreadable_is_replaced_within_its_bucket(mixed):
+def test_an_unreadable_image_is_replaced_within_its_bucket(mixed):
     images = opened(mixed)
     bad = mixed / "06.png"
     bad.write_bytes(bad.read_bytes()[:120])
@@ -132,7 +132,7 @@ def test_cover_crop_is_the_central_part():
     assert cover_crop(Image.new("L", (301, 77)), 20, 12).size == (12, 20)
 
 
-def test_what_makes_no_buckets_is_refused(mixed):
+def test_wrong_shapes_are_refused(mixed):
     with pytest.raises(ValueError, match="give heights and widths"):
         opened(mixed, ())
     with pytest.raises(ValueError, match="repeat"):
@@ -143,9 +143,10 @@ def test_what_makes_no_buckets_is_refused(mixed):
 
 def recipe(source, *changes):
     own = [
-        f"data.source={str(source)!r}", "data.buckets=[[16,16],[12,20],[20,12]]", "model.size=16", "model.width=8",
-        "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2", "images=16",
-        "model.num_classes=0", "batch=4", "log_every_images=8", "samples.every_images=16", "samples.count=2", "samples.steps=2",
+        f"data.source={str(source)!r}", "data.buckets=[[16,16],[12,20],[20,12]]", "model.size=16",
+        "model.width=8", "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2",
+        "images=16", "model.num_classes=0", "batch=4", "log_every_images=8", "samples.every_images=16", 
+        "samples.count=2", "samples.steps=2",
         "save.every_images=16", "engine.precision=float32", "data.flip=true",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-tiny"), [*own, *changes])
@@ -164,6 +165,6 @@ def test_a_network_trains_on_buckets(mixed, tmp_path):
         (["data.codec=taesd"], r"data\.buckets .*latents"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(mixed, changes, words):
+def test_recipes_without_fitting_buckets_are_refused(mixed, changes, words):
     with pytest.raises(ValueError, match=words):
         open_recipe_data(recipe(mixed, *changes))

@@ -1,4 +1,4 @@
-"""Every kind of source, with labels and captions; and bad input, which gets a clear error or a named gap."""
+"""Every kind of source with labels and captions; bad input is an error or a named gap."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 
 from mezzotint.data import image_dataset as images_module
 from mezzotint.data.image_dataset import open_images
+from mezzotint.data.transforms import draw_flips
 
 
 def png(seed: int, size: tuple[int, int] = (12, 10)) -> bytes:
@@ -49,7 +50,7 @@ def hub_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
 
 
-def test_folder_and_zip_are_the_same_set(tmp_path):
+def test_a_folder_and_its_zip_are_the_same_dataset(tmp_path):
     folder = open_images(write(tmp_path / "set", CLASSES), size=8)
     bundle = open_images(zipped(tmp_path / "set.zip", CLASSES), size=8)
     nested = open_images(
@@ -74,7 +75,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert images.batch([0, 1])[1] is None
 
 
-def test_hidden_and_foreign_files_are_left_alone(tmp_path):
+def test_hidden_and_other_files_are_ignored(tmp_path):
     clutter = {
         "Thumbs.db": "x",
         "read me.txt": "x",
@@ -88,7 +89,7 @@ def test_hidden_and_foreign_files_are_left_alone(tmp_path):
     assert "2 files that are not images" in str(bundle.report)
 
 
-def test_links_are_followed_and_loops_end(tmp_path):
+def test_links_are_followed_but_not_loops(tmp_path):
     real = write(tmp_path / "real", {"a/0.png": png(0), "b/1.png": png(1)})
     root = tmp_path / "root"
     root.mkdir()
@@ -100,20 +101,20 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert [images.name(i) for i in range(len(images))] == ["a/0.png", "b/1.png"]
 
 
-def test_images_beside_class_folders_cost_the_labels_and_say_so(tmp_path):
+def test_images_outside_class_folders_remove_the_labels_with_a_note(tmp_path):
     images = open_images(write(tmp_path, {**CLASSES, "stray.png": png(9)}), size=8)
     assert images.label_names is None
-    assert "no labels: 1 images lie beside the class folders cat, dog" in str(images.report)
+    assert "no labels: 1 images are outside the class folders cat, dog" in str(images.report)
 
 
-def test_folders_named_as_splits_ask_which(tmp_path):
+def test_folders_named_like_splits_are_refused(tmp_path):
     write(tmp_path, {"train/a/0.png": png(0), "test/a/0.png": png(1)})
-    with pytest.raises(ValueError, match=r"splits test, train; give one, as .*test"):
+    with pytest.raises(ValueError, match=r"splits test, train.*/test"):
         open_images(tmp_path, size=8)
     assert len(open_images(tmp_path / "train", size=8)) == 1
 
 
-def test_dataset_json_gives_labels_classes_and_the_test_part(tmp_path):
+def test_dataset_json_gives_labels_classes_and_the_test_split(tmp_path):
     card = {
         "labels": [["x/1.png", 1], ["x/0.png", 0], ["y.png", 1]],
         "classes": ["even", "odd"],
@@ -132,7 +133,7 @@ def test_dataset_json_gives_labels_classes_and_the_test_part(tmp_path):
         ("x/1.png", 1),
     ]
     assert train.label_names == ("even", "odd")
-    assert "1 images that dataset.json does not list" in str(train.report)
+    assert "1 images are not in dataset.json" in str(train.report)
     test = open_images(f"{tmp_path / 'a.zip'}:test", size=8)
     assert [(test.name(i), test.label(i)) for i in range(len(test))] == [("y.png", 1)]
     assert len(open_images(f"{tmp_path / 'a.zip'}:all", size=8)) == 3
@@ -145,7 +146,7 @@ def test_dataset_json_gives_labels_classes_and_the_test_part(tmp_path):
 @pytest.mark.parametrize(
     ("card", "words"),
     [
-        ({"labels": [["nowhere.png", 0]]}, "lists 1 files that are not there, first 'nowhere.png'"),
+        ({"labels": [["nowhere.png", 0]]}, "first 'nowhere.png'"),
         ({"labels": [["a.png", -1]]}, "negative"),
         ({"labels": [["a.png", 0], ["a.png", 1]]}, "twice"),
         ({"labels": [["a.png", 5]], "classes": ["one"]}, "label 5 but only 1 classes"),
@@ -153,13 +154,13 @@ def test_dataset_json_gives_labels_classes_and_the_test_part(tmp_path):
         ([1, 2], "not of the form"),
     ],
 )
-def test_a_wrong_dataset_json_is_told(tmp_path, card, words):
+def test_a_wrong_dataset_json_is_refused(tmp_path, card, words):
     write(tmp_path, {"a.png": png(0), "dataset.json": json.dumps(card)})
     with pytest.raises(ValueError, match=words):
         open_images(tmp_path, size=8)
 
 
-def test_every_tenth_is_the_test_part_where_none_is_stated(tmp_path):
+def test_every_tenth_image_is_the_default_test_split(tmp_path):
     write(tmp_path, {f"{i:02d}.png": png(i) for i in range(25)})
     train, test, every = (
         open_images(f"{tmp_path}:{split}", size=8) for split in ("train", "test", "all")
@@ -194,7 +195,7 @@ def test_captions_from_text_files_and_metadata(tmp_path):
         open_images(tmp_path / "a", size=8)
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path):
+def test_the_fingerprint_changes_with_the_content(tmp_path):
     a = open_images(write(tmp_path / "a", CLASSES), size=8).fingerprint
     assert open_images(write(tmp_path / "elsewhere", CLASSES), size=8).fingerprint == a
     assert open_images(tmp_path / "a", size=16).fingerprint != a
@@ -203,7 +204,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     assert open_images(tmp_path / "a", size=8).fingerprint != a
 
 
-def test_memory_and_no_cache_agree_and_memory_has_a_limit(tmp_path, monkeypatch):
+def test_keeping_in_memory_changes_nothing_and_has_a_limit(tmp_path, monkeypatch):
     write(tmp_path, CLASSES)
     plain = open_images(tmp_path, size=8, keep_in_memory=False).batch(range(12))[0]
     monkeypatch.setattr(images_module, "MEMORY_LIMIT_BYTES", 5 * 3 * 8 * 8)
@@ -217,7 +218,7 @@ def test_memory_and_no_cache_agree_and_memory_has_a_limit(tmp_path, monkeypatch)
         images.image(5)
 
 
-def test_npz_of_encoded_pictures_and_of_pixels(tmp_path):
+def test_npz_of_encoded_images_and_of_pixels(tmp_path):
     data = [png(i) for i in range(5)]
     blob = np.frombuffer(b"".join(data), np.uint8)
     offsets = np.cumsum([0, *map(len, data)])
@@ -234,7 +235,7 @@ def test_npz_of_encoded_pictures_and_of_pixels(tmp_path):
     assert torch.equal(images.batch(range(5))[0], truth.batch(range(5))[0])
     assert images.label_names == ("x", "y")
     assert images.label(2) == 1
-    with pytest.raises(ValueError, match="no test_blob"):
+    with pytest.raises(ValueError, match="test_blob"):
         open_images(f"{tmp_path / 'a.npz'}:test", size=8)
     pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "b.npz", pixels)
@@ -294,7 +295,7 @@ def test_tables_of_datasets(tmp_path, hub_cache):
         open_images(f"{tmp_path / 'both'}:dev", size=8)
 
 
-def test_tables_with_words_for_classes_or_without_pictures(tmp_path, hub_cache):
+def test_tables_with_class_names_or_without_images(tmp_path, hub_cache):
     from datasets import Dataset
 
     cells = [{"bytes": png(i), "path": None} for i in range(3)]
@@ -366,12 +367,12 @@ def test_one_truncated_jpeg_among_many(tmp_path):
         ({"a.txt": "x", "b.csv": "y"}, r"holds 2 files, none of them images \(a.txt, b.csv"),
         (
             {"a.png": "not a picture", "b.jpg": "nor this"},
-            r"no image of .* can be read.*a.png \(no picture that Pillow knows\)",
+            r"no image of .* can be read.*a.png \(not an image",
         ),
         ({"a.png": b""}, r"a.png \(no bytes\)"),
     ],
 )
-def test_folders_and_zips_without_pictures(tmp_path, files, words):
+def test_folders_and_zips_without_images(tmp_path, files, words):
     folder = write(tmp_path / "set", files)
     folder.mkdir(exist_ok=True)
     for source in (folder, zipped(tmp_path / "set.zip", files)):
@@ -398,7 +399,7 @@ def test_other_bad_input_says_what_to_try(tmp_path):
         (tmp_path / "broken.zip", "not a readable zip"),
         (tmp_path / "broken.npz", "not a readable .npz"),
         (tmp_path / "one.png", r"one\.png is a single file"),
-        ("nobody-here/nothing", "cannot be opened as a data set"),
+        ("nobody-here/nothing", "nobody-here/nothing"),
     ]:
         with pytest.raises(ValueError, match=words):
             open_images(source, size=8)
@@ -417,7 +418,7 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
     assert "CRC" in images.report.unreadable["2.png"]
 
 
-def test_nothing_is_ever_written_by_a_hostile_zip(tmp_path):
+def test_a_hostile_zip_writes_nothing(tmp_path):
     inside = tmp_path / "in"
     inside.mkdir()
     path = zipped(
@@ -460,4 +461,22 @@ def test_real_photographs_of_mixed_sizes(shared):
     assert not images.report.unreadable
     plain, _ = open_images(folder, size=96, crop="plain").batch(range(0, len(images), 8))
     difference = (pixels.float() - plain.float()).abs().mean()
-    assert 0 < difference < 12  # two filters, one picture
+    assert 0 < difference < 12  # two filters, one image
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_drawn_image_numbers_are_flipped_left_to_right(tmp_path, seed):
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    dataset = open_images(tmp_path, size=8)
+    image_numbers = list(range(100, 140))
+    inputs, _ = dataset.batch([0] * len(image_numbers))
+    x = dataset.to_model(inputs, seed, image_numbers, True, lambda t: t)
+    # A random image equals neither its left-right nor its up-down mirror image.
+    image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    flips = draw_flips(seed, image_numbers).tolist()
+    assert 8 < sum(flips) < 32
+    for row, is_flipped in zip(x, flips, strict=True):
+        assert torch.equal(row, image.flip(-1) if is_flipped else image)
+    unflipped = dataset.to_model(inputs, seed, image_numbers, False, lambda t: t)
+    assert torch.equal(unflipped, image.expand_as(unflipped))

@@ -1,4 +1,4 @@
-"""Latent space: codecs against diffusers, sets of latents against the pictures they are of, training from either."""
+"""Codecs against diffusers, latent folders against their images, training from either."""
 
 from __future__ import annotations
 
@@ -46,15 +46,17 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory) -> Path:
-    """A tiny random AutoencoderKL with factor 2, 4 channels, scale 0.7 and shift 0.1, as diffusers saves it."""
+    """A tiny random AutoencoderKL, saved by diffusers: factor 2, 4 channels, scale 0.7, shift 0.1."""
     return _saved_vae(tmp_path_factory.mktemp("vae"), seed=0)
 
 
 def _saved_vae(folder: Path, seed: int, **changes) -> Path:
     torch.manual_seed(seed)
     options = {
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "scaling_factor": 0.7, "shift_factor": 0.1,
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "scaling_factor": 0.7,
+        "shift_factor": 0.1,
         "layers_per_block": 1,
     }  # fmt: skip
     diffusers.AutoencoderKL(**{**options, **changes}).save_pretrained(folder)
@@ -62,8 +64,8 @@ def _saved_vae(folder: Path, seed: int, **changes) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Path:
-    """11 pictures in two classes, one damaged, one captioned."""
+def image_folder(tmp_path) -> Path:
+    """11 images in two classes, one damaged, one captioned."""
     rng = np.random.default_rng(0)
     root = tmp_path / "pictures"
     for i in range(11):
@@ -99,7 +101,7 @@ def test_moments_are_those_of_diffusers_scaled(vae_folder):
     torch.testing.assert_close(own.decode(mean), back)
 
 
-def test_an_image_alone_or_among_others_is_the_same_bit_for_bit(vae_folder):
+def test_encoding_and_decoding_do_not_depend_on_the_batch(vae_folder):
     own = open_codec(vae_folder)
     x = torch.rand(5, 3, 16, 16) * 2 - 1
     mean, logvar = own.encode_moments(x)
@@ -119,7 +121,7 @@ def test_pixels_are_a_codec():
     assert (own.factor, own.channels, own.scale) == (1, 3, 1.0)
 
 
-def test_constants():
+def test_published_scales():
     assert autoencoder.SD_SCALE == 0.18215
     assert {autoencoder.RELEASES[name].scale for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")} == {
         0.18215
@@ -137,7 +139,7 @@ def test_the_published_scale_wins_over_a_config_that_lacks_it(tmp_path):
     assert (found.name, found.scale, found.shift) == ("sd-vae-ft-ema", 0.18215, 0.0)
 
 
-def test_hash_tells_weights_apart(vae_folder, tmp_path):
+def test_the_hash_depends_on_the_weights(vae_folder, tmp_path):
     assert open_codec(vae_folder).hash == open_codec(str(vae_folder)).hash
     assert open_codec(vae_folder).hash != open_codec(_saved_vae(tmp_path / "other", seed=1)).hash
 
@@ -149,7 +151,7 @@ def test_log_variance_of_minus_infinity_is_no_noise():
     )
 
 
-def test_drawn_latents_have_the_stated_moments():
+def test_drawn_latents_have_the_given_moments():
     mean, logvar = torch.tensor([1.5, -2.0]), torch.tensor([0.5, -3.0])
     drawn = draw_latents(
         mean.expand(200_000, 2), logvar.expand(200_000, 2), torch.randn(200_000, 2)
@@ -158,7 +160,7 @@ def test_drawn_latents_have_the_stated_moments():
     torch.testing.assert_close(drawn.var(0), logvar.exp(), atol=0.02, rtol=0)
 
 
-def test_tiles_of_a_local_decoder_are_the_whole_picture():
+def test_tiled_decoding_of_a_local_decoder_equals_the_whole():
     def decode(z):  # each cell becomes 2x2 pixels, alone
         return z[:, :3].repeat_interleave(2, 2).repeat_interleave(2, 3)
 
@@ -167,7 +169,7 @@ def test_tiles_of_a_local_decoder_are_the_whole_picture():
         torch.testing.assert_close(autoencoder.decode_tiled(decode, z, tile, 2), decode(z))
 
 
-def test_tiles_bound_what_is_decoded_at_once(vae_folder):
+def test_tiles_bound_the_size_decoded_at_once(vae_folder):
     own = open_codec(vae_folder)
     z = torch.randn(1, 4, 24, 40)
     seen: list[tuple[int, ...]] = []
@@ -186,8 +188,8 @@ def test_tiles_bound_what_is_decoded_at_once(vae_folder):
 def test_taesd_reconstructs_photographs(shared):
     own = open_codec(shared("data/taesd"))
     assert (own.factor, own.channels, own.scale) == (8, 4, 1.0)
-    pictures = open_images(shared("data/photos"), size=128)
-    x = to_model_range(pictures.batch([0, 20, 40])[0])
+    image_folder = open_images(shared("data/photos"), size=128)
+    x = to_model_range(image_folder.batch([0, 20, 40])[0])
     mean, logvar = own.encode_moments(x)
     assert (logvar == -torch.inf).all()
     error = ((own.decode(mean) - x) / 2).square().flatten(1).mean(1)
@@ -198,7 +200,7 @@ def test_taesd_reconstructs_photographs(shared):
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
-def test_damaged_taesd_is_told(shared, tmp_path, part):
+def test_damaged_taesd_is_reported(shared, tmp_path, part):
     shutil.copytree(shared("data/taesd"), tmp_path / "taesd")
     file = tmp_path / "taesd" / f"taesd_{part}.safetensors"
     state = load_file(file)
@@ -210,7 +212,7 @@ def test_damaged_taesd_is_told(shared, tmp_path, part):
         open_codec(tmp_path / "taesd")
 
 
-def test_a_codec_that_is_not_here_says_what_to_fetch_and_where_to_put_it(tmp_path):
+def test_a_missing_codec_names_the_files_and_the_folder(tmp_path):
     with pytest.raises(ValueError) as error:
         open_codec("sd-vae-ft-mse")
     words = str(error.value)
@@ -227,7 +229,7 @@ def test_a_codec_that_is_not_here_says_what_to_fetch_and_where_to_put_it(tmp_pat
     assert autoencoder.if_cached("taesd") is None
 
 
-def test_folders_that_are_no_codec(tmp_path, vae_folder):
+def test_folders_without_codec_are_refused(tmp_path, vae_folder):
     with pytest.raises(ValueError, match="holds no autoencoder"):
         open_codec(tmp_path)
     other = tmp_path / "other"
@@ -255,10 +257,10 @@ def test_images_and_latents_that_do_not_fit_a_codec(vae_folder):
 # --- sets
 
 
-def test_the_set_holds_the_pictures_and_their_mirror_images(pictures, vae_folder, tmp_path):
-    words = prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+def test_a_latent_folder_holds_images_and_mirror_images(image_folder, vae_folder, tmp_path):
+    words = prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     raw, made, own = (
-        open_images(pictures, size=16),
+        open_images(image_folder, size=16),
         LatentDataset(tmp_path / "out"),
         open_codec(vae_folder),
     )
@@ -284,11 +286,11 @@ def test_the_set_holds_the_pictures_and_their_mirror_images(pictures, vae_folder
     assert len(LatentDataset(tmp_path / "out", "test")) == 1
 
 
-def test_statistics_are_of_the_drawn_latents(pictures, vae_folder, tmp_path):
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+def test_statistics_are_of_the_drawn_latents(image_folder, vae_folder, tmp_path):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     made = LatentDataset(tmp_path / "out")
     moments = made.batch(range(10))[0].double()
-    means, logvars = moments.unbind(2)  # (picture, view, channel, side, side)
+    means, logvars = moments.unbind(2)  # (image, view, channel, side, side)
     shape = (300, *means.shape)
     drawn = draw_latents(
         means.expand(shape), logvars.expand(shape), torch.randn(shape, dtype=torch.float64)
@@ -303,15 +305,15 @@ def test_statistics_are_of_the_drawn_latents(pictures, vae_folder, tmp_path):
     )
 
 
-def test_a_scale_that_does_not_give_unit_deviation_is_reported(pictures, tmp_path):
+def test_a_scale_that_does_not_give_unit_deviation_is_reported(image_folder, tmp_path):
     odd = _saved_vae(tmp_path / "odd", seed=0, scaling_factor=40.0)
-    words = prepare_latents(pictures, tmp_path / "out", 16, str(odd), progress=False)
+    words = prepare_latents(image_folder, tmp_path / "out", 16, str(odd), progress=False)
     assert "! the latents' standard deviation is" in words
     assert "scale 40" in words
 
 
-def test_what_is_drawn_depends_on_seed_and_number_alone(pictures, vae_folder, tmp_path):
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+def test_latents_depend_on_seed_and_image_number_only(image_folder, vae_folder, tmp_path):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     made = LatentDataset(tmp_path / "out")
     moments, _ = made.batch([3, 3, 5])
 
@@ -328,12 +330,18 @@ def test_what_is_drawn_depends_on_seed_and_number_alone(pictures, vae_folder, tm
     assert 10 < same < 30  # the other half shows the mirror
 
 
-def test_made_anew_or_read_the_batches_are_equal(pictures, vae_folder, tmp_path):
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
-    os.remove(pictures / "a" / "04.png")
-    open_with = {"size": 8, "channels": 4, "crop": "adm", "codec_name": str(vae_folder), "mirror": True}
+def test_encoded_and_stored_batches_are_equal(image_folder, vae_folder, tmp_path):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
+    os.remove(image_folder / "a" / "04.png")
+    open_with = {
+        "size": 8,
+        "channels": 4,
+        "crop": "adm",
+        "codec_name": str(vae_folder),
+        "mirror": True,
+    }
     read = open_dataset(str(tmp_path / "out"), **open_with)
-    anew = open_dataset(str(pictures), **open_with)
+    anew = open_dataset(str(image_folder), **open_with)
     assert isinstance(read, LatentDataset)
     assert isinstance(anew, EncodedDataset)
     for x, y in zip(read.batch([4, 0, 9]), anew.batch([4, 0, 9]), strict=True):
@@ -342,20 +350,23 @@ def test_made_anew_or_read_the_batches_are_equal(pictures, vae_folder, tmp_path)
 
 def tiny_latent_recipe(source: Path, space: str = "") -> config.Recipe:
     changes = [
-        f"data.source={str(source)!r}", f"data.codec={space!r}", "data.flip=true", "model.size=8", "model.width=16",
-        "model.depth=1", "model.heads=2", "images=48", "batch=8", "log_every_images=8", "samples.every_images=48",
-        "samples.count=2", "samples.sampler=ddim", "samples.steps=2", "save.every_images=24", "engine.precision=float32",
+        f"data.source={str(source)!r}", f"data.codec={space!r}", "data.flip=true",
+        "model.size=8", "model.width=16",
+        "model.depth=1", "model.heads=2", "images=48", "batch=8", "log_every_images=8",
+        "samples.every_images=48",
+        "samples.count=2", "samples.sampler=ddim", "samples.steps=2", "save.every_images=24",
+        "engine.precision=float32",
     ]  # fmt: skip
     return config.override(recipe_for("diffit-latent-tiny"), changes)
 
 
-def test_training_on_read_and_on_anew_made_latents_is_equal_bit_for_bit(
-    pictures, vae_folder, tmp_path
+def test_training_on_encoded_and_stored_latents_is_bitwise_equal(
+    image_folder, vae_folder, tmp_path
 ):
-    os.remove(pictures / "a" / "04.png")
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    os.remove(image_folder / "a" / "04.png")
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     read = train(tiny_latent_recipe(tmp_path / "out"), tmp_path / "read", quiet=True)
-    anew = train(tiny_latent_recipe(pictures, str(vae_folder)), tmp_path / "anew", quiet=True)
+    anew = train(tiny_latent_recipe(image_folder, str(vae_folder)), tmp_path / "anew", quiet=True)
     weights = [load_file(run / "model" / "model.safetensors") for run in (read, anew)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     cards = [json.loads((run / "model" / "config.json").read_text()) for run in (read, anew)]
@@ -369,7 +380,7 @@ def test_a_grid_without_decoder_shows_latents():
     assert torch.equal(to_visible(z, "sd-vae-ft-ema"), z[:, :3] / 3)
 
 
-def test_grids_of_stable_diffusions_latents_go_through_taesd(shared, tmp_path):
+def test_grids_of_stable_diffusion_latents_are_decoded_by_taesd(shared, tmp_path):
     shutil.copytree(shared("data/taesd"), tmp_path / "cache" / "codecs" / "taesd")
     found = preview_codec("sd-vae-ft-ema", torch.device("cpu"))
     assert found is not None
@@ -384,9 +395,11 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_processes_share_and_the_last_completes(pictures, vae_folder, tmp_path, monkeypatch):
+def test_processes_share_the_work_and_the_last_completes_the_folder(
+    image_folder, vae_folder, tmp_path, monkeypatch
+):
     monkeypatch.setattr(encode_module, "PIECE_BYTES", 3 * 2 * 2 * 2 * 4 * 8 * 8)
-    images, own = open_images(pictures, size=16), open_codec(vae_folder)
+    images, own = open_images(image_folder, size=16), open_codec(vae_folder)
     encode_latents(images, tmp_path / "one", own, progress=False)
     done = [
         encode_latents(images, tmp_path / "two", own, WorkShare(rank, 3), progress=False)
@@ -397,10 +410,12 @@ def test_processes_share_and_the_last_completes(pictures, vae_folder, tmp_path, 
     assert len(list((tmp_path / "two").glob("piece-*.npy"))) == 4
     encode_latents(images, tmp_path / "three", own, WorkShare(0, 2), progress=False)
     with pytest.raises(ValueError, match="three is not complete"):
-        open_dataset(str(tmp_path / "three"), size=8, channels=4, crop="adm", codec_name=str(vae_folder))
+        open_dataset(
+            str(tmp_path / "three"), size=8, channels=4, crop="adm", codec_name=str(vae_folder)
+        )
 
 
-def test_a_killed_prepare_goes_on_where_it_was(vae_folder, tmp_path, monkeypatch):
+def test_a_killed_prepare_resumes(vae_folder, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     (tmp_path / "in").mkdir()
     for i in range(40):
@@ -413,7 +428,8 @@ from mezzotint.data import encode_latents, prepare
 encode_latents.PIECE_BYTES = 3 * 2 * 2 * 2 * 4 * 8 * 8
 encode_moments = encode_latents.encode_moments
 encode_latents.encode_moments = lambda *a, **k: (time.sleep(0.1), encode_moments(*a, **k))[1]
-prepare.prepare_latents({str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, 16, {str(vae_folder)!r}, progress=False)
+source, out = {str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}
+prepare.prepare_latents(source, out, 16, {str(vae_folder)!r}, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", code])
     while len(list((tmp_path / "out").glob("piece-*.json"))) < 2:
@@ -431,30 +447,30 @@ prepare.prepare_latents({str(tmp_path / "in")!r}, {str(tmp_path / "out")!r}, 16,
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
 
 
-def test_other_codecs_sizes_and_pictures_are_refused(pictures, vae_folder, tmp_path):
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+def test_other_codecs_sizes_and_images_are_refused(image_folder, vae_folder, tmp_path):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     other = _saved_vae(tmp_path / "other", seed=1)
     for source, size, space, words in [
-        (pictures, 16, other, "codec_hash"),
-        (pictures, 32, vae_folder, "size: 16 there, 32 given"),
-        (pictures / "a", 16, vae_folder, "pictures"),
+        (image_folder, 16, other, "codec_hash"),
+        (image_folder, 32, vae_folder, "size: 16 there, 32 given"),
+        (image_folder / "a", 16, vae_folder, "pictures"),
     ]:
         with pytest.raises(ValueError, match=words):
             prepare_latents(source, tmp_path / "out", size, str(space), progress=False)
     with pytest.raises(ValueError, match="try --size 16"):
-        prepare_latents(pictures, tmp_path / "new", 17, str(vae_folder), progress=False)
+        prepare_latents(image_folder, tmp_path / "new", 17, str(vae_folder), progress=False)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists and is not empty"):
-        prepare_latents(pictures, tmp_path / "mine", 16, str(vae_folder), progress=False)
+        prepare_latents(image_folder, tmp_path / "mine", 16, str(vae_folder), progress=False)
     assert prepare_latents(
-        pictures, tmp_path / "out", 16, str(vae_folder), progress=False
+        image_folder, tmp_path / "out", 16, str(vae_folder), progress=False
     ).startswith("10 latents")
 
 
-def test_sets_that_do_not_fit_the_network_are_refused(pictures, vae_folder, tmp_path):
+def test_datasets_that_do_not_fit_the_network_are_refused(image_folder, vae_folder, tmp_path):
     out = str(tmp_path / "out")
-    prepare_latents(pictures, out, 16, str(vae_folder), progress=False)
+    prepare_latents(image_folder, out, 16, str(vae_folder), progress=False)
 
     def opened(source=out, codec_name=str(vae_folder), **changes):
         return open_dataset(
@@ -472,18 +488,18 @@ def test_sets_that_do_not_fit_the_network_are_refused(pictures, vae_folder, tmp_
     with pytest.raises(ValueError, match="out holds latents"):
         open_images(out, size=16)
     with pytest.raises(ValueError, match="latents of 4 channels, the network takes 16"):
-        opened(source=str(pictures), channels=16)
+        opened(source=str(image_folder), channels=16)
     with pytest.raises(ValueError, match=r"data\.codec.*sd-vae-ft-ema"):
         train(tiny_latent_recipe(tmp_path / "out", "sd-vae-ft-ema"), tmp_path / "run", quiet=True)
 
 
-def test_latents_that_are_not_numbers_are_refused(pictures, vae_folder, tmp_path):
+def test_non_finite_latents_are_refused(image_folder, vae_folder, tmp_path):
     huge = _saved_vae(tmp_path / "huge", seed=0, scaling_factor=1e9)
     with pytest.raises(ValueError, match=r"a/00\.png: codec .*not finite in float16"):
-        prepare_latents(pictures, tmp_path / "bad", 16, str(huge), progress=False)
+        prepare_latents(image_folder, tmp_path / "bad", 16, str(huge), progress=False)
     with pytest.raises(ValueError, match="float16"):
         encode_moments(open_codec(huge), torch.zeros(3, 16, 16, dtype=torch.uint8), mirror=False)
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     piece = tmp_path / "out" / "piece-000000.npy"
     stored = np.load(piece)
     stored[2, 0, 0, 1, 3, 3] = np.nan
@@ -494,8 +510,8 @@ def test_latents_that_are_not_numbers_are_refused(pictures, vae_folder, tmp_path
         made.batch([1, 2])
 
 
-def test_damage_is_told(pictures, vae_folder, tmp_path):
-    prepare_latents(pictures, tmp_path / "out", 16, str(vae_folder), progress=False)
+def test_damage_is_reported(image_folder, vae_folder, tmp_path):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     for name, damage in [
         ("card", lambda d: (d / "latents.json").write_text("{")),
         ("format", lambda d: (d / "latents.json").write_text('{"format": 9}')),

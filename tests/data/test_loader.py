@@ -35,8 +35,8 @@ def same(a: list[LoadedBatch], b: list[LoadedBatch]) -> bool:
 
 
 @pytest.fixture
-def pictures(tmp_path) -> ImageDataset:
-    """23 random pictures in two classes, two of them damaged."""
+def dataset(tmp_path) -> ImageDataset:
+    """23 random images in two classes, two of them damaged."""
     rng = np.random.default_rng(0)
     for i in range(23):
         folder = tmp_path / "ab"[i % 2]
@@ -77,18 +77,18 @@ def test_any_range_is_a_slice_of_the_whole_order(start, count, n):
     assert torch.equal(shuffled_indices(3, start, count, n), whole[start : start + count])
 
 
-def test_resuming_is_counting(pictures):
-    whole = take(12, load_batches(pictures, seed=5, start_image=0, batch=6))
-    rest = take(7, load_batches(pictures, seed=5, start_image=30, batch=6))
+def test_resuming_at_an_image_number_gives_the_same_batches(dataset):
+    whole = take(12, load_batches(dataset, seed=5, start_image=0, batch=6))
+    rest = take(7, load_batches(dataset, seed=5, start_image=30, batch=6))
     assert same(whole[5:], rest)
     assert rest[0].image_numbers.tolist() == list(range(30, 36))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_ranks_share_each_batch_in_order(pictures, world):
-    whole = take(9, load_batches(pictures, seed=1, start_image=12, batch=6))
+def test_ranks_share_each_batch_in_order(dataset, world):
+    whole = take(9, load_batches(dataset, seed=1, start_image=12, batch=6))
     parts = [
-        take(9, load_batches(pictures, seed=1, start_image=12, batch=6, rank=r, world=world))
+        take(9, load_batches(dataset, seed=1, start_image=12, batch=6, rank=r, world=world))
         for r in range(world)
     ]
     joined = [
@@ -99,42 +99,42 @@ def test_ranks_share_each_batch_in_order(pictures, world):
 
 
 @pytest.mark.parametrize("workers", [2, 5])
-def test_the_number_of_threads_changes_nothing(pictures, workers):
-    one = take(20, load_batches(pictures, seed=2, start_image=7, batch=8))
+def test_the_number_of_threads_changes_nothing(dataset, workers):
+    one = take(20, load_batches(dataset, seed=2, start_image=7, batch=8))
     assert same(
-        one, take(20, load_batches(pictures, seed=2, start_image=7, batch=8, workers=workers))
+        one, take(20, load_batches(dataset, seed=2, start_image=7, batch=8, workers=workers))
     )
 
 
-def test_the_unreadable_is_replaced_by_the_next_and_named(pictures):
-    pixels, labels = pictures.batch(range(23))
-    names = [pictures.name(i) for i in range(23)]
+def test_an_unreadable_image_is_replaced_by_the_next_and_named(dataset):
+    pixels, labels = dataset.batch(range(23))
+    names = [dataset.name(i) for i in range(23)]
     bad = [names.index(name) for name in ("a/04.png", "b/21.png")]
-    assert set(pictures.report.unreadable) == {"a/04.png", "b/21.png"}
-    assert "truncated" in str(pictures.report)
-    assert "2 unreadable: " in str(pictures.report)
+    assert set(dataset.report.unreadable) == {"a/04.png", "b/21.png"}
+    assert "truncated" in str(dataset.report)
+    assert "2 unreadable: " in str(dataset.report)
     for i in bad:
-        stand_in = pictures.readable(i)
-        assert stand_in == (i + 1) % 23
-        assert torch.equal(pixels[i], pictures.image(stand_in))
+        replacement = dataset.readable(i)
+        assert replacement == (i + 1) % 23
+        assert torch.equal(pixels[i], dataset.image(replacement))
         assert labels is not None
-        assert labels[i] == pictures.label(stand_in)
+        assert labels[i] == dataset.label(replacement)
         with pytest.raises(ValueError, match=r"\.png cannot be read: .*truncated"):
-            pictures.image(i)
+            dataset.image(i)
 
 
-def test_processes_give_what_threads_give_and_tell_what_they_found(pictures, tmp_path):
-    threads = take(9, load_batches(pictures, seed=2, start_image=0, batch=4))
-    anew = open_images(tmp_path, size=16)
-    assert not anew.report.unreadable
+def test_processes_give_the_batches_of_threads_and_report_unreadable_images(dataset, tmp_path):
+    threads = take(9, load_batches(dataset, seed=2, start_image=0, batch=4))
+    fresh = open_images(tmp_path, size=16)
+    assert not fresh.report.unreadable
     assert same(
-        threads, take(9, load_batches(anew, seed=2, start_image=0, batch=4, processes=True))
+        threads, take(9, load_batches(fresh, seed=2, start_image=0, batch=4, processes=True))
     )
-    assert set(anew.report.unreadable) == {"a/04.png", "b/21.png"}
+    assert set(fresh.report.unreadable) == {"a/04.png", "b/21.png"}
 
 
-def test_a_killed_worker_is_a_clear_error(pictures):
-    stream = load_batches(pictures, seed=2, start_image=0, batch=4, processes=True)
+def test_a_killed_worker_is_a_clear_error(dataset):
+    stream = load_batches(dataset, seed=2, start_image=0, batch=4, processes=True)
     next(stream)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_a_killed_worker_is_a_clear_error(pictures):
         take(50, stream)
 
 
-def test_a_worker_thread_error_reaches_the_loop(tmp_path):
+def test_an_error_in_a_worker_thread_is_raised(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     images = open_images(tmp_path, size=8, keep_in_memory=False)
     (tmp_path / "a.png").unlink()
@@ -150,13 +150,13 @@ def test_a_worker_thread_error_reaches_the_loop(tmp_path):
         next(load_batches(images, seed=0, start_image=0, batch=2))
 
 
-def test_a_set_pickles_without_its_pixels(pictures):
-    pictures.batch(range(23))
-    data = pickle.dumps(pictures)
+def test_a_dataset_pickles_without_its_pixels(dataset):
+    dataset.batch(range(23))
+    data = pickle.dumps(dataset)
     assert len(data) < 10_000
     again = pickle.loads(data)
-    assert torch.equal(again.batch(range(23))[0], pictures.batch(range(23))[0])
-    assert again.fingerprint == pictures.fingerprint
+    assert torch.equal(again.batch(range(23))[0], dataset.batch(range(23))[0])
+    assert again.fingerprint == dataset.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -169,11 +169,11 @@ def test_a_set_pickles_without_its_pixels(pictures):
         ({"batch": 4, "start_image": -1}, "start_image -1"),
     ],
 )
-def test_impossible_batches_are_refused_at_once(pictures, options, words):
+def test_impossible_batches_are_refused_at_once(dataset, options, words):
     with pytest.raises(ValueError, match=words):
-        load_batches(pictures, **{"seed": 0, "start_image": 0, **options})
+        load_batches(dataset, **{"seed": 0, "start_image": 0, **options})
 
 
-def test_a_closed_stream_leaves_no_worker(pictures):
-    take(2, load_batches(pictures, seed=2, start_image=0, batch=4, processes=True))
+def test_a_closed_stream_leaves_no_worker(dataset):
+    take(2, load_batches(dataset, seed=2, start_image=0, batch=4, processes=True))
     assert not multiprocessing.active_children()

@@ -25,7 +25,7 @@ from mezzotint.data.prepare import prepare_source
 
 @pytest.fixture
 def mixed(tmp_path) -> Path:
-    """12 pictures in 2 classes: several modes and sizes, a duplicate across the classes, one damaged, some captions."""
+    """12 images of several modes and sizes in 2 classes: one duplicate, one damaged, some captions."""
     root = tmp_path / "mixed"
     for name in ("ant", "bee"):
         (root / name).mkdir(parents=True)
@@ -46,7 +46,7 @@ def everything(images) -> tuple[torch.Tensor, torch.Tensor]:
     return images.batch(range(len(images)))
 
 
-def test_what_goes_in_comes_out(mixed, tmp_path):
+def test_prepared_images_equal_their_source(mixed, tmp_path):
     raw = open_images(mixed, size=16)
     report = prepare_source(mixed, tmp_path / "out", 16, progress=False)
     prepared = open_images(tmp_path / "out")
@@ -87,13 +87,13 @@ def test_the_report(mixed, tmp_path):
     assert "6 images are smaller" in words
 
 
-def test_audit_is_the_same_look_without_writing(mixed, tmp_path):
+def test_audit_equals_the_report_of_prepare(mixed, tmp_path):
     assert audit_images(open_images(mixed, size=32)) == prepare_source(
         mixed, tmp_path / "out", 32, progress=False
     )
 
 
-def test_a_sound_set_raises_no_concern_and_an_uneven_one_does(tmp_path):
+def test_problems_of_uneven_classes_but_none_of_a_sound_dataset(tmp_path):
     rng = np.random.default_rng(0)
     for name, count in (("many", 22), ("few", 2)):
         (tmp_path / name).mkdir()
@@ -120,7 +120,7 @@ def test_grey_and_plain_are_kept(mixed, tmp_path):
     assert open_images(tmp_path / "out", size=8).image(0).shape == (3, 8, 8)
 
 
-def test_a_prepared_folder_is_a_data_set_of_datasets(mixed, tmp_path):
+def test_datasets_opens_a_prepared_folder(mixed, tmp_path):
     import datasets
 
     prepare_source(mixed, tmp_path / "out", 16, progress=False)
@@ -148,7 +148,7 @@ def test_many_shards_and_batches_read_as_one(tmp_path, monkeypatch):
     assert torch.equal(test.image(2), open_images("shapes:8,count=100").image(29))
 
 
-def test_a_set_without_labels(tmp_path):
+def test_a_dataset_without_labels(tmp_path):
     (tmp_path / "in").mkdir()
     for i in range(3):
         Image.new("RGB", (9, 9), (i, i, i)).save(tmp_path / "in" / f"{i}.png")
@@ -199,7 +199,7 @@ def test_a_failure_leaves_nothing(mixed, tmp_path, monkeypatch):
     assert [path.name for path in parent.iterdir()] == ["out"]
 
 
-def test_a_killed_prepare_leaves_no_folder_and_the_next_one_clears_up(tmp_path):
+def test_a_killed_prepare_leaves_no_folder_and_the_next_removes_its_files(tmp_path):
     code = f"""
 import time
 from mezzotint.data import image_dataset, prepare
@@ -230,7 +230,7 @@ prepare.prepare_source("shapes:8,count=100000", {str(tmp_path / "out")!r}, 8, pr
     assert len(open_images(tmp_path / "out")) == 20
 
 
-def test_damage_to_a_prepared_folder_is_told(mixed, tmp_path):
+def test_damage_to_a_prepared_folder_is_reported(mixed, tmp_path):
     prepare_source(mixed, tmp_path / "out", 16, progress=False)
     for name, damage, words in [
         ("cut", lambda d: os.truncate(d / "data-00000.arrow", 900), "is damaged"),

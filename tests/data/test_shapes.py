@@ -20,7 +20,7 @@ from mezzotint.data.shapes import (
 )
 
 
-def test_digits_split_once_and_for_all():
+def test_the_split_of_digits_is_fixed():
     train, test, every = (
         open_images(f"digits:{split}", size=16, channels=1) for split in ("train", "test", "all")
     )
@@ -54,7 +54,7 @@ def test_captions_read_as_english():
     assert len(words) == len(list_combinations("train"))
 
 
-def test_held_out_combinations_are_never_trained_on_but_their_pairs_are():
+def test_train_has_no_test_combination_but_all_their_pairs():
     train, test = list_combinations("train"), list_combinations("test")
     assert not set(train) & set(test)
     assert (
@@ -66,8 +66,12 @@ def test_held_out_combinations_are_never_trained_on_but_their_pairs_are():
         assert {(t[a], t[b]) for t in test} <= {(t[a], t[b]) for t in train}
 
 
-def test_picture_i_is_a_function_of_seed_and_i():
-    a, b, other = open_shapes(32, count=50), open_shapes(32, count=5000), open_shapes(32, count=50, seed=1)
+def test_image_i_is_a_function_of_seed_and_i():
+    a, b, other = (
+        open_shapes(32, count=50),
+        open_shapes(32, count=5000),
+        open_shapes(32, count=50, seed=1),
+    )
     for i in (0, 7, 49):
         assert np.array_equal(a.read(i), b.read(i))
         assert a.attributes(i) == b.attributes(i)
@@ -83,7 +87,7 @@ def test_every_block_holds_every_combination_once():
     assert [images.attributes(i).shape for i in range(m)] == images.labels[:m].tolist()
 
 
-def test_the_same_picture_at_any_resolution():
+def test_images_look_the_same_at_any_size():
     small, large = open_shapes(32, count=20), open_shapes(128, count=20)
     for i in range(20):
         reduced = Image.fromarray(large.read(i).transpose(1, 2, 0)).resize(
@@ -93,14 +97,14 @@ def test_the_same_picture_at_any_resolution():
 
 
 def coverage(pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Where the shape is (saturated pixels) and its hue in degrees, measured from a (3, h, w) picture alone."""
+    """Measure the shape's position (saturated pixels) and hue in degrees from an image (3, h, w)."""
     high, low = pixels.max(0).astype(float), pixels.min(0).astype(float)
     mask = (high - low) / np.maximum(high, 1) > 0.6
     mean = pixels[:, mask].mean(1) / 255
     return mask, colorsys.rgb_to_hsv(*mean)[0] * 360
 
 
-def test_pixels_show_what_the_caption_says():
+def test_pixels_agree_with_the_caption():
     size, count = 64, 300
     images = open_shapes(size, split="all", count=count)
     templates: dict[int, list[np.ndarray]] = {}
@@ -139,7 +143,7 @@ def test_shapes_stay_inside_and_are_antialiased():
     "name",
     ["shapes:oval", "shapes:count=x", "digits:count=5", "shapes:64,blue=1", "digits:validation"],
 )
-def test_unknown_options_name_the_known(name):
+def test_unknown_options_are_refused(name):
     with pytest.raises(ValueError, match="allowed: train, test, all"):
         open_images(name, size=64)
 

@@ -1,4 +1,4 @@
-"""Words: captions are read once, cached, dropped for guidance, masked where they end; and they reach the network."""
+"""Captions: embedded once, cached, dropped for guidance, masked, and used by the network."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_states_are_those_of_transformers(t5):
     assert own.encode("").shape == (0, 16)
 
 
-def test_embeddings_are_by_sample_padded_and_masked(t5):
+def test_embeddings_are_by_image_padded_and_masked(t5):
     own = open_text_encoder(str(t5))
     words = embed_captions(CAPTIONS, own)
     assert (len(words), words.width, words.max_tokens) == (6, 16, 8)
@@ -94,7 +94,7 @@ def test_embeddings_are_by_sample_padded_and_masked(t5):
     assert "2 pictures have no caption" in describe_captions(words)[1]
 
 
-def test_conditions_of_prompts_are_what_training_reads(t5):
+def test_prompts_are_embedded_like_training_captions(t5):
     own = open_text_encoder(str(t5), max_tokens=8)
     text, mask = embed_captions(CAPTIONS, own).batch([2, 0, 1])
     again, again_mask = own.conditions(["a green square at the top left", "a red ring", ""])
@@ -102,9 +102,7 @@ def test_conditions_of_prompts_are_what_training_reads(t5):
     assert torch.equal(mask, again_mask)
 
 
-def test_the_cache_is_read_and_is_known_by_encoder_tokenizer_and_captions(
-    t5, tmp_path, monkeypatch
-):
+def test_the_cache_is_keyed_by_encoder_tokenizer_and_captions(t5, tmp_path, monkeypatch):
     own = open_text_encoder(str(t5))
     folders = {
         embed_captions(CAPTIONS, own).folder,
@@ -155,7 +153,7 @@ def test_captions_from_columns_files_and_metadata(tmp_path):
     ]
 
 
-def test_what_is_no_encoder_is_told(tmp_path, t5):
+def test_folders_without_encoder_are_refused(tmp_path, t5):
     with pytest.raises(ValueError, match="no image has a caption"):
         embed_captions([None, " "], open_text_encoder(str(t5)))
     with pytest.raises(ValueError, match="holds no encoder"):
@@ -183,7 +181,7 @@ def test_what_is_no_encoder_is_told(tmp_path, t5):
         open_text_encoder(str(t5), max_tokens=0)
 
 
-def test_prepared_captions_are_those_that_training_looks_for(t5, tmp_path, monkeypatch):
+def test_training_finds_prepared_captions(t5, tmp_path, monkeypatch):
     prepare_source("shapes:16,count=20", tmp_path / "out", 16, progress=False)
     words = prepare_captions(tmp_path / "out", str(t5), progress=False)
     assert words[0].endswith(f"distinct captions for 20 images, embedded by {t5.resolve()}")
@@ -222,7 +220,7 @@ def query(b=3, t=6):
 
 
 @torch.no_grad()
-def test_what_stands_in_the_padding_changes_nothing_bitwise():
+def test_the_content_of_padding_changes_nothing_bitwise():
     model, (z, logsnr, text, mask) = reading_model(), query()
     plain = model(z, logsnr, Cond(text=text, text_mask=mask)).x
     for rubbish in (0.0, 1e4, torch.nan):
@@ -242,7 +240,7 @@ def test_more_padding_changes_no_more_than_rounding():  # a longer row is summed
 
 
 @torch.no_grad()
-def test_every_word_is_read_by_attention_and_by_film():
+def test_every_token_is_used_by_attention_and_by_film():
     z, logsnr, text, mask = query(b=1)
     mask = torch.ones_like(mask)
     for silent in ("attention", "film"):
@@ -260,7 +258,7 @@ def test_every_word_is_read_by_attention_and_by_film():
 
 
 @torch.no_grad()
-def test_no_text_is_text_without_words():
+def test_no_text_equals_empty_text():
     model, (z, logsnr, text, _) = reading_model(), query()
     none = model(z, logsnr, Cond()).x
     empty = model(z, logsnr, Cond(text=text, text_mask=torch.zeros(3, 6, dtype=torch.bool))).x
@@ -281,7 +279,7 @@ def test_text_of_another_width_or_for_another_network_is_refused():
 
 
 @torch.no_grad()
-def test_guidance_goes_away_from_the_empty_condition():
+def test_guidance_moves_away_from_the_empty_condition():
     model, (z, logsnr, text, mask) = reading_model(), query()
     cond = Cond(text=text, text_mask=mask)
     guided = guidance.classifier_free(model, guidance.null_text, guidance.dit_s(3.0))(
@@ -299,8 +297,10 @@ def test_guidance_goes_away_from_the_empty_condition():
 
 def tiny(source: str, t5: Path, *changes: str) -> config.Recipe:
     own = [
-        f"data.source={source!r}", f"data.text_encoder={str(t5)!r}", "model.size=16", "model.text_dim=16", "model.width=8",
-        "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2",
+        f"data.source={source!r}", f"data.text_encoder={str(t5)!r}", "model.size=16",
+        "model.text_dim=16", "model.width=8",
+        "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1",
+        "model.heads=2",
         "model.transform=dwt", "model.patch=4", "images=32", "batch=8", "log_every_images=8",
         "samples.every_images=32", "samples.count=2", "samples.steps=2", "save.every_images=16",
         "engine.precision=float32", "optim.decay=constant",
@@ -308,7 +308,7 @@ def tiny(source: str, t5: Path, *changes: str) -> config.Recipe:
     return config.override(recipe_for("uvit-text-tiny"), [*own, *changes])
 
 
-def test_words_are_dropped_with_the_stated_probability_by_image_number_alone(t5):
+def test_captions_are_dropped_with_the_given_probability_by_image_number(t5):
     recipe = tiny("shapes:16,count=50", t5, "label_drop=0.1")
     images = open_recipe_data(recipe)
 
@@ -327,7 +327,7 @@ def test_words_are_dropped_with_the_stated_probability_by_image_number_alone(t5)
     assert torch.equal(masks(100), masks(8))
 
 
-def test_each_picture_comes_with_its_own_caption(t5):
+def test_each_image_comes_with_its_own_caption(t5):
     recipe = tiny("shapes:16,count=50", t5, "label_drop=0")
     images = open_recipe_data(recipe)
     feed = load_batches(images, seed=3, start_image=0, batch=10)
@@ -366,13 +366,14 @@ def test_a_run_on_captions_resumes_and_remembers_its_encoder(t5, tmp_path):
     assert images.shape == (2, 3, 16, 16)
 
 
-def test_evaluation_along_the_way_shows_the_prompts_in_turn(t5, tmp_path):
+def test_evaluation_during_training_uses_the_prompts_in_turn(t5, tmp_path):
     seen = colours()
     source = from_dataset(open_images("shapes:16,count=50"), "shapes", 50)
     make_reference(source, tmp_path / "real.npz", [seen], keep=50)
     (tmp_path / "prompts.txt").write_text("a red ring\n\na blue square\n")
     asked = [
-        "evaluate.every_images=32", "evaluate.num_images=6", "evaluate.steps=2", f"evaluate.reference={tmp_path / 'real.npz'}",
+        "evaluate.every_images=32", "evaluate.num_images=6", "evaluate.steps=2",
+        f"evaluate.reference={tmp_path / 'real.npz'}",
     ]  # fmt: skip
     prompts = f"evaluate.prompts={tmp_path / 'prompts.txt'}"
     recipe = tiny("shapes:16,count=50", t5, *asked, prompts)
@@ -413,12 +414,12 @@ def colours():
         (["model.text_dim=0"], "reads no text; leave data.text_encoder out"),
     ],
 )
-def test_recipes_whose_words_do_not_fit_are_refused(t5, tmp_path, changes, words):
+def test_recipes_with_a_wrong_text_encoder_are_refused(t5, tmp_path, changes, words):
     with pytest.raises(ValueError, match=words):
         train(tiny("shapes:16,count=50", t5, *changes), tmp_path / "run", quiet=True)
 
 
-def test_pictures_without_captions_are_refused(t5, tmp_path):
+def test_images_without_captions_are_refused(t5, tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
     with pytest.raises(ValueError, match="no image has a caption"):
@@ -430,7 +431,7 @@ def test_pictures_without_captions_are_refused(t5, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(t5, tmp_path_factory) -> Path:
-    """The model of a run of a few steps on captions, moved off the start, where nothing steers yet."""
+    """Train a few steps on captions, then move all parameters off their zero initialisation."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MEZZOTINT_CACHE", str(tmp_path_factory.mktemp("cache")))
         trained = train(tiny("shapes:16,count=50", t5), tmp_path_factory.mktemp("run"), quiet=True)
@@ -443,7 +444,7 @@ def run(t5, tmp_path_factory) -> Path:
     return folder
 
 
-def test_prompts_are_taken_in_turn_and_steer_each_picture_alone(run):
+def test_prompts_are_used_in_turn_and_affect_only_their_image(run):
     job = make_job(
         run, {"steps": 2, "guidance": Guidance(scale=2.0)}, prompts=["a red ring", "a blue square"]
     )
@@ -484,7 +485,7 @@ def test_prompts_on_the_command_line(run, tmp_path, monkeypatch, capsys):
     assert card["prompts"] == ["a green circle", "a cyan ring", "a red ring", "a blue square"]
 
 
-def test_prompts_that_nothing_reads_are_refused(run, t5, tmp_path):
+def test_prompts_without_text_conditioning_are_refused(run, t5, tmp_path):
     with pytest.raises(ValueError, match="2 prompts for 1 seeds"):
         sample(load_model(run).eval(), [0], text=["a", "b"], steps=1)
     with pytest.raises(ValueError, match="prompts"):

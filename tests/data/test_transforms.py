@@ -1,4 +1,4 @@
-"""One picture of any mode to uint8 pixels; crops; the model's range."""
+"""One image of any mode to uint8 pixels; crops; the model's range."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def saved(image: Image.Image, format: str, **options) -> Image.Image:
     return Image.open(io.BytesIO(buffer.getvalue()))
 
 
-def test_every_byte_survives_the_models_range():
+def test_model_range_and_uint8_are_inverse():
     every = torch.arange(256, dtype=torch.uint8)
     assert to_model_range(every).min() == -1
     assert to_model_range(every).max() == 1
@@ -40,7 +40,7 @@ def test_every_byte_survives_the_models_range():
     assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_the_two_rules_differ_as_named():
+def test_round_and_truncate():
     x = to_model_range(torch.tensor([100], dtype=torch.uint8)) + 0.7 / 127.5
     assert to_uint8(x).item() == 101
     assert to_uint8(x, "truncate").item() == 100
@@ -48,7 +48,7 @@ def test_the_two_rules_differ_as_named():
         to_uint8(x, "floor")
 
 
-def test_flip_mirrors_the_masked_alone():
+def test_flip_mirrors_only_masked_images():
     x = torch.arange(12, dtype=torch.uint8).reshape(2, 1, 2, 3)
     y = flip(x, torch.tensor([True, False]))
     assert torch.equal(y[0], x[0].flip(-1))
@@ -85,7 +85,7 @@ def test_sixteen_bits_are_scaled_not_clipped(dtype):
     assert abs(pixels.astype(float) - np.linspace(0, 255, 32)).max() <= 0.51
 
 
-def test_transparency_lies_on_white():
+def test_transparency_becomes_white():
     rgba = np.zeros((8, 8, 4), np.uint8)
     rgba[:, 4:] = (255, 0, 0, 255)
     for image in (Image.fromarray(rgba), saved(Image.fromarray(rgba).convert("LA"), "PNG")):
@@ -125,7 +125,7 @@ def test_exif_orientation_is_applied(orientation):
     assert np.array_equal(pixels, picture.transpose(2, 0, 1))
 
 
-def test_damage_is_unreadable_and_says_why():
+def test_damaged_images_are_unreadable_with_a_reason():
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
         buffer, "JPEG"
@@ -167,14 +167,14 @@ def test_crops_of_any_size_and_aspect(width, height, size):
     assert plain_crop(image, size).size == (size, size)
 
 
-def test_the_right_size_is_left_alone():
+def test_an_image_of_the_right_size_is_unchanged():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))
     for crop in (adm_crop, plain_crop):
         assert np.array_equal(np.asarray(crop(image, 16)), np.asarray(image))
 
 
-def test_both_crops_keep_the_aspect_and_the_centre():
-    # A white disc in the middle of a wide black picture stays a centred disc.
+def test_both_crops_keep_aspect_ratio_and_centre():
+    # A white disc in the middle of a wide black image stays a centred disc.
     y, x = np.mgrid[:120, :320]
     disc = Image.fromarray((255 * ((x - 159.5) ** 2 + (y - 59.5) ** 2 < 40**2)).astype(np.uint8))
     for crop in ("adm", "plain"):

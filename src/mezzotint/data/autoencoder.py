@@ -27,12 +27,7 @@ SD_SCALE = 0.18215  # Stable Diffusion's latents to unit standard deviation; als
 # Largest side decoded in one piece, in cells. On a GPU 512 px of Stable Diffusion's, as the authors
 # decode; on a CPU, whose convolutions copy their input nine times, 256 px.
 TILE_CELLS, TILE_CELLS_CPU = 64, 32
-KINDS = (
-    "AutoencoderKL",
-    "AsymmetricAutoencoderKL",
-    "AutoencoderTiny",
-    "AutoencoderDC",
-)  # of diffusers, for images
+KINDS = ("AutoencoderKL", "AsymmetricAutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +44,16 @@ class Release:
 DIFFUSERS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 _TAESD = ("taesd_encoder.safetensors", "taesd_decoder.safetensors")
 RELEASES = {
-    "sd-vae-ft-ema": Release(
-        repo="stabilityai/sd-vae-ft-ema",
-        files=DIFFUSERS_FILES,
-        megabytes=335,
-        licence="MIT",
-        scale=SD_SCALE,
-    ),
-    "sd-vae-ft-mse": Release(
-        repo="stabilityai/sd-vae-ft-mse",
-        files=DIFFUSERS_FILES,
-        megabytes=335,
-        licence="MIT",
-        scale=SD_SCALE,
-    ),
+    **{
+        name: Release(
+            repo=f"stabilityai/{name}",
+            files=DIFFUSERS_FILES,
+            megabytes=335,
+            licence="MIT",
+            scale=SD_SCALE,
+        )
+        for name in ("sd-vae-ft-ema", "sd-vae-ft-mse")
+    },
     "taesd": Release(repo="madebyollin/taesd", files=_TAESD, megabytes=5, licence="MIT"),
 }
 SD_LATENTS = tuple(RELEASES)  # these three share a latent space: TAESD decodes the others' latents
