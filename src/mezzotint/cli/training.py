@@ -46,8 +46,7 @@ def train(
         out: Run folder; runs/PRESET by default.
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model folder; size and classes may differ.
-        dry_run: Train nothing; print the recipe, how it differs from the preset's, the data and
-            what the run needs on this device.
+        dry_run: Train nothing; print the recipe, its changes, the data and the memory it needs.
     """
     from mezzotint import config
     from mezzotint.evaluate.during_training import make_evaluator
