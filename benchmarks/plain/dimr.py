@@ -1,9 +1,10 @@
 # ruff: noqa: D101, D102  (the published names; the docstring below speaks for all)
-"""DiMR as its published code runs it, transcribed from the paper's description: the baseline and the oracle.
+"""Plain DiMR, with the operations of the published code: the baseline of the speed ratios.
 
-Nothing here is fast on purpose: attention in float32, every block checkpointed, one small chain of operations per
-time-dependent parameter, whose value is left on the module, a device synchronisation per forward, the cascade's input
-concatenated, layouts permuted around every depthwise convolution. State-dict names are the official ones.
+The tests compare `mezzotint.backbones.dimr` with it. Attention is in float32, every block is
+checkpointed, each time-dependent parameter is computed by itself and stored on its module, each
+forward synchronises with the device, the cascade's input is concatenated, and layouts are permuted
+around every depthwise convolution. State-dict names are the official ones.
 """
 
 from __future__ import annotations
@@ -205,10 +206,12 @@ class Stage(nn.Module):
 
 
 class PlainDiMR(nn.Module):
-    """forward(x, log_snr, y) -> predictions, coarse to fine; `log_snr` is the code's name for 8 n / 1000 - 4.
+    """forward(x, log_snr, y) -> predictions, coarse to fine.
+
+    `log_snr` is the published code's name for 8 n / 1000 - 4.
 
     Args:
-        config: fields as those of mezzotint's DiMR config. checkpointing: the published code cannot switch it off.
+        config: a `DiMRConfig`. checkpointing: the published code cannot switch it off.
     """
 
     def __init__(self, config, checkpointing: bool = True):

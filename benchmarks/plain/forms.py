@@ -1,4 +1,4 @@
-"""The plain form of each choice in our networks, put in its place while it is measured (`speed.py --switches`)."""
+"""The plain form of each optimisation in our networks, for `speed.py --switches`."""
 
 from __future__ import annotations
 

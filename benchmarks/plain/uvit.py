@@ -1,9 +1,9 @@
 # ruff: noqa: D102  (every class says what its call does)
-"""simple diffusion's U-ViT and its loss, written down as specs/simple-diffusion.md sections 2, 5 and 6 say them.
+"""Plain simple diffusion U-ViT and its loss, from specs/simple-diffusion.md sections 2, 5 and 6.
 
-The baseline of every ratio and the oracle of every fast path in `mezzotint.backbones.uvit`: attention scores are
-materialised, tokens and maps are copied into each other's layout, noise is predicted and compared as such. Parameter
-names are those of our network, so that weights load as they are.
+The baseline of the speed ratios, and what the tests compare `mezzotint.backbones.uvit` with.
+Attention scores are materialised, tokens and maps are copied into each other's layout, and the loss
+compares noises. Parameter names are those of our network, so that weights load unchanged.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class TransformerBlock(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """swish(MLP(sinusoid(1000 u)) + embedding(label)), u the place of the log-SNR in the cosine schedule."""
+    """swish(MLP(sinusoid(1000 u)) + embedding(label)), u the cosine schedule's time."""
 
     def __init__(self, width: int, emb: int, num_classes: int):
         super().__init__()
@@ -180,7 +180,7 @@ class PlainUViT(nn.Module):
 
 
 def loss(net: PlainUViT, x: Tensor, eps: Tensor, logsnr: Tensor, label: Tensor | None) -> Tensor:
-    """Section 2: the network predicts v, the loss is the unweighted squared error of eps_hat = sigma z + alpha v."""
+    """Section 2: v is predicted; the squared error of eps_hat = sigma z + alpha v, unweighted."""
     alpha = torch.sqrt(torch.sigmoid(logsnr))[:, None, None, None]
     sigma = torch.sqrt(torch.sigmoid(-logsnr))[:, None, None, None]
     z = alpha * x + sigma * eps

@@ -1,4 +1,4 @@
-"""The depthwise convolution against torch's own, outputs and gradients, in float64 and mixed precision."""
+"""The depthwise convolution and its gradients against torch's, in float64 and mixed precision."""
 
 import pytest
 import torch

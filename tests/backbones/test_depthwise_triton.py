@@ -1,7 +1,8 @@
-"""The Triton kernels of the depthwise convolution against torch in float64: in Triton's interpreter, and on a GPU.
+"""The Triton kernels of the depthwise convolution against torch in float64.
 
-Whether a kernel is interpreted is decided when triton is imported, so `test_interpreted` runs this file once more in a
-process of its own; where there is a GPU, the same tests also run compiled, at published shapes as well.
+They run in Triton's interpreter and on a GPU. The import of triton decides which, so
+`test_interpreted` runs this file again in another process. With a GPU the same tests also run
+compiled, and at published shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ computes = pytest.mark.skipif(
 )
 # Rounding of the result alone: products and sums are float32 whatever the type.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-# b, h, w, c, k, type: sides off the tiles (16 columns, 32 channels), smaller than the kernel, in several strips
+# b, h, w, c, k, type: sides that are no multiples of the tiles (16 columns, 32 channels), sides
+# smaller than the kernel, images in several strips
 SHAPES = [
     (1, 4, 19, 5, 7, torch.float32),
     (1, 1, 5, 33, 7, torch.float32),
@@ -50,7 +52,7 @@ shapes = pytest.mark.parametrize("shape", SHAPES if INTERPRETED else SHAPES + PU
 
 
 def surrounded(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tensor of NaN in the middle of more NaN: reading beside it, or writing not all of it, cannot pass unseen."""
+    """Return a tensor of NaN between NaN: reads outside it and missing writes show in results."""
     margin = 4096
     numel = torch.Size(shape).numel()
     buffer = torch.full((numel + 2 * margin,), float("nan"), dtype=dtype, device=DEVICE)
@@ -77,7 +79,7 @@ def exact(x: Tensor, weight: Tensor, bias: Tensor | None, residual: bool) -> Ten
 
 @pytest.fixture
 def buffers(monkeypatch):
-    """The memory that the kernels write into, each tensor surrounded; their margins must stay NaN."""
+    """Surround each tensor that the kernels write; the margins must stay NaN."""
     made: list[tuple[Tensor, Tensor]] = []
 
     def empty(*shape: int, device: object, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -92,7 +94,7 @@ def buffers(monkeypatch):
     for inner, buffer in made:
         assert inner.isfinite().all(), "not every element is written"
         assert int(buffer.isnan().sum()) == buffer.numel() - inner.numel(), (
-            "written beside the tensor"
+            "written outside the tensor"
         )
 
 
@@ -189,7 +191,7 @@ def test_operations_are_sound():
 
 @pytest.mark.skipif(INTERPRETED, reason="is what runs this")
 def test_interpreted():
-    # Triton 3.6 makes numbers of arrays of one element: numpy warns of it before 2.4, and refuses from then on.
+    # Triton 3.6 converts arrays of one element to numbers: numpy warns before 2.4, then refuses.
     old = ["-W", "ignore:Conversion of an array:DeprecationWarning"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-n0", *old, __file__]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -205,7 +207,7 @@ def test_interpreted():
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels have no registers")
 @pytest.mark.parametrize("name", ["_convolve", "_correlate"])
 def test_registers_suffice(name, tmp_path, monkeypatch):
-    """Compiled for Hopper, at a published width: a spilled sum would be read and written 49 times per element."""
+    """Compiled for Hopper at a published width: a spilled sum would move 49 times per element."""
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not cuobjdump.exists():
         pytest.skip("this triton comes without cuobjdump")

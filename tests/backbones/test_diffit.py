@@ -244,7 +244,7 @@ def test_single_row_of_tokens_uses_the_middle_of_the_table():
 
 
 def test_positions_follow_the_device_where_linspace_does_not(monkeypatch):
-    """As transformers leaves it after loading a model: torch no longer knows linspace as one that takes a device."""
+    """After transformers has loaded a model, linspace no longer follows `with torch.device`."""
     own = torch.linspace
     monkeypatch.setattr(torch, "linspace", lambda *args, **kwargs: own(*args, **kwargs))
     with torch.device("meta"):
@@ -265,7 +265,7 @@ def test_other_sizes_and_shapes(shape):
     assert out.isfinite().all()
 
 
-def test_windows_do_not_look_at_each_other_but_global_attention_does():
+def test_windows_are_independent_and_global_attention_is_not():
     for window, same in ((4, True), (None, False)):
         _, ours = pair(replace(CONFIGS["windows"], window=window))
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3)).double()
@@ -359,7 +359,7 @@ def test_broken_checkpoints_are_refused(name):
         load_official(change(official_state()))
 
 
-def test_licence_is_said_on_load(capsys):
+def test_licence_is_printed_on_load(capsys):
     model = load_official(official_state())
     assert "no commercial use" in capsys.readouterr().err
     assert "CC-BY-NC-SA-4.0" in model.info.licence

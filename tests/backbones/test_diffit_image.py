@@ -1,4 +1,4 @@
-"""Image-space DiffiT: its equations written out naively, its preconditioning, its windows and its sizes."""
+"""Image-space DiffiT: its equations written out, its preconditioning, its windows and sizes."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def randomised(module, seed=0):
 
 
 def naive_cell(cell, x, q_t, v_t, k_t):
-    """Eq. 3-10 window by window and head by head, with the temporal key that our code leaves out."""
+    """Compute eq. 3-10 per window and head, with the temporal key that our code leaves out."""
     block, w = cell.block, cell.window
     x_hat = cell.conv(F.silu(cell.norm(x)))
     width, heads = x_hat.shape[1], block.attn.heads
@@ -74,7 +74,7 @@ def test_cell_is_the_papers_equations(inputs, outputs):
         assert_close(last, expected, rtol=0, atol=1e-12)
 
 
-def test_windows_of_one_cell_see_each_other_through_the_convolution_alone():
+def test_windows_of_a_cell_are_coupled_by_the_convolution_alone():
     cell = randomised(Cell(16, 16, TINY))
     terms = torch.zeros(1, 16).double()
     index = torch.zeros(256, dtype=torch.long)

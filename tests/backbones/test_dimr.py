@@ -1,4 +1,4 @@
-"""DiMR against numbers of an independent implementation, and against the plain transcription of the published code."""
+"""DiMR against numbers of an independent implementation, and against the plain network."""
 
 from __future__ import annotations
 
@@ -171,13 +171,13 @@ def test_three_optimiser_steps_with_ema(shared):
     model.backbone.load_state_dict(ema)
     averaged = to_official(model)
     for name in final:
-        # Adam divides by the root of squared gradients, so rounding in tiny gradients is seen in the step itself.
+        # Adam divides by the root of squared gradients: their rounding shows in the step.
         torch.testing.assert_close(final[name], steps[f"final.{name}"], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(averaged[name], steps[f"ema.{name}"], rtol=1e-4, atol=1e-5)
 
 
 def guided(model, scale):
-    """Specs 6.2: eps = eps_u + (1 + s)(eps_c - eps_u); `scale` maps the network's number to 1 + s."""
+    """Spec 6.2: eps = eps_u + (1 + s)(eps_c - eps_u); `scale` maps the noise level to 1 + s."""
 
     def denoise(z, logsnr, cond):
         null = Cond(label=torch.full_like(cond.label, model.info.config.num_classes))
@@ -282,7 +282,7 @@ def randomised(module, seed=0):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_equals_the_plain_twin_unseen(name, checkpointing):
+def test_equals_the_plain_network(name, checkpointing):
     config = VARIANTS[name]
     plain = randomised(plain_module("dimr").PlainDiMR(config))
     state = plain.state_dict()
@@ -351,7 +351,7 @@ def test_positions_beyond_the_table_are_interpolated():
     assert [tuple(o.shape) for o in outputs] == [(1, 3, 8, 6), (1, 3, 16, 12), (1, 3, 32, 24)]
 
 
-def test_the_network_is_told_the_published_number():
+def test_noise_level_is_the_published_one():
     latent, pixels = (
         mz.create_model("dimr-tiny", time="scaled_linear"),
         mz.create_model("dimr-tiny"),
@@ -434,8 +434,8 @@ def test_every_norm_with_every_stage_has_finite_gradients():
         classes = 6 if stages == ("transformer",) else 0
         backbone = DiMR(
             replace(
-                BASE, norm=norm, stages=stages, patches=(2,), dims=(24,), hidden_dims=(48,), depths=(3,),
-                num_classes=classes, null_label=bool(classes),
+                BASE, norm=norm, stages=stages, patches=(2,), dims=(24,), hidden_dims=(48,),
+                depths=(3,), num_classes=classes, null_label=bool(classes),
             )
         )  # fmt: skip
         backbone(torch.randn(2, 3, 16, 16), torch.zeros(2), Cond())[0].pow(2).mean().backward()

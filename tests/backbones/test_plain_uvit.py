@@ -1,4 +1,4 @@
-"""simple diffusion's U-ViT against the plain transcription of its specification: outputs, loss and every gradient."""
+"""simple diffusion's U-ViT against the plain network: outputs, loss and every gradient."""
 
 from dataclasses import replace
 

@@ -22,7 +22,7 @@ from mezzotint.process.schedules import cosine, invert
 
 
 def block_gmac(name):
-    """GMAC per image inside the blocks, FiLM aside, and the millions of parameters; nothing is allocated."""
+    """Return the GMAC per image inside the blocks, without FiLM, and the millions of parameters."""
     _, preset = backbones.presets()[name]
     with torch.device("meta"):
         model = create_model(name).backbone.eval()
@@ -128,8 +128,8 @@ def test_dropout_from_a_resolution_down():
         assert torch.equal(model(z, noise, Cond())[0], model(z, noise, Cond())[0])
 
 
-def test_sid2_decoder_starts_from_what_the_encoder_left():
-    """At initialisation every block is the identity, so h = q at the bottom and each level starts from its p."""
+def test_sid2_decoder_starts_from_the_features_of_the_encoder():
+    """At initialisation each block is the identity: h = q at the bottom, and up starts from p."""
     model = create_model("sid2-tiny").backbone.double()
     entries = {}
     model.up[0][0].register_forward_pre_hook(lambda _, args: entries.update(up=args[0]))

@@ -1,4 +1,4 @@
-"""Surgery: what did not change is the source's, whichever the family."""
+"""Adapting a model to other classes, sizes and channels keeps the rest, for every family."""
 
 from __future__ import annotations
 

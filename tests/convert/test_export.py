@@ -1,4 +1,4 @@
-"""Models elsewhere: the same numbers from torch.export, ONNX and diffusers; cards and pushes to the hub."""
+"""Export: the same numbers from torch.export, ONNX and diffusers; model cards and the hub."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def folder(unet, tmp_path):
 
 @pytest.fixture
 def traceable():
-    """Shape checks off: they read sizes as numbers, and a tracer then takes the batch for a constant."""
+    """Switch shape checks off: they read sizes as numbers, which makes the batch a constant."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -111,7 +111,7 @@ def test_names_say_what_a_model_has():
     )
 
 
-def test_a_difference_is_seen(unet):
+def test_max_relative_difference_sees_swapped_labels(unet):
     assert export.max_relative_difference(unet, lambda *a: export.FlatDenoiser(unet)(*a)) == 0
     assert (
         export.max_relative_difference(
@@ -121,7 +121,7 @@ def test_a_difference_is_seen(unet):
     )
 
 
-def test_what_cannot_be_traced_is_told(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_traced_is_a_value_error(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="multiples of"):
         export.export_model(folder, tmp_path / "x.pt2", "torch", size=15)
     with pytest.raises(ValueError, match="leave --size out"):
@@ -146,7 +146,7 @@ def load_pipeline(folder):
         return diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
-def test_diffusers_draws_the_same_picture(unet, folder, tmp_path, monkeypatch):
+def test_diffusers_gives_the_same_images(unet, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
     assert "from_pretrained" in export.export_model(folder, tmp_path / "pipe", "diffusers")[0]
     pipe = load_pipeline(tmp_path / "pipe")
@@ -154,8 +154,8 @@ def test_diffusers_draws_the_same_picture(unet, folder, tmp_path, monkeypatch):
     how = {"num_inference_steps": 3, "guidance_scale": 2.0, "sampler": "heun"}
     theirs = pipe(seeds=[3, 8], label=[1, 2], output_type="latent", **how).images
     assert torch.equal(ours, theirs)
-    pictures = pipe(seeds=[3, 8], label=[1, 2], **how).images
-    assert [p.size for p in pictures] == [(16, 16), (16, 16)]
+    images = pipe(seeds=[3, 8], label=[1, 2], **how).images
+    assert [p.size for p in images] == [(16, 16), (16, 16)]
     array = pipe(seeds=3, label=1, output_type="np", **how).images
     assert array.shape == (1, 16, 16, 3)
     assert 0 <= array.min() <= array.max() <= 1
@@ -166,7 +166,7 @@ def test_diffusers_draws_the_same_picture(unet, folder, tmp_path, monkeypatch):
     assert torch.equal(again(seeds=[3, 8], label=[1, 2], output_type="latent", **how).images, ours)
 
 
-def test_another_pipelines_folder_is_left_alone(unet, tmp_path):
+def test_another_pipelines_folder_is_not_overwritten(unet, tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     with pytest.raises(ValueError, match="another pipeline"):
         export.save_diffusers(unet, tmp_path)
@@ -174,7 +174,7 @@ def test_another_pipelines_folder_is_left_alone(unet, tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Pictures on cards of few seeds and steps."""
+    """Make sample grids of few seeds and steps."""
     monkeypatch.setattr(
         model_card,
         "save_sample_grid",
@@ -184,7 +184,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def run(unet, tmp_path, quick):
-    """A run's folder as training leaves it, with an evaluation in it."""
+    """A run folder with an evaluation in it."""
     folder = tmp_path / "runs" / "flowers"
     mz.save_model(unet, folder / "model")
     recipe = config.override(
@@ -230,11 +230,11 @@ def test_the_card_says_how_the_model_was_made(run):
         "samples.png",
     ):
         assert words in body
-    assert "/home/someone" not in text, "where the data lay is nobody's business"
+    assert "/home/someone" not in text, "the path of the data is private"
     assert (place / "samples.png").stat().st_size > 100
 
 
-def test_the_newest_grid_is_the_picture(run):
+def test_the_card_shows_the_newest_grid(run):
     (run / "samples").mkdir()
     for images in (64, 640):
         (run / "samples" / f"{images:012d}.png").write_bytes(f"grid {images}".encode())
@@ -255,7 +255,7 @@ def test_a_model_folder_has_a_card_without_a_run(folder, quick):
 
 
 class Hub:
-    """Takes what is pushed to it, or fails as it is told."""
+    """Records what is pushed to it, or raises `error`."""
 
     def __init__(self, error=None):
         self.error = error
@@ -284,7 +284,7 @@ def test_push_sends_the_model_and_nothing_else(folder):
     ]
 
 
-def test_a_push_that_cannot_be_is_told(folder, tmp_path):
+def test_a_failed_push_is_a_value_error(folder, tmp_path):
     with pytest.raises(ValueError, match="flowers"):
         model_card.push_to_hub(folder, "flowers", hub=Hub())
     with pytest.raises(ValueError, match="--flowers"):

@@ -1,4 +1,4 @@
-"""Official checkpoints in and out: every size from shapes, every key accounted for, nothing run and nothing huge."""
+"""Official checkpoints: sizes from shapes, total key maps, no code run, nothing huge allocated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from mezzotint.convert.official.load import (
 
 
 def small(family):
-    """A random official state dict of a family, made from its own tiny preset where that has published keys."""
+    """Return a random official state dict of a family, of the size of its tiny preset."""
     backbone = registry[family].backbone
     for name, preset in backbones[backbone].presets.items():
         if "tiny" in name:
