@@ -20,7 +20,6 @@ COMMANDS = {
     "train": training.train,
     "sample": sampling.sample,
     "edit": sampling.edit,
-    "edit": sampling.edit,
     "evaluate": evaluation.evaluate,
     "reference": evaluation.reference,
     "compare": evaluation.compare,
