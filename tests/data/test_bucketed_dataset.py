@@ -144,9 +144,9 @@ def test_wrong_shapes_are_refused(mixed):
 def recipe(source, *changes):
     own = [
         f"data.source={str(source)!r}", "data.buckets=[[16,16],[12,20],[20,12]]", "model.size=16",
-        "model.width=8", "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]", "model.depth=1", "model.heads=2",
-        "images=16", "model.num_classes=0", "batch=4", "log_every_images=8", "samples.every_images=16", 
-        "samples.count=2", "samples.steps=2",
+        "model.width=8", "model.emb_dim=16", "model.multipliers=[1,2]", "model.blocks=[1]",
+        "model.depth=1", "model.heads=2", "images=16", "model.num_classes=0", "batch=4",
+        "log_every_images=8", "samples.every_images=16", "samples.count=2", "samples.steps=2",
         "save.every_images=16", "engine.precision=float32", "data.flip=true",
     ]  # fmt: skip
     return config.override(recipe_for("uvit-tiny"), [*own, *changes])

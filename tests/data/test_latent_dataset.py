@@ -46,7 +46,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def vae_folder(tmp_path_factory) -> Path:
-    """A tiny random AutoencoderKL, saved by diffusers: factor 2, 4 channels, scale 0.7, shift 0.1."""
+    """A tiny AutoencoderKL, saved by diffusers: factor 2, 4 channels, scale 0.7, shift 0.1."""
     return _saved_vae(tmp_path_factory.mktemp("vae"), seed=0)
 
 

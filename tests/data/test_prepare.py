@@ -25,7 +25,7 @@ from mezzotint.data.prepare import prepare_source
 
 @pytest.fixture
 def mixed(tmp_path) -> Path:
-    """12 images of several modes and sizes in 2 classes: one duplicate, one damaged, some captions."""
+    """12 images, several modes and sizes, 2 classes: one duplicate, one damaged, some captions."""
     root = tmp_path / "mixed"
     for name in ("ant", "bee"):
         (root / name).mkdir(parents=True)

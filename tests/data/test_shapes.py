@@ -97,7 +97,7 @@ def test_images_look_the_same_at_any_size():
 
 
 def coverage(pixels: np.ndarray) -> tuple[np.ndarray, float]:
-    """Measure the shape's position (saturated pixels) and hue in degrees from an image (3, h, w)."""
+    """Measure the shape's position (saturated pixels) and hue in degrees in a (3, h, w) image."""
     high, low = pixels.max(0).astype(float), pixels.min(0).astype(float)
     mask = (high - low) / np.maximum(high, 1) > 0.6
     mean = pixels[:, mask].mean(1) / 255
