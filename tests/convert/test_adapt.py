@@ -204,7 +204,7 @@ def test_diffit_at_another_size_has_the_positions_that_it_had_there(side, larger
     model = mz.create_model("diffit-latent-tiny", size=2 * side).eval()
     adapted, _ = adapt(model, size=2 * larger)
     torch.testing.assert_close(
-        adapted.backbone.positions, model.backbone.positions_of((larger, larger))
+        adapted.backbone.positions, model.backbone.positions_for((larger, larger))
     )
 
 

@@ -75,9 +75,7 @@ class DiffiTConfig:
                 f"window {self.window} at least 1"
             )
         if self.width % 4 or self.width % self.heads:
-            raise ValueError(
-                f"width {self.width} must be a multiple of 4 and of heads {self.heads}"
-            )
+            raise ValueError(f"width {self.width} must be a multiple of 4 and heads {self.heads}")
         check_sides(self.size, self.size, self.tile)
 
     @property
