@@ -7,7 +7,9 @@ import mezzotint as mz
 from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.samplers import registry as samplers
-from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
+from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, record
+from mezzotint.sampling.sample import integrate, make_logsnr_steps, model_denoiser
+from mezzotint.sampling.settings import SamplingSettings
 
 
 def emulated(function):
@@ -70,3 +72,23 @@ def test_guidance_interval_records_two_graphs(model):
 def test_graphs_need_a_gpu(model):
     with pytest.raises(ValueError, match="CUDA device"):
         CudaGraphDenoiser(model)(torch.randn(1, 3, 16, 16), torch.zeros(1), Cond())
+
+
+def test_a_sampler_on_graphs_gives_the_same_images(model):
+    settings = SamplingSettings(steps=4, cuda_graphs=True, exact=False)
+    denoise = model_denoiser(model, settings, emulated)
+    z, steps = torch.randn(2, 3, 16, 16), make_logsnr_steps(model, settings)
+    cond = Cond(label=torch.tensor([1, 2]))
+    made = integrate(denoise, z, steps, [0, 1], cond, settings)
+    assert torch.equal(made, integrate(model, z, steps, [0, 1], cond, settings))
+    assert len(denoise.recordings) == 1
+
+
+@pytest.mark.parametrize(
+    ("exact", "recorder", "message"),
+    [(None, record, "CUDA device"), (True, emulated, "exact=True")],
+)
+def test_settings_with_graphs_need_a_gpu_and_no_tiles(exact, recorder, message, model):
+    settings = SamplingSettings(cuda_graphs=True, exact=exact)
+    with pytest.raises(ValueError, match=message):
+        model_denoiser(model, settings, recorder)

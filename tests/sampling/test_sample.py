@@ -1,4 +1,4 @@
-"""Sampling: equal bytes for any batch, guidance, network calls, CUDA graphs, errors."""
+"""Sampling: equal bytes for any batch, guidance, network calls, errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mezzotint.core.registry import Spec
 from mezzotint.models import get_schedule
 from mezzotint.process.denoiser import Cond
 from mezzotint.sampling.conditioning import label_condition, label_indices
-from mezzotint.sampling.cuda_graphs import record
 from mezzotint.sampling.sample import (
     batched_by_tile,
     count_network_calls,
@@ -26,7 +25,6 @@ from mezzotint.sampling.sample import (
     integrate,
     make_denoiser,
     make_logsnr_steps,
-    model_denoiser,
 )
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 
@@ -359,35 +357,3 @@ def test_a_network_without_null_label():
         mz.sample(model, [0], label=3, steps=2)
     with pytest.raises(ValueError, match="without guidance"):
         mz.sample(model, [0], label=1, steps=2, guidance=2.0)
-
-
-def fake_recorder(function):
-    """Record a call without CUDA: every replay writes to the tensors of the first call."""
-    outputs = function()
-
-    def replay():
-        for own, new in zip(outputs, function(), strict=True):
-            if own is not None:
-                own.copy_(new)
-
-    return replay, outputs
-
-
-def test_cuda_graphs_replay_the_model():
-    model = tiny()
-    settings = SamplingSettings(steps=4, cuda_graphs=True, exact=False)
-    denoise = model_denoiser(model, settings, fake_recorder)
-    z, steps = torch.randn(2, 3, 8, 8), make_logsnr_steps(model, settings)
-    made = integrate(denoise, z, steps, [0, 1], cond_for(2), settings)
-    assert torch.equal(made, integrate(model, z, steps, [0, 1], cond_for(2), settings))
-    assert len(denoise.recordings) == 1
-
-
-@pytest.mark.parametrize(
-    ("exact", "recorder", "message"),
-    [(None, record, "CUDA device"), (True, fake_recorder, "exact=True")],
-)
-def test_cuda_graphs_need_a_gpu_and_no_tiles(exact, recorder, message):
-    settings = SamplingSettings(cuda_graphs=True, exact=exact)
-    with pytest.raises(ValueError, match=message):
-        model_denoiser(tiny(), settings, recorder)
