@@ -2,7 +2,7 @@
 
 The paper's three models (256x256, 512x512, 384x640 pixels; T5-XXL) are the presets uvit-256 and
 uvit-512 with model.text_dim=4096, model.num_classes=0 and data.text_encoder=google/t5-v1_1-xxl;
-docs/latents.md has the commands. Their data are not public; batch and length are not known.
+docs/text-conditioning.md has them. Their data are not public; batch and length are not known.
 """
 
 from __future__ import annotations
