@@ -90,8 +90,8 @@ def test_embeddings_are_by_image_padded_and_masked(t5):
         states = own.encode(CAPTIONS[row] or "")
         assert torch.equal(text[row, : len(states)], states.half())
     assert not text[~mask].any()
-    assert "3 distinct captions for 6 pictures" in describe_captions(words)[0]
-    assert "2 pictures have no caption" in describe_captions(words)[1]
+    assert "3 distinct captions for 6 images" in describe_captions(words)[0]
+    assert "2 images have no caption" in describe_captions(words)[1]
 
 
 def test_prompts_are_embedded_like_training_captions(t5):
