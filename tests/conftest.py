@@ -1,4 +1,4 @@
-"""What every test has at hand: determinism, one thread, and the shared numbers and images where they are present."""
+"""Shared by all tests: one thread, no network, and the golden numbers and images in ../shared."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 HERE = Path(__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
@@ -26,14 +26,12 @@ def _one_thread():
 
 @pytest.fixture
 def shared():
-    """A function from a relative path to a file of the shared folder; the test skips where it is absent."""
+    """Return a function from a relative path to a file in ../shared; skip where it is absent."""
 
     def find(relative: str) -> Path:
         path = SHARED / relative
         if not path.exists():
-            pytest.skip(
-                f"{path} is absent: golden numbers and real images live in a folder beside the checkout"
-            )
+            pytest.skip(f"{path} is absent: golden numbers and images lie outside the checkout")
         return path
 
     return find

@@ -1,7 +1,7 @@
-"""What every family samples and learns is what it sampled and learnt when tests/golden/hashes.json was recorded.
+"""Every tiny preset samples and learns what it did when tests/golden/hashes.json was recorded.
 
-The bytes are compared under the recorded version of torch, on the instruction set that `hashes.ISA` fixes. Another
-version or another maker's processor may round otherwise; there the mean magnitudes are compared to 1e-4.
+Under the recorded torch version and processor maker the bytes must agree, on the instruction set
+that `hashes.ISA` fixes. Elsewhere rounding may differ: mean magnitudes must agree to 1e-4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Print what every family's tiny preset samples and learns, as JSON: run by test_hashes.py in a process of its own.
+"""Print hashes of what every tiny preset samples and learns, as JSON.
 
-`PYTHONPATH=tests python -m helpers.hashes --record` writes tests/golden/hashes.json, to be done only where results are meant to change.
+test_hashes.py runs this file in a fresh process. To record new hashes, where results are meant to
+change: `PYTHONPATH=tests python -m helpers.hashes --record`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-# One instruction set for all machines, set before torch is imported: kernels choose their rounding by it.
+# One instruction set for all machines, set before torch is imported: kernels choose their rounding
+# by it.
 ISA = {
     "ATEN_CPU_CAPABILITY": "avx2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
@@ -91,7 +93,8 @@ def saved_vae(folder: Path) -> Path:
     torch.manual_seed(0)
     diffusers.AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, scaling_factor=0.7, layers_per_block=1,
+        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+        scaling_factor=0.7, layers_per_block=1,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

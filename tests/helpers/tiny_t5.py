@@ -1,4 +1,4 @@
-"""A T5 encoder of 16 numbers a word, random, with a tokenizer of whole words, saved as transformers saves them."""
+"""A random T5 encoder 16 wide with a word tokenizer, saved as transformers saves them."""
 
 from __future__ import annotations
 
