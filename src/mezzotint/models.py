@@ -1,4 +1,7 @@
-"""Models: from presets, and saved as config.json + model.safetensors, without code in either."""
+"""Models: built from presets, saved as config.json and model.safetensors, loaded from both.
+
+The presets themselves are at the end of each file of `backbones`.
+"""
 
 from __future__ import annotations
 

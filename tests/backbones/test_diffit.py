@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from helpers.plain import plain_module
 from mezzotint.backbones.diffit import DiffiT, DiffiTConfig, resize_table, sincos_positions
-from mezzotint.convert.official import Rows, registry
+from mezzotint.convert.official import TensorSlice, registry
 from mezzotint.convert.official.load import load_official, to_official
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
@@ -377,7 +377,7 @@ def test_key_map_of_the_published_sizes_is_total():
         rows = dict.fromkeys(own, 0)
         for parts in keys.values():
             for r in parts:
-                assert isinstance(r, Rows)
+                assert isinstance(r, TensorSlice)
                 rows[r.name] += (own[r.name].shape[0] if r.stop is None else r.stop) - r.start
         assert rows == {name: tensor.shape[0] for name, tensor in own.items()}
 

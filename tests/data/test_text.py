@@ -17,15 +17,11 @@ from helpers.data import open_recipe_data
 from helpers.tiny_t5 import saved_t5
 from mezzotint import config
 from mezzotint.cli import main
+from mezzotint.data.caption_embeddings import describe_captions, embed_captions, unique_captions
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.prepare import prepare_captions, prepare_source
-from mezzotint.data.text_encoder import (
-    describe_captions,
-    embed_captions,
-    open_text_encoder,
-    unique_captions,
-)
+from mezzotint.data.text_encoder import open_text_encoder
 from mezzotint.data.transforms import to_uint8
 from mezzotint.evaluate.during_training import make_evaluator
 from mezzotint.evaluate.features import from_module

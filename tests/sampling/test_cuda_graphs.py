@@ -8,7 +8,7 @@ from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.samplers import registry as samplers
 from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, record
-from mezzotint.sampling.sample import integrate, make_logsnr_steps, model_denoiser
+from mezzotint.sampling.sample import make_logsnr_steps, model_denoiser, run_sampler
 from mezzotint.sampling.settings import SamplingSettings
 
 
@@ -79,8 +79,8 @@ def test_a_sampler_on_graphs_gives_the_same_images(model):
     denoise = model_denoiser(model, settings, emulated)
     z, steps = torch.randn(2, 3, 16, 16), make_logsnr_steps(model, settings)
     cond = Cond(label=torch.tensor([1, 2]))
-    made = integrate(denoise, z, steps, [0, 1], cond, settings)
-    assert torch.equal(made, integrate(model, z, steps, [0, 1], cond, settings))
+    made = run_sampler(denoise, z, steps, [0, 1], cond, settings)
+    assert torch.equal(made, run_sampler(model, z, steps, [0, 1], cond, settings))
     assert len(denoise.recordings) == 1
 
 

@@ -17,13 +17,13 @@ from helpers.tiny_models import tiny
 from mezzotint.core import rng
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond
-from mezzotint.sampling import protocols
+from mezzotint.sampling import parse, protocols
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import (
     count_network_calls,
-    integrate,
     make_denoiser,
     make_logsnr_steps,
+    run_sampler,
 )
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 
@@ -57,7 +57,7 @@ def test_dimr_runs_as_recorded(shared):
     plain = dataclasses.replace(settings, guidance=None)
     for name, used in (("const0.4_10", settings), ("decay2.0_p2.0_10", decay), ("uncfg10", plain)):
         denoise, steps = make_denoiser(model, used), make_logsnr_steps(model, used)
-        made = integrate(denoise, run["z"], steps, [0, 1], Cond(label=run["y"]), used)
+        made = run_sampler(denoise, run["z"], steps, [0, 1], Cond(label=run["y"]), used)
         expected = run[f"{name}.out"]
         assert (made - expected).abs().max() / expected.abs().max() < 2e-5
 
@@ -75,7 +75,7 @@ def test_diffit_runs_as_recorded(shared, monkeypatch):
     settings = dataclasses.replace(protocols.get_protocol("diffit-256").settings, steps=4)
     z, cond = golden["sample_z"][:kept], Cond(label=golden["sample_y"][:kept])
     denoise, steps = make_denoiser(model, settings), make_logsnr_steps(model, settings)
-    made = integrate(denoise, z, steps, range(kept), cond, settings)
+    made = run_sampler(denoise, z, steps, range(kept), cond, settings)
     expected = golden["sample_out"][:kept]
     assert (made - expected).abs().max() / expected.abs().max() < 2e-5
 
@@ -90,7 +90,7 @@ def test_simple_diffusion_steps_are_even_and_end_clipped():
     torch.testing.assert_close(steps[:-1], mz.process.schedules.cosine(8, 8)(u), rtol=0, atol=1e-9)
     assert steps[-1] == float("inf")
     denoise, z = make_denoiser(model, settings), torch.randn(2, 3, 8, 8)
-    made = integrate(denoise, z, steps, [0, 1], Cond(), settings)
+    made = run_sampler(denoise, z, steps, [0, 1], Cond(), settings)
     assert made.abs().max() <= 1
 
 
@@ -184,27 +184,27 @@ def test_every_setting_changes_the_card():
 @pytest.mark.parametrize(
     ("parse", "text", "value"),
     [
-        (protocols.parse_sampler, "ddim:eta=0.5", Spec("ddim", {"eta": 0.5})),
-        (protocols.parse_sampler, "heun:s_churn=40,s_max=inf",
+        (parse.parse_sampler, "ddim:eta=0.5", Spec("ddim", {"eta": 0.5})),
+        (parse.parse_sampler, "heun:s_churn=40,s_max=inf",
          Spec("heun", {"s_churn": 40.0, "s_max": float("inf")})),
-        (protocols.parse_sampler, "ancestral:variance=learned",
+        (parse.parse_sampler, "ancestral:variance=learned",
          Spec("ancestral", {"variance": "learned"})),
-        (protocols.parse_sampler, "ancestral:variance=0.3", Spec("ancestral", {"variance": 0.3})),
-        (protocols.parse_sampler, "unipc:order=2", Spec("unipc", {"order": 2})),
-        (protocols.parse_discretization, "even:end=1e-3,clean=false",
+        (parse.parse_sampler, "ancestral:variance=0.3", Spec("ancestral", {"variance": 0.3})),
+        (parse.parse_sampler, "unipc:order=2", Spec("unipc", {"order": 2})),
+        (parse.parse_discretization, "even:end=1e-3,clean=false",
          Spec("even", {"end": 1e-3, "clean": False})),
-        (protocols.parse_discretization, "karras:sigma_max=40",
+        (parse.parse_discretization, "karras:sigma_max=40",
          Spec("karras", {"sigma_max": 40.0})),
-        (protocols.parse_clip, "none", None),
-        (protocols.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
-        (protocols.parse_guidance, "1.5", Guidance(scale=1.5)),
-        (protocols.parse_guidance, "scale=0.4,convention=dimr,low=-3,high=5",
+        (parse.parse_clip, "none", None),
+        (parse.parse_clip, "dynamic:quantile=0.9", Spec("dynamic", {"quantile": 0.9})),
+        (parse.parse_guidance, "1.5", Guidance(scale=1.5)),
+        (parse.parse_guidance, "scale=0.4,convention=dimr,low=-3,high=5",
          Guidance(scale=0.4, convention="dimr", low=-3.0, high=5.0)),
-        (protocols.parse_guidance, "1.5,low=-3,high=5", Guidance(scale=1.5, low=-3.0, high=5.0)),
-        (protocols.parse_guidance, "scale=4.4,power=4,time=index,channels=3",
+        (parse.parse_guidance, "1.5,low=-3,high=5", Guidance(scale=1.5, low=-3.0, high=5.0)),
+        (parse.parse_guidance, "scale=4.4,power=4,time=index,channels=3",
          Guidance(scale=4.4, power=4.0, time="index", channels=3)),
-        (protocols.parse_size, "64", (64, 64)),
-        (protocols.parse_size, "48x64", (48, 64)),
+        (parse.parse_size, "64", (64, 64)),
+        (parse.parse_size, "48x64", (48, 64)),
     ],
 )  # fmt: skip
 def test_settings_as_text(parse, text, value):
@@ -214,18 +214,18 @@ def test_settings_as_text(parse, text, value):
 @pytest.mark.parametrize(
     ("parse", "text", "message"),
     [
-        (protocols.parse_sampler, "hein", "did you mean heun"),
-        (protocols.parse_sampler, "ddim:eta", "name=value"),
-        (protocols.parse_sampler, "ddim:eta=much", "eta of sampler ddim is 'much'"),
-        (protocols.parse_sampler, "unipc:order=2.5", "order .* '2.5'"),
-        (protocols.parse_sampler, "ddim:noise=1", "noise"),
-        (protocols.parse_discretization, "even:clean=maybe", "'maybe'"),
-        (protocols.parse_discretization, "karas", "did you mean karras"),
-        (protocols.parse_clip, "dynamik", "did you mean dynamic"),
-        (protocols.parse_guidance, "strong", "scale of guidance is 'strong'"),
-        (protocols.parse_guidance, "cfg=2", "'cfg'"),
-        (protocols.parse_size, "0", "'0'"),
-        (protocols.parse_size, "8x8x8", "'8x8x8'"),
+        (parse.parse_sampler, "hein", "did you mean heun"),
+        (parse.parse_sampler, "ddim:eta", "name=value"),
+        (parse.parse_sampler, "ddim:eta=much", "eta of sampler ddim is 'much'"),
+        (parse.parse_sampler, "unipc:order=2.5", "order .* '2.5'"),
+        (parse.parse_sampler, "ddim:noise=1", "noise"),
+        (parse.parse_discretization, "even:clean=maybe", "'maybe'"),
+        (parse.parse_discretization, "karas", "did you mean karras"),
+        (parse.parse_clip, "dynamik", "did you mean dynamic"),
+        (parse.parse_guidance, "strong", "scale of guidance is 'strong'"),
+        (parse.parse_guidance, "cfg=2", "'cfg'"),
+        (parse.parse_size, "0", "'0'"),
+        (parse.parse_size, "8x8x8", "'8x8x8'"),
         (protocols.get_protocol, "dimr", "did you mean dimr-256"),
     ],
 )  # fmt: skip

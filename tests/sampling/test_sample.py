@@ -22,9 +22,9 @@ from mezzotint.sampling.sample import (
     draw_start_noise,
     generate,
     guidance_scale,
-    integrate,
     make_denoiser,
     make_logsnr_steps,
+    run_sampler,
 )
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 
@@ -119,7 +119,7 @@ def test_the_empty_condition_is_skipped_without_reading_from_the_device():
     assert 0 < inside < 10
     z = torch.empty(2, 3, 8, 8, device="meta")
     denoise, steps = make_denoiser(model, settings), make_logsnr_steps(model, settings)
-    integrate(denoise, z, steps, [0, 1], cond_for(2), settings)
+    run_sampler(denoise, z, steps, [0, 1], cond_for(2), settings)
     assert sum(rows) == 2 * (10 + inside) == 2 * count_network_calls(model, settings)
 
 

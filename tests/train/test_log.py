@@ -16,7 +16,7 @@ import torch
 from helpers.runs import SMALL, small
 from mezzotint.core.distributed import World, init_distributed
 from mezzotint.models import create_model, meta_model
-from mezzotint.train import distributed, log, trackers
+from mezzotint.train import log, parallel, trackers
 from mezzotint.train.loop import train
 from mezzotint.train.setup import count_training_flop, setup
 
@@ -38,7 +38,7 @@ def test_gradient_norms_by_part_add_up(tmp_path):
 def test_group_norms_equal_torchs():
     draw = torch.Generator().manual_seed(0)
     a, b, c = (torch.randn(3, 4, generator=draw) for _ in range(3))
-    found = distributed.group_norms([[a, b], [c], []], CPU)
+    found = parallel.group_norms([[a, b], [c], []], CPU)
     expected = torch.stack([torch.cat([a, b]).norm(), c.norm(), torch.zeros(())]).double()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a repeated block keeps for the backward pass."""
+"""Activation checkpointing of repeated blocks."""
 
 from __future__ import annotations
 

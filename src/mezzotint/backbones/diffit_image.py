@@ -1,4 +1,4 @@
-"""Image-space DiffiT: a U of residual cells, each a convolution and a windowed DiffiT block.
+"""Image-space DiffiT: a U-Net of residual cells, each a convolution and a windowed DiffiT block.
 
 DiffiT, arXiv 2312.02139; specs/diffit.md section 4.
 

@@ -1,4 +1,4 @@
-"""DiMR: branches of rising resolution see the same noisy image; each passes its features on.
+"""DiMR: a cascade of branches that see the same noisy image at rising resolution.
 
 Liu, Zeng, He, Yu, Shen, Chen, "Alleviating distortion in image generation via multi-resolution
 diffusion models and time-dependent layer normalization", NeurIPS 2024, arXiv 2406.09416.

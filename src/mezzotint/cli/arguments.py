@@ -1,4 +1,4 @@
-"""Argument types of the command line that keep each help page on one screen."""
+"""Argument types shared by the commands."""
 
 from __future__ import annotations
 

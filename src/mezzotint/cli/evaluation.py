@@ -129,7 +129,6 @@ def _open_images_or_model(
 ) -> ImageSource:
     """Return the images at `source`, or samples of the model there."""
     from mezzotint.evaluate.image_source import from_job, open_image_source
-    from mezzotint.sampling import protocols
     from mezzotint.sampling.job import make_job
 
     path = Path(source)
@@ -138,8 +137,8 @@ def _open_images_or_model(
         return open_image_source(source, channels)
     changes = {
         "steps": steps,
-        "sampler": sampler and protocols.parse_sampler(sampler),
-        "guidance": guidance and protocols.parse_guidance(guidance),
+        "sampler": sampler and parse.parse_sampler(sampler),
+        "guidance": guidance and parse.parse_guidance(guidance),
     }
     job = make_job(source, {k: v for k, v in changes.items() if v}, protocol=protocol)
     return from_job(job, num_images)

@@ -1,4 +1,4 @@
-"""Commands that sample and edit images, open the studio, and take models elsewhere."""
+"""Commands that sample, edit, serve, convert and export."""
 
 from __future__ import annotations
 
@@ -63,16 +63,15 @@ class SamplingOptions:
 
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:
         """Open the model and return the job that these options describe."""
-        from mezzotint.sampling import protocols
         from mezzotint.sampling.conditioning import read_prompts
         from mezzotint.sampling.job import make_job
 
         parsers = {
-            "sampler": protocols.parse_sampler,
-            "discretization": protocols.parse_discretization,
-            "guidance": protocols.parse_guidance,
-            "size": protocols.parse_size,
-            "clip": protocols.parse_clip,
+            "sampler": parse.parse_sampler,
+            "discretization": parse.parse_discretization,
+            "guidance": parse.parse_guidance,
+            "size": parse.parse_size,
+            "clip": parse.parse_clip,
         }
         changes: dict[str, Any] = {"cuda_graphs": self.cuda_graphs}
         for name in (*parsers, "steps", "dtype", "batch"):

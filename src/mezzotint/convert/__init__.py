@@ -1,1 +1,1 @@
-"""To and from other libraries: official checkpoints, adaptation, export, the hub."""
+"""Checkpoint conversion, fine-tuning, export and model cards."""

@@ -1,1 +1,1 @@
-"""What every package stands on: registries, random numbers, ranks, files, images, the machine."""
+"""Shared utilities: registries, random numbers, processes, files, images, progress."""

@@ -1,4 +1,4 @@
-"""One process or many, launched by torchrun: rank, device, reductions, errors on all ranks."""
+"""Helpers for torch.distributed, for one process or for many started by torchrun."""
 
 from __future__ import annotations
 

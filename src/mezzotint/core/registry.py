@@ -1,4 +1,4 @@
-"""Registries of builders by name, filled by importing a package: to add a variant, add a file."""
+"""Registries of builders by name; adding a file to a package adds an entry."""
 
 from __future__ import annotations
 

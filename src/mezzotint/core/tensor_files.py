@@ -1,4 +1,4 @@
-"""Files of weights, checked before anything is allocated: safetensors, and .pth without its code.
+"""Safe reading of safetensors and .pth files: sizes are checked before anything is allocated.
 
 Names, dtypes, shapes and byte counts are checked against the file's size first. Only then are
 tensors read, one by one. Every failure is a ValueError that names the file.

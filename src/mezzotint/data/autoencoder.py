@@ -1,4 +1,4 @@
-"""Codecs: the spaces that networks work in, pixels or the latents of an autoencoder.
+"""Codecs: autoencoders of latent models, and the identity of pixel models.
 
 All scaling constants are here. A codec's latents are in the model's units: the autoencoder's
 output, shifted and scaled. Their distribution is given as mean and log-variance, from which

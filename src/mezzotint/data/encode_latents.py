@@ -1,4 +1,4 @@
-"""Write a folder of latents, see `latent_dataset`, by any number of processes, resumably."""
+"""Encode a dataset to latents, in parallel and resumable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches of a run from any sample number on, loaded ahead of training by threads or processes."""
+"""Data loader: starts at any image number, loads ahead in threads or processes."""
 
 from __future__ import annotations
 

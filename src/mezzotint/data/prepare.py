@@ -100,9 +100,10 @@ def prepare_captions(out: str | Path, encoder_name: str, *, progress: bool = Tru
 
     Returns: a description of the captions, in lines.
 
-    Errors: ValueError as `mezzotint.data.text_encoder.embed_captions`.
+    Errors: ValueError as `mezzotint.data.caption_embeddings.embed_captions`.
     """
-    from mezzotint.data.text_encoder import describe_captions, embed_captions, open_text_encoder
+    from mezzotint.data.caption_embeddings import describe_captions, embed_captions
+    from mezzotint.data.text_encoder import open_text_encoder
 
     dataset = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
     encoder = open_text_encoder(encoder_name, default_device())

@@ -1,4 +1,4 @@
-"""Captions to embeddings: a T5 encoder by name or folder, and a cache of its outputs on disk.
+"""T5 text encoders.
 
 The encoder reads each distinct caption once and by itself, so that an embedding depends on no other
 caption. The cache is keyed by the encoder's weights, its tokenizer and the captions.
@@ -8,20 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mezzotint.core.files import atomic_folder, cache_dir, read_json, write_json
-from mezzotint.core.progress import ProgressBar
+from mezzotint.core.files import cache_dir, read_json
 from mezzotint.core.tensor_files import sha256_of_module
-from mezzotint.data.caption_embeddings import EMBEDDINGS_CARD, CaptionEmbeddings
-from mezzotint.data.sources import hash_parts
 
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
@@ -174,100 +169,3 @@ def _tokenizer_hash(folder: Path) -> str:
         if (folder / name).is_file():
             h.update(name.encode() + (folder / name).read_bytes())
     return h.hexdigest()
-
-
-@dataclass(frozen=True)
-class UniqueCaptions:
-    """The distinct captions of a dataset, and every image's number among them, -1 for none."""
-
-    distinct: tuple[str, ...]
-    numbers: np.ndarray
-
-
-def unique_captions(texts: Sequence[str | None]) -> UniqueCaptions:
-    """Number captions by first appearance; None and white space count as no caption."""
-    seen: dict[str, int] = {}
-    stripped = [(text or "").strip() for text in texts]
-    numbers = [seen.setdefault(text, len(seen)) if text else -1 for text in stripped]
-    return UniqueCaptions(tuple(seen), np.array(numbers, dtype=np.int64))
-
-
-def embed_captions(
-    texts: Sequence[str | None], encoder: TextEncoder, *, progress: bool = False
-) -> CaptionEmbeddings:
-    """Return the embeddings of every image's caption, from the cache; fill the cache if needed.
-
-    Errors: ValueError if no image has a caption.
-    """
-    captions = unique_captions(texts)
-    if not captions.distinct:
-        raise ValueError(
-            "no image has a caption; add NAME.txt for each, a metadata.jsonl, or a column 'text'"
-        )
-    key = hash_parts(
-        [encoder.hash, encoder.tokenizer_hash, str(encoder.max_tokens), *captions.distinct]
-    )
-    folder = cache_dir() / "words" / key
-    if not (folder / EMBEDDINGS_CARD).is_file():
-        _write_embeddings(folder, key, captions, encoder, progress)
-    return CaptionEmbeddings(folder, captions.numbers)
-
-
-def _write_embeddings(
-    folder: Path, key: str, captions: UniqueCaptions, encoder: TextEncoder, progress: bool
-) -> None:
-    """Write the states of all captions, token after token, into one file."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(folder, complete=EMBEDDINGS_CARD) as partial:
-        lengths, num_cut = [], 0
-        for caption in captions.distinct:
-            ids, was_cut = encoder.tokens(caption)
-            lengths.append(len(ids))
-            num_cut += was_cut
-        starts = np.cumsum([0, *lengths])
-        tokens = np.lib.format.open_memmap(
-            partial / "tokens.npy",
-            mode="w+",
-            dtype=np.float16,
-            shape=(int(starts[-1]), encoder.width),
-        )
-        with ProgressBar("embedding captions", len(lengths), unit="captions", show=progress) as bar:
-            for k, caption in enumerate(captions.distinct):
-                states = encoder.encode(caption).numpy()
-                if not np.isfinite(states.astype(np.float16)).all():
-                    raise ValueError(
-                        f"text encoder {encoder.name} gives NaN or infinity in float16 for the "
-                        f"caption {caption[:80]!r}"
-                    )
-                tokens[starts[k] : starts[k + 1]] = states
-                bar.advance()
-        tokens.flush()
-        np.save(partial / "starts.npy", starts)
-        card = {
-            "format": 1,
-            "key": key,
-            "encoder": encoder.name,
-            "encoder_hash": encoder.hash,
-            "tokenizer_hash": encoder.tokenizer_hash,
-            "width": encoder.width,
-            "max_tokens": encoder.max_tokens,
-            "longest": max(lengths),
-            "captions": len(captions.distinct),
-            "cut": num_cut,
-        }
-        write_json(partial / EMBEDDINGS_CARD, card)
-
-
-def describe_captions(embeddings: CaptionEmbeddings) -> list[str]:
-    """Return lines of text: how many captions there are, how many are missing or were cut."""
-    card = embeddings.card
-    missing = int((embeddings.captions < 0).sum())
-    lines = [
-        f"{card['captions']:,} distinct captions for {len(embeddings):,} images, embedded by "
-        f"{card['encoder']}"
-    ]
-    if missing:
-        lines.append(f"{missing:,} images have no caption and train the empty condition")
-    if card["cut"]:
-        lines.append(f"{card['cut']:,} captions were cut to {card['max_tokens']} tokens")
-    return lines

@@ -1,4 +1,4 @@
-"""From any decoded image to uint8 pixels of one size, and between uint8 and the model's range.
+"""Image preprocessing: crop, resize, conversion to and from [-1, 1].
 
 There is no colour management, on purpose: an embedded ICC profile is ignored.
 """

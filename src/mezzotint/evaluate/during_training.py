@@ -1,4 +1,4 @@
-"""Evaluation of a training run: its averaged weights' samples against real images.
+"""Evaluate samples of the averaged weights during training.
 
 Training takes the evaluator as a function, since `train` does not import `evaluate`.
 """
@@ -24,7 +24,6 @@ from mezzotint.evaluate.references import Reference, read_reference
 from mezzotint.evaluate.results import Evaluation, load_evaluation
 from mezzotint.models import build_model, preset_info
 from mezzotint.process.denoiser import Model
-from mezzotint.sampling import protocols
 from mezzotint.sampling.conditioning import read_prompts
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import count_network_calls
@@ -124,7 +123,7 @@ def _make_job(settings: Evaluate, model: Model) -> SamplingJob:
     return SamplingJob(
         model=model,
         settings=SamplingSettings(
-            sampler=protocols.parse_sampler(settings.sampler),
+            sampler=parse.parse_sampler(settings.sampler),
             steps=settings.steps,
             guidance=None if settings.guidance is None else Guidance(scale=settings.guidance),
             batch=settings.batch,

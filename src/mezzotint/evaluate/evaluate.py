@@ -1,4 +1,4 @@
-"""A complete evaluation: images and a reference in, numbers with their protocol out."""
+"""Evaluate images against reference statistics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features of many images, extracted in pieces: shared over ranks, stored on disk, resumable."""
+"""Distributed, resumable feature extraction."""
 
 from __future__ import annotations
 

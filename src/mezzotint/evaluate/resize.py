@@ -1,4 +1,4 @@
-"""From uint8 images to a feature network's input.
+"""Resizing and normalisation for feature networks.
 
 Different resizes change FID by more than most papers improve it (Parmar et al. 2022, clean-fid).
 The rule is therefore part of every feature set's metadata.

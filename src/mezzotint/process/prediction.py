@@ -1,4 +1,4 @@
-"""What a network may predict, as rows F = a x + b eps; one solve does every conversion."""
+"""Prediction types (eps, x, v, flow, EDM) as rows F = a x + b eps, and conversion between them."""
 
 from __future__ import annotations
 

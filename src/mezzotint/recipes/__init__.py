@@ -1,7 +1,7 @@
 """Recipes: one function per preset, which returns its Recipe as published.
 
 A recipe has the name of its preset; its docstring holds the result that the paper reports. To add
-recipes, add a file to this folder.
+recipes, add a file to this folder. The sizes of a preset are at the end of its backbone's file.
 """
 
 from __future__ import annotations

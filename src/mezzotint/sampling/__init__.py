@@ -1,1 +1,1 @@
-"""Images from a trained model: conditions, settings and protocols, sampling, editing, files."""
+"""Sampling from a trained model: conditions, settings, protocols, samplers, writers."""

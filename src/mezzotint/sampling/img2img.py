@@ -59,7 +59,7 @@ def img2img(job: SamplingJob, seeds: Sequence[int], image: Tensor, start_logsnr:
     x = _encode(job, image)
     steps = _steps_from(job, start_logsnr)
     z = _noise(job, seeds, x, steps)
-    return job.decode(job.integrate(z, steps, seeds))
+    return job.decode(job.run_sampler(z, steps, seeds))
 
 
 def inpaint(
@@ -95,7 +95,7 @@ def inpaint(
     z = _noise(job, seeds, start, steps)
     known = x.expand(len(seeds), -1, -1, -1)
     wrap = functools.partial(inpaint_denoiser, known=known, keep=keep)
-    return job.decode(job.integrate(z, steps, seeds, wrap))
+    return job.decode(job.run_sampler(z, steps, seeds, wrap))
 
 
 def _encode(job: SamplingJob, image: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A sampling job: a model with everything that decides what the image of a seed looks like."""
+"""Sampling jobs: a model and all settings that determine its samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mezzotint.data.transforms import to_uint8
 from mezzotint.models import open_model
 from mezzotint.process.denoiser import Cond, Denoiser, Image, Model
 from mezzotint.process.samplers import Grid
-from mezzotint.sampling import protocols
+from mezzotint.sampling import parse, protocols
 from mezzotint.sampling.conditioning import (
     encode_prompts,
     label_condition,
@@ -29,9 +29,9 @@ from mezzotint.sampling.conditioning import (
 from mezzotint.sampling.sample import (
     count_network_calls,
     draw_start_noise,
-    integrate,
     make_denoiser,
     make_logsnr_steps,
+    run_sampler,
     sample_batches,
 )
 from mezzotint.sampling.settings import SamplingSettings
@@ -111,7 +111,7 @@ class SamplingJob:
             sample_batches(self.denoiser, self.model, list(seeds), cond, self.settings)
         )
 
-    def integrate(
+    def run_sampler(
         self,
         z: Image,
         logsnr_steps: Grid,
@@ -124,7 +124,7 @@ class SamplingJob:
             wrap: wraps the guided and clipped denoiser once more.
         """
         denoise = self.denoiser if wrap is None else wrap(self.denoiser)
-        return integrate(denoise, z, logsnr_steps, seeds, self.cond(seeds), self.settings)
+        return run_sampler(denoise, z, logsnr_steps, seeds, self.cond(seeds), self.settings)
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode the model's samples, in the form that `draw` returns."""
@@ -156,12 +156,12 @@ class SamplingJob:
             "classes": _describe_classes(self.classes),
             "prompts": list(self.prompts) or None,
             "text_encoder": self.model.info.extra.get("text"),
-            "sampler": protocols.to_plain(s.sampler),
-            "discretization": protocols.to_plain(s.discretization) or "the family's own",
+            "sampler": parse.to_plain(s.sampler),
+            "discretization": parse.to_plain(s.discretization) or "the family's own",
             "steps": s.steps,
             "logsnr": [round(float(v), 6) if v.isfinite() else "inf" for v in ends],
-            "guidance": protocols.to_plain(s.guidance),
-            "clip": protocols.to_plain(s.clip),
+            "guidance": parse.to_plain(s.guidance),
+            "clip": parse.to_plain(s.clip),
             "size": list(s.size or (config.size, config.size)),
             "dtype": s.dtype,
             "same_bytes_for_any_batch": device == "cpu" if s.exact is None else s.exact,
@@ -182,7 +182,7 @@ def _describe_model(model: Model) -> dict[str, Any]:
         "backbone": info.backbone,
         "training_images": info.images,
         "codec": info.codec,
-        "schedule": protocols.to_plain(info.schedule),
+        "schedule": parse.to_plain(info.schedule),
         "sha256": sha256_of_module(model.backbone),
     }
 

@@ -1,4 +1,4 @@
-"""Seeds to images. An image depends on its own seed, condition and settings, not on its batch."""
+"""Sample images; each depends on its own seed, label and settings, whatever its batch."""
 
 from __future__ import annotations
 
@@ -102,12 +102,12 @@ def sample_batches(
         part = slice(start, start + settings.batch)
         # At the noisy end z is standard normal, up to the image's trace of alpha(logsnr_steps[0]).
         z = draw_start_noise(model, seeds[part], settings)
-        images.append(integrate(denoise, z, logsnr_steps, seeds[part], cond[part], settings))
+        images.append(run_sampler(denoise, z, logsnr_steps, seeds[part], cond[part], settings))
     return torch.cat(images)
 
 
 @torch.no_grad()
-def integrate(
+def run_sampler(
     denoise: Denoiser,
     z: Image,
     logsnr_steps: Grid,

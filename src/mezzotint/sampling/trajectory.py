@@ -1,4 +1,4 @@
-"""Edits without a given image: the denoised image along the way, and images between two seeds."""
+"""Denoising trajectories and interpolation between seeds."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def trajectory(job: SamplingJob, seeds: Sequence[int]) -> tuple[list[Tensor], li
     recorder = TrajectoryRecorder(job.denoiser)
     z = draw_start_noise(job.model, seeds, job.settings)
     steps = make_logsnr_steps(job.model, job.settings)
-    last = job.integrate(z, steps, seeds, lambda _: recorder)
+    last = job.run_sampler(z, steps, seeds, lambda _: recorder)
     frames = [job.decode(x) for x in [*recorder.x, last.cpu()]]
     return frames, [*recorder.logsnr, float("inf")]
 
@@ -82,7 +82,7 @@ def interpolate(job: SamplingJob, seeds: Sequence[int], frames: int) -> Tensor:
     noise = draw_start_noise(job.model, seeds, job.settings)
     for seed, start, end in zip(seeds[:-1], noise[:-1], noise[1:], strict=True):
         z = torch.stack([slerp(start, end, k / (frames - 1)) for k in range(frames)])
-        rows.append(job.decode(job.integrate(z, steps, [seed] * frames)))
+        rows.append(job.decode(job.run_sampler(z, steps, [seed] * frames)))
     return torch.stack(rows)
 
 

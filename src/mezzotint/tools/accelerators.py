@@ -1,4 +1,4 @@
-"""Devices that a plan knows: their memory and the rate of a large matrix product."""
+"""Memory and matrix-product rates of known devices."""
 
 from __future__ import annotations
 

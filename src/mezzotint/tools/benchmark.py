@@ -1,4 +1,4 @@
-"""Speed and memory of a preset on this machine, and how near it comes to the machine's limit.
+"""Measure training and sampling speed, memory, and the share of the matrix-product rate.
 
 Work is counted as the papers do, in multiply-accumulates of one forward pass. A forward pass is two
 floating-point operations per multiply-accumulate and a training step three forward passes, whatever

@@ -1,4 +1,4 @@
-"""Checks of the machine and the data before training: half a minute, then a list of concerns."""
+"""Check this machine and a dataset before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will need: memory per rank, the largest batch that fits, step time, days, FLOP.
+"""Estimate the memory, time and FLOP of a run before it starts.
 
 Memory is counted, see `mezzotint.tools.memory`. Time is the run's FLOP over the device's peak rate
 times an assumed efficiency; the plan states both.
@@ -201,7 +201,7 @@ def memory_per_rank(
     shards = gpus if sharded else 1
     params = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # As `train.distributed.wrap` sets it: FSDP gathers weights in bf16 on a GPU only.
+    # As `train.parallel.wrap` sets it: FSDP gathers weights in bf16 on a GPU only.
     gather_bf16 = sharded and precision == "bf16" and device != "cpu"
     # With several ranks or microbatches, gradients live in buffers of their own between passes.
     gradients_stay = gpus > 1 or micro < rank_batch

@@ -1,4 +1,4 @@
-"""Checkpoints: the training state on disk, written aside, verified by hash, renamed into place.
+"""Checkpoints: written atomically, verified by SHA-256, restored on any number of ranks.
 
 A checkpoint is a folder `checkpoints/IMAGES/` in the format of `torch.distributed.checkpoint`,
 which any number of processes can restore, and `manifest.json` with the size and SHA-256 of every

@@ -1,4 +1,4 @@
-"""The data of a recipe: opened in the network's space, matched to the network, described."""
+"""Open a recipe's dataset and check that it fits the network."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, on_rank0
 from mezzotint.data.bucketed_dataset import BucketedDataset
-from mezzotint.data.caption_embeddings import CaptionEmbeddings
+from mezzotint.data.caption_embeddings import CaptionEmbeddings, embed_captions
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.image_dataset import open_images, open_source
 from mezzotint.data.latent_dataset import LATENTS, open_dataset
-from mezzotint.data.text_encoder import XXL, embed_captions, open_text_encoder
+from mezzotint.data.text_encoder import XXL, open_text_encoder
 from mezzotint.models import ModelInfo, preset_info
 from mezzotint.train.run_folder import data_folder
 

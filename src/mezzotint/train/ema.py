@@ -1,4 +1,4 @@
-"""Averages of the weights, with lengths in images: neither batch nor world size changes them."""
+"""Exponential and power-function moving averages (EMA) of the weights; half-lives are in images."""
 
 from __future__ import annotations
 

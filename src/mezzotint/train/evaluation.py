@@ -15,7 +15,7 @@ import torch
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import any_rank, broadcast_from_rank0, raise_on_all_ranks
 from mezzotint.process.denoiser import Model
-from mezzotint.sampling.protocols import parse_sampler
+from mezzotint.sampling.parse import parse_sampler
 from mezzotint.train import log
 from mezzotint.train.setup import Run, averaged_model
 

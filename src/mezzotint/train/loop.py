@@ -30,8 +30,8 @@ from mezzotint.train import (
     posthoc_ema,
     trackers,
 )
-from mezzotint.train.distributed import full_tensor
 from mezzotint.train.evaluation import Evaluator
+from mezzotint.train.parallel import full_tensor
 from mezzotint.train.progress import ProgressDisplay
 from mezzotint.train.run_folder import run_lock
 from mezzotint.train.sample_grid import grid_path, save_sample_grid

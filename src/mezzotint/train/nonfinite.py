@@ -18,7 +18,7 @@ from mezzotint import config
 from mezzotint.core.distributed import gather_from_ranks
 from mezzotint.core.files import partial_folder
 from mezzotint.train import checkpoint, log
-from mezzotint.train.distributed import full_tensor, group_norms
+from mezzotint.train.parallel import full_tensor, group_norms
 from mezzotint.train.setup import Run
 from mezzotint.train.step import Batch, Losses, StepResult
 

@@ -1,4 +1,4 @@
-"""Averages of any width after the run, from snapshots of power-function averages.
+"""Post-hoc EMA: averages of any width from snapshots of power-function averages (EDM2).
 
 EDM2 section 3.2 and appendix C.
 """

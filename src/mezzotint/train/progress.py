@@ -1,4 +1,4 @@
-"""The display of a training run: a progress bar with the loss; messages and events above it."""
+"""Progress bar, messages and events of a training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: which folder may become one, its lock, and the recipe it belongs to."""
+"""The run folder: checks, lock file, saved recipe."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mezzotint.data import autoencoder
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.transforms import to_uint8
 from mezzotint.process.denoiser import Cond, Model
-from mezzotint.sampling.protocols import parse_sampler
+from mezzotint.sampling.parse import parse_sampler
 from mezzotint.sampling.sample import count_network_calls, generate
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 

@@ -1,4 +1,4 @@
-"""Setup of a run: data, network, optimisers, averages, the state of the newest checkpoint."""
+"""Build a training run, or restore it from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
-from mezzotint.train import checkpoint, distributed, ema, log, sample_grid
+from mezzotint.train import checkpoint, ema, log, parallel, sample_grid
 from mezzotint.train.dataset import open_data, resolve
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.run_folder import check_same_recipe, write_recipe
@@ -94,7 +94,7 @@ def setup(
     backbone = get_backbone(model)
     backbone.checkpointing = recipe.engine.checkpointing
     backbone.set_depthwise_kernel(recipe.engine.depthwise)
-    model.backbone = distributed.wrap(backbone, recipe.engine, recipe.engine.precision, world)
+    model.backbone = parallel.wrap(backbone, recipe.engine, recipe.engine.precision, world)
     parts, weights = parameters_by_module(backbone), ema.weights_of(backbone)
     averages = ["ema", *(f"power-{std:g}" for std in recipe.ema.power_stds)]
     state = checkpoint.TrainingState(
@@ -196,9 +196,9 @@ def averaged_model(run: Run, name: str | None = "ema") -> Model:
     model = copy.deepcopy(run.meta_model)
     model.info = dataclasses.replace(run.info, images=run.state.images)
     chosen = ema.weights_of(run.state.backbone) if name is None else run.state.averages[name]
-    weights = {k: distributed.full_tensor(w) for k, w in chosen.items()}
+    weights = {k: parallel.full_tensor(w) for k, w in chosen.items()}
     # Buffers are constants of the config; the trained module holds them on its device.
-    buffers = {k: distributed.full_tensor(b) for k, b in run.state.backbone.named_buffers()}
+    buffers = {k: parallel.full_tensor(b) for k, b in run.state.backbone.named_buffers()}
     model.backbone.load_state_dict({**buffers, **weights}, assign=True, strict=False)
     return model
 

@@ -1,4 +1,4 @@
-"""One optimiser step: random draws, gradient, agreement of the ranks, update."""
+"""One optimiser step: noise and log-SNRs, gradient, agreement between ranks, update."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mezzotint.data import loader
 from mezzotint.data.dataset import Dataset
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.schedules import slope
-from mezzotint.train.distributed import group_norms, no_sync
 from mezzotint.train.optim import learning_rate, set_learning_rate
+from mezzotint.train.parallel import group_norms, no_sync
 from mezzotint.train.setup import Run
 
 

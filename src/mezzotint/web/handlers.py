@@ -1,4 +1,4 @@
-"""What the Generate and Compare tabs do: generators of (images, status) as HTML."""
+"""Event handlers of the Generate and Compare tabs."""
 
 from __future__ import annotations
 

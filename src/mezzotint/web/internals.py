@@ -1,4 +1,4 @@
-"""Inside a network while it samples: DiMR's branches, DiffiT's attention, and layers by resolution.
+"""Visualisations of a network while it samples: DiMR's branches, DiffiT's attention.
 
 Both views read what the forward pass computes, through hooks.
 """

@@ -1,4 +1,4 @@
-"""A photo at several sizes and noise levels: what a schedule, and its shift, do to an image."""
+"""What noise schedules and their shift do to an image."""
 
 from __future__ import annotations
 

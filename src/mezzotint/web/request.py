@@ -1,4 +1,4 @@
-"""A form as a checked request: a `SamplingJob` and seeds, or an error that says why not."""
+"""Form validation: a form becomes a sampling job and seeds, or a message."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mezzotint.process.denoiser import Model
 from mezzotint.sampling import conditioning
 from mezzotint.sampling.conditioning import label_condition, label_indices
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.protocols import parse_size
+from mezzotint.sampling.parse import parse_size
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 from mezzotint.web.studio import Limits, Studio
 

@@ -143,7 +143,7 @@ def sample_stream(
         return denoise_and_send
 
     steps = make_logsnr_steps(job.model, job.settings)
-    x = job.integrate(z, steps, seeds, wrap)
+    x = job.run_sampler(z, steps, seeds, wrap)
     if not x.isfinite().all():
         raise FloatingPointError(
             "the model's output is not a finite number; try other steps or another sampler"

@@ -1,4 +1,4 @@
-"""What the studio holds: models and runs by name, and the limits of one request."""
+"""State of the studio: models, runs, and limits of one request."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Operations for which torch's own kernels are slow, each equal to them to rounding."""
+"""Faster replacements for slow PyTorch operations, equal up to rounding."""

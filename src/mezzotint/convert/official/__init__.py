@@ -1,4 +1,4 @@
-"""Official checkpoints: one file per release, which registers an `Official`.
+"""Official checkpoints: one file per release, which registers a `CheckpointFormat`.
 
 A key map states which rows of which of our tensors each official tensor holds. One table serves
 both directions, bit for bit. `load` checks that it is total: it uses every official key and fills
@@ -17,7 +17,7 @@ from mezzotint.core.registry import Registry
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorSlice:
     """Rows start:stop (None: to the end) of the tensor `name` of the backbone's state dict."""
 
     name: str
@@ -34,7 +34,7 @@ def _pixels(config: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Official:
+class CheckpointFormat:
     """One family's official checkpoints.
 
     backbone: registered name.
@@ -52,11 +52,11 @@ class Official:
     backbone: str
     pattern: str
     config: Callable[..., Any]
-    keys: Callable[[Any], dict[str, tuple[Rows, ...]]]
+    keys: Callable[[Any], dict[str, tuple[TensorSlice, ...]]]
     constants: Callable[[Any], dict[str, Tensor]] = _no_constants
     codec: Callable[[Any], str] = _pixels
     licence: str
     where: str
 
 
-registry: Registry[Official] = Registry("official family", __name__)
+registry: Registry[CheckpointFormat] = Registry("official family", __name__)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.backbones.diffit import DiffiTConfig, relative_index
-from mezzotint.convert.official import Official, Rows, registry
+from mezzotint.convert.official import CheckpointFormat, TensorSlice, registry
 
 PATTERN = (
     r"pos_embed|x_embedder\.proj\.(weight|bias)|t_embedder\.mlp\.[02]\.(weight|bias)"
@@ -86,23 +86,23 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], *, prediction: str = "ep
     )
 
 
-def key_map(c: DiffiTConfig) -> dict[str, tuple[Rows, ...]]:
+def key_map(c: DiffiTConfig) -> dict[str, tuple[TensorSlice, ...]]:
     """Return official key -> our rows; `temporal` stacks all q, then all v, then all k."""
-    result: dict[str, tuple[Rows, ...]] = {"pos_embed": (Rows("positions"),)}
-    result["y_embedder.embedding_table.weight"] = (Rows("label.weight"),)
+    result: dict[str, tuple[TensorSlice, ...]] = {"pos_embed": (TensorSlice("positions"),)}
+    result["y_embedder.embedding_table.weight"] = (TensorSlice("label.weight"),)
     for leaf in ("weight", "bias"):
         for theirs, ours in OUTSIDE.items():
-            result[f"{theirs}.{leaf}"] = (Rows(f"{ours}.{leaf}"),)
+            result[f"{theirs}.{leaf}"] = (TensorSlice(f"{ours}.{leaf}"),)
         for i in range(c.depth):
             for theirs, ours in INSIDE.items():
-                result[f"blocks.{i}.{theirs}.{leaf}"] = (Rows(f"blocks.{i}.{ours}.{leaf}"),)
+                result[f"blocks.{i}.{theirs}.{leaf}"] = (TensorSlice(f"blocks.{i}.{ours}.{leaf}"),)
             q, v, k = ((part * c.depth + i) * c.width for part in range(3))
             result[f"blocks.{i}.attn.qkv_temb.{leaf}"] = tuple(
-                Rows(f"temporal.{leaf}", start, start + c.width) for start in (q, k, v)
+                TensorSlice(f"temporal.{leaf}", start, start + c.width) for start in (q, k, v)
             )
     for i in range(c.depth):
         result[f"blocks.{i}.attn.relative_position_bias_table"] = (
-            Rows(f"blocks.{i}.attn.bias_table"),
+            TensorSlice(f"blocks.{i}.attn.bias_table"),
         )
     return result
 
@@ -116,7 +116,7 @@ def index_tables(c: DiffiTConfig) -> dict[str, Tensor]:
 
 registry.add(
     "diffit",
-    Official(
+    CheckpointFormat(
         backbone="diffit",
         pattern=PATTERN,
         config=infer_config,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from mezzotint.backbones.dimr import DiMRConfig
 from mezzotint.backbones.dimr_blocks import NORMS
-from mezzotint.convert.official import Official, Rows, registry
+from mezzotint.convert.official import CheckpointFormat, TensorSlice, registry
 
 # The tensors of a time-dependent vector, official and ours, in the same order.
 TDP = ("param0", "param1", "nodecay_weight", "nodecay_bias")
@@ -113,20 +113,22 @@ def infer_norm(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "ADARMSN"
 
 
-def key_map(c: DiMRConfig) -> dict[str, tuple[Rows, ...]]:
+def key_map(c: DiMRConfig) -> dict[str, tuple[TensorSlice, ...]]:
     """Return official key -> rows of ours."""
-    result: dict[str, tuple[Rows, ...]] = {}
+    result: dict[str, tuple[TensorSlice, ...]] = {}
     start = 0
     for i, (stage, hidden) in enumerate(zip(c.stages, c.hidden_dims, strict=True)):
         theirs, ours = f"stages.{i}.", f"branches.{i}."
         for name, width in time_vectors(c, i):
             for leaf, own in zip(TDP, TIME, strict=True):
-                result[f"{theirs}{name}.{leaf}"] = (Rows(own, start, start + width),)
+                result[f"{theirs}{name}.{leaf}"] = (TensorSlice(own, start, start + width),)
             start += width
         result |= map_whole(f"{theirs}input_layer.1", f"{ours}patch", ("weight", "bias"))
-        result[f"{theirs}input_layer.3.position_embeddings.weight"] = (Rows(f"{ours}positions"),)
+        result[f"{theirs}input_layer.3.position_embeddings.weight"] = (
+            TensorSlice(f"{ours}positions"),
+        )
         if stage == "transformer":
-            result[f"{theirs}class_embeds.weight"] = (Rows(f"{ours}classes"),)
+            result[f"{theirs}class_embeds.weight"] = (TensorSlice(f"{ours}classes"),)
         if i > 0:
             result |= map_whole(
                 f"{theirs}upsample.1.kernel", f"{ours}cascade.project", ("weight", "bias")
@@ -158,30 +160,36 @@ def time_vectors(c: DiMRConfig, i: int) -> Iterator[tuple[str, int]]:
     yield from [("output_layer.0.weight", dim), ("output_layer.0.bias", dim)]
 
 
-def map_whole(theirs: str, ours: str, leaves: tuple[str, ...]) -> dict[str, tuple[Rows, ...]]:
+def map_whole(
+    theirs: str, ours: str, leaves: tuple[str, ...]
+) -> dict[str, tuple[TensorSlice, ...]]:
     """Map whole tensors from one prefix to another."""
-    return {f"{theirs}.{leaf}": (Rows(f"{ours}.{leaf}"),) for leaf in leaves}
+    return {f"{theirs}.{leaf}": (TensorSlice(f"{ours}.{leaf}"),) for leaf in leaves}
 
 
 def map_block(
     theirs: str, ours: str, stage: str, hidden: int, norm: str
-) -> dict[str, tuple[Rows, ...]]:
+) -> dict[str, tuple[TensorSlice, ...]]:
     """Map one block; our `up` stacks w0 (the gated half) and w1."""
-    result: dict[str, tuple[Rows, ...]] = {}
+    result: dict[str, tuple[TensorSlice, ...]] = {}
     if stage == "transformer":
         result |= map_whole(f"{theirs}block1.query_key_value", f"{ours}attention.qkv", ("weight",))
         result |= map_whole(f"{theirs}block1.dense", f"{ours}attention.out", ("weight", "bias"))
     else:
         result |= map_whole(f"{theirs}block1.1", f"{ours}depthwise", ("weight", "bias"))
     for leaf in ("weight", "bias"):
-        result[f"{theirs}block2.w0.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", 0, hidden),)
-        result[f"{theirs}block2.w1.{leaf}"] = (Rows(f"{ours}mlp.up.{leaf}", hidden, 2 * hidden),)
+        result[f"{theirs}block2.w0.{leaf}"] = (TensorSlice(f"{ours}mlp.up.{leaf}", 0, hidden),)
+        result[f"{theirs}block2.w1.{leaf}"] = (
+            TensorSlice(f"{ours}mlp.up.{leaf}", hidden, 2 * hidden),
+        )
     result |= map_whole(f"{theirs}block2.w2", f"{ours}mlp.down", ("weight", "bias"))
     if norm in NORM_OWN:
         official, own = NORM_OWN[norm]
         if stage == "transformer":
-            result[f"{theirs}block1.norm.{official}"] = (Rows(f"{ours}attention.norm.{own}"),)
-        result[f"{theirs}block2.norm.{official}"] = (Rows(f"{ours}mlp.norm.{own}"),)
+            result[f"{theirs}block1.norm.{official}"] = (
+                TensorSlice(f"{ours}attention.norm.{own}"),
+            )
+        result[f"{theirs}block2.norm.{official}"] = (TensorSlice(f"{ours}mlp.norm.{own}"),)
     return result
 
 
@@ -189,7 +197,7 @@ assert set(NORM_VECTORS) == set(NORMS)
 
 registry.add(
     "dimr",
-    Official(
+    CheckpointFormat(
         backbone="dimr",
         pattern=PATTERN,
         config=infer_config,

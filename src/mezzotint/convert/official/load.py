@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mezzotint.backbones as backbones
 import mezzotint.models as models
-from mezzotint.convert.official import Official, registry
+from mezzotint.convert.official import CheckpointFormat, registry
 from mezzotint.core.files import atomic_replace
 from mezzotint.core.registry import check_options, suggest
 from mezzotint.core.tensor_files import (
@@ -29,7 +29,7 @@ from mezzotint.core.tensor_files import (
 from mezzotint.process.denoiser import Model
 
 HALVES = (torch.float16, torch.bfloat16)
-# Hints of every family; each has more of its own, see `Official.config`.
+# Hints of every family; each has more of its own, see `CheckpointFormat.config`.
 COMMON = {"entry": None, "widen": False}
 
 
@@ -200,7 +200,7 @@ def identify_family(source: TensorSource, family: str | None) -> str:
 
 
 def official_specs(
-    official: Official, config: Any, own: Mapping[str, TensorSpec]
+    official: CheckpointFormat, config: Any, own: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
     """Return the official tensors of a config: key -> dtype and shape."""
     claims = {}
@@ -221,7 +221,7 @@ def row_range(part: Any, own: Mapping[str, TensorSpec]) -> tuple[int, int]:
 
 def check_tensors(
     source: TensorSource,
-    official: Official,
+    official: CheckpointFormat,
     config: Any,
     own: Mapping[str, TensorSpec],
     widen: bool,
@@ -260,7 +260,7 @@ def check_tensors(
 
 
 def to_ours(
-    source: TensorSource, official: Official, config: Any, own: Mapping[str, TensorSpec]
+    source: TensorSource, official: CheckpointFormat, config: Any, own: Mapping[str, TensorSpec]
 ) -> dict[str, Tensor]:
     """Return our tensors, copied from the official ones; the map fills each row exactly once."""
     for key, constant in official.constants(config).items():

@@ -1,4 +1,4 @@
-"""Mean squared error in any row, with any weight per log-SNR."""
+"""Mean squared error in any prediction type, with any weight per log-SNR."""
 
 from __future__ import annotations
 

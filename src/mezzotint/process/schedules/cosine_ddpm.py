@@ -1,4 +1,4 @@
-"""Improved DDPM's cosine, as a table and as the continuous curve behind it."""
+"""Cosine schedule of Improved DDPM, discrete and continuous."""
 
 from __future__ import annotations
 

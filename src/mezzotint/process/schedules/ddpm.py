@@ -1,4 +1,4 @@
-"""Discrete tables of betas: DDPM's own, and the class of all tables."""
+"""Discrete schedules from betas, including DDPM's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion's table, which DiMR trains on."""
+"""Stable Diffusion's scaled-linear betas, on which DiMR trains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks wrapped for several processes by DDP or FSDP2; tensors and norms over shards."""
+"""DDP and FSDP2: wrapping a network, gradient norms and gathering of sharded tensors."""
 
 from __future__ import annotations
 
