@@ -1,8 +1,7 @@
 """Recipe: everything a training run depends on, as frozen dataclasses, YAML and dotted overrides.
 
-A recipe is a value. Functions in `mezzotint.recipes` return one per published run, the command line
-changes single fields (`optim.lr=3e-4`), and the run folder keeps the resolved recipe. An unknown
-key is an error that lists near names.
+Functions in `mezzotint.recipes` return one per published run, the command line changes single
+fields (`optim.lr=3e-4`), and the run folder keeps the resolved recipe.
 """
 
 from __future__ import annotations
@@ -37,11 +36,9 @@ class Data:
     source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
-    codec: autoencoder that encodes images for a latent network, by name or folder; by default the
-        preset's, or that of the prepared dataset.
+    codec: autoencoder of a latent network, by name or folder; the preset's or dataset's by default.
     text_encoder: T5 encoder of a network that reads captions, by name or folder.
-    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares of the
-        network's size.
+    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares.
     portrait: with buckets, rotate images that are taller than wide, and note it in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
     """
@@ -63,8 +60,7 @@ class Data:
 class Time:
     """How noise levels are drawn.
 
-    sampling: "uniform" draws u independently; "stratified" spreads one batch's u evenly over (0,
-        1).
+    sampling: "uniform" draws u independently; "stratified" spreads a batch's u evenly.
     loss_measure: "u" averages the loss over the schedule's u; "logsnr" multiplies each image's loss
         by -dlogsnr/du / 2, so that its expectation is an integral over log-SNR for any schedule
         (SiD2 eq. of section 9).
@@ -102,11 +98,10 @@ class Ema:
     """Averages of the weights.
 
     half_life_images: of the exponential average, which is sampled and saved as model/.
-    rampup: the half-life is at most this fraction of the images seen (EDM: 0.05); None for no
-        limit.
+    rampup: upper bound of the half-life, in images seen (EDM: 0.05); None for no bound.
     power_stds: relative widths of power-function averages, e.g. (0.05, 0.10). Their snapshots give
         any other width after the run (EDM2 section 3; `mezzotint ema`).
-    snapshot_every_images: between snapshots; None saves them with every checkpoint.
+    snapshot_every_images: between snapshots; None saves one with every checkpoint.
     """
 
     half_life_images: float = 500_000
@@ -190,18 +185,14 @@ class Save:
 class Engine:
     """How a step is computed: speed and memory, not what is learnt.
 
-    precision: of the forward and backward pass; weights are always float32. "auto" is bf16 where
-        this is fast.
+    precision: of the passes, weights are always float32; "auto" is bf16 where that is fast.
     strategy: for several processes, "ddp" copies the weights, "fsdp" shards them per block.
-    microbatch: images per forward pass and process; None for the process's whole share of the
-        batch.
+    microbatch: images per forward pass and process; None for its whole share of the batch.
     checkpointing: what each block keeps for the backward pass: everything for "none"; for
         "selective" the results of products, convolutions and attention; for "full" its input alone.
     compile: torch.compile each repeated block.
-    peak_tflops: of one device at this precision, in 1e12 floating-point operations per second;
-        given, the log holds the utilisation.
-    depthwise: what computes DiMR's depthwise convolutions on a GPU: cuDNN, or this library's Triton
-        kernels.
+    peak_tflops: of one device, in 1e12 FLOP per second; given, the log holds the utilisation.
+    depthwise: kernels of DiMR's depthwise convolutions on a GPU, cuDNN's or our own in Triton.
     """
 
     precision: Literal["auto", "float32", "bf16"] = "auto"
@@ -223,9 +214,8 @@ class NonFinite:
     on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a
         bundle for `mezzotint replay`. Then "stop" ends the run, "skip" continues with the next
         images, and "rollback" does so from the weights of the newest checkpoint.
-    limit: most skips or rollbacks of a run; the next one stops it.
-    spike: report a loss that exceeds the recent median by this many robust standard deviations;
-        None reports none.
+    limit: skips or rollbacks of a run; the next one stops it.
+    spike: report a loss this many robust standard deviations above the recent median, or None.
     """
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
@@ -240,8 +230,7 @@ class NonFinite:
 class Recipe:
     """One training run.
 
-    preset, model: the network, and fields of its config to change, e.g. {"size": 64, "num_classes":
-        10}.
+    preset, model: the network, and fields of its config to change, e.g. {"size": 64}.
     schedule: noise schedule; None for the family's own at this size.
     objective: name and options of one in `process.objectives`.
     images, batch: length of the run and of one optimiser step, in images.
@@ -325,9 +314,7 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(
-                f"override {assignment!r} is not of the form key=value, e.g. optim.lr=3e-4"
-            )
+            raise ValueError(f"{assignment!r} is not of the form key=value, e.g. optim.lr=3e-4")
         keys = path.split(".")
         # Walk down to the dictionary that holds the last key.
         node = values
@@ -335,9 +322,8 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             if key == "schedule" and node.get(key) is None:
                 node[key] = {"name": "", "options": {}}
             if not isinstance(node.get(key), dict):
-                raise ValueError(
-                    f"{'.'.join(keys[: depth + 1])!r} has no fields; {suggest(key, node)}"
-                )
+                name = ".".join(keys[: depth + 1])
+                raise ValueError(f"{name!r} has no fields; {suggest(key, node)}")
             node = node[key]
         # Fields of a model or of options are checked where the network or the function is known.
         any_key = keys[0] == "model" or "options" in keys[:-1]

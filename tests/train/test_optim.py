@@ -16,9 +16,10 @@ from mezzotint.train.optim import group_by_decay, learning_rate, make_optimisers
 
 VIT = [
     "data.source=digits", "model.size=8", "model.channels=1", "model.multipliers=[1,2,4]",
-    "batch=16", "images=1152", "log_every_images=192", "samples.every_images=576", "samples.count=10", "samples.steps=2",
-    "save.every_images=576", "save.keep=9", "engine.precision=float32", "optim.warmup_images=0",
-    "optim.name=muon", "optim.lr=2e-3", "time.sampling=stratified",
+    "batch=16", "images=1152", "log_every_images=192", "samples.every_images=576",
+    "samples.count=10", "samples.steps=2", "save.every_images=576", "save.keep=9",
+    "engine.precision=float32", "optim.warmup_images=0", "optim.name=muon", "optim.lr=2e-3",
+    "time.sampling=stratified",
 ]  # fmt: skip
 
 
