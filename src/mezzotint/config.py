@@ -75,8 +75,7 @@ class Optim:
     """AdamW, or Muon for hidden matrices with AdamW for the rest.
 
     lr: peak learning rate.
-    warmup_images: linear warm-up from 0, in images.
-    decay: "constant" after warm-up, or "cosine" to zero at the end of the run.
+    warmup_images: length of the linear warm-up; decay: "cosine" reaches zero at the end of the run.
     clip: bound on the global gradient norm; None for none.
     """
 
@@ -187,7 +186,7 @@ class Engine:
 
     precision: of the passes, weights are always float32; "auto" is bf16 where that is fast.
     strategy: for several processes, "ddp" copies the weights, "fsdp" shards them per block.
-    microbatch: images per forward pass and process; None for its whole share of the batch.
+    microbatch: images per forward pass and process; None for its share of the batch.
     checkpointing: what each block keeps for the backward pass: everything for "none"; for
         "selective" the results of products, convolutions and attention; for "full" its input alone.
     compile: torch.compile each repeated block.
