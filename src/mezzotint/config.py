@@ -322,7 +322,8 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
                 node[key] = {"name": "", "options": {}}
             if not isinstance(node.get(key), dict):
                 name = ".".join(keys[: depth + 1])
-                raise ValueError(f"{name!r} has no fields; {suggest(key, node)}")
+                wrong = f"{name!r} has no fields" if key in node else f"no field {name!r}"
+                raise ValueError(f"{wrong}; {suggest(key, node)}")
             node = node[key]
         # Fields of a model or of options are checked where the network or the function is known.
         any_key = keys[0] == "model" or "options" in keys[:-1]
@@ -363,12 +364,15 @@ def parse(kind: Any, value: Any, path: str) -> Any:
     return _parse_scalar(kind, value, path)
 
 
+WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
 def _parse_scalar(kind: type, value: Any, path: str) -> Any:
     """Return a bool, int, float or str. YAML reads 1e6 as text, so both count as integers."""
     if kind is bool or isinstance(value, bool):
         if kind is bool and isinstance(value, bool):
             return value
-        raise ValueError(f"{path} is {value!r}; {kind.__name__} is needed")
+        raise ValueError(f"{path} is {value!r}; {WANTED[kind]} is needed")
     try:
         number = float(value) if kind in (int, float) else value
         if kind is int and number == int(number):
@@ -377,7 +381,7 @@ def _parse_scalar(kind: type, value: Any, path: str) -> Any:
             return number
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{path} is {value!r}; {kind.__name__} is needed")
+    raise ValueError(f"{path} is {value!r}; {WANTED[kind]} is needed")
 
 
 def _parse_dataclass(kind: type[T], value: Any, path: str) -> T:

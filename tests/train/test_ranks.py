@@ -32,7 +32,10 @@ def assert_same(a: Path, b: Path):
         # that single entries may differ more on some processors: one in a thousand here.
         apart = (wa[name] - wb[name]).abs() > 2e-5 + 1e-3 * wb[name].abs()
         assert apart.float().mean() <= 1e-3, name
-        assert (wa[name] - wb[name]).norm() <= 1e-4 * wb[name].norm() + 1e-6, name
+        # The bias of the keys' norm adds one number to every logit of a softmax: its gradient is
+        # zero, and all that it holds is rounding.
+        rounding = 1e-6 * wb[name].numel() ** 0.5
+        assert (wa[name] - wb[name]).norm() <= 1e-4 * wb[name].norm() + rounding, name
 
 
 @pytest.fixture(scope="module")

@@ -129,6 +129,7 @@ def _open_images_or_model(
 ) -> ImageSource:
     """Return the images at `source`, or samples of the model there."""
     from mezzotint.evaluate.image_source import from_job, open_image_source
+    from mezzotint.sampling import parse
     from mezzotint.sampling.job import make_job
 
     path = Path(source)

@@ -63,6 +63,7 @@ class SamplingOptions:
 
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:
         """Open the model and return the job that these options describe."""
+        from mezzotint.sampling import parse
         from mezzotint.sampling.conditioning import read_prompts
         from mezzotint.sampling.job import make_job
 

@@ -192,7 +192,7 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
         return open_table(base, split)
     raise ValueError(
         f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, "
-        f"a Hugging Face dataset as OWNER/NAME, or a built-in dataset: {suggest(base, BUILTIN)}"
+        f"a Hugging Face dataset as OWNER/NAME, or a built-in dataset ({suggest(base, BUILTIN)})"
     )
 
 

@@ -24,6 +24,7 @@ from mezzotint.evaluate.references import Reference, read_reference
 from mezzotint.evaluate.results import Evaluation, load_evaluation
 from mezzotint.models import build_model, preset_info
 from mezzotint.process.denoiser import Model
+from mezzotint.sampling import parse
 from mezzotint.sampling.conditioning import read_prompts
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import count_network_calls

@@ -282,7 +282,10 @@ def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
         return from_npz(path)
     if path.is_dir() or path.suffix == ".zip":
         return from_folder(path, channels)
-    raise ValueError(f"no images at {path}; give a folder or .zip of images, or a .npz with arr_0")
+    raise ValueError(
+        f"no images at {path}; give a folder or .zip of images, or a .npz with arr_0; a built-in "
+        "dataset also needs a size, e.g. --size 64"
+    )
 
 
 def open_real_images(source: str, size: int | None, channels: int = 3) -> ImageSource:

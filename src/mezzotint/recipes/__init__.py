@@ -13,7 +13,7 @@ from mezzotint import config
 from mezzotint.config import Ema, Recipe
 from mezzotint.core.registry import Registry
 
-registry: Registry[Callable[[], Recipe]] = Registry("recipe", __name__)
+registry: Registry[Callable[[], Recipe]] = Registry("preset", __name__)
 recipe = registry.register
 
 

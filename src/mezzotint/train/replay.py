@@ -78,7 +78,7 @@ def replay(
     damage = checkpoint.find_damage(bundle)
     if damage is not None:
         raise ValueError(
-            f"{bundle} is no intact bundle: {damage}; a run writes them to RUN/bundles/IMAGES"
+            f"{bundle} is not an intact bundle: {damage}; a run writes them to RUN/bundles/IMAGES"
         )
     recipe = config.from_yaml(bundle / nonfinite.RECIPE)
     facts = read_json(bundle / nonfinite.FACTS)
