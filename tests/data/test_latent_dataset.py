@@ -341,10 +341,10 @@ def test_encoded_and_stored_batches_are_equal(image_folder, vae_folder, tmp_path
         "mirror": True,
     }
     read = open_dataset(str(tmp_path / "out"), **open_with)
-    anew = open_dataset(str(image_folder), **open_with)
+    encoded = open_dataset(str(image_folder), **open_with)
     assert isinstance(read, LatentDataset)
-    assert isinstance(anew, EncodedDataset)
-    for x, y in zip(read.batch([4, 0, 9]), anew.batch([4, 0, 9]), strict=True):
+    assert isinstance(encoded, EncodedDataset)
+    for x, y in zip(read.batch([4, 0, 9]), encoded.batch([4, 0, 9]), strict=True):
         assert torch.equal(x, y)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -119,14 +121,23 @@ def wait_for(ready, seconds: float) -> None:
         time.sleep(0.1)
 
 
+def find_port() -> int:
+    """Return a free port below those that the system hands out itself, which a process beside this
+    one may take in the seconds before the server listens.
+    """
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no free port in 100 tries")
+
+
 class Server:
     """`mezzotint serve` in its own process, once it answers."""
 
     def __init__(self, folder: Path, *arguments: str):
         self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = find_port()
         command = [sys.executable, "-m", "mezzotint", "serve", *arguments, "--port", str(port)]
         self.url = f"http://127.0.0.1:{port}"
         self.output = folder / "server.txt"

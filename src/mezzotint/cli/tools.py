@@ -126,7 +126,7 @@ def bench(
         compile: Compile each repeated block with torch.compile.
         checkpointing: Recompute nothing, cheap operations or whole blocks in the backward pass.
         graphs: Replay sampling from CUDA graphs.
-        rounds: Repetitions, of which the median counts; 5 by default.
+        rounds: Repetitions; their median counts; 5 by default.
         json: Print one JSON object per measurement.
     """
     from json import dumps
