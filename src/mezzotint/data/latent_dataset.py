@@ -1,4 +1,4 @@
-"""Latents to train on: `LatentDataset` reads a prepared folder, `EncodedDataset` encodes images as it goes.
+"""Latents to train on: `LatentDataset` reads them from a folder, `EncodedDataset` encodes images.
 
 Both round the moments to float16, so that training is bitwise the same from either.
 
