@@ -13,7 +13,7 @@ import textwrap
 import tyro
 
 from mezzotint import __version__
-from mezzotint.cli import data, evaluation, sampling, tools, training
+from mezzotint.cli import data, evaluation, models, sampling, tools, training
 
 COMMANDS = {
     "demo": training.demo,
@@ -31,9 +31,9 @@ COMMANDS = {
     "doctor": tools.doctor,
     "bench": tools.bench,
     "serve": sampling.serve,
-    "convert": sampling.convert,
-    "export": sampling.export,
-    "card": sampling.card,
+    "convert": models.convert,
+    "export": models.export,
+    "card": models.card,
     "ema": training.ema,
     "replay": training.replay,
     "report": training.report,

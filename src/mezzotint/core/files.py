@@ -21,10 +21,10 @@ from mezzotint.core.progress import ProgressBar
 CHUNK_BYTES = 1 << 20
 
 
-# --- atomic writes ---
-# --------------------------------------------------------------------------------- Each writes to
-# a name of its own beside the target, `.NAME.HOST.PID.partial`, flushes to disk, and renames. A
-# reader sees the old content or the new one. What a killed process leaves is `.*.partial`.
+# --- atomic writes -------------------------------------------------------------------------------
+# Each writes to a name of its own beside the target, `.NAME.HOST.PID.partial`, flushes to disk, and
+# renames. A reader sees the old content or the new one. What a killed process leaves is
+# `.*.partial`.
 
 
 def _partial_path(path: Path) -> Path:
@@ -126,7 +126,7 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-# --- JSON and hashes ---
+# --- JSON and hashes -----------------------------------------------------------------------------
 
 
 def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
@@ -160,7 +160,7 @@ def sha256_of_file(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-# --- the cache and downloads ---
+# --- the cache and downloads ---------------------------------------------------------------------
 
 
 def cache_dir() -> Path:
