@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mezzotint import config
 from mezzotint.config import Recipe
+from mezzotint.core.console import open_console
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.transforms import to_uint8
@@ -52,7 +52,7 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
     # All threads are faster alone, but very slow when another job shares the cores.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
-    console = Console()
+    console = open_console()
     recipe = demo_recipe(images, seed)
     if out.exists():
         if not (out / "recipe.yaml").exists() and any(out.iterdir()):

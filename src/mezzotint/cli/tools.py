@@ -34,12 +34,12 @@ def info(
         for row in [summary.read_summary(preset)] if preset else summary.read_summaries():
             print(dumps(row))
         return
-    from rich.console import Console
+    from mezzotint.core.console import open_console
 
     if preset:
-        Console().print(summary.render_layers(preset, summary.read_layers(preset)))
+        open_console().print(summary.render_layers(preset, summary.read_layers(preset)))
     else:
-        Console().print(summary.render_presets(summary.read_summaries()))
+        open_console().print(summary.render_presets(summary.read_summaries()))
 
 
 def plan(
@@ -72,9 +72,8 @@ def plan(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from mezzotint import config
+    from mezzotint.core.console import open_console
     from mezzotint.recipes import recipe_for
     from mezzotint.tools import plan as planning
 
@@ -94,7 +93,7 @@ def plan(
     if json:
         print(dumps(result))
     else:
-        Console().print(planning.render_plan(result))
+        open_console().print(planning.render_plan(result))
 
 
 def bench(
@@ -131,9 +130,8 @@ def bench(
     """
     from json import dumps
 
-    from rich.console import Console
-
     from mezzotint import config
+    from mezzotint.core.console import open_console
     from mezzotint.core.distributed import default_device
     from mezzotint.recipes import recipe_for
     from mezzotint.tools.benchmark import BenchmarkSettings, render_benchmark, run_benchmark
@@ -160,7 +158,7 @@ def bench(
         for row in rows:
             print(dumps(row))
     else:
-        Console().print(render_benchmark(rows))
+        open_console().print(render_benchmark(rows))
 
 
 def doctor(

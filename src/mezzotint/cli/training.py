@@ -86,13 +86,12 @@ def train(
 
 def print_plan(recipe: Recipe) -> None:
     """Print what one process needs on this machine's device, and the command that shows more."""
-    from rich.console import Console
-
+    from mezzotint.core.console import open_console
     from mezzotint.tools.accelerators import detect_device
     from mezzotint.tools.plan import plan, render_plan
 
     if (device := detect_device()) is not None:
-        Console().print(render_plan(plan(recipe, device=device, compare=False)))
+        open_console().print(render_plan(plan(recipe, device=device, compare=False)))
     print(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
 
 

@@ -240,10 +240,11 @@ def print_evaluation(evaluation: Evaluation, claims: dict[str, str] | None = Non
     Args:
         claims: metric -> a paper's number, shown in a column of its own.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from mezzotint.core.console import open_console
+
+    console = open_console()
     table = Table("metric", "value", "interval or error", *(["claimed"] if claims else []))
     for number in evaluation.numbers:
         spread = "" if number.error is None else f"± {number.error:.3g}"

@@ -195,10 +195,11 @@ def require_comparable(a: Evaluation, b: Evaluation, varying: Collection[str] = 
 
 def print_comparison(a: Evaluation, b: Evaluation, comparison: Comparison) -> None:
     """Print the shared metrics, in red if there are conflicts, and the fields that differ."""
-    from rich.console import Console
     from rich.table import Table
 
-    console, style = Console(), "red" if comparison.conflicts else None
+    from mezzotint.core.console import open_console
+
+    console, style = open_console(), "red" if comparison.conflicts else None
     table = Table("metric", a.protocol.source, b.protocol.source)
     for metric, x, y in comparison.rows:
         table.add_row(metric, f"{x:.6g}", f"{y:.6g}", style=style)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from mezzotint.backbones.flops import GIGA
+from mezzotint.core.console import open_console
 from mezzotint.core.registry import suggest
 from mezzotint.evaluate.evaluate import evaluate, print_evaluation
 from mezzotint.evaluate.features import FeatureSet, open_features
@@ -155,7 +155,7 @@ def reproduce(
     Errors: ValueError for an unknown name and for a missing model or reference.
     """
     published = get_published(name)
-    console = Console()
+    console = open_console()
     numbers = ", ".join(f"{metric} {number}" for metric, number in published.numbers.items())
     console.print(f"published for {name}: {numbers}")
     console.print(_render_requirements(name, model, reference))
@@ -199,5 +199,5 @@ def _evaluate_job(
     evaluation = evaluate(from_job(job, num_images), real, sets, folder=out / "pieces", show=True)
     evaluation.save(out / "evaluation.json")
     print_evaluation(evaluation, published.numbers)
-    Console().print(f"saved: {out / 'evaluation.json'}")
+    open_console().print(f"saved: {out / 'evaluation.json'}")
     return evaluation
