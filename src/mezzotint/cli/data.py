@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Overrides, Switch
+from mezzotint.cli.arguments import Count, Overrides, Switch
 
 
 def prepare(
@@ -15,10 +15,10 @@ def prepare(
     out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
     *,
-    size: int,
+    size: Count,
     crop: Literal["adm", "plain"] = "adm",
     codec: str = "pixels",
-    text: str = "",
+    text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
 ) -> None:
     """Resize a dataset once, so that training reads it without decoding.
 

@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from mezzotint.cli.arguments import (
+    Data,
+    OptionalCount,
+    OptionalFile,
+    Out,
+    Overrides,
+    Preset,
+    Switch,
+)
+
 if TYPE_CHECKING:
     from mezzotint.config import Recipe
+
+Run = Positional[Annotated[Path, arg(metavar="RUN", help_behavior_hint="")]]
 
 
 def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
@@ -27,15 +39,15 @@ def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
 
 
 def train(
-    preset: Positional[str],
-    overrides: Positional[tuple[str, ...]] = (),
+    preset: Preset,
+    overrides: Overrides = (),
     /,
     *,
-    data: Annotated[str, arg(aliases=["-d"])] = "",
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
-    recipe: Path | None = None,
-    init_from: str | None = None,
-    dry_run: bool = False,
+    data: Data = "",
+    out: Out = None,
+    recipe: OptionalFile = None,
+    init_from: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None,
+    dry_run: Switch = False,
 ) -> None:
     """Train a preset on your images. Run the same command again to resume.
 
@@ -96,12 +108,12 @@ def print_plan(recipe: Recipe) -> None:
 
 
 def ema(
-    run: Positional[Path],
+    run: Run,
     /,
     *,
-    width: float,
-    images: int | None = None,
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    width: Annotated[float, arg(metavar="WIDTH")],
+    images: OptionalCount = None,
+    out: Out = None,
 ) -> None:
     """Compute an average of a run's weights of any width, from its snapshots.
 
@@ -120,7 +132,10 @@ def ema(
 
 
 def replay(
-    bundle: Positional[Path], /, *, data: Annotated[str | None, arg(aliases=["-d"])] = None
+    bundle: Positional[Annotated[Path, arg(metavar="BUNDLE", help_behavior_hint="")]],
+    /,
+    *,
+    data: Data = "",
 ) -> None:
     """Repeat a non-finite training step from its bundle and name the layer where it began.
 
@@ -130,12 +145,10 @@ def replay(
     """
     from mezzotint.train.replay import replay as replay_bundle
 
-    print(replay_bundle(bundle, data))
+    print(replay_bundle(bundle, data or None))
 
 
-def report(
-    run: Positional[Path], /, *, out: Annotated[Path | None, arg(aliases=["-o"])] = None
-) -> None:
+def report(run: Run, /, *, out: Out = None) -> None:
     """Write one HTML page of a run, finished or not: curves, sample grids, recipe, environment.
 
     Args:
