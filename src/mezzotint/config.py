@@ -139,7 +139,7 @@ class Evaluate:
     every_images: between evaluations; 0 for none.
     num_images: samples, of seeds 0 ... num_images - 1.
     reference: file of real images' statistics (`mezzotint reference`).
-    features: feature sets, all of which the reference has.
+    features: feature sets; the reference must have each of them.
     weights: file of their network; the one in the cache by default.
     reference_source: library that made the reference, where the file does not say.
     sampler, steps, guidance: as for sample grids.

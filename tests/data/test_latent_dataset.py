@@ -366,10 +366,12 @@ def test_training_on_encoded_and_stored_latents_is_bitwise_equal(
     os.remove(image_folder / "a" / "04.png")
     prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     read = train(tiny_latent_recipe(tmp_path / "out"), tmp_path / "read", quiet=True)
-    anew = train(tiny_latent_recipe(image_folder, str(vae_folder)), tmp_path / "anew", quiet=True)
-    weights = [load_file(run / "model" / "model.safetensors") for run in (read, anew)]
+    encoded = train(
+        tiny_latent_recipe(image_folder, str(vae_folder)), tmp_path / "encoded", quiet=True
+    )
+    weights = [load_file(run / "model" / "model.safetensors") for run in (read, encoded)]
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
-    cards = [json.loads((run / "model" / "config.json").read_text()) for run in (read, anew)]
+    cards = [json.loads((run / "model" / "config.json").read_text()) for run in (read, encoded)]
     assert {card["codec"] for card in cards} == {str(vae_folder.resolve())}
     with Image.open(next((read / "samples").glob("*.png"))) as grid:
         assert grid.height >= 16  # decoded: 8 cells of 2 pixels

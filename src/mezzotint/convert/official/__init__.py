@@ -1,6 +1,6 @@
 """Official checkpoints: one file per release, which registers a `CheckpointFormat`.
 
-A key map states which rows of which of our tensors each official tensor holds. One table serves
+A key map names, for each official tensor, the rows of our tensors that hold it. One table serves
 both directions, bit for bit. `load` checks that it is total: it uses every official key and fills
 every one of our tensors, each exactly once.
 """
