@@ -19,13 +19,12 @@ from mezzotint.data.shapes import open_shapes
 from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import (
     SPLITS,
-    FolderStore,
     Source,
-    ZipStore,
     hash_parts,
     image_suffixes,
     open_files,
 )
+from mezzotint.data.stores import FolderStore, ZipStore
 from mezzotint.data.tables import CARD, PreparedSource, open_npz, open_prepared, open_table
 from mezzotint.data.transforms import CROPS, to_pillow, to_pixels
 

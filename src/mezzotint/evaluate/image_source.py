@@ -21,7 +21,8 @@ from torch import Tensor
 from mezzotint.core.files import read_json, sha256_of_file
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images, split_suffix
-from mezzotint.data.sources import FolderStore, ZipStore, open_files
+from mezzotint.data.sources import open_files
+from mezzotint.data.stores import FolderStore, ZipStore
 from mezzotint.data.tables import CARD
 from mezzotint.evaluate.npz_files import DAMAGE, open_npy_member
 from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
