@@ -255,7 +255,7 @@ def test_plan_command_and_dry_run_print_the_plan(capsys):
     assert "with full checkpointing fits" in result["advice"][0]
     with pytest.raises(ValueError, match="efficiency 0"):
         tools.plan("unet-tiny", efficiency=0.0)
-    training.train("unet-tiny", ("batch=8", *SMALL), dry_run=True)
+    training.train("unet-tiny", ("batch=8", *SMALL), data="digits", dry_run=True)
     printed = capsys.readouterr().out
     assert "difference from the recipe" in printed
     assert "images per forward pass" in printed

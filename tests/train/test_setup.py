@@ -15,6 +15,7 @@ from mezzotint.recipes import recipe_for
 from mezzotint.train import checkpoint, loop
 from mezzotint.train.dataset import describe_data
 from mezzotint.train.loop import train
+from mezzotint.train.run_folder import run_lock
 
 
 @pytest.mark.parametrize(
@@ -116,38 +117,57 @@ def test_missing_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("preset", "overrides", "pattern"),
+    ("overrides", "pattern"),
     [
-        (
-            "unet-tiny",
-            ["data.source=digits"],
-            r"digits holds 1,500 images, 10 classes \(0, 1, 2 \.\.\.\)",
-        ),
-        ("unet-tiny", ["data.source=shapes:count=50"], "shapes:count=50 holds 50 images"),
-        ("unet-tiny", [], "--data digits"),
-        ("unet-tiny", ["data.source=nowhere"], "cannot be trained on.*nowhere"),
-        (
-            "unet-tiny",
-            ["data.source=my/photos"],
-            "my/photos.*hub",
-        ),
-        (
-            "unet-tiny",
-            ["data.source=digits", "model.num_classes=4"],
-            "cannot be trained on.*10 classes",
-        ),
-        (
-            "diffit-256",
-            ["data.source=digits"],
-            r"10 classes.*sd-vae-ft-ema.*mezzotint prepare digits",
-        ),
-        (
-            "unet-tiny",
-            ["data.source=shapes:count=50", "data.buckets=[[32,48]]"],
-            "holds 50 images",
-        ),
+        (["data.source=digits"], r"digits holds 1,500 images, 10 classes \(0, 1, 2 \.\.\.\)"),
+        (["data.source=shapes:count=50"], "shapes:count=50 holds 50 images"),
+        (["data.source=shapes:count=50", "data.buckets=[[32,48]]"], "holds 50 images"),
     ],
 )
-def test_a_dry_run_describes_the_data(preset, overrides, pattern):
-    line = describe_data(config.override(recipe_for(preset), overrides))
+def test_a_dry_run_describes_the_data(tmp_path, overrides, pattern):
+    recipe = config.override(recipe_for("unet-tiny"), overrides)
+    start = loop.check(recipe, tmp_path / "run")
+    line = describe_data(start.recipe, start.dataset)
     assert re.search(pattern, line), line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "pattern"),
+    [
+        ([], "--data digits"),
+        (["data.source=nowhere"], "nowhere"),
+        (["data.source=digits", "model.num_classes=4"], "10 classes"),
+        (["data.source=digits", "samples.sampler=abc"], r"samples\.sampler=abc"),
+        (["data.source=digits", "evaluate.sampler=abc"], r"evaluate\.sampler=abc"),
+        (["data.source=digits", "schedule.name=abc"], "abc.*cosine"),
+        (["data.source=digits", "ema.power_stds=[-1]"], r"EMA width|power_stds"),
+        (["data.source=digits", "data.codec=abc"], "abc"),
+        (["data.source=digits", "data.portrait=true"], "portrait"),
+        (["data.source=digits", "model.width=131072"], "width|memory|device has"),
+        (["data.source=digits", "engine.depthwise=triton"], "triton"),
+    ],
+)
+def test_a_dry_run_and_a_start_refuse_in_the_same_words(tmp_path, overrides, pattern):
+    """And neither leaves anything behind but the start's lock."""
+    command = ("model.size=8", "model.multipliers=[1,1]", "model.blocks=[1,1]",
+               "model.attention=[false,false]", *overrides)  # fmt: skip
+    sentences = []
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=pattern) as refused:
+            training.train("unet-tiny", command, out=tmp_path / "run", dry_run=dry_run)
+        sentences.append(str(refused.value))
+        if dry_run:
+            assert not (tmp_path / "run").exists()
+    assert sentences[0] == sentences[1]
+    assert [p.name for p in tmp_path.glob("run/*")] in ([], [".lock"])
+
+
+def test_a_dry_run_sees_that_another_process_trains_and_that_the_folder_is_no_folder(tmp_path):
+    with run_lock(tmp_path / "run"), pytest.raises(ValueError, match="another process is training"):
+        loop.check(small(), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        for start in (loop.check, loop.train):
+            with pytest.raises(OSError, match=r"cannot be written.*--out"):
+                start(small(), folder)

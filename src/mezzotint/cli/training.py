@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,13 +59,13 @@ def train(
         out: Run folder; runs/PRESET by default.
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model folder; size and classes may differ.
-        dry_run: Train nothing; print the recipe, its changes, the data and the memory it needs.
+        dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.
     """
     from mezzotint import config
     from mezzotint.evaluate.during_training import make_evaluator
     from mezzotint.recipes import describe_changes, recipe_for
+    from mezzotint.train import loop
     from mezzotint.train.dataset import describe_data
-    from mezzotint.train.loop import train as run_training
 
     chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
     if chosen.preset != preset:
@@ -72,18 +73,11 @@ def train(
             f"{recipe} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
         )
     if data:
-        chosen = config.override(chosen, [f"data.source={data!r}"])
+        chosen = replace(chosen, data=replace(chosen.data, source=data))
     chosen = config.override(chosen, overrides)
     if dry_run:
         print(config.to_yaml(chosen))
         print(describe_changes(chosen))
-        print(f"data: {describe_data(chosen)}")
-        print_plan(chosen)
-        return
-    if not chosen.data.source:
-        raise ValueError(
-            "no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
-        )
     init_weights = None
     if init_from is not None:
         from mezzotint.convert.adapt import initialise_from
@@ -91,7 +85,12 @@ def train(
         init_weights = initialise_from(init_from)
     out = out or Path("runs") / preset
     evaluator = make_evaluator(chosen)
-    folder = run_training(chosen, out, init_weights=init_weights, evaluator=evaluator)
+    if dry_run:
+        start = loop.check(chosen, out, init_weights, evaluator)
+        print(f"data: {describe_data(start.recipe, start.dataset)}")
+        print_plan(chosen)
+        return
+    folder = loop.train(chosen, out, init_weights=init_weights, evaluator=evaluator)
     print(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
     print(f"next: mezzotint sample {folder} -n 16 --out samples.png")
 

@@ -22,6 +22,13 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
+def memory_bytes(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory, or of this machine's for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:

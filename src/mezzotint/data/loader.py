@@ -43,6 +43,15 @@ class LoadedBatch(NamedTuple):
 _Loaded = tuple[list[Any], dict[int, str]]  # LoadedBatch after `image_numbers`; unreadable images
 
 
+def check_batch(batch: int, world: int) -> None:
+    """Raise ValueError for a batch that `world` ranks cannot share evenly."""
+    if batch < 1 or batch % world:
+        nearest = max(1, round(batch / world)) * world
+        raise ValueError(
+            f"batch {batch} cannot be split evenly over {world} ranks; try batch={nearest}"
+        )
+
+
 def load_batches(
     dataset: Dataset,
     *,
@@ -71,12 +80,9 @@ def load_batches(
 
     Errors: RuntimeError when a worker process died.
     """
-    if batch < 1 or world < 1 or batch % world or not 0 <= rank < world:
-        least = max(1, round(batch / max(world, 1))) * max(world, 1)
-        raise ValueError(
-            f"batch {batch} cannot be shared by rank {rank} of {world} ranks evenly; "
-            f"try batch {least}"
-        )
+    if world < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of {world} ranks; ranks are numbered from 0")
+    check_batch(batch, world)
     if workers < 1:
         raise ValueError(f"workers {workers}; give at least 1")
     if start_image < 0:

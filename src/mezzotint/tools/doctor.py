@@ -20,7 +20,7 @@ import torch
 
 from mezzotint.core import distributed, rng
 from mezzotint.core.distributed import default_device
-from mezzotint.core.machine import describe_machine
+from mezzotint.core.machine import describe_machine, memory_bytes
 from mezzotint.data.audit import Audit, describe_audit, list_problems
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset, open_images
 from mezzotint.data.loader import load_batches
@@ -82,7 +82,7 @@ def describe_environment() -> dict[str, Any]:
         gpus.append({"name": torch.cuda.get_device_name(i), "bytes": total, "free": free})
     return {
         **describe_machine(default_device().type),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(torch.device("cpu")),
         "gpus": gpus,
         "packages": {name: _version(name) for name in OPTIONAL_PACKAGES},
     }

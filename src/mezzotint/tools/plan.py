@@ -21,6 +21,7 @@ from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.config import Engine, Recipe
 from mezzotint.core.registry import build
+from mezzotint.data.loader import check_batch
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
@@ -128,11 +129,7 @@ def _check_plan(recipe: Recipe, gpus: int, efficiency: float) -> None:
         raise ValueError(f"efficiency {efficiency} must be above 0 and at most 1")
     if gpus < 1:
         raise ValueError(f"gpus {gpus} must be at least 1")
-    if recipe.batch % gpus:
-        nearest = max(1, round(recipe.batch / gpus)) * gpus
-        raise ValueError(
-            f"batch {recipe.batch} cannot be split evenly over {gpus} ranks; try batch={nearest}"
-        )
+    check_batch(recipe.batch, gpus)
 
 
 def _microbatch(recipe: Recipe, gpus: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
@@ -14,11 +13,10 @@ from mezzotint.core.distributed import World, on_rank0
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings, embed_captions
 from mezzotint.data.dataset import Dataset
-from mezzotint.data.image_dataset import open_images, open_source
-from mezzotint.data.latent_dataset import LATENTS, open_dataset
+from mezzotint.data.image_dataset import open_source
+from mezzotint.data.latent_dataset import EncodedDataset, open_dataset
 from mezzotint.data.text_encoder import XXL, open_text_encoder
-from mezzotint.models import ModelInfo, preset_info
-from mezzotint.train.run_folder import data_folder
+from mezzotint.models import ModelInfo
 
 
 def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None = None) -> Dataset:
@@ -167,44 +165,18 @@ def _bf16_is_fast() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def describe_data(recipe: Recipe) -> str:
-    """Return one line about the recipe's data, or why it cannot be trained on.
-
-    Downloads nothing and loads no encoder.
-    """
-    source = recipe.data.source
-    if not source:
-        return "none given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
-    info = preset_info(recipe.preset, **recipe.model)
-    codec, base = recipe.data.codec or info.codec, data_folder(source)
-    folder = Path(base).expanduser()
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base) and not folder.exists():
-        return (
-            f"there is no folder {base}; training will look for a dataset of that name on the hub"
-        )
-    needs_encoding = codec != "pixels" and not (folder / LATENTS).is_file()
-    try:
-        if recipe.data.buckets:
-            dataset: Dataset = _open_buckets(recipe, info, source)
-        elif needs_encoding:
-            dataset = open_images(source, size=info.config.size, crop=recipe.data.crop)
-        else:
-            size, channels = info.config.size, info.config.channels
-            dataset = open_dataset(
-                source, size=size, channels=channels, crop=recipe.data.crop, codec_name=codec
-            )
-        resolve(recipe, info, dataset)
-    except (ValueError, OSError) as error:
-        return f"cannot be trained on: {error}"
-    names = dataset.label_names or ()
+def describe_data(recipe: Recipe, dataset: Dataset) -> str:
+    """Return one line about the recipe's data: how many images, which classes, which space."""
+    source, names = recipe.data.source, dataset.label_names or ()
     shown = f"{', '.join(names[:3])}{' ...' if names[3:] else ''}"
     classes = f"{len(names):,} classes ({shown})" if names else "no labels"
-    kind = "images" if dataset.codec_name == "pixels" else "latents"
+    encoded = isinstance(dataset, EncodedDataset)
+    kind = "images" if encoded or dataset.codec_name == "pixels" else "latents"
     line = f"{source} holds {len(dataset):,} {kind}, {classes}"
-    if not needs_encoding:
+    if not encoded:
         return line
     return (
-        f"{line}; {recipe.preset} needs latents. {codec} encodes the images at every read "
-        "(data.codec names another autoencoder). To encode them once: "
-        f"mezzotint prepare {source} FOLDER --size PIXELS --codec {codec}"
+        f"{line}; {recipe.preset} needs latents. {dataset.codec_name} encodes the images at every "
+        "read (data.codec names another autoencoder). To encode them once: "
+        f"mezzotint prepare {source} FOLDER --size PIXELS --codec {dataset.codec_name}"
     )

@@ -33,9 +33,17 @@ from mezzotint.train import (
 from mezzotint.train.evaluation import Evaluator
 from mezzotint.train.parallel import full_tensor
 from mezzotint.train.progress import ProgressDisplay
-from mezzotint.train.run_folder import run_lock
+from mezzotint.train.run_folder import check_run_folder, run_lock
 from mezzotint.train.sample_grid import grid_path, save_sample_grid
-from mezzotint.train.setup import Run, averaged_model, copy_to_cpu, count_training_flop, setup
+from mezzotint.train.setup import (
+    Run,
+    Start,
+    averaged_model,
+    check_start,
+    copy_to_cpu,
+    count_training_flop,
+    setup,
+)
 from mezzotint.train.step import (
     Batch,
     gradient,
@@ -105,8 +113,7 @@ def train(
         a non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
     """
     folder = Path(folder)
-    trackers.check_installed(recipe.trackers)
-    evaluation.check_evaluator(recipe, evaluator)
+    check_extras(recipe, evaluator)
     world = distributed.init_distributed()
     progress = ProgressDisplay(show=not quiet and world.is_rank0)
     stop = StopSignal()
@@ -122,6 +129,28 @@ def train(
         writers = stack.enter_context(trackers.open_trackers(run)) if world.is_rank0 else []
         loop(run, progress, stop, writers, evaluator)
     return folder
+
+
+def check(
+    recipe: Recipe,
+    folder: str | Path,
+    init_weights: Callable[[Model], None] | None = None,
+    evaluator: Evaluator | None = None,
+) -> Start:
+    """Make every check of `train`, with its errors, and write nothing to the folder."""
+    check_extras(recipe, evaluator)
+    check_run_folder(Path(folder), recipe.data.source)
+    return check_start(recipe, Path(folder), distributed.init_distributed(), init_weights)
+
+
+def check_extras(recipe: Recipe, evaluator: Evaluator | None) -> None:
+    """Raise ValueError for missing data or trackers, or an evaluator too few or too many."""
+    if not recipe.data.source:
+        raise ValueError(
+            "no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
+        )
+    trackers.check_installed(recipe.trackers)
+    evaluation.check_evaluator(recipe, evaluator)
 
 
 def loop(

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mezzotint import config
 from mezzotint.config import Recipe
@@ -30,7 +30,11 @@ def data_folder(source: str) -> str:
 
 
 def check_run_folder(folder: Path, source: str) -> None:
-    """Raise ValueError for a folder inside the data folder, or one that holds other files."""
+    """Check that a run may start in `folder`, and change nothing.
+
+    Errors: ValueError for a folder inside the data folder, one that holds other files, and one
+        where another process trains; OSError where it cannot be written.
+    """
     base = data_folder(source)
     data = Path(base).expanduser()
     # The sample grids of the run would become training images.
@@ -46,6 +50,26 @@ def check_run_folder(folder: Path, source: str) -> None:
             raise ValueError(
                 f"{folder} is no run folder and holds {listing}; use an --out that is new or empty"
             )
+    existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not existing.is_dir():
+        raise _unwritable(folder, NotADirectoryError(f"{existing} is no folder"))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(folder, PermissionError(f"no permission to write in {existing}"))
+    if (folder / ".lock").is_file():
+        with (folder / ".lock").open() as file:
+            _lock(folder, file)
+
+
+def _lock(folder: Path, file: TextIO) -> None:
+    """Lock an open file; ValueError where another process holds it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process is training in {folder}; wait for it or use another --out"
+        ) from None
+    except OSError:
+        pass  # some network file systems have no locks
 
 
 @contextmanager
@@ -65,14 +89,7 @@ def run_lock(folder: Path, source: str = "") -> Iterator[None]:
     except OSError as error:
         raise _unwritable(folder, error) from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another process is training in {folder}; wait for it or use another --out"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks
+        _lock(folder, file)
         yield
 
 

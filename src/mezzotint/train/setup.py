@@ -16,8 +16,11 @@ from mezzotint.backbones.flops import count_macs
 from mezzotint.config import Recipe
 from mezzotint.core import rng
 from mezzotint.core.distributed import World, on_rank0
+from mezzotint.core.files import format_bytes
+from mezzotint.core.machine import memory_bytes
 from mezzotint.core.registry import Spec, build
 from mezzotint.data.dataset import Dataset
+from mezzotint.data.loader import check_batch
 from mezzotint.models import ModelInfo, build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
@@ -54,6 +57,76 @@ class Run:
     writer: checkpoint.CheckpointWriter
 
 
+@dataclass
+class Start:
+    """A run that has passed every check and is not yet written: the first fields of `Run`, and:
+
+    newest: checkpoint to resume from, if any.
+    damaged: a line for each damaged checkpoint.
+    """
+
+    recipe: Recipe
+    dataset: Dataset
+    info: ModelInfo
+    model: Model
+    meta_model: Model
+    objective: Objective
+    schedule: Schedule
+    newest: Path | None
+    damaged: list[str]
+
+
+def check_start(
+    recipe: Recipe,
+    folder: Path,
+    world: World,
+    init_weights: Callable[[Model], None] | None = None,
+) -> Start:
+    """Open the data, build the network and check that all fits together; write nothing to `folder`.
+
+    `setup` goes on from here, and `train --dry-run` ends here. See `setup` for arguments and
+    errors.
+    """
+    info = preset_info(recipe.preset, **recipe.model)
+    check_batch(recipe.batch, world.size)
+    check_memory(recipe, meta_model(info), world)
+    dataset = open_data(recipe, info, world)
+    recipe, info = resolve(recipe, info, dataset)
+    on_rank0(lambda: check_same_recipe(folder, recipe), world)
+
+    on_meta = meta_model(info)
+    # The initial weights are the one thing drawn from torch's own generator here.
+    torch.manual_seed(recipe.seed)
+    model = build_model(info).to(world.device)
+    objective = build(objectives.registry, recipe.objective)
+    schedule = build(schedules.registry, info.schedule)
+
+    # What would fail hours into the run fails now.
+    check_objective(recipe, model, objective, schedule)
+    sample_grid.check_sample_grid(recipe.samples, on_meta)
+    for std in recipe.ema.power_stds:
+        ema.power_gamma(std)
+
+    newest, damaged = checkpoint.find_newest_intact(folder)
+    if newest is None and init_weights is not None:
+        init_weights(model)
+    backbone = get_backbone(model)
+    backbone.checkpointing = recipe.engine.checkpointing
+    backbone.set_depthwise_kernel(recipe.engine.depthwise)
+    make_optimisers(recipe.optim, backbone, fused=True)
+    return Start(
+        recipe=recipe,
+        dataset=dataset,
+        info=info,
+        model=model,
+        meta_model=on_meta,
+        objective=objective,
+        schedule=schedule,
+        newest=newest,
+        damaged=damaged,
+    )
+
+
 def setup(
     recipe: Recipe,
     folder: Path,
@@ -70,30 +143,10 @@ def setup(
 
     Errors: ValueError where recipe, data, network and folder do not fit together.
     """
-    info = preset_info(recipe.preset, **recipe.model)
-    dataset = open_data(recipe, info, world)
-    recipe, info = resolve(recipe, info, dataset)
-    on_rank0(lambda: check_same_recipe(folder, recipe), world)
-
-    # The initial weights are the one thing drawn from torch's own generator here.
-    torch.manual_seed(recipe.seed)
-    model, on_meta = build_model(info).to(world.device), meta_model(info)
-    objective = build(objectives.registry, recipe.objective)
-    schedule = build(schedules.registry, info.schedule)
-
-    # What would fail hours into the run fails now.
-    check_objective(recipe, model, objective, schedule)
-    sample_grid.check_sample_grid(recipe.samples, on_meta)
-    for std in recipe.ema.power_stds:
-        ema.power_gamma(std)
-
-    newest, damaged = checkpoint.find_newest_intact(folder)
-    if newest is None and init_weights is not None:
-        init_weights(model)
+    start = check_start(recipe, folder, world, init_weights)
+    recipe, model = start.recipe, start.model
     # Averages, parts and optimisers come after wrapping: FSDP2 replaces parameters by shards.
     backbone = get_backbone(model)
-    backbone.checkpointing = recipe.engine.checkpointing
-    backbone.set_depthwise_kernel(recipe.engine.depthwise)
     model.backbone = parallel.wrap(backbone, recipe.engine, recipe.engine.precision, world)
     parts, weights = parameters_by_module(backbone), ema.weights_of(backbone)
     averages = ["ema", *(f"power-{std:g}" for std in recipe.ema.power_stds)]
@@ -106,25 +159,41 @@ def setup(
 
     # Last, so that a start that fails leaves the folder to the corrected command.
     on_rank0(lambda: write_recipe(folder, recipe), world)
-    for line in damaged:
+    for line in start.damaged:
         print_line(line)
-    if newest is not None:
-        checkpoint.restore_checkpoint(state, newest, world)
+    if start.newest is not None:
+        checkpoint.restore_checkpoint(state, start.newest, world)
         print_line(f"resuming at {state.images:,} images")
     return Run(
         recipe=recipe,
         folder=folder,
         world=world,
-        dataset=dataset,
-        info=info,
+        dataset=start.dataset,
+        info=start.info,
         model=model,
-        meta_model=on_meta,
+        meta_model=start.meta_model,
         parts=parts,
-        objective=objective,
-        schedule=schedule,
+        objective=start.objective,
+        schedule=start.schedule,
         state=state,
         writer=checkpoint.CheckpointWriter(world),
     )
+
+
+def check_memory(recipe: Recipe, on_meta: Model, world: World) -> None:
+    """Raise ValueError for a network whose weights, gradients and averages no device here holds."""
+    params = sum(p.numel() for p in on_meta.parameters())
+    copies = 3 + len(recipe.ema.power_stds)
+    # A sharded network has its weights whole only before it is wrapped.
+    sharded = world.size > 1 and recipe.engine.strategy == "fsdp"
+    needed = 4 * params * (1 if sharded else copies)
+    available = memory_bytes(world.device)
+    if needed > available:
+        raise ValueError(
+            f"model: {params:,} parameters need at least {format_bytes(needed)} for weights, "
+            f"gradients and averages, and this device has {format_bytes(available)}; take a "
+            f"smaller network, or see mezzotint plan {recipe.preset} --gpus N"
+        )
 
 
 @torch.no_grad()
