@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,60 @@ from mezzotint.core.files import atomic_open
 
 MARGIN = 2  # pixels between images
 CAPTION_HEIGHT = 14  # pixels
+FONT_SIZE = 10  # pixels
 
 
 def to_pil(image: Tensor) -> Pillow.Image:
     """Return a uint8 tensor (c, h, w), c 1 or 3, as a Pillow image."""
     array = image.cpu().permute(1, 2, 0).numpy()
     return Pillow.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+@functools.cache
+def _open_font() -> tuple[ImageFont.FreeTypeFont, frozenset[int]]:
+    """Return the font of the captions, DejaVu Sans, and the code points that it draws."""
+    from matplotlib import get_data_path
+    from matplotlib.ft2font import FT2Font
+
+    path = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, FONT_SIZE), frozenset(FT2Font(path).get_charmap())
+
+
+def to_drawable(text: str) -> str:
+    """Return the text on one line, with what the font cannot draw transliterated to ASCII."""
+    from anyascii import anyascii
+
+    known = _open_font()[1]
+    line = " ".join(text.split())
+    return "".join(c if ord(c) in known else anyascii(c) for c in line if c.isprintable())
+
+
+def class_captions(labels: Sequence[int], names: Sequence[str] | None) -> list[str]:
+    """Return a caption for each class label.
+
+    It is the class's name, the number where it has none, and both where the name has to be
+    transliterated, since two names may become one.
+    """
+
+    def caption(label: int) -> str:
+        if names is None or label >= len(names):
+            return str(label)
+        name = names[label]
+        drawn = to_drawable(name)
+        return name if drawn == name else f"{label} {drawn}".rstrip()
+
+    return [caption(label) for label in labels]
+
+
+def _shorten(text: str, width: float) -> str:
+    """Return the text with its middle left out where it is wider than `width` pixels."""
+    font = _open_font()[0]
+    kept = len(text)
+    shortened = text
+    while font.getlength(shortened) > width and kept > 1:
+        kept -= 1
+        shortened = f"{text[: (kept + 1) // 2]}…{text[len(text) - kept // 2 :]}"
+    return shortened
 
 
 def make_grid(
@@ -34,9 +83,9 @@ def make_grid(
     Args:
         images: uint8, (n, c, h, w), c 1 or 3.
         columns: None for a grid that is as square as possible.
-        captions: one line under each image.
+        captions: one line under each image, shortened to its width.
         zoom: whole-number enlargement (nearest pixel); None enlarges small images to about 64
-        pixels.
+            pixels.
     """
     n, _, height, width = images.shape
     if not n:
@@ -49,13 +98,13 @@ def make_grid(
     cell_height = height + MARGIN + (CAPTION_HEIGHT if captions else 0)
     size = columns * cell_width + MARGIN, rows * cell_height + MARGIN
     grid = Pillow.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(size=10)
+    draw = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
         x, y = MARGIN + i % columns * cell_width, MARGIN + i // columns * cell_height
         grid.paste(to_pil(image).resize((width, height), Pillow.Resampling.NEAREST), (x, y))
         if captions:
-            text = captions[i][: max(1, cell_width // 5)]  # a letter is about 5 pixels wide
-            draw.text((x, y + height), text, fill="black", font=font)
+            text = _shorten(to_drawable(captions[i]), width)
+            draw.text((x, y + height), text, fill="black", font=_open_font()[0])
     return grid
 
 

@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mezzotint.core.files import atomic_open, read_json, write_json
-from mezzotint.core.image_grid import make_grid, to_pil
+from mezzotint.core.image_grid import class_captions, make_grid, to_pil
 
 SamplingCard = dict[str, Any]  # how images were made, as JSON values
 WriteShard = Callable[[IO[bytes], Sequence[int], Tensor, Sequence[int] | None], None]
@@ -300,9 +300,7 @@ def _merge_tar(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | 
 def _make_grid_merger(names: Sequence[str] | None) -> MergeShards:
     def merge_grid(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | None) -> None:
         arrays = np.concatenate([np.load(shard) for shard in shards])
-        captions = None
-        if labels is not None:
-            captions = [names[i] if names and i < len(names) else str(i) for i in labels]
+        captions = None if labels is None else class_captions(labels, names)
         images = torch.from_numpy(arrays).permute(0, 3, 1, 2)
         make_grid(images, captions=captions).save(file, format="PNG")
 

@@ -10,7 +10,7 @@ import torch
 
 from mezzotint.config import SampleGrid
 from mezzotint.core.distributed import World, gather_from_ranks
-from mezzotint.core.image_grid import make_grid, save_png
+from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.data import autoencoder
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.transforms import to_uint8
@@ -113,7 +113,7 @@ def save_sample_grid(
         for rows, share in shares:
             images[rows] = share
         names = model.info.labels
-        captions = [names[i] for i in labels.tolist()] if names and labels is not None else None
+        captions = class_captions(labels.tolist(), names) if names and labels is not None else None
         # One row per class where all classes are shown.
         columns = grid.count // config.num_classes if labels is not None else None
         save_png(make_grid(images, columns=columns or None, captions=captions), path)
