@@ -75,16 +75,39 @@ def test_even_logsnr_and_karras_by_formula():
     assert_close(within[-2], schedules.scaled_linear().logsnr[0])
 
 
+def kept_indices(steps, table=None):
+    """The indices of a respaced grid, cleanest first."""
+    table = table or schedules.linear_ddpm()
+    return table.index(grids.respaced(table, steps)[:-1]).flip(0).tolist()
+
+
+def adm_indices(steps, entries=1000):
+    """ADM's respacing: a running sum of the stride, rounded (arXiv 2105.05233, released code)."""
+    indices, position = [], 0.0
+    for _ in range(steps):
+        indices.append(round(position))
+        position += (entries - 1) / max(steps - 1, 1)
+    return indices
+
+
 def test_respaced_indices():
-    table = schedules.linear_ddpm()
+    assert kept_indices(4) == [0, 333, 666, 999]
+    assert kept_indices(250) == [round(i * 999 / 249) for i in range(250)]
+    assert kept_indices(1000) == list(range(1000))
+    assert kept_indices(1) == [0]
 
-    def kept(steps):
-        return table.index(grids.respaced(table, steps)[:-1]).flip(0).tolist()
 
-    assert kept(4) == [0, 333, 666, 999]
-    assert kept(250) == [round(i * 999 / 249) for i in range(250)]
-    assert kept(1000) == list(range(1000))
-    assert kept(1) == [999]
+@pytest.mark.parametrize("steps", [2, 3, 21, 23, 31, 35, 50, 100, 333, 667, 999])
+def test_respaced_indices_are_adms(steps):
+    assert kept_indices(steps) == adm_indices(steps)
+    table = schedules.linear_ddpm(4000)
+    assert kept_indices(steps, table) == adm_indices(steps, 4000)
+
+
+def test_a_running_sum_rounds_differently_for_278_step_counts():
+    direct = {n: [round(i * (999 / (n - 1))) for i in range(n)] for n in range(2, 1001)}
+    assert sum(adm_indices(n) != indices for n, indices in direct.items()) == 278
+    assert kept_indices(21) != direct[21]
 
 
 @pytest.mark.parametrize(

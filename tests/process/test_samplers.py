@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import textwrap
 
@@ -137,6 +138,7 @@ def test_bad_grids(name, bad):
         ("ddim", {"eta": 1.5}),
         ("ancestral", {"variance": "large"}),
         ("ancestral", {"variance": 1.1}),
+        ("ancestral", {"last": "median"}),
         ("ancestral", {"variance": "learned"}),  # of a denoiser that predicts none
         ("heun", {"s_churn": -1.0}),
         ("heun", {"s_min": 2.0, "s_max": 1.0}),
@@ -262,6 +264,31 @@ def test_churn_acts_between_its_bounds():
 def test_fast_plan(calls, order, plan):
     assert fast_plan(calls, order) == plan
     assert sum(plan) == calls
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("variance", ["posterior", "upper", 0.3])
+def test_ancestral_can_end_with_the_mean_of_its_last_step(steps, variance):
+    """lucidrains' continuous-time DDPM: the step to the finite clean end draws nothing."""
+    grid, drawn = grids.even(schedules.cosine(logsnr_max=10.0), steps, clean=False), []
+
+    def noise(i, z):
+        drawn.append(i)
+        return torch.full_like(z, 0.5)
+
+    z = registry["ancestral"](
+        TWO, state(), grid, Cond(), variance=variance, last="mean", noise=noise
+    )
+    assert drawn == list(range(steps - 1))
+    # The same steps, each mean written as lucidrains does, from x and c alone.
+    expected, mix = state(), {"posterior": 0.0, "upper": 1.0}.get(variance, variance)
+    for i, (t, s) in enumerate(itertools.pairwise(grid)):
+        x, c = TWO(expected, t.expand(6), Cond()).x, -torch.expm1(t - s)
+        expected = alpha(s) * (expected * (1 - c) / alpha(t) + c * x)
+        if i < steps - 1:
+            small, large = sigma(s) ** 2 * c, sigma(t) ** 2 * c
+            expected = expected + 0.5 * (small ** (1 - mix) * large**mix).sqrt()
+    assert_close(z, expected)
 
 
 def test_ancestral_step_is_the_posterior():

@@ -6,6 +6,7 @@ import inspect
 import math
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -273,6 +274,7 @@ def test_bounds_that_overflow():
         ("ddpm", {"betas": []}, "betas"),
         ("ddpm", {"betas": [0.1, 1.0]}, "betas"),
         ("linear_ddpm", {"steps": 0}, "0 steps"),
+        ("linear_ddpm", {"steps": 20, "scaled": True}, "more than 20 steps"),
         ("linear_ddpm", {"beta_min": -0.1}, "betas"),
         ("scaled_linear", {"steps": 0}, "0 steps"),
         ("scaled_linear", {"beta_min": -0.1}, "beta_min -0.1"),
@@ -283,3 +285,12 @@ def test_bounds_that_overflow():
 def test_bad_options(name, options, message):
     with pytest.raises(ValueError, match=message):
         registry[name](**options)
+
+
+@pytest.mark.parametrize("steps", [21, 50, 250, 1000, 4000])
+def test_linear_betas_scaled_to_the_number_of_steps(steps):
+    """ADM and DiT: numpy.linspace(scale 0.0001, scale 0.02, steps), scale = 1000 / steps."""
+    betas = np.linspace(0.1 / steps, 20 / steps, steps, dtype=np.float64)
+    product = np.cumprod(1 - betas)
+    logsnr = torch.from_numpy(np.log(product) - np.log1p(-product))
+    assert_close(schedules.linear_ddpm(steps, scaled=True).logsnr, logsnr, rtol=1e-9, atol=1e-9)

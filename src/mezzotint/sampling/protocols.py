@@ -65,9 +65,7 @@ _RESPACED = {
     "steps": 250,
 }
 
-_DIFFIT_CHOSEN = (
-    "labels, the rule to eight bits, float32 (the released half-precision switch does not run)"
-)
+_DIFFIT_CHOSEN = "labels, float32 (the released half-precision switch does not run)"
 
 PROTOCOLS: dict[str, Protocol] = {
     # specs/simple-diffusion.md section 2: x is clipped after guidance, u is even from 1 to 0, and
@@ -93,7 +91,7 @@ PROTOCOLS: dict[str, Protocol] = {
             **_RESPACED, guidance=Guidance(scale=4.4, power=4.0, time="index", channels=3)
         ),
         label_order="random",
-        uint8_rule="round",
+        uint8_rule="truncate",  # as its released sampling script ends
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, with the released scale 4.4 (the paper's section 5.8 "
         "says 4.6)",
@@ -102,7 +100,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "diffit-512": Protocol(
         settings=SamplingSettings(**_RESPACED, guidance=Guidance(scale=1.49, channels=3)),
         label_order="random",
-        uint8_rule="round",
+        uint8_rule="truncate",  # as its released sampling script ends
         codec="sd-vae-ft-ema",
         source="DiffiT, arXiv 2312.02139, section 5.8",
         chosen=_DIFFIT_CHOSEN,

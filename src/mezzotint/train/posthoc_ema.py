@@ -70,8 +70,8 @@ def solve_coefficients(
     Args:
         snapshots: (images, std) each.
 
-    Returns: the factors, (n,) float64, and the distance of the sum's profile from the wanted one,
-        relative to the length of the wanted one.
+    Returns: the factors, (n,) float64 of sum 1, and the distance of the sum's profile from the
+        wanted one, relative to the length of the wanted one.
     """
     t = torch.tensor([float(i) for i, _ in snapshots], dtype=torch.float64)
     gamma = torch.tensor([power_gamma(s) for _, s in snapshots], dtype=torch.float64)
@@ -85,6 +85,8 @@ def solve_coefficients(
     length = A.diagonal().sqrt()
     unit_A, unit_b = A / (length[:, None] * length), b / length
     x = torch.linalg.lstsq(unit_A, unit_b[:, None], driver="gelsd").solution[:, 0] / length
+    # EDM2's released phema.py: the factors of an average sum to 1, so that constant weights stay.
+    x = x / x.sum()
     wanted = profile_product(target_t, target_gamma, target_t, target_gamma)
     square = wanted - 2 * (x @ b) + x @ A @ x
     return x, float((square.clamp(min=0) / wanted).sqrt())
@@ -140,7 +142,7 @@ def reconstruct_model(
     """Return the run's model with a reconstructed average as its weights."""
     rebuilt = reconstruct(run, std, images)
     model = load_model(run / "model")
-    # The factors do not sum to exactly 1, which would scale parameters that are not trained.
+    # The factors sum to 1 up to rounding only, and parameters that do not train stay bit for bit.
     trained = {name for name, p in model.backbone.named_parameters() if p.requires_grad}
     averaged = {name: weight for name, weight in rebuilt.weights.items() if name in trained}
     model.backbone.load_state_dict({**model.backbone.state_dict(), **averaged})

@@ -117,8 +117,10 @@ def hybrid_loss(table: Table) -> Objective:
 
 
 @objective("hybrid")
-def hybrid(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Objective:
+def hybrid(
+    steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02, scaled: bool = False
+) -> Objective:
     """Return `hybrid_loss` on the table `linear_ddpm`, as latent DiffiT trains."""
-    table = linear_ddpm(steps, beta_min, beta_max)
+    table = linear_ddpm(steps, beta_min, beta_max, scaled)
     assert isinstance(table, Table), "linear_ddpm returns one"
     return hybrid_loss(table)

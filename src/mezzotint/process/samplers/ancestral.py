@@ -38,6 +38,7 @@ def ancestral(
     cond: Cond,
     *,
     variance: str | float = "posterior",
+    last: str = "sample",
     noise: Noise = gaussian,
 ) -> Image:
     """Sample by DDPM's steps on any grid; one network call per step.
@@ -49,6 +50,9 @@ def ancestral(
         variance: "posterior" (or 0), "upper" (or 1), a number between for simple diffusion's
             mixture of the two in log (its value in the paper is not known; 0 is our default), or
             "learned" for a denoiser that returns `Denoised.var`.
+        last: where the grid ends with noise left (clean=False): "sample" draws at its last step as
+            at every other, "mean" returns the mean of that step, as lucidrains' continuous-time
+            DDPM does.
         noise: draws.
     """
     mix = MIX.get(variance, variance) if isinstance(variance, str) else variance
@@ -56,11 +60,15 @@ def ancestral(
         raise ValueError(
             f"variance {variance!r} must be posterior, upper, learned or a number between 0 and 1"
         )
+    if last not in ("sample", "mean"):
+        raise ValueError(f"last {last!r} must be sample or mean")
     for i, (t, s) in enumerate(intervals(grid)):
         x, _, var = denoise(z, level(t, z), cond)
         if s.isinf():
             return x
         z, low, high = mean_and_bounds(z, x, t, s)
+        if last == "mean" and i == len(grid) - 2:
+            return z
         if isinstance(mix, str):
             if var is None:
                 raise ValueError(

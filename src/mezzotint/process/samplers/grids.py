@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -148,8 +149,9 @@ def karras(
 def respaced(schedule: Schedule, steps: int) -> Tensor:
     """Step through a table's own entries, then to +inf (ADM's respacing; DiffiT).
 
-    The indices are round(i (N - 1) / (steps - 1)). Halves are rounded to even as ADM's code does. A
-    single step starts at the noisiest entry, our choice.
+    The indices are those of ADM's released code: a sum of strides (N - 1) / (steps - 1), each
+    partial sum rounded, halves to even. It differs from round(i (N - 1) / (steps - 1)) by one index
+    for some step counts, and keeps the cleanest entry for a single step.
 
     Errors: ValueError for a schedule that is not a table, or more steps than it has.
     """
@@ -158,5 +160,5 @@ def respaced(schedule: Schedule, steps: int) -> Tensor:
         raise ValueError("respaced needs a discrete table (ddpm, scaled_linear ...); try even")
     _check_table(schedule, steps)
     stride = (len(schedule) - 1) / max(steps - 1, 1)
-    kept = [round(i * stride) for i in range(steps)] if steps > 1 else [len(schedule) - 1]
+    kept = [round(total) for total in accumulate([0.0] + [stride] * (steps - 1))]
     return _finish(schedule.logsnr[kept].flip(0), clean=True)

@@ -106,12 +106,30 @@ def ddpm(betas: Sequence[float] | Tensor) -> Table:
 
 
 @schedule("linear_ddpm")
-def linear_ddpm(steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02) -> Table:
+def linear_ddpm(
+    steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02, scaled: bool = False
+) -> Table:
     """Return DDPM's linear betas (section 4), also ADM's, DiT's and latent DiffiT's.
 
-    The ends are for 1000 steps.
+    Args:
+        beta_min, beta_max: first and last beta of a table of 1000 steps.
+        scaled: multiply both by 1000 / steps, as the released code of ADM and DiT does, so that a
+            table of any length ends at about the same noise.
+
+    Errors: ValueError for betas outside (0, 1); with `scaled` and the default ends 21 steps are the
+        fewest.
     """
-    return Table(torch.linspace(beta_min, beta_max, checked_steps(steps), dtype=torch.float64))
+    scale = 1000 / checked_steps(steps) if scaled else 1
+    if scaled and scale * max(beta_min, beta_max) >= 1:
+        raise ValueError(
+            f"linear betas scaled by 1000 / {steps} end at {scale * max(beta_min, beta_max):g}, "
+            f"and must stay below 1; use more than {int(1000 * max(beta_min, beta_max))} steps"
+        )
+    return Table(
+        torch.linspace(
+            scale * beta_min, scale * beta_max, checked_steps(steps), dtype=torch.float64
+        )
+    )
 
 
 def checked_steps(steps: int) -> int:
