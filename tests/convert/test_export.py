@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import types
 import warnings
+from pathlib import Path
 
+import huggingface_hub
 import jaxtyping
 import pytest
 import torch
@@ -164,6 +167,93 @@ def test_diffusers_gives_the_same_images(unet, folder, tmp_path, monkeypatch):
     pipe.to("cpu").save_pretrained(tmp_path / "again")
     again = load_pipeline(tmp_path / "again")
     assert torch.equal(again(seeds=[3, 8], label=[1, 2], output_type="latent", **how).images, ours)
+
+
+@pytest.fixture
+def pipe(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.utils.constants.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    export.export_model(folder, tmp_path / "pipe", "diffusers")
+    return load_pipeline(tmp_path / "pipe")
+
+
+def test_the_pipeline_takes_diffusers_arguments(unet, pipe):
+    def latents(**given):
+        return pipe(num_inference_steps=1, output_type="latent", return_dict=False, **given)[0]
+
+    def ours(seeds, label):
+        return mz.sample(unet, seeds, label=label, steps=1)
+
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    for given in (
+        {"batch_size": 2}, {"batch_size": 2, "class_labels": 1}, {"class_labels": [1, 1]},
+        {"label": torch.tensor([1, 1]), "seeds": torch.arange(2)}, {"seeds": 0, "batch_size": 2},
+    ):  # fmt: skip
+        label = 1 if {"class_labels", "label"} & given.keys() else None
+        assert torch.equal(latents(**given), ours([0, 1], label))
+    assert latents().shape == (1, 3, 16, 16)
+    # A generator draws one seed per image; the next call draws the next ones.
+    one = generator(4)
+    first, second = (latents(generator=one, batch_size=2) for _ in range(2))
+    assert torch.equal(first, latents(generator=generator(4), batch_size=2))
+    assert not torch.equal(first, second)
+    pair = latents(generator=[generator(4), generator(5)], class_labels=[1, 2])
+    assert torch.equal(pair[:1], latents(generator=generator(4), class_labels=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"eta": 1.0}, "eta .* sampler"), ({"height": 16, "width": 16}, "width .* size="),
+        ({"num_images_per_prompt": 2}, "batch_size"), ({"clas_labels": 1}, "mean class_labels"),
+        ({"seeds": 1, "generator": torch.Generator()}, "not both"), ({"batch_size": 0}, "or more"),
+        ({"label": 1, "class_labels": 1}, "one argument"), ({"prompt": "a cat"}, "no text"),
+        ({"seeds": [1, 2], "batch_size": 3}, "2 seeds"), ({"seeds": [1.5]}, "1.5"),
+        ({"generator": [torch.Generator()], "batch_size": 2}, "1 seeds or generators"),
+        ({"seeds": [1, 2], "class_labels": [0, 1, 2]}, "3 labels for 2 seeds"),
+    ],
+)  # fmt: skip
+def test_arguments_the_pipeline_does_not_take_are_named(pipe, given, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(num_inference_steps=1, **given)
+
+
+def test_the_pipeline_saves_and_pushes_as_diffusers_does(unet, pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(
+        tmp_path / "a", safe_serialization=True, variant=None, max_shard_size="5GB"
+    )
+    assert torch.equal(
+        load_pipeline(tmp_path / "a")(seeds=3, num_inference_steps=1, output_type="latent").images,
+        mz.sample(unet, 3, steps=1),
+    )
+    for other in ({"safe_serialization": False}, {"variant": "fp16"}, {"private": True}):
+        with pytest.raises(ValueError, match="leave out"):
+            pipe.save_pretrained(tmp_path / "b", **other)
+        assert not (tmp_path / "b").exists()
+    # The hub's two calls are replaced; everything between them is diffusers' own.
+    import diffusers.utils.hub_utils as hub
+
+    made, uploaded = [], {}
+
+    def create_repo(name, **options):
+        made.append(name)
+        return types.SimpleNamespace(repo_id=f"me/{name}")
+
+    def upload_folder(*, repo_id, folder_path, **options):
+        names = {str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*.*")}
+        uploaded[repo_id] = names
+
+    monkeypatch.setattr(hub, "create_repo", create_repo)
+    monkeypatch.setattr(hub, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        hub, "load_or_create_model_card", lambda *a, **k: huggingface_hub.ModelCard("---\n---\n")
+    )
+    pipe.push_to_hub("x")
+    pipe.save_pretrained(tmp_path / "y", push_to_hub=True)
+    assert made == ["x", "y"]
+    for repository in ("me/x", "me/y"):
+        assert {"model_index.json", "network/model.safetensors"} <= uploaded[repository]
 
 
 def test_another_pipelines_folder_is_not_overwritten(unet, tmp_path):

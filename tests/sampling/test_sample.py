@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from helpers.tiny_models import SMALL, tiny
 from mezzotint.core.registry import Spec
 from mezzotint.models import get_schedule
 from mezzotint.process.denoiser import Cond
-from mezzotint.sampling.conditioning import label_condition, label_indices
+from mezzotint.sampling.conditioning import label_condition, label_indices, list_seeds
 from mezzotint.sampling.sample import (
     batched_by_tile,
     count_network_calls,
@@ -303,6 +304,73 @@ def test_labels_by_name_are_labels_by_number():
     assert label_condition(model, "tulip", 2).tolist() == [1, 1]
     assert label_condition(model, ["tulip", 3, "rose"], 3).tolist() == [1, 3, 0]
     assert label_condition(model, (), 0).tolist() == []
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "expected"),
+    [
+        (4, [4]), (np.int64(4), [4]), (torch.tensor(4), [4]), (np.array(4, np.uint8), [4]),
+        (torch.arange(3), [0, 1, 2]), (torch.tensor([2, 9], dtype=torch.int32), [2, 9]),
+        (np.array([2**62, 1], np.uint64), [2**62, 1]), (range(2), [0, 1]),
+        ((np.int32(7), 8), [7, 8]), ([torch.tensor(5)], [5]),
+        ((i * i for i in range(3)), [0, 1, 4]), ([], []), ({3}, [3]),
+    ],
+)  # fmt: skip
+def test_seeds_of_any_integer_type(seeds, expected):
+    assert list_seeds(seeds) == expected
+
+
+def test_a_generator_draws_seeds():
+    a, b = list_seeds([generator(1), generator(2)])
+    assert a != b
+    assert list_seeds(generator(1)) == [a]
+    again = generator(1)
+    assert list_seeds([again])[0] != list_seeds([again])[0]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "message"),
+    [
+        ([-1], "seed -1"), ([2**63], "2\\^63"), ([1.5], "1.5"), (["a"], "'a'"), ("12", "'12'"),
+        ([True], "True"), (torch.rand(2), "not a whole number"), ([None], "None"),
+        (torch.zeros(2, 2, dtype=torch.long), "one dimension"), (np.zeros((1, 1), int), "shape"),
+    ],
+)  # fmt: skip
+def test_what_is_no_seed(seeds, message):
+    with pytest.raises(ValueError, match=message):
+        list_seeds(seeds)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        1, np.int64(1), torch.tensor(1), [1, 1], np.array([1, 1]), torch.tensor([1]),
+        (np.uint8(1),) * 2, (i for i in (1, 1)), "tulip", ["tulip", np.int16(1)],
+    ],
+)  # fmt: skip
+def test_labels_of_any_integer_type(label):
+    model = tiny()
+    model.info = dataclasses.replace(model.info, labels=("rose", "tulip"))
+    assert label_condition(model, label, 2).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "label", [[1.0], [None], [True], torch.rand(2), [10**30], np.array([-(2**40)])]
+)
+def test_what_is_no_label(label):
+    with pytest.raises(ValueError, match="label"):
+        label_condition(tiny(), label, 2)
+
+
+def test_samples_of_a_tensor_of_seeds():
+    model = tiny()
+    expected = mz.sample(model, [3, 4], label=[1, 2], steps=1)
+    given = mz.sample(model, torch.tensor([3, 4]), label=np.array([1, 2]), steps=1)
+    assert torch.equal(given, expected)
 
 
 def test_a_name_instead_of_a_model(tmp_path):

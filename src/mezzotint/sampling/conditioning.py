@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,10 @@ from mezzotint.core.registry import suggest
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Cond, Model
+
+# One or several, as integers of Python, numpy or torch; tensors and arrays of one dimension too.
+Seeds: TypeAlias = SupportsIndex | torch.Generator | Iterable[Any]
+Labels: TypeAlias = SupportsIndex | str | Iterable[Any]
 
 
 @functools.lru_cache(maxsize=2)
@@ -124,13 +130,53 @@ def text_condition(model: Model, text: str | Sequence[str] | Tensor | None, coun
     return encode_prompts(model, prompts)
 
 
-def label_condition(
-    model: Model, label: int | str | Sequence[int | str] | Tensor | None, count: int
-) -> Tensor | None:
+def list_seeds(seeds: Seeds) -> list[int]:
+    """Return seeds as integers in [0, 2^63).
+
+    Args:
+        seeds: one seed or several. A seed is an integer of Python, numpy or torch, or a
+            `torch.Generator`, from which one is drawn.
+
+    Errors: ValueError for anything else, and for integers out of range.
+    """
+    listed = []
+    for seed in list_items(seeds):
+        if isinstance(seed, torch.Generator):
+            seed = torch.randint(2**63 - 1, (), generator=seed, device=seed.device)
+        listed.append(_integer(seed, "seed"))
+        if not 0 <= listed[-1] < 2**63:
+            raise ValueError(f"seed {listed[-1]} is out of range: 0 to 2^63 - 1")
+    return listed
+
+
+def list_items(values: Any) -> list[Any]:
+    """Return the values of an array, a tensor or an iterable of at most one dimension, or of one.
+
+    Errors: ValueError for more dimensions.
+    """
+    if isinstance(values, Tensor | np.ndarray):
+        if values.ndim > 1:
+            raise ValueError(f"an array of shape {tuple(values.shape)}; give one dimension")
+        return values.reshape(-1).tolist()
+    is_many = isinstance(values, Iterable) and not isinstance(values, str)
+    return list(values) if is_many else [values]
+
+
+def _integer(value: Any, what: str) -> int:
+    """Return a whole number of any type as an int; ValueError for others, booleans too."""
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Integral):
+        raise ValueError(f"{what} {value!r} is not a whole number; give e.g. 0, or range(8)")
+    return int(value)
+
+
+def label_condition(model: Model, label: Labels | None, count: int) -> Tensor | None:
     """Return class labels as a (count,) tensor, checked against the model's classes.
 
     Args:
-        label: index or name, one for all images or one per image; None is no class.
+        label: index or name, one for all images or one per image; None is no class. Indices may be
+            integers of Python, numpy or torch.
 
     Errors: ValueError for unknown or missing labels and for another number of them.
     """
@@ -141,21 +187,23 @@ def label_condition(
         return None
     if not classes:
         raise ValueError("labels were given but this model is unconditional; leave label out")
-    if not isinstance(label, int | Tensor):
-        names = [label] if isinstance(label, str) else label
-        label = [label_indices(model, [n])[0] if isinstance(n, str) else n for n in names]
-    row = torch.as_tensor(label, dtype=torch.long, device="cpu").reshape(-1)
-    row = row.expand(count) if len(row) == 1 else row
-    if len(row) != count:
-        raise ValueError(f"{len(row)} labels for {count} seeds; give one label, or one per seed")
+    indices = [
+        label_indices(model, [item])[0] if isinstance(item, str) else _integer(item, "label")
+        for item in list_items(label)
+    ]
+    if len(indices) not in (1, count):
+        raise ValueError(
+            f"{len(indices)} labels for {count} seeds; give one label, or one per seed"
+        )
     has_null = not needs_label(model.info.config)
     last = classes if has_null else classes - 1
-    if len(row) and (row.min() < 0 or row.max() > last):
-        raise ValueError(
-            f"label {int(row.max() if row.max() > last else row.min())} is out of range: "
-            f"0 to {classes - 1}" + (f", or {classes} for no class" if has_null else "")
-        )
-    return row
+    for index in indices:
+        if not 0 <= index <= last:
+            raise ValueError(
+                f"label {index} is out of range: 0 to {classes - 1}"
+                + (f", or {classes} for no class" if has_null else "")
+            )
+    return torch.tensor(indices, dtype=torch.long).expand(count)
 
 
 def label_indices(model: Model, names: Sequence[str]) -> list[int]:

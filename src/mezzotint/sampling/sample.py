@@ -19,8 +19,11 @@ from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Model, P
 from mezzotint.process.samplers import Grid, grids
 from mezzotint.process.schedules import Table, invert
 from mezzotint.sampling.conditioning import (
+    Labels,
+    Seeds,
     empty_condition,
     label_condition,
+    list_seeds,
     null_condition,
     text_condition,
 )
@@ -32,8 +35,8 @@ TILE_SIZE = 4  # images; a larger tile is a little faster for many images and sl
 
 def sample(
     model: Model,
-    seeds: Sequence[int],
-    label: int | str | Sequence[int | str] | Tensor | None = None,
+    seeds: Seeds,
+    label: Labels | None = None,
     text: str | Sequence[str] | Tensor | None = None,
     sampler: str = "ddim",
     steps: int = 50,
@@ -44,7 +47,8 @@ def sample(
 
     Args:
         model: in eval mode, on any device.
-        seeds: non-negative integers; an image depends on its own seed alone.
+        seeds: integers in [0, 2^63), of Python, numpy or torch, or `torch.Generator`s, from each of
+            which one is drawn; one or several. An image depends on its own seed alone.
         label: class index or name of each image, or one for all; None is no class.
         text: for models with text conditioning: one prompt for all images, one per image, or token
             embeddings (b, t, d).
@@ -53,7 +57,8 @@ def sample(
         size: height and width of the network's input; one number for a square.
 
     Returns:
-        (len(seeds), c, h, w) float32: images in [-1, 1] of pixel models, latents of latent models.
+        (number of seeds, c, h, w) float32: images in [-1, 1] of pixel models, latents of latent
+        models.
 
     Errors: ValueError for an unknown sampler, a label out of range, guidance of an unconditional
         model, or a size that the network cannot take.
@@ -68,10 +73,11 @@ def sample(
         guidance=None if guidance is None else Guidance(scale=guidance),
         size=(size, size) if isinstance(size, int) else size,
     )
+    listed = list_seeds(seeds)
     cond = replace(
-        text_condition(model, text, len(seeds)), label=label_condition(model, label, len(seeds))
+        text_condition(model, text, len(listed)), label=label_condition(model, label, len(listed))
     )
-    images = generate(model, list(seeds), cond, settings)
+    images = generate(model, listed, cond, settings)
     return images.clamp(-1, 1) if model.info.codec == "pixels" else images
 
 
