@@ -7,6 +7,7 @@ image as in mezzotint.
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class MezzotintPipeline(DiffusionPipeline):
 
     def save_pretrained(
         self,
-        save_directory: str | Path,
+        save_directory: str | os.PathLike[Any],
         safe_serialization: bool = True,
         variant: str | None = None,
         max_shard_size: int | str | None = None,
