@@ -147,7 +147,7 @@ def test_dataset_json_gives_labels_classes_and_the_test_split(tmp_path):
     ("card", "words"),
     [
         ({"labels": [["nowhere.png", 0]]}, "first 'nowhere.png'"),
-        ({"labels": [["a.png", -1]]}, "negative"),
+        ({"labels": [["a.png", -2]]}, "negative"),
         ({"labels": [["a.png", 0], ["a.png", 1]]}, "twice"),
         ({"labels": [["a.png", 5]], "classes": ["one"]}, "label 5 but only 1 classes"),
         ({"labels": {"a.png": 0}}, "not of the form"),

@@ -13,7 +13,8 @@ from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor
 
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
-from mezzotint.data.sources import NO_LABEL, Source
+from mezzotint.data.labels import NO_LABEL
+from mezzotint.data.sources import Source
 from mezzotint.data.transforms import UnreadableImage, draw_flips, flip, to_model_range
 
 MAX_REPLACEMENTS = 1000  # unreadable images in a row before the whole dataset counts as damaged

@@ -14,8 +14,9 @@ from mezzotint.core.files import atomic_open, read_json, write_json
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.autoencoder import Codec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset
+from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.latent_dataset import LABELS, PLAN, encode_moments, piece_path
-from mezzotint.data.sources import NO_LABEL, hash_parts
+from mezzotint.data.sources import hash_parts
 
 PIECE_BYTES = 16 << 20  # most bytes of moments in one piece; a killed process loses its last piece
 PIECE_IMAGES = 256  # most images in one piece

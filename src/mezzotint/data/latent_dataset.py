@@ -34,8 +34,9 @@ from mezzotint.data.image_dataset import (
     open_images,
     split_suffix,
 )
+from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.shuffle import shuffled_indices
-from mezzotint.data.sources import NO_LABEL, hash_parts, split_indices
+from mezzotint.data.sources import hash_parts, split_indices
 from mezzotint.data.transforms import draw_flips, to_model_range
 
 PLAN = "plan.json"

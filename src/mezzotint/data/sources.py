@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -19,11 +18,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mezzotint.data.labels import sort_classes
+from mezzotint.data.side_files import labels_from_json, read_captions
 from mezzotint.data.stores import FolderStore, ZipStore
 from mezzotint.data.transforms import UnreadableImage
 
 SPLITS = ("train", "test", "all")
-NO_LABEL = -1  # in `Source.labels`
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """Class indices, int64 (n,), NO_LABEL for an image without one."""
+        """Class indices, int64 (n,), -1 for an image without one."""
         ...
 
     @property
@@ -175,7 +175,7 @@ def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
     test = None
     if f"{base}dataset.json" in sizes or "dataset.json" in sizes:
         prefix = base if f"{base}dataset.json" in sizes else ""
-        names, labels, label_names, test = _labels_from_json(store, prefix, names, notes)
+        names, labels, label_names, test = labels_from_json(store, prefix, names, notes)
     else:
         labels, label_names = _labels_from_folders(store, base, names, notes)
     chosen = split_indices(len(names), split or ("all" if test is None else "train"), test)
@@ -193,7 +193,7 @@ def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
     )
     text_files = frozenset(name for name in sizes if name.endswith(".txt"))
     metadata = sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
-    captions = _read_captions(store, metadata)
+    captions = read_captions(store, metadata)
     return FileSource(
         store, tuple(names), labels, label_names, captions, text_files, tuple(notes), key
     )
@@ -213,7 +213,7 @@ def _labels_from_folders(
     store: FolderStore | ZipStore, base: str, names: Sequence[str], notes: list[str]
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     folders = [name[len(base) :].rpartition("/")[0].partition("/")[0] for name in names]
-    classes = sorted(set(folders) - {""})
+    classes = sort_classes(set(folders) - {""})
     if classes and set(classes) <= {"train", "test", "val", "valid", "validation"}:
         raise ValueError(
             f"{store.root} holds the splits {', '.join(classes)}; give one of them, e.g. "
@@ -228,67 +228,4 @@ def _labels_from_folders(
     if not classes:
         return None, None
     index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders], dtype=np.int64), tuple(classes)
-
-
-def _labels_from_json(
-    store: FolderStore | ZipStore, prefix: str, names: Sequence[str], notes: list[str]
-) -> tuple[list[str], np.ndarray | None, tuple[str, ...] | None, np.ndarray | None]:
-    where = f"{store.root}/{prefix}dataset.json"
-    try:
-        card = json.loads(store.bytes(f"{prefix}dataset.json"))
-        given = [(prefix + str(name), int(label)) for name, label in card.get("labels") or []]
-        listed = None if card.get("test") is None else {prefix + str(name) for name in card["test"]}
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f'{where} is not of the form {{"labels": [["name.png", 0], ...]}}: {error}'
-        ) from error
-    present = set(names)
-    if not given:  # EDM writes "labels": null for an unlabelled set
-        ordered, labels, label_names = list(names), None, None
-    else:
-        missing = [name for name, _ in given if name not in present]
-        if missing:
-            raise ValueError(
-                f"{where} lists {len(missing)} files that do not exist, first {missing[0]!r}"
-            )
-        given.sort()
-        ordered = [name for name, _ in given]
-        labels = np.array([label for _, label in given], dtype=np.int64)
-        if len(set(ordered)) < len(ordered) or labels.min() < 0:
-            raise ValueError(
-                f"{where} lists a file twice or has a negative label; give each file one label "
-                "from 0"
-            )
-        label_names = tuple(card.get("classes") or map(str, range(int(labels.max()) + 1)))
-        if labels.max() >= len(label_names):
-            raise ValueError(
-                f"{where} has label {labels.max()} but only {len(label_names)} classes"
-            )
-        if len(present) > len(ordered):
-            notes.append(
-                f"{len(present) - len(ordered)} images are not in dataset.json and were left out"
-            )
-    test = None if listed is None else np.array([name in listed for name in ordered])
-    return ordered, labels, label_names, test
-
-
-def _read_captions(store: FolderStore | ZipStore, files: Sequence[str]) -> dict[str, str]:
-    captions: dict[str, str] = {}
-    for file in files:
-        folder = file.rpartition("/")[0]
-        for number, line in enumerate(store.bytes(file).decode("utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-                text = next(
-                    (row[key] for key in ("text", "caption", "prompt") if row.get(key) is not None),
-                    None,
-                )
-                if text is not None:
-                    captions[f"{folder}/{row['file_name']}".lstrip("/")] = str(text)
-            except (ValueError, KeyError, AttributeError) as error:
-                form = '{"file_name": "a.png", "text": "..."}'
-                raise ValueError(
-                    f"{store.root}/{file} line {number} is not of the form {form}: {error!r}"
-                ) from error
-    return captions
+    return np.array([index[folder] for folder in folders], dtype=np.int64), classes

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.core.files import read_json
-from mezzotint.data.sources import NO_LABEL, decode_image, hash_parts, split_indices
+from mezzotint.data.labels import NO_LABEL
+from mezzotint.data.sources import decode_image, hash_parts, split_indices
 from mezzotint.data.transforms import UnreadableImage
 
 CARD = "mezzotint.json"  # of a prepared folder

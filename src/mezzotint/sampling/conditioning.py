@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.backbones import needs_label, text_width
-from mezzotint.core.registry import suggest
+from mezzotint.data.labels import find_class
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Cond, Model
@@ -207,15 +207,5 @@ def label_condition(model: Model, label: Labels | None, count: int) -> Tensor | 
 
 
 def label_indices(model: Model, names: Sequence[str]) -> list[int]:
-    """Return the indices of classes given by name or number; ValueError lists similar names."""
-    labels = model.info.labels or ()
-
-    def index(name: str) -> int:
-        if name in labels:
-            return labels.index(name)
-        if name.isdigit():
-            return int(name)
-        advice = suggest(name, labels) if labels else "this model has no label names"
-        raise ValueError(f"unknown label {name!r}; {advice}")
-
-    return [index(name) for name in names]
+    """Return the indices of classes given as text, see `mezzotint.data.labels.find_class`."""
+    return [find_class(name, model.info.labels) for name in names]
