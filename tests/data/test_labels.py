@@ -54,7 +54,7 @@ def test_values_become_classes(cells, indices, names):
 @pytest.mark.parametrize(
     ("cells", "words"),
     [
-        ([0.1, 0.2, 0.7], "3 different values in 3 images, first 0.1: these are no classes"),
+        ([0.1, 0.2, 0.7], "3 different values in 3 images, first '0.1': these are no classes"),
         (["0.1", "0.2"], "no classes"),
         (list(range(5000)), "5,000 different values in 5,000 images"),
         ([f"sentence {i}" for i in range(3000)], "first 'sentence 0'"),
@@ -73,7 +73,11 @@ def test_values_become_classes(cells, indices, names):
 )
 def test_values_that_are_no_classes_are_refused(cells, words):
     with pytest.raises(ValueError, match=words):
-        read_labels(cells, np.shape(cells)[0] if np.ndim(cells) else 1, "the labels")
+        read_labels(
+            cells,
+            1 if isinstance(cells, np.ndarray) and not cells.ndim else len(cells),
+            "the labels",
+        )
 
 
 def test_no_label_at_all_and_another_number_of_labels():
