@@ -21,7 +21,12 @@ from mezzotint.config import parse
 from mezzotint.core.distributed import default_device
 from mezzotint.core.files import format_bytes, fsync_path, partial_folder, read_json
 from mezzotint.core.registry import Spec, build, check_options, suggest
-from mezzotint.core.tensor_files import TensorSpec, list_names, read_safetensors_header
+from mezzotint.core.tensor_files import (
+    TensorSpec,
+    list_names,
+    read_safetensors_header,
+    save_tensors,
+)
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Model, Schedule
 
@@ -195,8 +200,6 @@ def save_model(model: Model, folder: str | Path) -> None:
 
     Errors: ValueError if `folder` is a file or holds another library's config.json.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a model is saved as a folder")
@@ -206,7 +209,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         state = {
             name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()
         }
-        save_file(state, partial / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(state, partial / WEIGHTS, {"format": "pt"})
         (partial / CONFIG).write_text(json.dumps(model.info.to_json(), indent=2) + "\n")
         (partial / README).write_text(readme(model))
         for name in (WEIGHTS, CONFIG, README):

@@ -6,7 +6,6 @@ A command imports what it needs when it runs, so that help and errors come at on
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 import textwrap
 
@@ -14,6 +13,7 @@ import tyro
 
 from mezzotint import __version__
 from mezzotint.cli import data, evaluation, models, sampling, tools, training
+from mezzotint.core.console import echo, finish_output, protect_output
 
 COMMANDS = {
     "demo": training.demo,
@@ -40,27 +40,57 @@ COMMANDS = {
 }
 
 
+# Their result is what they print. All others write files, and succeed though nobody reads them.
+PRINTING = {"", "-h", "--help", "--version", "info", "plan", "doctor", "bench", "compare", "replay"}
+
+
 def main() -> None:
-    """Run a command; a user's error is one sentence on stderr and exit code 1, a usage error 2."""
+    """Run a command; a user's error is one sentence on stderr and exit code 1, a usage error 2.
+
+    What cannot be printed, e.g. since the reader of a pipe has closed it, is dropped and stops
+    nothing. A command whose result is what it prints then ends with exit code 1.
+    """
+    protect_output()
+    status = 0
     try:
         if sys.argv[1:] in ([], ["-h"], ["--help"]):
-            print(overview(), flush=True)
-            sys.exit(0)
-        if sys.argv[1:] == ["--version"]:
-            print(f"mezzotint {__version__}")
+            echo(overview())
+        elif sys.argv[1:] == ["--version"]:
+            echo(f"mezzotint {__version__}")
         else:
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mezzotint")
-        # A closed pipe is handled below; when the interpreter exits it would be a traceback.
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has closed it, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"mezzotint: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("mezzotint: interrupted; run the same command again", file=sys.stderr)
-        sys.exit(130)
+        echo("mezzotint: interrupted; run the same command again", stderr=True)
+        status = 130
+    except Exception as error:
+        sentence = describe_error(error)
+        if sentence is None:
+            raise
+        echo(f"mezzotint: {sentence}", stderr=True)
+        status = 1
+    finally:
+        lost = finish_output()
+    if lost is not None and not status and (sys.argv[1:2] or [""])[0] in PRINTING:
+        if not isinstance(lost, BrokenPipeError):
+            echo(f"mezzotint: standard output cannot be written: {lost}", stderr=True)
+        status = 1
+    sys.exit(status)
+
+
+def describe_error(error: Exception) -> str | None:
+    """Return the sentence of an error that a user can mend; None for a fault of the library."""
+    if isinstance(error, ValueError | OSError | FloatingPointError):
+        return str(error)
+    first = (str(error).splitlines() or [""])[0]
+    # By name: torch is not imported for this. On a CPU it is a RuntimeError as any other.
+    no_memory = type(error).__name__ == "OutOfMemoryError"
+    if isinstance(error, MemoryError) or no_memory or "can't allocate memory" in first:
+        return (
+            f"out of memory{f' ({first})' if first else ''}; use a smaller batch (--batch, or in "
+            "training engine.microbatch), engine.checkpointing=full or a smaller size "
+            "(`mezzotint plan PRESET` says what training needs)"
+        )
+    return None
 
 
 def overview() -> str:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import Count, Overrides, Switch
+from mezzotint.core.console import echo
 
 
 def prepare(
@@ -38,11 +39,11 @@ def prepare(
     from mezzotint.data.prepare import prepare_captions, prepare_latents, prepare_source
 
     if codec == "pixels":
-        print(describe_audit(prepare_source(source, out, size=size, crop=crop)))
+        echo(describe_audit(prepare_source(source, out, size=size, crop=crop)))
     else:
-        print(prepare_latents(source, out, size, codec, crop=crop))
+        echo(prepare_latents(source, out, size, codec, crop=crop))
     if text:
-        print("\n".join(prepare_captions(out, text)))
+        echo("\n".join(prepare_captions(out, text)))
 
 
 def download(
@@ -64,4 +65,4 @@ def download(
     """
     from mezzotint.tools.download import download_requirements, find_requirements
 
-    print(download_requirements(find_requirements(what, overrides), only_list))
+    echo(download_requirements(find_requirements(what, overrides), only_list))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
+from mezzotint.core.console import echo
 
 if TYPE_CHECKING:
     from mezzotint.evaluate.image_source import ImageSource
@@ -44,7 +45,7 @@ def reference(
     images = open_real_images(data, size, channels)
     written = make_reference(images, out, feature_sets.open_features(features, weights))
     names = ", ".join(written.statistics)
-    print(f"{out}: {names} of {images.num_images:,} images, hash {written.hash}")
+    echo(f"{out}: {names} of {images.num_images:,} images, hash {written.hash}")
 
 
 def evaluate(
@@ -106,16 +107,16 @@ def evaluate(
     )
     evaluation.save(out)
     evaluate.print_evaluation(evaluation)
-    print(f"saved: {out}")
+    echo(f"saved: {out}")
     if train_images is not None and heldout_images is not None:
         sheet = out.with_suffix(".copies.png")
         train, unseen = (
             open_real_images(x, size, channels) for x in (train_images, heldout_images)
         )
         result = evaluate.evaluate_memorization(images, train, unseen, sets[0], sheet)
-        print(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
-        print(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
-        print(f"nearest training images: {sheet}")
+        echo(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
+        echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
+        echo(f"nearest training images: {sheet}")
 
 
 def _open_images_or_model(

@@ -7,6 +7,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from mezzotint.core.console import echo
+
 
 def convert(
     source: Positional[str],
@@ -38,7 +40,7 @@ def convert(
             raise ValueError(f"hint {name!r} is not of the form name=value, e.g. heads=16")
     hints = {name: yaml.safe_load(value) for name, _, value in pairs}
     for line in run(source, out, to=to, check=check, family=family, hints=hints):
-        print(line)
+        echo(line)
 
 
 def export(
@@ -62,7 +64,7 @@ def export(
     from mezzotint.convert.export import export_model as run
 
     for line in run(model, out, to, size):
-        print(line)
+        echo(line)
 
 
 def card(
@@ -88,6 +90,6 @@ def card(
     from mezzotint.convert.model_card import push_to_hub, write_card
 
     folder = write_card(source, evaluation, licence, fresh)
-    print(f"card: {folder / 'README.md'}")
+    echo(f"card: {folder / 'README.md'}")
     if push is not None:
-        print(push_to_hub(folder, push, private))
+        echo(push_to_hub(folder, push, private))

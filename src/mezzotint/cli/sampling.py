@@ -10,6 +10,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
 from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
+from mezzotint.core.console import echo
 
 if TYPE_CHECKING:
     from mezzotint.sampling.job import SamplingJob
@@ -117,7 +118,7 @@ def sample(
 
     job = sampling.make_job(model, latents)
     written = generate_images(job, out, num_images, sampling.seed, overwrite)
-    print(f"{num_images} images, {job.network_calls} network calls each:", written)
+    echo(f"{num_images} images, {job.network_calls} network calls each:", written)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ def edit(
         raise ValueError(f"num_images {mode.num_images} must be at least 1")
     job = mode.make_job(mode.model)
     written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
-    print(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
+    echo(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
 
 
 def serve(

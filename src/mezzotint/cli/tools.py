@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import Count, OptionalCount, Overrides, Preset, Switch
+from mezzotint.core.console import echo
 
 Precision = Literal["float32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -32,7 +33,7 @@ def info(
         from json import dumps
 
         for row in [summary.read_summary(preset)] if preset else summary.read_summaries():
-            print(dumps(row))
+            echo(dumps(row))
         return
     from mezzotint.core.console import open_console
 
@@ -91,7 +92,7 @@ def plan(
         efficiency=planning.EFFICIENCY if efficiency is None else efficiency,
     )
     if json:
-        print(dumps(result))
+        echo(dumps(result))
     else:
         open_console().print(planning.render_plan(result))
 
@@ -156,7 +157,7 @@ def bench(
         rows.append(run_benchmark(settings, "sample"))
     if json:
         for row in rows:
-            print(dumps(row))
+            echo(dumps(row))
     else:
         open_console().print(render_benchmark(rows))
 
@@ -184,4 +185,4 @@ def doctor(
     from mezzotint.tools.doctor import diagnose, render_diagnosis
 
     result = diagnose(data, size=size, channels=channels, folder=out)
-    print(dumps(result) if json else render_diagnosis(result))
+    echo(dumps(result) if json else render_diagnosis(result))

@@ -17,6 +17,7 @@ from mezzotint.cli.arguments import (
     Preset,
     Switch,
 )
+from mezzotint.core.console import echo
 
 if TYPE_CHECKING:
     from mezzotint.config import Recipe
@@ -76,8 +77,8 @@ def train(
         chosen = replace(chosen, data=replace(chosen.data, source=data))
     chosen = config.override(chosen, overrides)
     if dry_run:
-        print(config.to_yaml(chosen))
-        print(describe_changes(chosen))
+        echo(config.to_yaml(chosen))
+        echo(describe_changes(chosen))
     init_weights = None
     if init_from is not None:
         from mezzotint.convert.adapt import initialise_from
@@ -87,12 +88,12 @@ def train(
     evaluator = make_evaluator(chosen)
     if dry_run:
         start = loop.check(chosen, out, init_weights, evaluator)
-        print(f"data: {describe_data(start.recipe, start.dataset)}")
+        echo(f"data: {describe_data(start.recipe, start.dataset)}")
         print_plan(chosen)
         return
     folder = loop.train(chosen, out, init_weights=init_weights, evaluator=evaluator)
-    print(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
-    print(f"next: mezzotint sample {folder} -n 16 --out samples.png")
+    echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
+    echo(f"next: mezzotint sample {folder} -n 16 --out samples.png")
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -103,7 +104,7 @@ def print_plan(recipe: Recipe) -> None:
 
     if (device := detect_device()) is not None:
         open_console().print(render_plan(plan(recipe, device=device, compare=False)))
-    print(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
+    echo(f"more: mezzotint plan {recipe.preset} --gpus N --device NAME")
 
 
 def ema(
@@ -126,8 +127,8 @@ def ema(
 
     folder, rebuilt = save_reconstruction(run, width, images, out)
     snapshots = len(rebuilt.sources)
-    print(f"{folder}: width {width:g} at {rebuilt.images:,} images, from {snapshots} snapshots")
-    print(f"relative error of its profile: {rebuilt.distance:.2g} (0.1 and above is coarse)")
+    echo(f"{folder}: width {width:g} at {rebuilt.images:,} images, from {snapshots} snapshots")
+    echo(f"relative error of its profile: {rebuilt.distance:.2g} (0.1 and above is coarse)")
 
 
 def replay(
@@ -144,7 +145,7 @@ def replay(
     """
     from mezzotint.train.replay import replay as replay_bundle
 
-    print(replay_bundle(bundle, data or None))
+    echo(replay_bundle(bundle, data or None))
 
 
 def report(run: Run, /, *, out: Out = None) -> None:
@@ -161,4 +162,4 @@ def report(run: Run, /, *, out: Out = None) -> None:
     recipe = run / "recipe.yaml"
     # Without a recipe `write_report` says that there is no run to report.
     changes = describe_changes(config.from_yaml(recipe)) if recipe.is_file() else ""
-    print(write_report(run, out or run / "report.html", changes))
+    echo(write_report(run, out or run / "report.html", changes))

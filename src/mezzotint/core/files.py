@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import stat
+import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,7 +29,10 @@ CHUNK_BYTES = 1 << 20
 # --- atomic writes -------------------------------------------------------------------------------
 # Each writes to a name of its own beside the target, `.NAME.HOST.PID.partial`, flushes to disk, and
 # renames. A reader sees the old content or the new one. What a killed process leaves is
-# `.*.partial`.
+# `.*.partial`. A link is replaced, never followed; its target stays as it is. A device, a pipe, or
+# a link to one is written to and replaced by nothing.
+
+STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 def _partial_path(path: Path) -> Path:
@@ -32,13 +40,86 @@ def _partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{host}.{os.getpid()}.partial")
 
 
+def _find_special(path: Path) -> str | int | None:
+    """Return what to open where `path` leads to no regular file: its name, or our descriptor."""
+    where = os.path.abspath(path)
+    for _ in range(40):  # the kernel's limit of links
+        if where in STREAMS:
+            return STREAMS[where]
+        if found := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", where):
+            return int(found[1])
+        if not os.path.islink(where):
+            break
+        where = os.path.normpath(os.path.join(os.path.dirname(where), os.readlink(where)))
+    try:
+        mode = os.stat(where).st_mode
+    except OSError:
+        return None
+    return None if stat.S_ISREG(mode) or stat.S_ISDIR(mode) else where
+
+
+def is_special(path: Path) -> bool:
+    """Return whether a path leads to a device, a pipe, a socket, or our own descriptor."""
+    return _find_special(path) is not None
+
+
+def _write_special(special: str | int, content: IO[bytes]) -> None:
+    if isinstance(special, int):
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()  # what was printed before comes first
+    descriptor = os.dup(special) if isinstance(special, int) else os.open(special, os.O_WRONLY)
+    with open(descriptor, "wb") as file:
+        shutil.copyfileobj(content, file, CHUNK_BYTES)
+
+
+def _create(partial: Path) -> int:
+    """Create a file of our own, with the mode of the umask; never what somebody has put there."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(partial, flags, 0o666)
+    except FileExistsError:  # left by a killed process of the same number
+        partial.unlink()
+        return os.open(partial, flags, 0o666)
+
+
+@contextmanager
+def _naming(path: Path, partial: Path | None = None) -> Iterator[None]:
+    """Say in a system error that has no file name, or the partial one, what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, partial and str(partial)):
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "free some space" if full else "check the folder and its permissions"
+        named = OSError(
+            f"{path} cannot be written: {error.strerror}; {advice} or choose another place"
+        )
+        named.errno = error.errno
+        raise named from error
+
+
 def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file with `write(temporary path)`, then give it its name."""
+    """Write a file with `write(temporary path)`, then give it its name and the umask's mode."""
+    special = _find_special(path)
+    if special is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            partial = Path(folder) / path.name
+            write(partial)
+            with _naming(path), partial.open("rb") as file:
+                _write_special(special, file)
+        return
     partial = _partial_path(path)
     try:
-        write(partial)
-        fsync_path(partial)
-        partial.replace(path)
+        with _naming(path, partial):
+            descriptor = _create(partial)
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            os.close(descriptor)
+            write(partial)
+            partial.chmod(mode)  # libraries that rename a file of theirs leave it private
+            fsync_path(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -46,13 +127,22 @@ def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
 @contextmanager
 def atomic_open(path: Path) -> Iterator[IO[bytes]]:
     """Yield a binary file to write; it gets its name at the end of a block without error."""
+    special = _find_special(path)
+    if special is not None:
+        with tempfile.TemporaryFile() as file:
+            yield file
+            file.seek(0)
+            with _naming(path):
+                _write_special(special, file)
+        return
     partial = _partial_path(path)
     try:
-        with partial.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with _naming(path, partial):
+            with open(_create(partial), "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -61,6 +151,47 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Write a file's whole content, text as UTF-8."""
     with atomic_open(path) as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def no_follow(path: str, flags: int) -> int:
+    """Open a regular file: an `opener` for `open` that refuses links, pipes and devices.
+
+    For files that keep their name: locks, and logs that grow.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+    raise OSError(f"{path} is a link or no regular file, and is not written to; remove it")
+
+
+def check_replaceable(path: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+    """Check that writing `path` destroys nothing of somebody else.
+
+    Empty files, devices and pipes hold nothing.
+
+    Args:
+        is_ours: whether an existing file is `what`; a file that it cannot read is not.
+
+    Errors: ValueError for a folder, and for any other file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file")
+    if is_special(path) or not path.exists() or path.stat().st_size == 0:
+        return
+    try:
+        ours = is_ours(path)
+    except (OSError, ValueError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{path} exists and is not {what} of mezzotint; remove it or choose another name"
+        )
 
 
 @contextmanager
@@ -77,6 +208,8 @@ def partial_folder(path: Path) -> Iterator[Path]:
     for old in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.partial"):
         pid = old.name.split(".")[-2]
         if old == partial or (pid.isdigit() and not _is_alive(int(pid))):
+            if old.is_symlink():
+                old.unlink()
             shutil.rmtree(old, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

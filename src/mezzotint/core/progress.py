@@ -10,6 +10,9 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from mezzotint.core.console import open_console
+from mezzotint.core.text import escape_controls
+
 T = TypeVar("T")
 LINE_SECONDS = 30.0  # between two lines where there is no terminal
 
@@ -35,10 +38,12 @@ class ProgressBar:
         show: bool = True,
         console: Console | None = None,
     ):
-        self.description, self.total, self.unit, self.show = description, total, unit, show
+        self.description, self.total, self.unit, self.show = (
+            escape_controls(description), total, unit, show,
+        )  # fmt: skip
         self.first = self.done = done
         self.started = self.printed = time.monotonic()
-        self.console = console or Console(stderr=True, soft_wrap=True)
+        self.console = console or open_console(stderr=True)
         self.bar: Progress | None = None
         if show and self.console.is_terminal:
             self.bar = Progress(
@@ -47,7 +52,7 @@ class ProgressBar:
                 TextColumn("{task.fields[facts]}", markup=False),
                 console=self.console,
             )
-            self.task = self.bar.add_task(description, total=total, completed=done, facts="")
+            self.task = self.bar.add_task(self.description, total=total, completed=done, facts="")
             self.bar.start()
 
     def __enter__(self) -> ProgressBar:
@@ -76,13 +81,15 @@ class ProgressBar:
         left = format_duration((self.total - self.done) / max(speed, 1e-9))
         count = f"{self.done:,}/{self.total:,} {self.unit}"
         words = "  ".join(
-            filter(None, [count, facts, f"{speed:,.1f} {self.unit}/s", f"{left} left"])
+            filter(
+                None, [count, escape_controls(facts), f"{speed:,.1f} {self.unit}/s", f"{left} left"]
+            )
         )
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, facts=words)
         elif line or now - self.printed >= LINE_SECONDS:
             self.printed = now
-            self.console.print(f"{self.description}: {words}", markup=False, highlight=False)
+            self.console.print(f"{self.description}: {words}", highlight=False)
 
     def advance(self, count: int = 1) -> None:
         """Show that `count` more are done."""

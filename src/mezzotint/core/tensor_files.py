@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mezzotint.core.files import format_bytes
+from mezzotint.core.files import atomic_replace, format_bytes
+from mezzotint.core.text import escape_name
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -192,11 +193,37 @@ def state_dict_specs(
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in state.items()}
 
 
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors atomically: as `torch.save` does for .pth, else as safetensors.
+
+    Errors: OSError where the disk is full or cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    def write(partial: Path) -> None:
+        try:
+            if path.suffix == ".pth":
+                torch.save(dict(tensors), partial)
+            else:
+                save_file(dict(tensors), partial, metadata=metadata)
+        except (SafetensorError, RuntimeError) as error:  # their words for what a disk refuses
+            found = re.search(r"No space left on device|File too large|[^:]*quota[^:]*", str(error))
+            reason = found[0] if found else str(error).splitlines()[0]
+            raise OSError(
+                f"{path} cannot be written: {reason}; free some space or choose another place"
+            ) from error
+
+    atomic_replace(path, write)
+
+
 def list_names(names: Mapping[str, Any] | set[str] | list[str], most: int = 12) -> str:
     """Return names as a list for an error message, at most `most` of them."""
     ordered = sorted(names)
     more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
-    return "[" + ", ".join(ordered[:most]) + "]" + more
+    return "[" + ", ".join(map(escape_name, ordered[:most])) + "]" + more
 
 
 def sha256_of_module(module: nn.Module) -> str:

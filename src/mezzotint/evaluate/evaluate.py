@@ -255,7 +255,7 @@ def print_evaluation(evaluation: Evaluation, claims: dict[str, str] | None = Non
     console.print(table)
     for name, value in dataclasses.asdict(evaluation.protocol).items():
         text = "unknown" if value is None else value
-        console.print(f"{name}: {text}", markup=False, highlight=False)
+        console.print(f"{name}: {text}", highlight=False)
 
 
 def evaluate_memorization(

@@ -205,8 +205,8 @@ def print_comparison(a: Evaluation, b: Evaluation, comparison: Comparison) -> No
         table.add_row(metric, f"{x:.6g}", f"{y:.6g}", style=style)
     console.print(table)
     for name, (x, y) in comparison.conflicts.items():
-        console.print(f"not comparable: {name}: {x} | {y}", style="red", markup=False)
+        console.print(f"not comparable: {name}: {x} | {y}", style="red")
     for name, (x, y) in comparison.differences.items():
-        console.print(f"differs: {name}: {x} | {y}", markup=False)
+        console.print(f"differs: {name}: {x} | {y}")
     if comparison.unknown:
-        console.print(f"unknown for both: {', '.join(comparison.unknown)}", markup=False)
+        console.print(f"unknown for both: {', '.join(comparison.unknown)}")

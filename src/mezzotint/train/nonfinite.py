@@ -17,6 +17,7 @@ import torch
 from mezzotint import config
 from mezzotint.core.distributed import gather_from_ranks
 from mezzotint.core.files import partial_folder
+from mezzotint.core.tensor_files import save_tensors
 from mezzotint.train import checkpoint, log
 from mezzotint.train.parallel import full_tensor, group_norms
 from mezzotint.train.setup import Run
@@ -187,12 +188,10 @@ def write_bundle(
     bundle: Path, recipe: str, facts: dict[str, Any], weights: dict[str, torch.Tensor]
 ) -> None:
     """Write a folder from which one step can be repeated: recipe, facts, the weights before it."""
-    from safetensors.torch import save_file
-
     with partial_folder(bundle) as partial:
         (partial / RECIPE).write_text(recipe)
         (partial / FACTS).write_text(json.dumps(facts, indent=1))
-        save_file(weights, partial / WEIGHTS)
+        save_tensors(weights, partial / WEIGHTS)
         checkpoint.write_manifest(partial)
         checkpoint.publish_folder(partial, bundle)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mezzotint.core.files import atomic_replace
+from mezzotint.core.tensor_files import save_tensors
 from mezzotint.models import load_model, save_model
 from mezzotint.process.denoiser import Model
 from mezzotint.train.ema import Weights, power_gamma
@@ -28,10 +28,8 @@ class Snapshot(NamedTuple):
 
 def write_snapshot(run: Path, weights: Weights, images: int, std: float) -> None:
     """Write ema/IMAGES-STD.safetensors, float32, atomically."""
-    from safetensors.torch import save_file
-
     (run / "ema").mkdir(exist_ok=True)
-    atomic_replace(snapshot_path(run, images, std), lambda path: save_file(weights, path))
+    save_tensors(weights, snapshot_path(run, images, std))
 
 
 def snapshot_path(run: Path, images: int, std: float) -> Path:

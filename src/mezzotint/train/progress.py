@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
+from mezzotint.core.console import open_console
 from mezzotint.core.progress import ProgressBar
 
 
@@ -18,14 +17,14 @@ class ProgressDisplay:
 
     def __init__(self, show: bool):
         self.show = show
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = open_console(stderr=True)
         self.bar: ProgressBar | None = None
         self.loss = ""
 
     def print_line(self, line: str) -> None:
         """Print one line above the bar."""
         if self.show:
-            self.console.print(line, highlight=False, markup=False)
+            self.console.print(line, highlight=False)
 
     def start(self, total: int, done: int) -> None:
         """Show the bar.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.console import echo
 from mezzotint.web import compare_tab, generate_tab, understand_tab, watch_tab
 from mezzotint.web.studio import Studio, open_studio
 
@@ -146,5 +147,5 @@ def serve(sources: Sequence[str], port: int | None = None, auth: str = "") -> No
     studio = open_studio(sources)
     page = launch(studio, port, auth, block=False)
     models, runs = (", ".join(names) or "none" for names in (studio.models, studio.runs))
-    print(f"studio: {page.local_url}  (models: {models}; runs: {runs})", flush=True)
+    echo(f"studio: {page.local_url}  (models: {models}; runs: {runs})")
     page.block_thread()

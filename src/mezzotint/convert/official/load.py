@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 import mezzotint.backbones as backbones
 import mezzotint.models as models
 from mezzotint.convert.official import CheckpointFormat, registry
-from mezzotint.core.files import atomic_replace
+from mezzotint.core.console import echo
 from mezzotint.core.registry import check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSource,
@@ -24,6 +23,7 @@ from mezzotint.core.tensor_files import (
     list_names,
     open_safetensors,
     open_torch_file,
+    save_tensors,
     state_dict_specs,
 )
 from mezzotint.process.denoiser import Model
@@ -84,7 +84,7 @@ def load_official(
         licence=official.licence,
         extra={"official": {"family": family, "dtype": str(dtype).removeprefix("torch.")}},
     )
-    print(f"{family} weights of {opened.what}: {official.licence}", file=sys.stderr)
+    echo(f"{family} weights of {opened.what}: {official.licence}", stderr=True)
     return models.model_from_state_dict(info, to_ours(opened, official, config, own))
 
 
@@ -384,15 +384,7 @@ def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
 
 def write_official(state: dict[str, Tensor], out: Path) -> None:
     """Write a state dict as .safetensors or .pth, atomically."""
-    from safetensors.torch import save_file
-
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"{out}: an official file ends in .safetensors or .pth")
     out.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: t.contiguous() for name, t in state.items()}
-    atomic_replace(
-        out,
-        lambda path: (
-            save_file(state, path) if out.suffix == ".safetensors" else torch.save(state, path)
-        ),
-    )
+    save_tensors({name: t.contiguous() for name, t in state.items()}, out)
