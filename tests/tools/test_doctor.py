@@ -67,18 +67,6 @@ def test_audit_that_runs_out_of_time_counts_all_labels(folder, monkeypatch):
     assert summary["classes"] == {"few": 2, "many": 26}
 
 
-def test_two_processes_communicate():
-    result = doctor.check_processes(timeout=200)
-    assert result["passed"], result["error"]
-    assert result["processes"] >= 2
-
-
-def test_processes_that_do_not_answer():
-    result = doctor.check_processes(timeout=0.01)
-    assert not result["passed"]
-    assert "0.01 s" in result["error"]
-
-
 def test_disk_speed_and_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "DISK_BYTES", 4 << 20)
     result = doctor.measure_disk(tmp_path / "not" / "yet")

@@ -6,8 +6,6 @@ import importlib.metadata
 import math
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mezzotint.core import distributed, rng
+from mezzotint.core import rng
 from mezzotint.core.distributed import default_device
 from mezzotint.core.machine import describe_machine, memory_bytes
 from mezzotint.data.audit import Audit, describe_audit, list_problems
@@ -26,6 +24,7 @@ from mezzotint.data.image_dataset import DecodedImage, ImageDataset, open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.transforms import UnreadableImage
 from mezzotint.tools.benchmark import measure_matmul_flops
+from mezzotint.tools.rehearsal import check_processes
 
 OPTIONAL_PACKAGES = (
     "diffusers",
@@ -104,56 +103,6 @@ def measure_matmul() -> dict[str, float]:
         precision: measure_matmul_flops(device, precision, side)
         for precision in ("float32", "bf16")
     }
-
-
-def check_processes(timeout: float = 60.0) -> dict[str, Any]:
-    """Check that processes can communicate: all GPUs under NCCL, or two processes under gloo.
-
-    They start as in training, by torchrun, and are stopped after `timeout` seconds.
-    """
-    gpus = torch.cuda.device_count()
-    processes, backend = (gpus, "nccl") if gpus > 1 else (2, "gloo")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if gpus <= 1:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    start = time.monotonic()
-    passed, error = False, ""
-    try:
-        done = subprocess.run(
-            [sys.executable, *torchrun, "-m", "mezzotint.tools.doctor"],
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=environment,
-            check=False,
-        )
-        passed = done.returncode == 0
-        if not passed:
-            lines = done.stderr.splitlines()
-            errors = [line for line in lines if "Error" in line]
-            error = (errors or lines or ["no output"])[0][-300:]
-    except subprocess.TimeoutExpired:
-        error = f"no answer within {timeout:g} s; is a firewall between the processes?"
-    return {
-        "backend": backend,
-        "processes": processes,
-        "passed": passed,
-        "error": error,
-        "seconds": time.monotonic() - start,
-    }
-
-
-def _check_one_rank() -> None:
-    """Run one process of `check_processes`: every rank must receive the sum over all ranks."""
-    world = distributed.init_distributed()
-    total = distributed.sum_over_ranks(
-        torch.full((1024,), float(world.rank + 1), device=world.device), world
-    )
-    expected = world.size * (world.size + 1) / 2
-    if not bool((total == expected).all()):
-        raise RuntimeError(f"the ranks add up to {total[0].item()}, not {expected}")
-    distributed.shutdown_distributed()
 
 
 def measure_disk(folder: Path) -> dict[str, Any]:
@@ -309,7 +258,7 @@ def _machine_concerns(facts: dict[str, Any]) -> list[str]:
             found.append(f"{_describe_gpu(gpu)}: another process uses it")
     if not processes["passed"]:
         found.append(
-            f"{processes['processes']} processes cannot communicate by {processes['backend']}: "
+            f"{processes['processes']} processes did not communicate by {processes['backend']}: "
             f"{processes['error']}"
         )
     if disk["free"] < MIN_FREE_BYTES:
@@ -366,7 +315,3 @@ def _render_data(data: dict[str, Any]) -> list[str]:
         f"{data['logsnr_shift']:+.2f}; {' '.join(data['overrides'])}",
         "             (presets of simple diffusion shift by themselves with model.size)",
     ]
-
-
-if __name__ == "__main__":
-    _check_one_rank()
