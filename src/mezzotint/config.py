@@ -41,6 +41,7 @@ class Data:
     buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares.
     portrait: with buckets, rotate images that are taller than wide, and note it in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
+    full_scale: the value that is white in grey images of more than 8 bits; by default measured.
     """
 
     source: str = ""
@@ -51,9 +52,10 @@ class Data:
     buckets: tuple[tuple[int, int], ...] = ()
     portrait: bool = False
     workers: int = 0
+    full_scale: int | None = None
 
     def __post_init__(self):
-        _at_least("data.", self, workers=0)
+        _at_least("data.", self, workers=0, full_scale=1)
 
 
 @dataclass(frozen=True, kw_only=True)

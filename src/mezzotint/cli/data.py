@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, Overrides, Switch
+from mezzotint.cli.arguments import Count, OptionalCount, Overrides, Switch
 from mezzotint.core.console import echo
 
 
@@ -20,6 +20,7 @@ def prepare(
     crop: Literal["adm", "plain"] = "adm",
     codec: str = "pixels",
     text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
+    full_scale: OptionalCount = None,
 ) -> None:
     """Resize a dataset once, so that training reads it without decoding.
 
@@ -34,14 +35,17 @@ def prepare(
         codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or a folder or hub name of a diffusers
             autoencoder.
         text: T5 encoder to embed the captions with; without it, training embeds them.
+        full_scale: White in grey images of more than 8 bits, e.g. 4095; by default the smallest
+            usual one that holds a sample's largest value.
     """
     from mezzotint.data.audit import describe_audit
     from mezzotint.data.prepare import prepare_captions, prepare_latents, prepare_source
 
     if codec == "pixels":
-        echo(describe_audit(prepare_source(source, out, size=size, crop=crop)))
+        report = prepare_source(source, out, size=size, crop=crop, full_scale=full_scale)
+        echo(describe_audit(report))
     else:
-        echo(prepare_latents(source, out, size, codec, crop=crop))
+        echo(prepare_latents(source, out, size, codec, crop=crop, full_scale=full_scale))
     if text:
         echo("\n".join(prepare_captions(out, text)))
 

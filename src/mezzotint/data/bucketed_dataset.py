@@ -15,19 +15,15 @@ from typing import final
 import numpy as np
 import torch
 from jaxtyping import Int64
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 
 from mezzotint.core.rng import philox
 from mezzotint.data.dataset import Labels, PixelDataset, Pixels
+from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, reserve_pixels
+from mezzotint.data.full_scale import measure_full_scale
 from mezzotint.data.sources import Source, hash_parts
-from mezzotint.data.transforms import (
-    MAX_INTERMEDIATE_PIXELS,
-    UnreadableImage,
-    to_array,
-    to_mode,
-    to_pillow,
-)
+from mezzotint.data.transforms import orientation_of, to_array, to_mode, to_pillow
 
 PORTRAIT = (
     "portrait mode"  # added to a rotated image's caption; the paper's words are unknown ([M])
@@ -46,10 +42,17 @@ class BucketedDataset(PixelDataset):
         portrait: rotate images taller than wide a quarter to the left and add "portrait mode" to
             their captions, as simple diffusion's 384x640 model does (specs/simple-diffusion.md
             section 6, [M]).
+        full_scale: see `open_images`.
     """
 
     def __init__(
-        self, source: Source, shapes: Sequence[Shape], *, channels: int = 3, portrait: bool = False
+        self,
+        source: Source,
+        shapes: Sequence[Shape],
+        *,
+        channels: int = 3,
+        portrait: bool = False,
+        full_scale: int | None = None,
     ):
         if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
             raise ValueError(
@@ -62,13 +65,14 @@ class BucketedDataset(PixelDataset):
         self.rotated = np.array([portrait and h > w for h, w in sizes])
         sizes = [(w, h) if r else (h, w) for r, (h, w) in zip(self.rotated, sizes, strict=True)]
         self.bucket = np.array([self._nearest_bucket(h, w) for h, w in sizes])
-        fingerprint = hash_parts(
-            [source.identity(), f"{self.shapes} {channels} {portrait}", self.bucket.tobytes()]
-        )
+        self.full_scale = measure_full_scale(source.read, len(source), full_scale)
+        how = f"{self.shapes} {channels} {portrait}{self.full_scale.key}"
+        fingerprint = hash_parts([source.identity(), how, self.bucket.tobytes()])
         counts = ", ".join(
             f"{h}x{w} {n:,}" for (h, w), n in zip(shapes, self.bucket_counts(), strict=True)
         )
-        super().__init__(source, channels, fingerprint, (*source.notes, f"buckets: {counts}"))
+        notes = (*source.notes, *self.full_scale.notes, f"buckets: {counts}")
+        super().__init__(source, channels, fingerprint, notes)
 
     def _nearest_bucket(self, height: int, width: int) -> int:
         """Return the bucket of the nearest aspect ratio, by its logarithm."""
@@ -117,12 +121,12 @@ class BucketedDataset(PixelDataset):
 
     def _decode_pixels(self, i: int) -> np.ndarray:
         stored = self.source.read(i)
-        image = to_mode(
-            to_pillow(stored) if isinstance(stored, np.ndarray) else stored, self.channels
-        )
-        if self.rotated[i]:
-            image = image.transpose(Image.Transpose.ROTATE_90)
-        return to_array(cover_crop(image, *self.shapes[self.bucket[i]]))
+        image = to_pillow(stored) if isinstance(stored, np.ndarray) else stored
+        with reserve_pixels(image):
+            image = to_mode(image, self.channels, self.full_scale)
+            if self.rotated[i]:
+                image = image.transpose(Image.Transpose.ROTATE_90)
+            return to_array(cover_crop(image, *self.shapes[self.bucket[i]]))
 
 
 @functools.lru_cache(maxsize=4)
@@ -146,7 +150,7 @@ def _read_sizes(source: Source) -> list[Shape]:
             stored = source.read(i)
             if isinstance(stored, np.ndarray):
                 return stored.shape[1], stored.shape[2]
-            rotated = stored.getexif().get(ExifTags.Base.Orientation) in ROTATED
+            rotated = orientation_of(stored) in ROTATED
             return (stored.width, stored.height) if rotated else (stored.height, stored.width)
         except Exception:  # decoders raise anything; reading it for a batch reports the reason
             return 1, 1
@@ -161,7 +165,7 @@ def cover_crop(image: Image.Image, height: int, width: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
-    if size[0] * size[1] > MAX_INTERMEDIATE_PIXELS:
+    if size[0] * size[1] > MAX_PIXELS:
         raise UnreadableImage(
             f"sides {image.width} x {image.height} are too unequal for {height} x {width}"
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,8 +15,6 @@ from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.sources import Source
 from mezzotint.data.transforms import UnreadableImage, draw_flips, flip, to_model_range
-
-MAX_REPLACEMENTS = 1000  # unreadable images in a row before the whole dataset counts as damaged
 
 Send = Callable[[Tensor], Tensor]  # moves a tensor to the network's device
 Pixels = UInt8[Tensor, "b c h w"]
@@ -169,7 +166,7 @@ class PixelDataset:
 
     def readable(self, i: int) -> int:
         """Return i, or the index of the next readable image, cyclically."""
-        for j in islice(self._replacements(i), MAX_REPLACEMENTS):
+        for j in self._replacements(i):
             try:
                 self._read_pixels(j)
                 return j

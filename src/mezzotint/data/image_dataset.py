@@ -14,14 +14,15 @@ from torch import Tensor
 
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
-from mezzotint.data.dataset import MAX_REPLACEMENTS, PixelDataset
+from mezzotint.data.dataset import PixelDataset
+from mezzotint.data.decode import image_suffixes
+from mezzotint.data.full_scale import measure_full_scale
 from mezzotint.data.shapes import open_shapes
 from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import (
     SPLITS,
     Source,
     hash_parts,
-    image_suffixes,
     open_files,
 )
 from mezzotint.data.stores import FolderStore, ZipStore
@@ -49,7 +50,14 @@ class ImageDataset(PixelDataset):
     """Images by index as uint8 (channels, size, size), with labels and captions of the source."""
 
     def __init__(
-        self, source: Source, *, size: int, channels: int = 3, crop: str = "adm", keep: bool = True
+        self,
+        source: Source,
+        *,
+        size: int,
+        channels: int = 3,
+        crop: str = "adm",
+        keep: bool = True,
+        full_scale: int | None = None,
     ):
         """See `open_images`; `keep` holds up to MEMORY_LIMIT_BYTES of decoded pixels in memory."""
         if size < 1:
@@ -58,8 +66,10 @@ class ImageDataset(PixelDataset):
             raise ValueError(f"channels {channels}; allowed: 1 (grey), 3 (RGB)")
         if crop not in CROPS:
             raise ValueError(f"unknown crop {crop!r}; {suggest(crop, CROPS)}")
-        fingerprint = hash_parts([source.identity(), f"{size} {channels} {crop}"])
-        super().__init__(source, channels, fingerprint, source.notes)
+        self.full_scale = measure_full_scale(source.read, len(source), full_scale)
+        how = f"{size} {channels} {crop}{self.full_scale.key}"
+        fingerprint = hash_parts([source.identity(), how])
+        super().__init__(source, channels, fingerprint, (*source.notes, *self.full_scale.notes))
         self.size, self.crop, self.keep = size, crop, keep
         self._allocate()
 
@@ -107,7 +117,7 @@ class ImageDataset(PixelDataset):
                 return DecodedImage(stored, mode, width, height)
             stored = to_pillow(stored)
         mode, (width, height) = stored.mode, stored.size
-        pixels = to_pixels(stored, self.size, self.channels, self.crop)
+        pixels = to_pixels(stored, self.size, self.channels, self.crop, self.full_scale)
         return DecodedImage(pixels, mode, width, height)
 
 
@@ -118,6 +128,7 @@ def open_images(
     channels: int = 3,
     crop: str | None = None,
     keep_in_memory: bool = True,
+    full_scale: int | None = None,
 ) -> ImageDataset:
     """Open images of any modes, sizes and aspect ratios as uint8 (channels, size, size) by index.
 
@@ -133,6 +144,8 @@ def open_images(
         crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the
             central square); None is "adm", or the crop of a prepared folder of this size.
         keep_in_memory: keep decoded pixels, up to 1 GiB; otherwise decode at every read.
+        full_scale: the value that is white in grey images of more than 8 bits, e.g. 4095; None
+            takes the smallest usual one that holds the largest value of a sample of the dataset.
     """
     opened, size = open_source(str(source), size)
     is_prepared = isinstance(opened, PreparedSource)
@@ -148,6 +161,7 @@ def open_images(
         channels=channels,
         crop=crop or prepared_crop or "adm",
         keep=keep_in_memory and not is_prepared,  # the system caches memory maps already
+        full_scale=full_scale,
     )
     _check_some_readable(dataset, str(source))
     return dataset
@@ -249,9 +263,9 @@ def check_split(what: str, split: str | None) -> str | None:
 
 
 def _check_some_readable(dataset: ImageDataset, source: str) -> None:
-    """Raise ValueError if no image can be read: try images far apart first, then from the start."""
+    """Raise ValueError if no image can be read: try images far apart first, then all."""
     spread = np.linspace(0, len(dataset) - 1, 8).astype(int).tolist()
-    for i in [*spread, *range(min(len(dataset), MAX_REPLACEMENTS))]:
+    for i in [*spread, *range(len(dataset))]:
         try:
             dataset.image(i)
             return

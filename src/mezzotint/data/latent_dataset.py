@@ -261,6 +261,7 @@ def open_dataset(
     codec_name: str = "pixels",
     mirror: bool = False,
     device: torch.device | str = "cpu",
+    full_scale: int | None = None,
 ) -> Dataset:
     """Open the training data of a network of `size` x `size` x `channels` input.
 
@@ -272,6 +273,7 @@ def open_dataset(
         codec_name: name of the codec whose latents the network takes.
         mirror: whether training mirrors images.
         device: where images are encoded.
+        full_scale: see `open_images`.
 
     Errors: ValueError where the network does not take the source's latents, or its pixels.
     """
@@ -283,10 +285,12 @@ def open_dataset(
         )
     if not (folder / LATENTS).is_file():
         if codec_name == "pixels":
-            return open_images(source, size=size, channels=channels, crop=crop)
+            return open_images(
+                source, size=size, channels=channels, crop=crop, full_scale=full_scale
+            )
         codec = open_codec(codec_name, device)
         check_codec_fits(codec, channels, "the network")
-        images = open_images(source, size=size * codec.factor, channels=3, crop=crop)
+        images = open_images(source, size=size * codec.factor, crop=crop, full_scale=full_scale)
         return EncodedDataset(images, codec, mirror)
     latents = LatentDataset(folder, check_split(base, split or None))
     if codec_name == "pixels":

@@ -33,6 +33,7 @@ def prepare_source(
     *,
     channels: int = 3,
     crop: str = "adm",
+    full_scale: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the images of `source` at one size to the new folder `out`; return a report.
@@ -40,7 +41,7 @@ def prepare_source(
     Unreadable images are left out and named in the report. `out` appears when it is complete.
 
     Args:
-        source, size, channels, crop: see `mezzotint.data.image_dataset.open_images`.
+        source, size, channels, crop, full_scale: see `mezzotint.data.image_dataset.open_images`.
         out: a folder that does not exist yet, or is empty.
         progress: show a bar on standard error.
 
@@ -48,7 +49,14 @@ def prepare_source(
         `mezzotint.data.audit.Audit.summary`, the content of `report.json`.
     """
     out = Path(out)
-    images = open_images(source, size=size, channels=channels, crop=crop, keep_in_memory=False)
+    images = open_images(
+        source,
+        size=size,
+        channels=channels,
+        crop=crop,
+        keep_in_memory=False,
+        full_scale=full_scale,
+    )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
     with atomic_folder(out, complete=CARD) as folder:
@@ -63,6 +71,7 @@ def prepare_latents(
     *,
     crop: str = "adm",
     device: str | None = None,
+    full_scale: int | None = None,
     progress: bool = True,
 ) -> str:
     """Write the latents of the images of `source`, and of their mirror images, to `out`; resumable.
@@ -73,13 +82,14 @@ def prepare_latents(
         source, size, crop: see `mezzotint.data.image_dataset.open_images`; size is in pixels.
         codec_name: of the autoencoder, see `mezzotint.data.autoencoder.open_codec`.
         device: where it computes; by default a GPU if there is one.
+        full_scale: see `mezzotint.data.image_dataset.open_images`.
         progress: show a bar on standard error.
 
     Returns: a description of the folder.
 
     Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
     """
-    images = open_images(source, size=size, crop=crop, keep_in_memory=False)
+    images = open_images(source, size=size, crop=crop, keep_in_memory=False, full_scale=full_scale)
     codec = open_codec(codec_name, device or default_device())
     share = WorkShare.from_environment()
     if encode_latents(images, Path(out), codec, share, progress=progress):

@@ -6,9 +6,7 @@ path, not by content, and a worker process opens its own handles.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -16,12 +14,12 @@ from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from mezzotint.data.decode import UnreadableImage, decode_image, image_suffixes
 from mezzotint.data.labels import sort_classes
 from mezzotint.data.side_files import labels_from_json, read_captions
 from mezzotint.data.stores import FolderStore, ZipStore
-from mezzotint.data.transforms import UnreadableImage
 
 SPLITS = ("train", "test", "all")
 
@@ -73,18 +71,6 @@ def hash_parts(parts: Iterable[bytes | str]) -> str:
     return h.hexdigest()[:32]
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Open an image without loading its pixels; `UnreadableImage` if no decoder knows the bytes."""
-    if not data:
-        raise UnreadableImage("no bytes")
-    try:
-        return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # its message contains an address in memory
-        raise UnreadableImage("not an image that Pillow can open") from error
-    except Exception as error:
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-
-
 def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndarray:
     """Return the indices of the images in `split` ("train", "test", "all").
 
@@ -95,15 +81,6 @@ def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndar
     """
     test = np.arange(count) % 10 == 9 if is_test is None else is_test
     return np.flatnonzero({"train": ~test, "test": test, "all": np.ones(count, bool)}[split])
-
-
-@functools.cache
-def image_suffixes() -> frozenset[str]:
-    """Return the lower-case suffixes of image files that Pillow can open."""
-    Image.init()
-    known = {s for s, format in Image.registered_extensions().items() if format in Image.OPEN}
-    not_images = ".pdf .mpg .mpeg .h5 .hdf .grib .bufr .wmf .emf .eps .ps"
-    return frozenset(known - set(not_images.split()))
 
 
 @dataclass(frozen=True)

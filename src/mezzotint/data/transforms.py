@@ -8,18 +8,26 @@ from __future__ import annotations
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, UInt8
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from mezzotint.core import rng
 from mezzotint.core.registry import suggest
+from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image, reserve_pixels
+from mezzotint.data.full_scale import FullScale, grey_kind
+from mezzotint.data.salvage import exif_orientation
 
 RULES = ("round", "truncate")  # of to_uint8
-MAX_INTERMEDIATE_PIXELS = 1 << 27  # 128 Mpixel; a 1 x 60000 strip would be enlarged to gigabytes
-
-
-class UnreadableImage(ValueError):
-    """An image that cannot become pixels; the message is the reason, for a report."""
+# EXIF orientation -> what sets the image upright.
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def to_model_range(pixels: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
@@ -53,41 +61,36 @@ def draw_flips(seed: int, image_numbers: list[int]) -> Bool[Tensor, " b"]:
     return rng.uniform("augment", seed, image_numbers) < 0.5
 
 
-def _scaled_to_uint8(image: Image.Image) -> Image.Image:
-    """Scale a grey image of more than 8 bits; Pillow's own convert clips at 255."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise UnreadableImage(f"mode {image.mode} with non-finite values")
-    low, high = float(values.min()), float(values.max())
-    # Pillow defines no full scale for I and F. Ours is the smallest usual one that holds the
-    # values: 16 bits then 32 for integers, 1 then 8 then 16 bits for floats.
-    scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
-    full_scale = next((s for s in scales if high <= s), None)
-    if full_scale is None or low < 0:
-        raise UnreadableImage(
-            f"mode {image.mode} with values {low:g}...{high:g}, outside every usual range"
-        )
-    return Image.fromarray(np.round(values * (255.0 / full_scale)).astype(np.uint8))
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation that Pillow has not applied, 1...8; damaged metadata gives 1."""
+    if image.format == "TIFF":  # applied by Pillow
+        return 1
+    block = image.info.get("exif")
+    if isinstance(block, bytes):
+        return exif_orientation(block)
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1
 
 
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
+def to_mode(image: Image.Image, channels: int, full_scale: FullScale | None = None) -> Image.Image:
     """Return the first frame, upright and opaque, in mode RGB (3 channels) or L (1 channel).
 
     EXIF orientation is applied, transparency becomes white, and more than 8 bits are scaled. Pillow
     converts CMYK, palette, YCbCr, LAB, HSV and bilevel.
 
+    Args:
+        full_scale: of the image's dataset; by default measured on this image alone.
+
     Errors: `UnreadableImage` for truncated or damaged data.
     """
-    try:
-        image.load()
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ...
-        raise UnreadableImage(f"{type(error).__name__}: {error}") from error
-    try:
-        image = ImageOps.exif_transpose(image)
-    except Exception:  # damaged metadata of an intact image: keep the stored orientation
-        image = image.copy()
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _scaled_to_uint8(image)
+    image = load_image(image)
+    transpose = TRANSPOSES.get(orientation_of(image))
+    if grey_kind(image) is not None:
+        image = (full_scale or FullScale.of_image(image)).to_uint8(image)
+    if transpose is not None:
+        image = image.transpose(transpose)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -108,7 +111,7 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > MAX_INTERMEDIATE_PIXELS:
+    if width * height > MAX_PIXELS:
         raise UnreadableImage(
             f"sides {image.width} x {image.height} are too unequal for crop 'adm'; use crop 'plain'"
         )
@@ -129,9 +132,12 @@ def plain_crop(image: Image.Image, size: int) -> Image.Image:
 CROPS = {"adm": adm_crop, "plain": plain_crop}
 
 
-def to_pixels(image: Image.Image, size: int, channels: int, crop: str) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, size: int, channels: int, crop: str, full_scale: FullScale | None = None
+) -> np.ndarray:
     """Return uint8 (channels, size, size) of a Pillow image; `UnreadableImage` if damaged."""
-    return to_array(CROPS[crop](to_mode(image, channels), size))
+    with reserve_pixels(image):
+        return to_array(CROPS[crop](to_mode(image, channels, full_scale), size))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

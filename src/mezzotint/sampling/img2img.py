@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image as Pillow
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from mezzotint.core.files import write_json
 from mezzotint.core.image_grid import make_grid, save_png
+from mezzotint.data.decode import open_image_file
 from mezzotint.data.transforms import to_mode, to_model_range, to_pixels
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
 from mezzotint.process.guidance import with_image
@@ -133,7 +133,7 @@ def read_image(job: SamplingJob, path: Path) -> Tensor:
         is not square.
     """
     channels = job.model.info.config.channels if job.codec == "pixels" else 3
-    return _fit(job, _open(path), path, channels)
+    return _fit(job, open_image_file(path), path, channels)
 
 
 def read_image_and_mask(job: SamplingJob, path: Path, mask: Path) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def read_image_and_mask(job: SamplingJob, path: Path, mask: Path) -> tuple[Tenso
 
     Errors: as `read_image`; ValueError for a mask of another size than its image.
     """
-    image, white = _open(path), _open(mask)
+    image, white = open_image_file(path), open_image_file(mask)
     if image.size != white.size:
         raise ValueError(
             f"{mask} is {white.size}, {path} {image.size} (width, height); they must be equal"
@@ -162,15 +162,6 @@ def _fit(job: SamplingJob, image: Pillow.Image, path: Path, channels: int) -> Te
             f"{path} is {image.width} x {image.height}; for this size it must be {width} x {height}"
         )
     return torch.from_numpy(np.array(to_pixels(image, height, channels, "adm")))
-
-
-def _open(path: Path) -> Pillow.Image:
-    try:
-        with Pillow.open(path) as image:
-            image.load()
-            return image
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
 
 
 def save_img2img(

@@ -48,6 +48,7 @@ def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None 
             codec_name=recipe.data.codec or info.codec,
             mirror=recipe.data.flip,
             device=world.device,
+            full_scale=recipe.data.full_scale,
         )
         _check_codec(recipe, dataset, source)
     dataset.caption_embeddings = _open_captions(recipe, dataset, text_width(config), world)
@@ -63,7 +64,11 @@ def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDatas
     size, channels = info.config.size, info.config.channels
     opened, _ = open_source(source, size)
     return BucketedDataset(
-        opened, recipe.data.buckets, channels=channels, portrait=recipe.data.portrait
+        opened,
+        recipe.data.buckets,
+        channels=channels,
+        portrait=recipe.data.portrait,
+        full_scale=recipe.data.full_scale,
     )
 
 

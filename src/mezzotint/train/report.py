@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from mezzotint import config
@@ -27,6 +26,7 @@ from mezzotint.core.image_grid import data_uri
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import build
 from mezzotint.core.svg_plot import COLOURS, Line, svg_plot
+from mezzotint.data.decode import open_image_file
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Cond, Model
@@ -331,8 +331,7 @@ def embed_image(path: Path) -> str:
     data = path.read_bytes()
     if len(data) > LARGEST_PNG:
         file = io.BytesIO()
-        with Image.open(path) as image:
-            image.convert("RGB").save(file, "JPEG", quality=90)
+        open_image_file(path).convert("RGB").save(file, "JPEG", quality=90)
         data = file.getvalue()
     return data_uri(data)
 

@@ -10,12 +10,12 @@ import io
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from mezzotint.core import rng
 from mezzotint.core.image_grid import to_pil
 from mezzotint.core.svg_plot import COLOURS, Line, svg_plot
+from mezzotint.data.decode import UnreadableImage, decode_image
 from mezzotint.data.shapes import open_shapes
 from mezzotint.data.transforms import adm_crop, to_mode, to_model_range, to_uint8
 from mezzotint.process import schedules
@@ -54,9 +54,8 @@ def decode_photo(uri: str, limits: Limits) -> Tensor:
             f"this photo is larger than {limits.photo_bytes >> 20} MiB; choose a smaller one"
         )
     try:
-        file = io.BytesIO(base64.b64decode(body, validate=True))
-        photo = Image.open(file, formats=("PNG", "JPEG", "WEBP"))
-    except (binascii.Error, OSError, SyntaxError, Image.DecompressionBombError):
+        photo = decode_image(base64.b64decode(body, validate=True), ("PNG", "JPEG", "WEBP"))
+    except (binascii.Error, UnreadableImage):
         raise ValueError("this is not an image; choose a PNG, JPEG or WebP file") from None
     if photo.width * photo.height > limits.photo_pixels:
         raise ValueError(

@@ -6,9 +6,8 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from mezzotint.core.svg_plot import COLOURS, svg_plot
+from mezzotint.data.decode import open_image_file
 from mezzotint.train import log
 from mezzotint.train.report import (
     evaluation_plots,
@@ -67,9 +66,9 @@ def render_grid(run: Path, index: int) -> str:
     if not paths:
         return html.empty("No sample grid yet. The run writes one at each milestone.")
     path = paths[min(max(index, 0), len(paths) - 1)]
-    with Image.open(path) as grid:
-        grid.thumbnail((GRID_SIDE, GRID_SIDE))
-        data = html.png(grid)
+    grid = open_image_file(path)
+    grid.thumbnail((GRID_SIDE, GRID_SIDE))
+    data = html.png(grid)
     figure = html.Figure(data, f"after {int(path.stem):,} images")
     return f'<div class="mz-sheet">{html.figure(figure)}</div>'
 
