@@ -195,7 +195,7 @@ def save_model(model: Model, folder: str | Path) -> None:
     """Write a model to a folder: config.json, model.safetensors and README.md.
 
     All files are first written and flushed next to the folder. A new folder then appears by one
-    rename. In an existing model's folder each file is replaced by one, weights first, and other
+    rename. In an existing model's folder each file is replaced by one, config.json last, and other
     files stay.
 
     Errors: ValueError if `folder` is a file or holds another library's config.json.
@@ -217,8 +217,18 @@ def save_model(model: Model, folder: str | Path) -> None:
         if not folder.exists():
             partial.rename(folder)
             return
-        for name in (WEIGHTS, CONFIG, README):
+        for name in (WEIGHTS, README, CONFIG):  # the last says that the others are of its images
             (partial / name).replace(folder / name)
+
+
+def saved_images(folder: Path) -> int:
+    """Return the training images seen by a saved model; -1 where the folder holds none whole."""
+    try:
+        images = read_json(folder / CONFIG)["images"]
+        whole = all((folder / name).is_file() for name in (WEIGHTS, README))
+        return int(images) if whole else -1
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 HEADER = """\

@@ -122,3 +122,23 @@ def test_sigterm_to_the_launcher_saves_once_and_resumes(tmp_path):
         assert ended.returncode == 0, printed[-3000:]
     a, b = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "run"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_to_the_launcher_and_all_ranks_saves_once_and_resumes(tmp_path, number):
+    """As a terminal sends Ctrl-C; torchrun then sends a signal to every rank a second time."""
+    process = launch(2, tmp_path / "run", "", "images=16000", start_new_session=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "64/16,000 images" in line:
+            os.killpg(process.pid, number)
+            break
+    _, printed = process.communicate(timeout=200)
+    assert "stopped at" in printed, printed[-3000:]
+    saved = max(int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+    assert 64 <= saved < 16000
+    again = launch(2, tmp_path / "run", "", f"images={saved + 64}")
+    _, printed = again.communicate(timeout=200)
+    assert again.returncode == 0, printed[-3000:]
+    assert f"resuming at {saved:,} images" in printed

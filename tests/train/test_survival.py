@@ -199,20 +199,6 @@ def test_a_run_stopped_by_a_killed_worker_resumes_with_fewer(whole, stopped, mon
     assert_same_run(whole, folder)
 
 
-def test_a_second_signal_exits_at_once(monkeypatch):
-    exits = []
-    monkeypatch.setattr(os, "_exit", exits.append)
-    stop = loop.StopSignal()
-    with stop.listening():
-        os.kill(os.getpid(), signal.SIGUSR1)
-        time.sleep(0.01)
-        assert stop.requested
-        assert exits == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
-    assert exits == [128 + signal.SIGTERM]
-
-
 SCRIPT = """
 import sys
 import torch; torch.set_num_threads(1)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -142,9 +144,8 @@ def _start_workers(
         threads = ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data")
         return threads, partial(_load, dataset)
     # Spawned, not forked: a fork of a process with CUDA or OpenMP threads may hang.
-    context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_init_worker, initargs=(dataset,)
+        workers, mp_context=_WorkerContext(), initializer=_init_worker, initargs=(dataset,)
     )
     return pool, _load_in_worker
 
@@ -159,11 +160,25 @@ def _load(dataset: Dataset, indices: list[int]) -> _Loaded:
     return [None if t is None else t.numpy() for t in fields], unreadable
 
 
+class _WorkerProcess(SpawnProcess):
+    """A process that a broken pool can end, though it ignores SIGTERM."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _WorkerContext(SpawnContext):
+    Process = _WorkerProcess
+
+
 _worker_dataset: list[Dataset] = []  # of a worker process
 
 
 def _init_worker(dataset: Dataset) -> None:
     torch.set_num_threads(1)
+    # A terminal or a scheduler sends a signal to every process of a run: the parent decides.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     _worker_dataset[:] = [dataset]
 

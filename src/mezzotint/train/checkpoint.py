@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `checkpoints/IMAGES/` in the format of `torch.distributed.checkpoint`,
 which any number of processes can restore, and `manifest.json` with the size and SHA-256 of every
-file.
+file that its description names. Reading one runs no code of it, see `train.checkpoint_reader`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -29,8 +31,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mezzotint.core.distributed import World, raise_on_all_ranks, sum_over_ranks
+from mezzotint.core.distributed import (
+    World,
+    all_ranks,
+    any_rank,
+    on_rank0,
+    raise_on_all_ranks,
+    sum_over_ranks,
+)
 from mezzotint.core.files import fsync_path, read_json, sha256_of_file
+from mezzotint.train.checkpoint_reader import (
+    METADATA,
+    CheckpointReader,
+    PlainValues,
+    file_sizes,
+    read_metadata,
+)
 
 MANIFEST = "manifest.json"
 RECENT_LOSSES = 128  # kept to detect spikes
@@ -78,27 +94,34 @@ class TrainingState:
         self.recent = deque((v for v in losses if not math.isnan(v)), maxlen=RECENT_LOSSES)
 
 
-def write_manifest(folder: Path, **facts: Any) -> None:
-    """Write manifest.json, the size and hash of every file of `folder`, and flush all to disk."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = {
-        p.relative_to(folder).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of_file(p)}
-        for p in files
-    }
-    for path in files:
+def write_manifest(folder: Path, files: Iterable[str], **facts: Any) -> None:
+    """Flush the files of a folder to disk, and write manifest.json with their sizes and hashes.
+
+    Args:
+        files: what the folder must hold. OSError names one that is missing, and nothing is written.
+        facts: more keys of the manifest.
+    """
+    listing = {}
+    for name in sorted(files):
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{name} is missing; is the folder on a disk that every rank shares?"
+            )
         fsync_path(path)
+        listing[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
     (folder / MANIFEST).write_text(json.dumps({**facts, "files": listing}, indent=1))
     fsync_path(folder / MANIFEST)
 
 
 def find_damage(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint folder; None where every file matches its manifest."""
+    """Return what is wrong with a folder; None where every file matches its manifest."""
     if not (folder / MANIFEST).is_file():
         return f"{MANIFEST} is missing"
     try:
         manifest = read_json(folder / MANIFEST, "it is damaged")
         files = [(name, int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     for name, size, sha256 in files:
         path = folder / name
@@ -106,26 +129,86 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, its manifest says {size}"
-        if sha256_of_file(path) != sha256:
-            return f"{name} has changed since it was written (SHA-256 differs)"
+        try:
+            if sha256_of_file(path) != sha256:
+                return f"{name} has changed since it was written (SHA-256 differs)"
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def find_checkpoint_damage(folder: Path) -> str | None:
+    """Return why a checkpoint cannot be resumed from; None where it is whole and in its place."""
+    try:
+        damage = find_damage(folder)
+        if damage is not None:
+            return damage
+        sizes, manifest = file_sizes(read_metadata(folder)), read_json(folder / MANIFEST)
+    except (ValueError, OSError) as error:
+        return str(error)
+    for name in (METADATA, *sizes):
+        if name not in manifest["files"]:
+            return f"{name} belongs to it and {MANIFEST} does not list it"
+        if int(manifest["files"][name]["bytes"]) < sizes.get(name, 0):
+            return f"{name} is shorter than {METADATA} says"
+    images = manifest.get("images", int(folder.name))
+    if images != int(folder.name):
+        return f"it is the checkpoint at {images} images, copied or renamed"
     return None
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Return the checkpoint folders of a run, oldest first, damaged ones included."""
-    folders = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdigit()]
+    folders = [p for p in (run / "checkpoints").glob("*") if p.is_dir() and p.name.isdecimal()]
     return sorted(folders, key=lambda p: int(p.name))
 
 
-def find_newest_intact(run: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest undamaged checkpoint, and a message for each newer one that is damaged."""
+def find_newest_intact(run: Path, before: float = math.inf) -> tuple[Path | None, list[str]]:
+    """Return the newest undamaged checkpoint, and a message for each newer one that is damaged.
+
+    Args:
+        before: look only at checkpoints of fewer images.
+    """
     messages = []
     for folder in reversed(list_checkpoints(run)):
-        damage = find_damage(folder)
+        if int(folder.name) >= before:
+            continue
+        damage = find_checkpoint_damage(folder)
         if damage is None:
             return folder, messages
         messages.append(f"checkpoint {folder.name} is damaged and passed over: {damage}")
     return None, messages
+
+
+def find_resume_point(run: Path, world: World) -> tuple[Path | None, list[str]]:
+    """Return `find_newest_intact`, the same on every rank; (None, []) for a run without any.
+
+    Errors: ValueError for a run that has been trained and has nothing to resume from.
+    """
+
+    def find() -> tuple[Path | None, list[str]]:
+        newest, messages = find_newest_intact(run)
+        if newest is None:
+            refuse_to_restart(run, messages)
+        return newest, messages
+
+    return on_rank0(find, world)
+
+
+def refuse_to_restart(run: Path, messages: list[str]) -> None:
+    """Raise ValueError where training from the start would overwrite what a run has learned."""
+    models = [name for name in ("model", "model-raw") if (run / name).exists()]
+    kept = [f"{name}/" for name in (*models, *(["checkpoints"] if list_checkpoints(run) else []))]
+    if not kept:
+        return
+    reasons = "; ".join(
+        [f"{run} was trained ({', '.join(kept)}) and has no checkpoint to resume from", *messages]
+    )
+    init_from = f" with --init-from {run / models[0]} for its weights" if models else ""
+    raise ValueError(
+        f"{reasons}. Nothing was changed. Bring its checkpoints back, use another "
+        f"--out{init_from}, or delete {run} to train anew"
+    )
 
 
 class CheckpointWriter:
@@ -154,7 +237,9 @@ class CheckpointWriter:
         """Wait for the last task; if it failed on any rank, raise on all. All ranks call it."""
         pending, self._pending = self._pending, None
         error = None if pending is None else pending.exception()
-        raise_on_all_ranks(error if isinstance(error, Exception) else None, self.world)
+        if error is not None and not isinstance(error, Exception):
+            error = RuntimeError(f"{type(error).__name__}: {error}")
+        raise_on_all_ranks(error, self.world)
 
     def start(self, task: Callable[[], object]) -> None:
         """Run `task` in the background; the one before must have been waited for."""
@@ -200,11 +285,13 @@ def begin_checkpoint(
 
     def finish() -> Path:
         try:
-            writing.result()
+            metadata = cast(Metadata, writing.result())
             if world.is_rank0:
-                write_manifest(partial, images=images, ranks=world.size, torch=torch.__version__)
+                files = [METADATA, *file_sizes(metadata)]
+                facts = {"images": images, "ranks": world.size, "torch": torch.__version__}
+                write_manifest(partial, files=files, **facts)
                 publish_folder(partial, final)
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as reason:
+        except (Exception, CheckpointException) as reason:
             raise _write_error(images, run, reason) from reason
         finally:
             if world.is_rank0:
@@ -214,11 +301,26 @@ def begin_checkpoint(
     return finish
 
 
-def _write_error(images: int, run: Path, reason: BaseException) -> OSError:
-    return OSError(
-        f"the checkpoint at {images} images could not be written to {run}: {reason}; earlier "
-        "checkpoints are intact. Free some space or repair the folder, and repeat the command."
+class SaveError(OSError):
+    """A part of a save could not be written."""
+
+
+def _write_error(images: int, run: Path, reason: BaseException) -> SaveError:
+    return SaveError(
+        f"the checkpoint at {images} images could not be written to {run}: {one_line(reason)}; "
+        "earlier checkpoints are intact. Free some space or repair the folder, and repeat the "
+        "command."
     )
+
+
+def one_line(error: BaseException) -> str:
+    """Return the first line of an error; of torch's bundle of errors, that of the first rank."""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        return one_line(inner) if len(error.failures) == 1 else f"rank {rank}: {one_line(inner)}"
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def publish_folder(partial: Path, final: Path) -> None:
@@ -229,18 +331,50 @@ def publish_folder(partial: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def prune_checkpoints(run: Path, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every`."""
-    for folder in list_checkpoints(run)[:-keep] if keep > 0 else []:
+def prune_checkpoints(run: Path, images: int, keep: int, keep_every: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every`.
+
+    Args:
+        images: of the newest. Checkpoints of more images were passed over when the run resumed.
+    """
+    written = [folder for folder in list_checkpoints(run) if int(folder.name) <= images]
+    for folder in written[:-keep] if keep > 0 else []:
         if not (keep_every and int(folder.name) % keep_every == 0):
             shutil.rmtree(folder)
 
 
+class UnusableCheckpointError(ValueError):
+    """A checkpoint cannot be loaded into this run."""
+
+
 def restore_checkpoint(state: TrainingState, folder: Path, world: World) -> None:
-    """Read a checkpoint into `state`, in place; any number of ranks may have written it."""
+    """Read a checkpoint into `state`, in place; any number of ranks may have written it.
+
+    Errors: UnusableCheckpointError on every rank where it cannot be loaded; `state` may then hold
+        parts of it.
+    """
+    error = None
+    try:
+        _load(state, folder, world)
+    except (Exception, CheckpointException) as reason:
+        failures = reason.failures.values() if isinstance(reason, CheckpointException) else ()
+        if any(isinstance(inner, KeyboardInterrupt) for inner, _ in failures):
+            raise KeyboardInterrupt from None
+        error = UnusableCheckpointError(one_line(reason))
+    if any_rank(error is not None, world):
+        raise error or UnusableCheckpointError("another rank cannot load it")
+
+
+def _load(state: TrainingState, folder: Path, world: World) -> None:
     tensors = state.tensors(world)
+    reader = all_ranks(lambda: CheckpointReader(folder), world)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as above
-    dcp.load(tensors, checkpoint_id=folder, no_dist=world.size == 1)
+    dcp.load(
+        tensors,
+        storage_reader=reader,
+        planner=PlainValues(),
+        no_dist=world.size == 1,
+    )
     set_model_state_dict(state.backbone, tensors["model"])
     set_optimizer_state_dict(state.backbone, state.optimisers, tensors["optimiser"])
     state.unpack_history(tensors["history"])
@@ -248,3 +382,36 @@ def restore_checkpoint(state: TrainingState, folder: Path, world: World) -> None
     window = tensors["window"]
     state.metrics_window.copy_(window if world.is_rank0 else torch.zeros_like(window))
     state.images = int(folder.name)
+
+
+def restore_newest(
+    state: TrainingState,
+    run: Path,
+    newest: Path,
+    world: World,
+    print_line: Callable[[str], None] = print,
+) -> None:
+    """Restore checkpoint `newest`, or where it cannot be loaded the newest before it that can.
+
+    Args:
+        print_line: gets a line for each checkpoint that is passed over.
+
+    Errors: ValueError on every rank where none can be loaded.
+    """
+    found, messages = newest, []
+    while found is not None:
+        try:
+            restore_checkpoint(state, found, world)
+            break
+        except UnusableCheckpointError as reason:
+            failed = found
+            messages.append(
+                f"checkpoint {failed.name} cannot be loaded and is passed over: {reason}"
+            )
+        before = int(failed.name)
+        found, damaged = on_rank0(lambda before=before: find_newest_intact(run, before), world)
+        messages += damaged
+    if found is None:
+        refuse_to_restart(run, messages)
+    for line in messages:
+        print_line(line)

@@ -8,7 +8,7 @@ import json
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,19 +103,43 @@ def peak_resident_bytes() -> int:
 
 
 class Log:
-    """A file of JSON lines. Opening it drops records beyond `images` and a line cut short."""
+    """A file of JSON lines. Opening it drops records beyond `images` and a line cut short.
 
-    def __init__(self, path: Path, images: int):
-        self.path = path
-        text = path.read_text() if path.exists() else ""
+    Lines that cannot be written, e.g. on a full disk, wait for the next `write` or `flush`: the log
+    never ends training.
+
+    Args:
+        check_folder: raises OSError where nothing may be written to the folder of `path`.
+    """
+
+    def __init__(self, path: Path, images: int, check_folder: Callable[[], None] = lambda: None):
+        self.path, self.check_folder, self.waiting = path, check_folder, ""
+        if path.is_symlink():
+            raise ValueError(f"{path} is a link; a log is a file of its run folder. Remove it")
+        text = path.read_text("utf-8", "replace") if path.exists() else ""
         kept = "".join(f"{line}\n" for line in text.splitlines() if _images_of_line(line) <= images)
         if kept != text:
             atomic_write(path, kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one record, whose "images" are the images seen."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.waiting += json.dumps(record) + "\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write the lines that wait, all or none."""
+        if not self.waiting:
+            return
+        try:
+            self.check_folder()
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if file.write(data := self.waiting.encode()) < len(data):
+                    file.truncate(size)  # no room for all of it
+                    return
+        except OSError:
+            return
+        self.waiting = ""
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -129,7 +153,7 @@ def read_evaluations(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_records(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text().splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _images_of_line(line) < math.inf]
 
 
@@ -145,15 +169,25 @@ def append_unreadable(path: Path, reasons: dict[str, str]) -> int:
     """Add images that could not be read to the list at `path`; return how many are new to it.
 
     Args:
-        reasons: by name of the image; each line of the file holds a name, a tab and a reason.
+        reasons: by name of the image; each line of the file holds a name, a tab and a reason, with
+            backslash escapes for bytes that are no UTF-8 and for control characters.
     """
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else []
     listed = {line.partition("\t")[0] for line in lines}
-    new = [
-        f"{name}\t{' '.join(reason.split())}"
-        for name, reason in reasons.items()
-        if name not in listed
-    ]
+    named = {_escape(name): _escape(" ".join(reason.split())) for name, reason in reasons.items()}
+    new = [f"{name}\t{reason}" for name, reason in named.items() if name not in listed]
     if new:
         atomic_write(path, "".join(f"{line}\n" for line in sorted([*lines, *new])))
     return len(new)
+
+
+def _escape(text: str) -> str:
+    r"""Return text as one line of UTF-8: bytes that are none as \xe9, control characters as \n."""
+    return "".join(c if c.isprintable() else _escape_char(c) for c in text)
+
+
+def _escape_char(char: str) -> str:
+    code = ord(char)
+    # Python holds the bytes 0x80 to 0xff of a name that is no UTF-8 as these code points.
+    is_byte = 0xDC80 <= code <= 0xDCFF
+    return f"\\x{code - 0xDC00:02x}" if is_byte else char.encode("unicode_escape").decode()

@@ -5,12 +5,9 @@ Progress is counted in images seen. To resume, call `train` again with the same 
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -18,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from mezzotint.config import Recipe
 from mezzotint.core import distributed
 from mezzotint.data.loader import load_batches
-from mezzotint.models import save_model
+from mezzotint.models import save_model, saved_images
 from mezzotint.process.denoiser import Model
 from mezzotint.train import (
     checkpoint,
@@ -44,6 +41,7 @@ from mezzotint.train.setup import (
     count_training_flop,
     setup,
 )
+from mezzotint.train.signals import StopSignal
 from mezzotint.train.step import (
     Batch,
     gradient,
@@ -60,33 +58,6 @@ class Listeners(NamedTuple):
 
     log: Sequence[Callable[[dict[str, Any]], None]] = ()
     events: Sequence[Callable[[dict[str, Any]], None]] = ()
-
-
-class StopSignal:
-    """Set by SIGTERM or SIGUSR1: finish the step, save, exit. A second signal exits at once."""
-
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self):
-        self.requested = False
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.requested:
-            os._exit(128 + number)  # without waiting for threads; the next start cleans up
-        self.requested = True
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Catch the signals within the block; does nothing outside the main thread."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous = {number: signal.signal(number, self._handle) for number in self.signals}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def train(
@@ -110,7 +81,8 @@ def train(
     Returns: the folder.
 
     Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before
-        a non-finite update; OSError when a checkpoint cannot be written (earlier ones stay).
+        a non-finite update; OSError when a checkpoint cannot be written (earlier ones stay), or
+        the folder is moved or deleted meanwhile. SystemExit after a signal, see `StopSignal`.
     """
     folder = Path(folder)
     check_extras(recipe, evaluator)
@@ -121,12 +93,22 @@ def train(
         stack.callback(distributed.shutdown_distributed)
         stack.callback(progress.close)
         stack.enter_context(stop.listening())
-        lock = run_lock(folder, recipe.data.source)
-        distributed.on_rank0(lambda: stack.enter_context(lock), world)
+        # Ctrl-C during the start ends one process at once: nothing is trained yet. Several agree
+        # below, because one that left would keep the others waiting.
+        stop.interrupting = world.size == 1
+        lock, checks = run_lock(folder, recipe.data.source), []
+        distributed.on_rank0(lambda: checks.append(stack.enter_context(lock)), world)
         run = setup(recipe, folder, world, progress.print_line, init_weights)
         stack.callback(run.writer.close)
+        stop.interrupting = False
+        if checks:  # on rank 0, which holds the lock
+            run.check_folder = checks[0]
+        if distributed.any_rank(stop.requested, world):
+            exit_gracefully(run, progress)
         environment.record(run)
-        writers = stack.enter_context(trackers.open_trackers(run)) if world.is_rank0 else []
+        writers = []
+        if world.is_rank0:
+            writers = stack.enter_context(trackers.open_trackers(run, progress.print_line))
         loop(run, progress, stop, writers, evaluator)
     return folder
 
@@ -166,7 +148,9 @@ def loop(
     flop = count_training_flop(run.meta_model)
     run.model.train()
     progress.start(recipe.images, state.images)
-    # The last process may have ended between a checkpoint and the grid or evaluation due with it.
+    # The last process may have ended between a checkpoint and what is made from it: the models, the
+    # snapshots, the grid or evaluation due with it.
+    save_pending(run)
     if grid_pending(run):
         draw_grid(run)
     if evaluator is not None and evaluation_pending(run):
@@ -238,8 +222,9 @@ def open_listeners(
     """Open log.jsonl and events.jsonl; a resumed run drops what they hold beyond its checkpoint."""
     if not run.world.is_rank0:
         return Listeners()
-    lines = log.Log(run.folder / "log.jsonl", run.state.images)
-    events = log.Log(run.folder / "events.jsonl", run.state.images)
+    lines = log.Log(run.folder / "log.jsonl", run.state.images, run.check_folder)
+    events = log.Log(run.folder / "events.jsonl", run.state.images, run.check_folder)
+    run.logs = (lines, events)
     return Listeners([lines.write, *tracker_writers], [events.write, progress.print_event])
 
 
@@ -313,21 +298,52 @@ def save_if_due(run: Run, checkpoint_due: bool) -> None:
     Args:
         checkpoint_due: save a checkpoint whatever the images seen.
     """
-    recipe, finished = run.recipe, run.state.images >= run.recipe.images
-    snapshot_every = recipe.ema.snapshot_every_images or recipe.save.every_images
-    checkpoint_due = checkpoint_due or finished or due(run, recipe.save.every_images)
-    snapshots_due = finished or due(run, snapshot_every)
-    if checkpoint_due or snapshots_due:
-        save(run, checkpoint_due, recipe.ema.power_stds if snapshots_due else ())
+    finished = run.state.images >= run.recipe.images
+    checkpoint_due = checkpoint_due or finished or due(run, run.recipe.save.every_images)
+    stds = run.recipe.ema.power_stds if snapshots_due(run) else ()
+    if checkpoint_due or stds:
+        save(run, checkpoint_due, checkpoint_due, stds)
 
 
-def save(run: Run, with_checkpoint: bool, snapshot_stds: Sequence[float]) -> None:
+def snapshots_due(run: Run) -> bool:
+    """Return whether this step ends at snapshots of the power averages."""
+    recipe = run.recipe
+    every = recipe.ema.snapshot_every_images or recipe.save.every_images
+    return run.state.images >= recipe.images or due(run, every)
+
+
+def save_pending(run: Run) -> None:
+    """Write the models and snapshots of the restored checkpoint that are missing or older.
+
+    All ranks call this together.
+    """
+    images, folder = run.state.images, run.folder
+    if images == 0:
+        return
+
+    def find() -> tuple[bool, list[float]]:
+        models = any(saved_images(folder / name) < images for name in ("model", "model-raw"))
+        stds = run.recipe.ema.power_stds if snapshots_due(run) else ()
+        paths = {std: posthoc_ema.snapshot_path(folder, images, std) for std in stds}
+        return models, [std for std, path in paths.items() if not path.is_file()]
+
+    with_models, stds = distributed.on_rank0(find, run.world)
+    if with_models or stds:
+        save(run, False, with_models, stds)
+
+
+def save(
+    run: Run, with_checkpoint: bool, with_models: bool, snapshot_stds: Sequence[float]
+) -> None:
     """Copy the state to the CPU, and write it in the background; all ranks call this together.
 
-    With a checkpoint go model/ (the averaged weights), model-raw/ (those without averaging) and
-    unreadable.txt. Training waits only for an earlier write that has not ended.
+    The models are model/ (the averaged weights) and model-raw/ (those without averaging); with a
+    checkpoint goes unreadable.txt. Training waits only for an earlier write that has not ended.
     """
     run.writer.wait()
+    distributed.on_rank0(run.check_folder, run.world)
+    for lines in run.logs:
+        lines.flush()
     tasks: list[Callable[[], object]] = []
     images, keep = run.state.images, run.recipe.save
     for std in snapshot_stds:
@@ -338,19 +354,37 @@ def save(run: Run, with_checkpoint: bool, snapshot_stds: Sequence[float]) -> Non
     if with_checkpoint:
         nonfinite.record_unreadable(run)
         tasks.append(checkpoint.begin_checkpoint(run.state, run.folder, run.writer))
+        prune = partial(checkpoint.prune_checkpoints, run.folder, images)
+        if run.world.is_rank0:
+            tasks.append(partial(prune, keep.keep, keep.keep_every_images))
+    if with_models:
         model, raw = copy_to_cpu(averaged_model(run)), copy_to_cpu(averaged_model(run, None))
         if run.world.is_rank0:
-            tasks.append(
-                partial(checkpoint.prune_checkpoints, run.folder, keep.keep, keep.keep_every_images)
-            )
             tasks.append(partial(save_model, model, run.folder / "model"))
             tasks.append(partial(save_model, raw, run.folder / "model-raw"))
     if tasks:
-        run.writer.start(lambda: [task() for task in tasks])
+        run.writer.start(partial(run_tasks, run, images, tasks))
+
+
+def run_tasks(run: Run, images: int, tasks: Sequence[Callable[[], object]]) -> None:
+    """Run the tasks of a save one after the other; OSError in a sentence where one fails."""
+    for task in tasks:
+        run.check_folder()
+        try:
+            task()
+        except checkpoint.SaveError:
+            raise
+        except Exception as error:
+            raise checkpoint.SaveError(
+                f"{run.folder} could not be written at {images} images: "
+                f"{checkpoint.one_line(error)}; its checkpoints are intact, and the same command "
+                "goes on from the newest"
+            ) from error
 
 
 def draw_grid(run: Run) -> None:
     """Sample a grid from the averaged weights; all ranks call this together."""
+    distributed.on_rank0(run.check_folder, run.world)
     save_sample_grid(
         averaged_model(run), run.folder, run.recipe.samples, run.recipe.seed, run.world, run.dataset
     )
@@ -377,6 +411,7 @@ def run_evaluation(
     listeners: Listeners,
 ) -> None:
     """Evaluate the averaged weights; log the metrics or the failure; exit when asked to stop."""
+    distributed.on_rank0(run.check_folder, run.world)
     images, count = run.state.images, run.recipe.evaluate.num_images
     progress.print_line(f"evaluating {count:,} samples at {images:,} images")
     record, failure = evaluation.evaluate_average(run, evaluator, lambda: stop.requested)

@@ -5,6 +5,7 @@ Also reports spikes of the loss.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import statistics
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from mezzotint import config
-from mezzotint.core.distributed import gather_from_ranks
+from mezzotint.core.distributed import gather_from_ranks, on_rank0
 from mezzotint.core.files import partial_folder
 from mezzotint.core.tensor_files import save_tensors
 from mezzotint.train import checkpoint, log
@@ -87,6 +88,7 @@ def handle_nonfinite(run: Run, batch: Batch, losses: Losses, result: StepResult)
     weights = {name: full_tensor(p.detach()).cpu() for name, p in state.backbone.named_parameters()}
     if run.world.is_rank0:
         try:
+            run.check_folder()
             write_bundle(bundle, config.to_yaml(recipe), facts, weights)
         except OSError as error:  # must not hide the failure of the step
             advice = f"its bundle could not be written: {error}"
@@ -126,11 +128,11 @@ def roll_back(run: Run, failure: str, facts: dict[str, Any]) -> int:
     """
     state, images = run.state, run.state.images
     run.writer.wait()
-    newest, _ = checkpoint.find_newest_intact(run.folder)
+    newest, _ = on_rank0(lambda: checkpoint.find_newest_intact(run.folder), run.world)
     if newest is None:
         raise NonFiniteError(f"{failure}. There is no checkpoint to roll back to", facts)
     recent, spikes = state.recent, state.spikes
-    checkpoint.restore_checkpoint(state, newest, run.world)
+    checkpoint.restore_newest(state, run.folder, newest, run.world)
     restored, state.images = state.images, images
     state.recent, state.spikes = recent, spikes
     state.metrics_window.zero_()
@@ -192,13 +194,17 @@ def write_bundle(
         (partial / RECIPE).write_text(recipe)
         (partial / FACTS).write_text(json.dumps(facts, indent=1))
         save_tensors(weights, partial / WEIGHTS)
-        checkpoint.write_manifest(partial)
+        checkpoint.write_manifest(partial, (RECIPE, FACTS, WEIGHTS))
         checkpoint.publish_folder(partial, bundle)
 
 
 def record_unreadable(run: Run) -> None:
-    """Add images that any rank could not read to unreadable.txt; all ranks call it together."""
+    """Add images that any rank could not read to unreadable.txt; all ranks call it together.
+
+    A list that cannot be written waits for the next call: it must not stop a checkpoint.
+    """
     shares = gather_from_ranks(run.dataset.report.unreadable, run.world)
     if run.world.is_rank0:
         reasons = {name: reason for share in shares for name, reason in share.items()}
-        log.append_unreadable(run.folder / "unreadable.txt", reasons)
+        with contextlib.suppress(OSError):
+            log.append_unreadable(run.folder / "unreadable.txt", reasons)

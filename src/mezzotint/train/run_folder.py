@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from mezzotint import config
 from mezzotint.config import Recipe
@@ -60,7 +61,7 @@ def check_run_folder(folder: Path, source: str) -> None:
             _lock(folder, file)
 
 
-def _lock(folder: Path, file: TextIO) -> None:
+def _lock(folder: Path, file: IO[Any]) -> None:
     """Lock an open file; ValueError where another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -73,11 +74,13 @@ def _lock(folder: Path, file: TextIO) -> None:
 
 
 @contextmanager
-def run_lock(folder: Path, source: str = "") -> Iterator[None]:
+def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
     """Make the run folder and keep other processes out of it; the lock ends with the process.
 
     Args:
         source: of the data, see `check_run_folder`.
+
+    Yields: a function that raises OSError once another folder, or none, is at this path.
 
     Errors: ValueError for a folder that cannot become a run's or that another process holds;
         OSError where the folder cannot be written.
@@ -85,12 +88,36 @@ def run_lock(folder: Path, source: str = "") -> Iterator[None]:
     check_run_folder(folder, source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = _open_lock(folder / ".lock")
     except OSError as error:
         raise _unwritable(folder, error) from error
     with file:
         _lock(folder, file)
-        yield
+        held = os.fstat(file.fileno())
+
+        def check() -> None:
+            try:
+                there = os.stat(folder / ".lock")
+            except OSError:
+                there = None
+            if there is None or (there.st_dev, there.st_ino) != (held.st_dev, held.st_ino):
+                raise OSError(
+                    f"{folder} was moved, deleted or replaced while this process trains in it, and "
+                    "nothing more was written there; move it back, or give its new place as --out, "
+                    "and run the command again"
+                )
+
+        yield check
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open the lock file, made if needed; OSError for a link or a special file."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise OSError(f"{path} is no regular file")
+    return file
 
 
 def has_started(folder: Path) -> bool:

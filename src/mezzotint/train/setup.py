@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ class Run:
     model: as the step calls it, wrapped for the world.
     meta_model: the same network without storage; averages fill a copy of it.
     parts: parameters of the backbone by the name of their top-level module, for the log.
+    check_folder: raises OSError where `folder` was moved or deleted since it was locked.
+    logs: those open on this rank.
     """
 
     recipe: Recipe
@@ -55,6 +57,8 @@ class Run:
     schedule: Schedule
     state: checkpoint.TrainingState
     writer: checkpoint.CheckpointWriter
+    check_folder: Callable[[], None] = lambda: None
+    logs: Sequence[log.Log] = ()
 
 
 @dataclass
@@ -107,7 +111,7 @@ def check_start(
     for std in recipe.ema.power_stds:
         ema.power_gamma(std)
 
-    newest, damaged = checkpoint.find_newest_intact(folder)
+    newest, damaged = checkpoint.find_resume_point(folder, world)
     if newest is None and init_weights is not None:
         init_weights(model)
     backbone = get_backbone(model)
@@ -157,13 +161,13 @@ def setup(
         metrics_window=log.new_window(world.device, len(parts)),
     )
 
-    # Last, so that a start that fails leaves the folder to the corrected command.
-    on_rank0(lambda: write_recipe(folder, recipe), world)
     for line in start.damaged:
         print_line(line)
     if start.newest is not None:
-        checkpoint.restore_checkpoint(state, start.newest, world)
+        checkpoint.restore_newest(state, folder, start.newest, world, print_line)
         print_line(f"resuming at {state.images:,} images")
+    # Last, so that a start that fails leaves the folder to the corrected command.
+    on_rank0(lambda: write_recipe(folder, recipe), world)
     return Run(
         recipe=recipe,
         folder=folder,

@@ -28,11 +28,39 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def open_trackers(run: Run) -> Iterator[Trackers]:
-    """Open the recipe's trackers, each a function of a log record, until the block ends."""
+def open_trackers(run: Run, print_line: Callable[[str], None] = print) -> Iterator[Trackers]:
+    """Open the recipe's trackers, each a function of a log record, until the block ends.
+
+    One that fails is closed to further records and never ends training.
+
+    Args:
+        print_line: gets a line for each tracker that fails.
+    """
     known = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
     with ExitStack() as stack:
-        yield [stack.enter_context(known[name](run)) for name in run.recipe.trackers]
+        yield [
+            _tolerant(name, stack.enter_context(known[name](run)), print_line)
+            for name in run.recipe.trackers
+        ]
+
+
+def _tolerant(
+    name: str, write: Callable[[dict[str, Any]], None], print_line: Callable[[str], None]
+) -> Callable[[dict[str, Any]], None]:
+    """Return `write` without its errors: the first is printed, and nothing is written after it."""
+    failed = False
+
+    def try_to_write(record: dict[str, Any]) -> None:
+        nonlocal failed
+        if failed:
+            return
+        try:
+            write(record)
+        except Exception as error:
+            failed = True
+            print_line(f"the tracker {name} failed and gets no more records: {error}")
+
+    return try_to_write
 
 
 @contextmanager
