@@ -1,10 +1,18 @@
 """Recipes: YAML round trip, unknown keys, dotted overrides."""
 
+import dataclasses
+import re
+import typing
+from typing import Annotated, Literal
+
 import pytest
 
-from mezzotint import config
+from mezzotint import backbones, config
 from mezzotint.config import Optim, Recipe
+from mezzotint.core.fields import Range, check_ranges, type_hints
 from mezzotint.core.registry import Spec
+from mezzotint.process import objectives, schedules
+from mezzotint.sampling.settings import Guidance, SamplingSettings
 
 
 def test_yaml_round_trip(tmp_path):
@@ -76,3 +84,117 @@ def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path):
         config.from_yaml(path)
     with pytest.raises(ValueError, match=r"nothere\.yaml.*No such file"):
         config.from_yaml(tmp_path / "nothere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("optim.clip=-1", r"optim\.clip -1\.0 must be at least .*null for none"),
+        ("optim.clip=0", r"optim\.clip 0\.0 must be"),
+        ("optim.eps=.inf", r"optim\.eps inf must be above 0 and at most 10"),
+        ("optim.betas=[0.9,1]", r"optim\.betas\[1\] 1\.0 must be .*below 1"),
+        ("optim.warmup_images=1e30", r"optim\.warmup_images 1\d+ must be at most|warmup_images"),
+        ("ema.rampup=.nan", r"ema\.rampup nan must be"),
+        ("ema.rampup=-1", r"ema\.rampup -1\.0 must be"),
+        ("ema.half_life_images=.inf", r"ema\.half_life_images inf must be"),
+        ("ema.power_stds=[0.1,-1]", r"ema\.power_stds\[1\] -1\.0 must be.*EDM2"),
+        ("ema.power_stds=[0.1,0.1]", r"ema\.power_stds .*twice"),
+        ("samples.guidance=-1e308", r"samples\.guidance -1e\+308 must be"),
+        ("evaluate.guidance=.nan", r"evaluate\.guidance nan must be"),
+        ("evaluate.num_images=1", r"evaluate\.num_images 1 must be at least 2"),
+        ("engine.peak_tflops=0", r"engine\.peak_tflops 0\.0 must be"),
+        ("engine.peak_tflops=-1", r"engine\.peak_tflops -1\.0 must be"),
+        ("nonfinite.spike=-1", r"nonfinite\.spike -1\.0 must be above 0"),
+        ("seed=-1", r"seed -1 must be at least 0"),
+        (f"seed={2**63}", r"seed 9223372036854775808 must be at most|seed .* at most"),
+        ("batch=1e30", r"batch 1\d+ must be at least 1 and at most 1,000,000"),
+        ("data.buckets=[[64,-1]]", r"data\.buckets\[0\]\[1\] -1 must be"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_with_field_range_and_reason(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        config.override(Recipe(preset="uvit-tiny"), [assignment])
+
+
+def test_a_range_holds_in_python_too():
+    with pytest.raises(ValueError, match=r"optim\.lr nan must be"):
+        Optim(lr=float("nan"))
+    with pytest.raises(ValueError, match=r"x is True; a number is needed"):
+        check_ranges("x", True, Annotated[float, Range(0, 1)] | None)
+
+
+def test_every_number_of_a_recipe_has_a_range():
+    """A field without one would take nan, infinity and 1e30."""
+
+    def without_range(kind, path):
+        origin, parts = typing.get_origin(kind), typing.get_args(kind)
+        if dataclasses.is_dataclass(kind):
+            hints = type_hints(kind)
+            return [
+                p
+                for f in dataclasses.fields(kind)
+                for p in without_range(hints[f.name], f"{path}.{f.name}")
+            ]
+        if origin is Annotated and any(isinstance(part, Range) for part in parts):
+            return []
+        if kind in (int, float):
+            return [path]
+        return [p for part in parts if origin is not Literal for p in without_range(part, path)]
+
+    kinds = [Recipe, Guidance, SamplingSettings, *(f.config for f in backbones.registry.values())]
+    assert [p for kind in kinds for p in without_range(kind, kind.__name__)] == []
+    builders = [*schedules.registry.values(), *objectives.registry.values()]
+    assert [
+        f"{builder.__name__}.{name}"
+        for builder in builders
+        for name, kind in type_hints(builder).items()
+        if name not in ("return", "betas") and without_range(kind, name)
+    ] == []
+
+
+@pytest.mark.parametrize(
+    "field", ["batch", "optim.betas", "data.buckets", "model.blocks", "trackers"]
+)
+@pytest.mark.parametrize(
+    "text", ["[1", "{a: 1", "'x", "!!python/object:os.system x", "&a [*a]", "[" * 5000, "\x00", "@"]
+)
+def test_text_that_is_no_yaml_is_a_sentence_with_the_field(field, text):
+    with pytest.raises(ValueError, match=rf"(?s)^{re.escape(field)}.* is not YAML: ") as error:
+        config.override(Recipe(preset="uvit-tiny"), [f"{field}={text}"])
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["plain", "a b", "back\\slash", "tab\tx", "new\nline", "both'\"quotes", "[1", "x: y", "#1",
+     "2024", "1:30", "-x", "~user", "@a", "null.npz", "a\udcff", "é", "true", "{a}"],
+)  # fmt: skip
+def test_a_path_is_taken_as_it_is_and_survives_the_run_folder(path, tmp_path):
+    recipe = config.override(Recipe(preset="uvit-tiny"), [f"evaluate.reference={path}"])
+    assert recipe.evaluate.reference == path
+    file = tmp_path / "recipe.yaml"
+    file.write_text(config.to_yaml(recipe), "utf-8")
+    assert config.from_yaml(file) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("preset: [1", "not YAML"),
+        ("preset: uvit-tiny\nbatch: -3\n", r"batch -3 must be"),
+        ("preset: uvit-tiny\nmodel: {1: 2}\n", "model is"),
+        ("preset: uvit-tiny\noptim: 3\n", "optim is 3; a mapping"),
+        ("a: &a [x, x]\nb: [*a, *a]\n", "aliases"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff\xfe\x00", "utf-8"),
+        ("preset: " + "x" * 1_000_001, "1,000,000 bytes"),
+    ],
+)
+def test_a_broken_recipe_file_is_a_sentence(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"recipe\.yaml is not a recipe: .*{message}"):
+        config.from_yaml(path)
+    with pytest.raises(ValueError, match="is not a recipe"):
+        config.from_yaml(tmp_path)

@@ -178,9 +178,9 @@ def test_headers_are_checked_before_reading(folder, unread):
 def test_a_config_of_640_gb(folder, unread):
     path = folder / "config.json"
     values = json.loads(path.read_text())
-    values["config"]["num_classes"] = 10**10
+    values["config"]["num_classes"] = 10**6
     path.write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"needs 640 GB.*classes"):
+    with pytest.raises(ValueError, match=r"needs 64 MB.*classes"):
         mz.load_model(folder)
 
 
@@ -213,8 +213,8 @@ def test_bad_configs(folder):
         ({"size": None}, r"model\.size is None"),
         ({"num_classes": 3.5}, r"model\.num_classes is 3\.5"),
         ({"multipliers": 2}, r"model\.multipliers is 2"),
-        ({"size": -4}, r"model\.size is -4.* 1"),
-        ({"num_classes": -1}, r"model\.num_classes is -1.* 0"),
+        ({"size": -4}, r"model\.size -4 .*1"),
+        ({"num_classes": -1}, r"model\.num_classes -1 .*0"),
         ({"sise": 16}, "did you mean size"),
     ],
 )
@@ -249,8 +249,8 @@ def test_a_hub_repository_is_loaded_by_name(folder, monkeypatch):
 
 def test_tensor_specs_allocate_nothing():
     entry = backbones["dimr"]
-    config = replace(entry.presets["dimr-g-2r-256"].config, num_classes=10**9)
-    assert sum(c.bytes for c in models.tensor_specs("dimr", config).values()) > 4 * 10**12
+    config = replace(entry.presets["dimr-g-2r-256"].config, num_classes=10**6)
+    assert sum(c.bytes for c in models.tensor_specs("dimr", config).values()) > 4 * 10**9
 
 
 def test_public_names_are_listed_for_type_checkers():

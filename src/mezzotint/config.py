@@ -7,30 +7,31 @@ fields (`optim.lr=3e-4`), and the run folder keeps the resolved recipe.
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 
+from mezzotint.core.fields import MOST_IMAGES, MOST_SEED, Checked, Range, parse, type_hints
 from mezzotint.core.registry import Spec, suggest
 
-T = TypeVar("T")
+MOST_BYTES = 1_000_000  # of a recipe's file
 
-
-def _at_least(prefix: str, values: object, **least: int) -> None:
-    """Raise ValueError for a field below its smallest value; None is allowed."""
-    for name, bound in least.items():
-        value = getattr(values, name)
-        if value is not None and not value >= bound:  # "not >=" refuses nan too
-            raise ValueError(f"{prefix}{name} {value} must be at least {bound}")
+# Ranges that several fields share. They end where a value is a slip of the pen or cannot work.
+Interval = Annotated[int, Range(0, MOST_IMAGES, "images")]
+Positive = Annotated[int, Range(1, MOST_IMAGES, "images")]
+Batch = Annotated[int, Range(1, 1_000_000, "images at a time")]
+Steps = Annotated[int, Range(1, 10_000)]
+GuidanceScale = Annotated[float, Range(-1000, 1000, "1 is no guidance")]
+Side = Annotated[int, Range(1, 16_384, "pixels")]
+Beta = Annotated[float, Range(0, 1, "the part of a moment that a step keeps", below=True)]
+PowerStd = Annotated[float, Range(0.001, 0.2886, "the widest is 0.2887; EDM2 uses 0.05 and 0.10")]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(Checked):
     """The training data.
 
     source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
@@ -44,22 +45,21 @@ class Data:
     full_scale: the value that is white in grey images of more than 8 bits; by default measured.
     """
 
+    prefix: ClassVar[str] = "data."
+
     source: str = ""
     crop: Literal["adm", "plain"] = "adm"
     flip: bool = False
     codec: str = ""
     text_encoder: str = ""
-    buckets: tuple[tuple[int, int], ...] = ()
+    buckets: tuple[tuple[Side, Side], ...] = ()
     portrait: bool = False
-    workers: int = 0
-    full_scale: int | None = None
-
-    def __post_init__(self):
-        _at_least("data.", self, workers=0, full_scale=1)
+    workers: Annotated[int, Range(0, 1024, "0 decodes in a thread")] = 0
+    full_scale: Annotated[int, Range(1, 2**32, "the value of white")] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Time:
+class Time(Checked):
     """How noise levels are drawn.
 
     sampling: "uniform" draws u independently; "stratified" spreads a batch's u evenly.
@@ -68,12 +68,14 @@ class Time:
         (SiD2 eq. of section 9).
     """
 
+    prefix: ClassVar[str] = "time."
+
     sampling: Literal["uniform", "stratified"] = "uniform"
     loss_measure: Literal["u", "logsnr"] = "u"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class Optim(Checked):
     """AdamW, or Muon for hidden matrices with AdamW for the rest.
 
     lr: peak learning rate.
@@ -81,21 +83,20 @@ class Optim:
     clip: bound on the global gradient norm; None for none.
     """
 
-    name: Literal["adamw", "muon"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    warmup_images: int = 0
-    decay: Literal["constant", "cosine"] = "constant"
-    clip: float | None = 1.0
+    prefix: ClassVar[str] = "optim."
 
-    def __post_init__(self):
-        _at_least("optim.", self, lr=0, weight_decay=0, warmup_images=0)
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Annotated[float, Range(0, 100)] = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
+    eps: Annotated[float, Range(0, 10, "a large one stops learning", above=True)] = 1e-8
+    weight_decay: Annotated[float, Range(0, 100)] = 0.0
+    warmup_images: Interval = 0
+    decay: Literal["constant", "cosine"] = "constant"
+    clip: Annotated[float, Range(1e-9, 1e9, "null for none")] | None = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ema:
+class Ema(Checked):
     """Averages of the weights.
 
     half_life_images: of the exponential average, which is sampled and saved as model/.
@@ -105,17 +106,22 @@ class Ema:
     snapshot_every_images: between snapshots; None saves one with every checkpoint.
     """
 
-    half_life_images: float = 500_000
-    rampup: float | None = 0.05
-    power_stds: tuple[float, ...] = ()
-    snapshot_every_images: int | None = None
+    prefix: ClassVar[str] = "ema."
 
-    def __post_init__(self):
-        _at_least("ema.", self, half_life_images=1, snapshot_every_images=1)
+    half_life_images: Annotated[float, Range(1, MOST_IMAGES)] = 500_000
+    rampup: Annotated[float, Range(0, 1e6, "null for no bound")] | None = 0.05
+    power_stds: tuple[PowerStd, ...] = ()
+    snapshot_every_images: Positive | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        names = [f"{std:g}" for std in self.power_stds]  # as the files of the averages are named
+        if len(set(names)) < len(names):
+            raise ValueError(f"ema.power_stds {list(self.power_stds)} names a width twice")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleGrid:
+class SampleGrid(Checked):
     """Sample grids of a run, with fixed seeds and labels.
 
     every_images, count: between grids, and samples of each; 0 of either draws no grids.
@@ -124,18 +130,17 @@ class SampleGrid:
     guidance: classifier-free guidance scale in DiT's convention, 1 = none.
     """
 
-    every_images: int = 500_000
-    count: int = 64
-    sampler: str = "ddim"
-    steps: int = 50
-    guidance: float | None = None
+    prefix: ClassVar[str] = "samples."
 
-    def __post_init__(self):
-        _at_least("samples.", self, every_images=0, count=0, steps=1)
+    every_images: Interval = 500_000
+    count: Annotated[int, Range(0, 10_000, "they are drawn into one PNG")] = 64
+    sampler: str = "ddim"
+    steps: Steps = 50
+    guidance: GuidanceScale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
+class Evaluate(Checked):
     """Metrics of samples of the averaged weights during training, on all ranks.
 
     every_images: between evaluations; 0 for none.
@@ -149,24 +154,23 @@ class Evaluate:
     prompts: file of one prompt a line, used in turn, for a network that reads captions.
     """
 
-    every_images: int = 0
-    num_images: int = 5_000
+    prefix: ClassVar[str] = "evaluate."
+
+    every_images: Interval = 0
+    num_images: Annotated[int, Range(2, 10_000_000)] = 5_000
     reference: str = ""
     features: tuple[str, ...] = ("inception-2048",)
     weights: str | None = None
     reference_source: str | None = None
     sampler: str = "ddim"
-    steps: int = 50
-    guidance: float | None = None
-    batch: int = 64
+    steps: Steps = 50
+    guidance: GuidanceScale | None = None
+    batch: Batch = 64
     prompts: str | None = None
-
-    def __post_init__(self):
-        _at_least("evaluate.", self, every_images=0, steps=1, batch=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Save:
+class Save(Checked):
     """Checkpoints.
 
     every_images: between checkpoints; one is saved at the end of the run too, 0 for that one alone.
@@ -174,16 +178,15 @@ class Save:
     keep_every_images: keep those at multiples of it too.
     """
 
-    every_images: int = 1_000_000
-    keep: int = 2
-    keep_every_images: int | None = None
+    prefix: ClassVar[str] = "save."
 
-    def __post_init__(self):
-        _at_least("save.", self, every_images=0, keep=1, keep_every_images=1)
+    every_images: Interval = 1_000_000
+    keep: Annotated[int, Range(1, 1_000_000)] = 2
+    keep_every_images: Positive | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class Engine(Checked):
     """How a step is computed: speed and memory, not what is learnt.
 
     precision: of the passes, weights are always float32; "auto" is bf16 where that is fast.
@@ -196,20 +199,19 @@ class Engine:
     depthwise: kernels of DiMR's depthwise convolutions on a GPU, cuDNN's or our own in Triton.
     """
 
+    prefix: ClassVar[str] = "engine."
+
     precision: Literal["auto", "float32", "bf16"] = "auto"
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    microbatch: int | None = None
+    microbatch: Batch | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
-    peak_tflops: float | None = None
+    peak_tflops: Annotated[float, Range(1e-6, 1e6)] | None = None
     depthwise: Literal["cudnn", "triton"] = "cudnn"
-
-    def __post_init__(self):
-        _at_least("engine.", self, microbatch=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class NonFinite:
+class NonFinite(Checked):
     """What to do after a step that is not finite (`train.nonfinite`), and which losses to report.
 
     on_nonfinite: a loss or gradient that is not finite never reaches the weights and leaves a
@@ -219,16 +221,15 @@ class NonFinite:
     spike: report a loss this many robust standard deviations above the recent median, or None.
     """
 
-    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    limit: int = 10
-    spike: float | None = 10.0
+    prefix: ClassVar[str] = "nonfinite."
 
-    def __post_init__(self):
-        _at_least("nonfinite.", self, limit=0)
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    limit: Annotated[int, Range(0, 10**9)] = 10
+    spike: Annotated[float, Range(0, 1e9, "null for no report", above=True)] | None = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Checked):
     """One training run.
 
     preset, model: the network, and fields of its config to change, e.g. {"size": 64}.
@@ -248,22 +249,17 @@ class Recipe:
     time: Time = field(default_factory=Time)
     optim: Optim = field(default_factory=Optim)
     ema: Ema = field(default_factory=Ema)
-    images: int = 10_000_000
-    batch: int = 256
-    label_drop: float = 0.1
-    seed: int = 0
-    log_every_images: int = 10_000
+    images: Positive = 10_000_000
+    batch: Batch = 256
+    label_drop: Annotated[float, Range(0, 1, "a probability")] = 0.1
+    seed: Annotated[int, Range(0, MOST_SEED)] = 0
+    log_every_images: Positive = 10_000
     samples: SampleGrid = field(default_factory=SampleGrid)
     evaluate: Evaluate = field(default_factory=Evaluate)
     save: Save = field(default_factory=Save)
     engine: Engine = field(default_factory=Engine)
     nonfinite: NonFinite = field(default_factory=NonFinite)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-
-    def __post_init__(self):
-        _at_least("", self, images=1, batch=1, log_every_images=1)
-        if not 0 <= self.label_drop <= 1:
-            raise ValueError(f"label_drop {self.label_drop} is not a probability, 0 to 1")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -287,14 +283,41 @@ def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, with which a short text can stand for a very large value."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuse an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        return super().compose_node(parent, index)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Return the value of a YAML text; ValueError begins with `name` and is one line."""
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        deep = isinstance(error, RecursionError)
+        reason = "it is nested too deeply" if deep else getattr(error, "problem", None) or error
+        raise ValueError(f"{name} is not YAML: {_cut(' '.join(str(reason).split()))}") from None
+
+
 def from_yaml(path: str | Path) -> Recipe:
     """Read a recipe from YAML; ValueError names the file and the key."""
+    path = Path(path)
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        if path.stat().st_size > MOST_BYTES or not path.is_file():
+            raise ValueError(f"it is no file of at most {MOST_BYTES:,} bytes")
+        values = parse_yaml(path.read_text("utf-8-sig"), "its text")
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping of keys to values")
         return from_dict(values)
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a recipe: {error}") from None
     except OSError as error:
         raise ValueError(
@@ -331,76 +354,24 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         any_key = keys[0] == "model" or "options" in keys[:-1]
         if keys[-1] not in node and not any_key:
             raise ValueError(f"no field {path!r}; {suggest(keys[-1], node)}")
-        node[keys[-1]] = yaml.safe_load(text)
+        node[keys[-1]] = _parse_assigned(keys, text, assignment)
     return from_dict(values)
 
 
-def parse(kind: Any, value: Any, path: str) -> Any:
-    """Return `value` as `kind`: a dataclass, union, literal, tuple, dict or scalar.
+def _parse_assigned(keys: list[str], text: str, assignment: str) -> Any:
+    """Return the value of a field from its text.
 
-    Args:
-        path: of the field, for the ValueError of a value that does not fit.
+    The text is YAML. For a field of text only null and quoted text are: every path can be given.
     """
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _parse_dataclass(typing.cast(type, kind), value, path)
-    if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return parse(next(a for a in args if a is not type(None)), value, path)
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{path} is {value!r}; allowed: {', '.join(map(str, args))}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{path} is {value!r}; a list is needed")
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(inner) != len(value):
-            raise ValueError(f"{path} has {len(value)} values; {len(inner)} are needed")
-        return tuple(
-            parse(k, v, f"{path}[{i}]") for i, (k, v) in enumerate(zip(inner, value, strict=True))
-        )
-    if origin is dict or kind is Any:
-        return value
-    return _parse_scalar(kind, value, path)
-
-
-WANTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-
-
-def _parse_scalar(kind: type, value: Any, path: str) -> Any:
-    """Return a bool, int, float or str. YAML reads 1e6 as text, so both count as integers."""
-    if kind is bool or isinstance(value, bool):
-        if kind is bool and isinstance(value, bool):
-            return value
-        raise ValueError(f"{path} is {value!r}; {WANTED[kind]} is needed")
+    kind: Any = Recipe
+    for key in keys:
+        kind = type_hints(kind).get(key) if dataclasses.is_dataclass(kind) else None
+    is_text = kind in (str, str | None)
+    if is_text and text[:1] not in ("'", '"') and (kind is str or text not in ("", "null", "~")):
+        return text
     try:
-        number = float(value) if kind in (int, float) else value
-        if kind is int and number == int(number):
-            return int(value) if isinstance(value, int) else int(number)
-        if kind is float or (kind is str and isinstance(value, str)):
-            return number
-    except (TypeError, ValueError, OverflowError):
-        pass
-    raise ValueError(f"{path} is {value!r}; {WANTED[kind]} is needed")
-
-
-def _parse_dataclass(kind: type[T], value: Any, path: str) -> T:
-    if not isinstance(value, dict):
-        raise ValueError(f"{path or 'the recipe'} is {value!r}; a mapping is needed")
-    hints = typing.get_type_hints(kind)
-    for key in value:
-        if key not in hints:
-            raise ValueError(
-                f"unknown key {f'{path}.{key}'.lstrip('.')!r}; {suggest(str(key), hints)}"
-            )
-    required = [
-        f.name
-        for f in dataclasses.fields(typing.cast(Any, kind))
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    for key in required:
-        if key not in value:
-            raise ValueError(f"key {f'{path}.{key}'.lstrip('.')!r} is missing")
-    return kind(**{k: parse(hints[k], v, f"{path}.{k}".lstrip(".")) for k, v in value.items()})
+        return parse_yaml(text, _cut(assignment))
+    except ValueError:
+        if not is_text:
+            raise
+        return text

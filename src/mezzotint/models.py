@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 import mezzotint.backbones as backbones
-from mezzotint.config import parse
 from mezzotint.core.distributed import default_device
+from mezzotint.core.fields import parse_options
 from mezzotint.core.files import format_bytes, fsync_path, partial_folder, read_json
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
@@ -93,14 +92,7 @@ def make_config(kind: type, values: dict[str, Any]) -> Any:
 
 def _parse_fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return fields of a config dataclass in their types; ValueError for a bad name or value."""
-    hints = typing.get_type_hints(kind)
-    fields = {
-        k: parse(hints[k], v, f"model.{k}") for k, v in check_options(what, kind, values).items()
-    }
-    for name, least in (("size", 1), ("channels", 1), ("num_classes", 0)):
-        if fields.get(name, least) < least:
-            raise ValueError(f"model.{name} is {fields[name]}; it must be at least {least}")
-    return fields
+    return parse_options("model.", kind, check_options(what, kind, values))
 
 
 def presets() -> list[str]:

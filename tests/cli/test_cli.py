@@ -1,6 +1,7 @@
 """The command line: help fits a screen, answers come at once, errors name what is allowed."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -103,6 +104,38 @@ def test_module_is_run_as_the_program():
         (["info", "unet-tinny"], 1, "unet-tiny"),
         (["plan", "unet-tiny", "--gpu", "2"], 2, "--gpus"),
         (["plam", "unet-tiny"], 2, "plan"),
+        # Fields of a recipe written as options, as scripts of other libraries take them.
+        (["train", "unet-tiny", "--images=64"], 2, "without dashes: images=64;"),
+        (["train", "unet-tiny", "--batch", "8"], 2, "without dashes: batch=8;"),
+        (["train", "unet-tiny", "--optim.lr=1e-4", "--out", "x"], 2, "dashes: optim.lr=1e-4;"),
+        (["train", "unet-tiny", "--lr", "1e-4"], 2, "without dashes: optim.lr=1e-4;"),
+        (["train", "unet-tiny", "--model.size", "64"], 2, "without dashes: model.size=64;"),
+        (["train", "unet-tiny", "--label-drop"], 2, "without dashes: label_drop=VALUE;"),
+        (["plan", "unet-tiny", "--steps=9"], 2, "samples.steps=9 or evaluate.steps=9;"),
+        (["bench", "unet-tiny", "--size", "64"], 2, "without dashes: size=64;"),
+        (["sample", "x", "--stepz", "3"], 2, "--steps"),
+        # Options out of range.
+        (["plan", "unet-tiny", "--gpus", "0"], 1, "--gpus 0 must be at least 1"),
+        (["sample", "x", "-n", "-1"], 1, "--num-images -1 must be"),
+        (["sample", "x", "--steps", "0"], 1, "--steps 0 must be"),
+        (["sample", "x", "--seed", str(2**70)], 1, f"--seed {2**70} must be"),
+        (["edit", "interpolate", "x", "--frames", "1"], 1, "--frames 1 must be at least 2"),
+        (
+            ["edit", "img2img", "x", "--image", "y", "--start-logsnr", "nan"],
+            1,
+            "--start-logsnr nan",
+        ),
+        (["evaluate", "x", "--reference", "y", "-n", "0"], 1, "--num-images 0 must be"),
+        (["reference", "x", "y", "--size", "-3"], 1, "--size -3 must be at least 1"),
+        (["reference", "x", "y", "--channels", "2"], 2, "--channels"),
+        (["prepare", "x", "y", "--size", "1000000000"], 1, "--size 1000000000 must be"),
+        (["bench", "unet-tiny", "--rounds", "0"], 1, "--rounds 0 must be"),
+        (["doctor", "x", "--size", "0"], 1, "--size 0 must be"),
+        (["serve", "--port", "65536"], 1, "--port 65536 must be .*a TCP port"),
+        (["ema", "x", "--width", "nan"], 1, "--width nan must be"),
+        (["demo", "--images", "-5"], 1, "--images -5 must be"),
+        (["export", "x", "y", "--to", "torch", "--size", "0"], 1, "--size 0 must be"),
+        (["convert", "x", "y", "--hint", "heads=[1"], 1, "--hint heads=.* is not YAML"),
     ],
 )
 def test_errors_name_the_nearest_choice(args, code, name, monkeypatch, capsys):
@@ -111,5 +144,9 @@ def test_errors_name_the_nearest_choice(args, code, name, monkeypatch, capsys):
         cli.main()
     assert end.value.code == code
     printed = capsys.readouterr()
-    assert name in printed.err
+    assert re.search(name, printed.err), printed.err
     assert printed.out == ""
+    others = [
+        c for c in cli.COMMANDS if c not in (args[0], "plan") and f"mezzotint {c} " in printed.err
+    ]
+    assert not others, "a wrong option names other commands"

@@ -33,6 +33,18 @@ from torch import Tensor, nn
 from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, check_sides, label_rows
+from mezzotint.backbones.sizes import (
+    Channels,
+    CheckedConfig,
+    Classes,
+    Depth,
+    Heads,
+    Patch,
+    Ratio,
+    Size,
+    Width,
+    Window,
+)
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
@@ -42,7 +54,7 @@ FREQUENCIES = 256  # width of the sin-cos embedding before its MLP
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffiTConfig:
+class DiffiTConfig(CheckedConfig):
     """Hyper-parameters of latent DiffiT.
 
     size, channels: of the latents. num_classes: class labels; the null label comes on top.
@@ -53,27 +65,20 @@ class DiffiTConfig:
     learned_variance: the output has twice the channels, prediction first.
     """
 
-    size: int = 32
-    channels: int = 4
-    num_classes: int = 1000
+    size: Size = 32
+    channels: Channels = 4
+    num_classes: Classes = 1000
     prediction: str = "eps"
-    patch: int = 2
-    width: int = 1152
-    depth: int = 28
-    heads: int = 16
-    mlp_ratio: float = 4.0
-    window: int | None = None
+    patch: Patch = 2
+    width: Width = 1152
+    depth: Depth = 28
+    heads: Heads = 16
+    mlp_ratio: Ratio = 4.0
+    window: Window | None = None
     learned_variance: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("size", "channels", "patch", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.num_classes < 0 or (self.window is not None and self.window < 1):
-            raise ValueError(
-                f"num_classes {self.num_classes} must be at least 0, and "
-                f"window {self.window} at least 1"
-            )
+        super().__post_init__()
         if self.width % 4 or self.width % self.heads:
             raise ValueError(f"width {self.width} must be a multiple of 4 and heads {self.heads}")
         check_sides(self.size, self.size, self.tile)

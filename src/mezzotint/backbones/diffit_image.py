@@ -32,6 +32,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,20 @@ from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
 from mezzotint.backbones.inputs import check_input, check_sides, label_rows
+from mezzotint.backbones.sizes import (
+    Channels,
+    CheckedConfig,
+    Classes,
+    Depth,
+    Dropout,
+    Heads,
+    Multiplier,
+    Ratio,
+    Size,
+    Width,
+    Window,
+)
+from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.logsnr import alpha, sigma
@@ -49,7 +64,7 @@ from mezzotint.process.prediction import named
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffiTImageConfig:
+class DiffiTImageConfig(CheckedConfig):
     """Hyper-parameters of image-space DiffiT.
 
     size, channels: of the image. num_classes: class labels, 0 for none.
@@ -63,35 +78,28 @@ class DiffiTImageConfig:
     time_width: of the time vector. dropout: probability before each cell's convolution.
     """
 
-    size: int = 64
-    channels: int = 3
-    num_classes: int = 0
+    size: Size = 64
+    channels: Channels = 3
+    num_classes: Classes = 0
     prediction: str = "edm"
-    data_std: float = 0.5
-    width: int = 128
-    multipliers: tuple[int, ...] = (1, 2, 2, 2)
-    blocks: int = 4
-    window: int = 8
-    heads: int = 4
-    mlp_ratio: float = 4.0
-    time_width: int = 512
-    dropout: float = 0.0
+    data_std: Annotated[float, Range(1e-6, 1000)] = 0.5
+    width: Width = 128
+    multipliers: tuple[Multiplier, ...] = (1, 2, 2, 2)
+    blocks: Depth = 4
+    window: Window = 8
+    heads: Heads = 4
+    mlp_ratio: Ratio = 4.0
+    time_width: Width = 512
+    dropout: Dropout = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("size", "channels", "width", "blocks", "window", "heads", "time_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if not self.multipliers or min(self.multipliers) < 1 or self.num_classes < 0:
-            raise ValueError(
-                f"multipliers {self.multipliers} must be positive, one per stage, and "
-                f"num_classes {self.num_classes} at least 0"
-            )
+        super().__post_init__()
+        if not self.multipliers:
+            raise ValueError("multipliers is empty; give one per stage")
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width {self.width} must be a multiple of 4 and of heads {self.heads}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} must be in [0, 1)")
         check_sides(self.size, self.size, self.tile)
 
     @property

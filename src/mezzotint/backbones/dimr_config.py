@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from mezzotint.backbones.dimr_blocks import NORMS
+from mezzotint.backbones.sizes import (
+    Channels,
+    CheckedConfig,
+    Classes,
+    Depth,
+    Heads,
+    Patch,
+    Size,
+    Width,
+)
+from mezzotint.core.fields import Range
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiMRConfig:
+class DiMRConfig(CheckedConfig):
     """Hyper-parameters of DiMR; tuples hold one entry per branch, coarse to fine.
 
     size, channels: of the input. num_classes: real classes.
@@ -24,22 +36,23 @@ class DiMRConfig:
         variance-preserving SDE).
     """
 
-    size: int = 64
-    channels: int = 3
-    num_classes: int = 1000
+    size: Size = 64
+    channels: Channels = 3
+    num_classes: Classes = 1000
     null_label: bool = True
-    patches: tuple[int, ...] = (4, 2, 1)
-    dims: tuple[int, ...] = (768, 384, 192)
-    hidden_dims: tuple[int, ...] = (1536, 768, 384)
-    depths: tuple[int, ...] = (15, 9, 9)
+    patches: tuple[Patch, ...] = (4, 2, 1)
+    dims: tuple[Width, ...] = (768, 384, 192)
+    hidden_dims: tuple[Width, ...] = (1536, 768, 384)
+    depths: tuple[Depth, ...] = (15, 9, 9)
     stages: tuple[str, ...] = ("transformer", "convnext", "convnext")
-    heads: int = 16
-    kernel_size: int = 7
+    heads: Heads = 16
+    kernel_size: Annotated[int, Range(1, 255)] = 7
     norm: str = "TDRMSN"
     time: str = "linear_vp"
     prediction: str = "eps"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         per_branch = {
             name: getattr(self, name)
             for name in ("patches", "dims", "hidden_dims", "depths", "stages")
@@ -48,17 +61,6 @@ class DiMRConfig:
             raise ValueError(
                 f"one entry per branch in each of {', '.join(per_branch)}; given {per_branch}"
             )
-        numbers = (
-            self.size,
-            self.channels,
-            self.heads,
-            *self.patches,
-            *self.dims,
-            *self.hidden_dims,
-            *self.depths,
-        )
-        if min(numbers) < 1 or self.num_classes < 0:
-            raise ValueError(f"sizes of a network must be positive: {self}")
         if any(depth % 2 == 0 for depth in self.depths):
             raise ValueError(
                 f"depths {self.depths} must be odd: pairs joined by long skips and a middle block"

@@ -6,6 +6,7 @@ One long residual per down-sampling instead of a skip per block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -22,13 +23,26 @@ from mezzotint.backbones.layers import (
     TransformerBlock,
     Up,
 )
+from mezzotint.backbones.sizes import (
+    Blocks,
+    Channels,
+    CheckedConfig,
+    Classes,
+    Dropout,
+    Heads,
+    Multiplier,
+    Patch,
+    Size,
+    Width,
+)
+from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiD2Config:
+class SiD2Config(CheckedConfig):
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
     width: channels of the finest level.
@@ -42,21 +56,21 @@ class SiD2Config:
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     """
 
-    size: int
-    channels: int = 3
-    num_classes: int = 1000
+    size: Size
+    channels: Channels = 3
+    num_classes: Classes = 1000
     prediction: str = "v"
-    width: int = 128
-    emb_dim: int = 1024
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)
+    width: Width = 128
+    emb_dim: Width = 1024
+    multipliers: tuple[Multiplier, ...] = (1, 2, 4, 8)
     kinds: tuple[str, ...] = ("res", "res", "transformer", "transformer")
-    blocks: tuple[int, ...] = (3, 3, 3)
-    depth: int = 16
-    heads: int = 4
-    dropout: float = 0.1
-    dropout_from: int = 32
+    blocks: tuple[Blocks, ...] = (3, 3, 3)
+    depth: Blocks = 16
+    heads: Heads = 4
+    dropout: Dropout = 0.1
+    dropout_from: Annotated[int, Range(0, 16_384)] = 32
     transform: str = "none"
-    patch: int = 1
+    patch: Patch = 1
 
 
 class SiD2(Backbone):

@@ -8,6 +8,7 @@ ResBlock of a level that has it and between the two ResBlocks of the middle.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -15,13 +16,26 @@ from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, input_factor
 from mezzotint.backbones.layers import Attention, Conditioning, Down, Head, ResBlock, Stem, Up
+from mezzotint.backbones.sizes import (
+    Blocks,
+    Channels,
+    CheckedConfig,
+    Classes,
+    Dropout,
+    Heads,
+    Multiplier,
+    Patch,
+    Size,
+    Width,
+)
+from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(CheckedConfig):
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
     width: channels at full resolution; multipliers: their factor, level by level.
@@ -32,20 +46,20 @@ class UNetConfig:
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     """
 
-    size: int
-    channels: int = 3
-    num_classes: int = 1000
+    size: Size
+    channels: Channels = 3
+    num_classes: Classes = 1000
     prediction: str = "v"
-    width: int = 128
-    emb_dim: int = 1024
-    multipliers: tuple[int, ...] = (1, 2, 4, 8, 8)
-    blocks: tuple[int, ...] = (3, 4, 4, 12, 4)
+    width: Width = 128
+    emb_dim: Width = 1024
+    multipliers: tuple[Multiplier, ...] = (1, 2, 4, 8, 8)
+    blocks: tuple[Blocks, ...] = (3, 4, 4, 12, 4)
     attention: tuple[bool, ...] = (False, False, False, True, True)
-    heads: int = 4
-    dropout: float = 0.1
-    dropout_from: int = 16
+    heads: Heads = 4
+    dropout: Dropout = 0.1
+    dropout_from: Annotated[int, Range(0, 16_384)] = 16
     transform: str = "none"
-    patch: int = 1
+    patch: Patch = 1
 
 
 class Block(nn.Module):

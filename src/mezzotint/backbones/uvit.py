@@ -6,6 +6,7 @@ Convolutions down to 16x16, a transformer there, a skip per block on the convolu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -24,13 +25,26 @@ from mezzotint.backbones.layers import (
     Up,
     attention_mask,
 )
+from mezzotint.backbones.sizes import (
+    Blocks,
+    Channels,
+    CheckedConfig,
+    Classes,
+    Dropout,
+    Heads,
+    Multiplier,
+    Patch,
+    Size,
+    Width,
+)
+from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
 
 
 @dataclass(frozen=True, kw_only=True)
-class UViTConfig:
+class UViTConfig(CheckedConfig):
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
     width: channels at full resolution.
@@ -44,22 +58,22 @@ class UViTConfig:
     position_std: standard deviation of the positions at initialisation (section 6: 0.01).
     """
 
-    size: int
-    channels: int = 3
-    num_classes: int = 1000
+    size: Size
+    channels: Channels = 3
+    num_classes: Classes = 1000
     prediction: str = "v"
-    width: int = 128
-    emb_dim: int = 1024
-    multipliers: tuple[int, ...] = (1, 2, 4, 16)
-    blocks: tuple[int, ...] = (2, 2, 2)
-    depth: int = 36
-    heads: int = 4
-    dropout: float = 0.2
-    dropout_from: int = 16
+    width: Width = 128
+    emb_dim: Width = 1024
+    multipliers: tuple[Multiplier, ...] = (1, 2, 4, 16)
+    blocks: tuple[Blocks, ...] = (2, 2, 2)
+    depth: Blocks = 36
+    heads: Heads = 4
+    dropout: Dropout = 0.2
+    dropout_from: Annotated[int, Range(0, 16_384)] = 16
     transform: str = "none"
-    patch: int = 1
-    text_dim: int = 0
-    position_std: float = 0.01
+    patch: Patch = 1
+    text_dim: Annotated[int, Range(0, 65_536)] = 0
+    position_std: Annotated[float, Range(0, 100)] = 0.01
 
 
 class UViT(Backbone):

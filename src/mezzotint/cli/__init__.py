@@ -12,8 +12,9 @@ import textwrap
 import tyro
 
 from mezzotint import __version__
-from mezzotint.cli import data, evaluation, models, sampling, tools, training
+from mezzotint.cli import data, evaluation, models, sampling, tools, training, usage
 from mezzotint.core.console import echo, finish_output, protect_output
+from mezzotint.core.fields import suggest
 
 COMMANDS = {
     "demo": training.demo,
@@ -38,6 +39,7 @@ COMMANDS = {
     "replay": training.replay,
     "report": training.report,
 }
+TAKE_FIELDS = ("train", "plan", "bench", "download")  # commands whose arguments are FIELD=VALUE
 
 
 # Their result is what they print. All others write files, and succeed though nobody reads them.
@@ -58,7 +60,7 @@ def main() -> None:
         elif sys.argv[1:] == ["--version"]:
             echo(f"mezzotint {__version__}")
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mezzotint")
+            run_command(*sys.argv[1:])
     except KeyboardInterrupt:
         echo("mezzotint: interrupted; run the same command again", stderr=True)
         status = 130
@@ -91,6 +93,18 @@ def describe_error(error: Exception) -> str | None:
             "(`mezzotint plan PRESET` says what training needs)"
         )
     return None
+
+
+def run_command(name: str, *arguments: str) -> None:
+    """Parse a command's arguments and run it; exit with 2 for a usage error."""
+    if name not in COMMANDS:
+        usage.fail("mezzotint", f"unknown command {name!r}; {suggest(name, COMMANDS)}")
+    command, program = COMMANDS[name], f"mezzotint {name}"
+    if name in TAKE_FIELDS and "--help" not in arguments and "-h" not in arguments:
+        options = inspect.signature(command).parameters
+        if wrong := usage.explain_field(arguments, options, of_model=name == "bench"):
+            usage.fail(program, wrong)
+    tyro.cli(usage.checked(command), prog=program, args=arguments)
 
 
 def overview() -> str:

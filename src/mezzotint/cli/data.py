@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, OptionalCount, Overrides, Switch
+from mezzotint.cli.arguments import NUMBER, Overrides, Side, Switch
 from mezzotint.core.console import echo
+from mezzotint.core.fields import Range
 
 
 def prepare(
@@ -16,11 +17,11 @@ def prepare(
     out: Positional[Annotated[Path, arg(metavar="OUT")]],
     /,
     *,
-    size: Count,
+    size: Annotated[int, NUMBER, Side],
     crop: Literal["adm", "plain"] = "adm",
     codec: str = "pixels",
     text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
-    full_scale: OptionalCount = None,
+    full_scale: Annotated[int | None, NUMBER, Range(1, 2**32, "the value of white")] = None,
 ) -> None:
     """Resize a dataset once, so that training reads it without decoding.
 

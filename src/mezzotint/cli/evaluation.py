@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
+from mezzotint.cli.arguments import (
+    Channels,
+    NumImages,
+    OptionalFile,
+    OptionalText,
+    Size,
+    Steps,
+    Switch,
+)
 from mezzotint.core.console import echo
 
 if TYPE_CHECKING:
@@ -22,8 +30,8 @@ def reference(
     out: Positional[Annotated[Path, arg(metavar="OUT", help_behavior_hint="")]],
     /,
     *,
-    size: OptionalCount = None,
-    channels: int = 3,
+    size: Size = None,
+    channels: Channels = 3,
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
 ) -> None:
@@ -57,12 +65,12 @@ def evaluate(
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
     heldout: OptionalText = None,
-    num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
-    size: OptionalCount = None,
-    channels: int = 3,
+    num_images: NumImages = 50_000,
+    size: Size = None,
+    channels: Channels = 3,
     protocol: OptionalText = None,
     sampler: OptionalText = None,
-    steps: OptionalCount = None,
+    steps: Steps = None,
     guidance: OptionalText = None,
     train_images: OptionalText = None,
     heldout_images: OptionalText = None,
@@ -167,8 +175,8 @@ def reproduce(
     *,
     model: OptionalText = None,
     reference: OptionalText = None,
-    num_images: Annotated[Count, arg(aliases=["-n"])] = 50_000,
-    steps: OptionalCount = None,
+    num_images: NumImages = 50_000,
+    steps: Steps = None,
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional
 
+from mezzotint.cli.arguments import Size
 from mezzotint.core.console import echo
 
 
@@ -30,15 +31,14 @@ def convert(
         hint: What shapes do not say, e.g. heads=16 (docs/checkpoints.md lists them).
         check: Convert the result back and compare every tensor bit for bit.
     """
-    import yaml
-
+    from mezzotint.config import parse_yaml
     from mezzotint.convert.official.load import convert_checkpoint as run
 
     pairs = [h.partition("=") for h in hint]
     for name, equals, _ in pairs:
         if not equals:
             raise ValueError(f"hint {name!r} is not of the form name=value, e.g. heads=16")
-    hints = {name: yaml.safe_load(value) for name, _, value in pairs}
+    hints = {name: parse_yaml(value, f"--hint {name}={value}") for name, _, value in pairs}
     for line in run(source, out, to=to, check=check, family=family, hints=hints):
         echo(line)
 
@@ -49,7 +49,7 @@ def export(
     /,
     *,
     to: Literal["diffusers", "torch", "onnx"],
-    size: int | None = None,
+    size: Size = None,
 ) -> None:
     """Export a model as a diffusers pipeline, or its denoiser as a torch or ONNX file.
 

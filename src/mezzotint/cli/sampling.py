@@ -9,8 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
 
-from mezzotint.cli.arguments import Count, OptionalCount, OptionalFile, OptionalText, Switch
+from mezzotint.cli.arguments import (
+    NUMBER,
+    NumImages,
+    OptionalBatch,
+    OptionalFile,
+    OptionalText,
+    Seed,
+    Steps,
+    Switch,
+)
 from mezzotint.core.console import echo
+from mezzotint.core.fields import Range
 
 if TYPE_CHECKING:
     from mezzotint.sampling.job import SamplingJob
@@ -25,7 +35,7 @@ PromptArgs = tyro.conf.UseAppendAction[
 class SamplingOptions:
     """How to sample; by default as the model and the protocol say."""
 
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the first image, 0 by default; image i has seed --seed + i."""
     label: Annotated[tuple[str, ...], arg(metavar="[A B ...]", help_behavior_hint="")] = ()
     """Class names or numbers to choose from; all by default."""
@@ -43,7 +53,7 @@ class SamplingOptions:
     """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40."""
     discretization: OptionalText = None
     """even, even_logsnr, karras:rho=5, respaced; by default the family's."""
-    steps: OptionalCount = None
+    steps: Steps = None
     """Intervals of the discretization; 50 by default."""
     guidance: OptionalText = None
     """1.5, or scale=0.4,convention=dimr; and low=-3,high=5, power=4, channels=3."""
@@ -55,7 +65,7 @@ class SamplingOptions:
     """Of the network's input: 64, or 48x64 (height first)."""
     dtype: OptionalText = None
     """float32 (default), bfloat16, float16."""
-    batch: OptionalCount = None
+    batch: OptionalBatch = None
     """Images per network call; 64 by default."""
     cuda_graphs: Switch = False
     """Replay the network from CUDA graphs: faster for small batches."""
@@ -101,7 +111,7 @@ def sample(
     out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path(
         "samples.png"
     ),
-    num_images: Annotated[Count, arg(aliases=["-n"])] = 16,
+    num_images: NumImages = 16,
     latents: Switch = False,
     overwrite: Switch = False,
     sampling: OmitArgPrefixes[SamplingOptions] = SamplingOptions(),
@@ -130,7 +140,7 @@ class Edit(SamplingOptions):
         "edited.png"
     )
     """A .png, edited.png by default."""
-    num_images: Annotated[Count, arg(aliases=["-n"])] = 4
+    num_images: NumImages = 4
     """Number of images; 4 by default."""
     overwrite: Switch = False
     """Replace files that no edit has written."""
@@ -141,7 +151,8 @@ class Edit(SamplingOptions):
 
 
 InputFile = Annotated[Path, arg(metavar="FILE")]
-LogSNR = Annotated[float, arg(metavar="L")]
+LogSNRRange = Range(-1000, 1000, "a log-SNR")
+LogSNR = Annotated[float, arg(metavar="L"), LogSNRRange]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +179,9 @@ class Inpaint(Edit):
     """Image to keep; cropped and resized to the model's size."""
     mask: InputFile
     """Image of the same size, white where to paint."""
-    start_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint="")] = None
+    start_logsnr: Annotated[float | None, arg(metavar="L", help_behavior_hint=""), LogSNRRange] = (
+        None
+    )
     """Start from the image noised to this log-SNR; by default from noise."""
 
     def save(self, job: SamplingJob, seeds: range) -> list[Path]:
@@ -183,7 +196,7 @@ class Inpaint(Edit):
 class Interpolate(Edit):
     """Sample images between the noises of consecutive seeds: a grid and a GIF."""
 
-    frames: Count = 8
+    frames: Annotated[int, NUMBER, Range(2, 10_000)] = 8
     """Images from one seed to the next, both included; 8 by default."""
 
     def save(self, job: SamplingJob, seeds: range) -> list[Path]:
@@ -214,8 +227,6 @@ def edit(
     ],
 ) -> None:
     """Edit images with a model: from a given image, between seeds, or along the sampler's way."""
-    if mode.num_images < 1:
-        raise ValueError(f"num_images {mode.num_images} must be at least 1")
     job = mode.make_job(mode.model)
     written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
     echo(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
@@ -225,7 +236,7 @@ def serve(
     sources: Positional[tuple[str, ...]] = (),
     /,
     *,
-    port: int | None = None,
+    port: Annotated[int | None, NUMBER, Range(1, 65_535, "a TCP port")] = None,
     auth: str = "",
 ) -> None:
     """Open the studio, a web page on 127.0.0.1: sample, watch runs, look inside models, compare.

@@ -7,8 +7,18 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import Count, OptionalCount, Overrides, Preset, Switch
+from mezzotint.cli.arguments import (
+    NUMBER,
+    Batch,
+    Channels,
+    OptionalBatch,
+    Overrides,
+    Preset,
+    Size,
+    Switch,
+)
 from mezzotint.core.console import echo
+from mezzotint.core.fields import Range
 
 Precision = Literal["float32", "bf16"]
 Checkpointing = Literal["none", "selective", "full"]
@@ -48,13 +58,15 @@ def plan(
     overrides: Overrides = (),
     /,
     *,
-    gpus: Count = 1,
-    batch: OptionalCount = None,
+    gpus: Annotated[int, NUMBER, Range(1, 1_000_000)] = 1,
+    batch: OptionalBatch = None,
     device: str = "h200",
     strategy: Annotated[Literal["ddp", "fsdp"] | None, NO_HINT] = None,
     precision: Annotated[Precision | None, NO_HINT] = None,
     checkpointing: Annotated[Checkpointing | None, NO_HINT] = None,
-    efficiency: Annotated[float | None, arg(metavar="PART", help_behavior_hint="")] = None,
+    efficiency: Annotated[
+        float | None, arg(metavar="PART", help_behavior_hint=""), Range(0, 1, "a part", above=True)
+    ] = None,
     json: Switch = False,
 ) -> None:
     """Estimate what a recipe needs: memory per rank, the largest batch that fits, time, FLOP.
@@ -104,13 +116,13 @@ def bench(
     *,
     train: Switch = False,
     sample: Switch = False,
-    batch: Count = 8,
+    batch: Batch = 8,
     precision: Precision = "float32",
     device: Literal["auto", "cpu", "cuda"] = "auto",
     compile: Switch = False,
     checkpointing: Checkpointing = "none",
     graphs: Switch = False,
-    rounds: Count = 5,
+    rounds: Annotated[int, NUMBER, Range(1, 10_000)] = 5,
     json: Switch = False,
 ) -> None:
     """Measure the speed and peak memory of a preset on this machine.
@@ -166,8 +178,8 @@ def doctor(
     data: Positional[Annotated[str, arg(metavar="[DATA]", help_behavior_hint="")]] = "",
     /,
     *,
-    size: OptionalCount = None,
-    channels: Count = 3,
+    size: Size = None,
+    channels: Channels = 3,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
     json: Switch = False,
 ) -> None:

@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import (
+    NUMBER,
     Data,
-    OptionalCount,
+    Images,
     OptionalFile,
     Out,
     Overrides,
     Preset,
+    Seed,
     Switch,
 )
 from mezzotint.core.console import echo
+from mezzotint.core.fields import MOST_IMAGES, Range
 
 if TYPE_CHECKING:
     from mezzotint.config import Recipe
@@ -25,15 +28,19 @@ if TYPE_CHECKING:
 Run = Positional[Annotated[Path, arg(metavar="RUN", help_behavior_hint="")]]
 
 
-def demo(out: Path = Path("runs/demo"), images: int = 0, seed: int = 0) -> None:
+def demo(
+    out: Path = Path("runs/demo"),
+    images: Annotated[int, NUMBER, Range(0, MOST_IMAGES, "images")] = 0,
+    seed: Seed = 0,
+) -> None:
     """Train a tiny network on handwritten digits and check its samples: 3 minutes on 2 CPU cores.
 
     A small classifier counts how many of 500 samples show the digit of their label.
 
     Args:
         out: Run folder; an earlier demo there is replaced.
-        images: Training length in images; 0 for the default.
-        seed: Seed of every random draw.
+        images: Training length in images; 0, the default, is the recipe's.
+        seed: Seed of every random draw; 0 by default.
     """
     from mezzotint.cli.demo import run_demo
 
@@ -111,8 +118,8 @@ def ema(
     run: Run,
     /,
     *,
-    width: Annotated[float, arg(metavar="WIDTH")],
-    images: OptionalCount = None,
+    width: Annotated[float, arg(metavar="WIDTH"), Range(0.001, 0.2886, "EDM2 uses 0.05 and 0.10")],
+    images: Images = None,
     out: Out = None,
 ) -> None:
     """Compute an average of a run's weights of any width, from its snapshots.

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from mezzotint.core.fields import parse_options, suggest
+
 T = TypeVar("T")
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return "did you mean ...?" with the names nearest to an unknown one, else all known names."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -102,8 +96,8 @@ def check_options(
 def build(registry: Registry[Callable[..., T]], spec: Spec) -> T:
     """Call the builder named by `spec` with its options, after checking the options' names.
 
-    Lists, as read from YAML and JSON, are passed as tuples.
+    Errors: ValueError for an unknown name or option, and a value of another type or out of range.
     """
     builder = registry[spec.name]
     options = check_options(f"{registry.what} {spec.name}", builder, spec.options)
-    return builder(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    return builder(**parse_options(f"{registry.what}.options.", builder, options))

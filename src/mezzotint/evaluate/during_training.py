@@ -88,8 +88,8 @@ def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Refere
             f"evaluate.every_images={settings.every_images} needs a reference; make one with "
             "mezzotint reference DATA FILE.npz and set evaluate.reference=FILE.npz"
         )
-    if settings.num_images < 2:
-        raise ValueError(f"evaluate.num_images {settings.num_images} must be at least 2")
+    if not settings.features:
+        raise ValueError("evaluate.features is empty; name one, e.g. evaluate.features=[digits]")
     info = preset_info(preset, **recipe.model)
     reads_text = text_width(info.config) > 0
     if reads_text and settings.prompts is None:

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mezzotint.core.fields import check_ranges, type_hints
 from mezzotint.core.registry import Spec, check_options, suggest
 from mezzotint.process import samplers
 from mezzotint.process.samplers import grids
@@ -64,9 +65,12 @@ def _parse_options(what: str, taker: Callable[..., Any], text: str) -> dict[str,
         kinds = typing.get_args(hints[key]) or (hints[key],)
         if not any(kind in kinds for kind in (int, float, str, bool)):
             raise ValueError(f"{key} of {what} cannot be written as text; set it in Python")
-    return {
+    values = {
         key: _parse_value(f"{key} of {what}", value, hints[key]) for key, value in given.items()
     }
+    for key, value in values.items():
+        check_ranges(f"{key} of {what}", value, type_hints(taker)[key])
+    return values
 
 
 def _parse_value(what: str, text: str, hint: Any) -> Any:

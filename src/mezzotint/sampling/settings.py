@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
 
 import torch
 
+from mezzotint.core.fields import Checked, Range
 from mezzotint.core.registry import Spec, suggest
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Denoiser
@@ -17,6 +18,8 @@ CLIPS: dict[str, Callable[..., Denoiser]] = {
     "dynamic": guide.dynamically_clipped,
 }
 
+LogSNR = Annotated[float, Range(-1000, 1000, "a log-SNR")]
+Side = Annotated[int, Range(1, 16_384, "pixels or latent cells")]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # How each paper counts the guidance scale: its number to DiT's, where 1 is no guidance.
@@ -28,7 +31,7 @@ CONVENTIONS: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guidance:
+class Guidance(Checked):
     """How strongly to guide, and where.
 
     scale: strength, as `convention` counts it.
@@ -42,15 +45,18 @@ class Guidance:
     channels: number of leading channels to guide; None guides all.
     """
 
-    scale: float
+    prefix: ClassVar[str] = "guidance "
+
+    scale: Annotated[float, Range(-1000, 1000, "e.g. 1.5")]
     convention: str = "dit"
-    low: float | None = None
-    high: float | None = None
-    power: float | None = None
+    low: LogSNR | None = None
+    high: LogSNR | None = None
+    power: Annotated[float, Range(0, 1000, "DiffiT uses 4", above=True)] | None = None
     time: str | None = None
-    channels: int | None = None
+    channels: Annotated[int, Range(1, 4096)] | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         if self.convention not in CONVENTIONS:
             raise ValueError(
                 f"unknown guidance convention {self.convention!r}; "
@@ -58,8 +64,6 @@ class Guidance:
             )
         if (self.low is None) != (self.high is None):
             raise ValueError("a guidance interval needs both ends, low and high, as log-SNRs")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance scale {self.scale} must be a finite number, e.g. 1.5")
         if self.time not in (None, "u", "index"):
             raise ValueError(f"guidance time {self.time!r} must be u or index")
         if self.time is not None and self.power is None:
@@ -72,7 +76,7 @@ class Guidance:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings:
+class SamplingSettings(Checked):
     """How to sample.
 
     sampler: registered name with options.
@@ -94,20 +98,17 @@ class SamplingSettings:
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
     discretization: Spec | None = None
-    steps: int = 50
+    steps: Annotated[int, Range(1, 10_000)] = 50
     guidance: Guidance | None = None
     clip: Spec | None = None
-    size: tuple[int, int] | None = None
-    batch: int = 64
+    size: tuple[Side, Side] | None = None
+    batch: Annotated[int, Range(1, 1_000_000, "images at a time")] = 64
     exact: bool | None = None
     dtype: str = "float32"
     cuda_graphs: bool = False
 
     def __post_init__(self):
-        if self.batch < 1:
-            raise ValueError(f"batch {self.batch} must be at least 1")
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size {self.size} must be positive")
+        super().__post_init__()
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; {suggest(self.dtype, DTYPES)}")
         if self.clip is not None and self.clip.name not in CLIPS:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch.nn.functional import avg_pool2d
 
+from mezzotint.core.fields import Range
 from mezzotint.process import prediction
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.objectives import Objective, objective
@@ -39,7 +42,7 @@ def multiscale_mse(target: Image, output: Image, smallest: int = 32) -> PerImage
 
 
 @objective("multiscale")
-def multiscale(smallest: int = 32) -> Objective:
+def multiscale(smallest: Annotated[int, Range(1, 16_384, "pixels")] = 32) -> Objective:
     """Return `multiscale_mse` of eps, for any prediction, in pixels; it helps above 256 pixels."""
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.logsnr import diffuse
 from mezzotint.process.objectives import Objective, objective
@@ -79,7 +81,7 @@ def pyramid_loss(
 
 
 @objective("pyramid")
-def pyramid(coefficients: tuple[float, ...] | None = None) -> Objective:
+def pyramid(coefficients: tuple[Annotated[float, Range(0, 1e6)], ...] | None = None) -> Objective:
     """Return DiMR's loss over all branches, in the network's row (eps in the paper).
 
     Args:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process import prediction
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.logsnr import alpha, append_dims, diffuse, sigma
@@ -74,7 +77,10 @@ def min_snr_weight(logsnr: Tensor, gamma: float = 5.0) -> Tensor:
 
 
 @objective("regression")
-def regression(row: str | None = None, data_std: float | None = None) -> Objective:
+def regression(
+    row: str | None = None,
+    data_std: Annotated[float, Range(1e-6, 1000, "a standard deviation")] | None = None,
+) -> Objective:
     """Return the unweighted mean squared error.
 
     Args:
@@ -100,7 +106,7 @@ def eps_mse() -> Objective:
 
 
 @objective("sigmoid")
-def sigmoid(bias: float = 0.0) -> Objective:
+def sigmoid(bias: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 0.0) -> Objective:
     """Return SiD2's eps-MSE times `sigmoid_weight`.
 
     It is an integral over log-SNR: multiply by -1/2 dlogsnr/du where u is drawn.
@@ -109,7 +115,9 @@ def sigmoid(bias: float = 0.0) -> Objective:
 
 
 @objective("min_snr")
-def min_snr(gamma: float = 5.0) -> Objective:
+def min_snr(
+    gamma: Annotated[float, Range(0, 1e9, "the paper uses 5", above=True)] = 5.0,
+) -> Objective:
     """Return the eps-MSE times `min_snr_weight`; above an SNR of `gamma` the weight falls."""
     if not gamma > 0:
         raise ValueError(f"gamma {gamma} must be positive; the paper uses 5")
@@ -117,7 +125,7 @@ def min_snr(gamma: float = 5.0) -> Objective:
 
 
 @objective("edm")
-def edm(data_std: float = 0.5) -> Objective:
+def edm(data_std: Annotated[float, Range(1e-6, 1000, "a standard deviation")] = 0.5) -> Objective:
     """Return EDM's loss (EDM eq. 8).
 
     Its weight (s^2 + d^2) / (s d)^2 on the image's squared error is 1 in the edm row.

@@ -17,7 +17,7 @@ from mezzotint.process.objectives import Objective, objective
 from mezzotint.process.objectives.regression import mean_square, regressed
 from mezzotint.process.prediction import target
 from mezzotint.process.schedules import Table
-from mezzotint.process.schedules.ddpm import linear_ddpm
+from mezzotint.process.schedules.ddpm import Beta, TableSteps, linear_ddpm
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
@@ -118,7 +118,10 @@ def hybrid_loss(table: Table) -> Objective:
 
 @objective("hybrid")
 def hybrid(
-    steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02, scaled: bool = False
+    steps: TableSteps = 1000,
+    beta_min: Beta = 1e-4,
+    beta_max: Beta = 0.02,
+    scaled: bool = False,
 ) -> Objective:
     """Return `hybrid_loss` on the table `linear_ddpm`, as latent DiffiT trains."""
     table = linear_ddpm(steps, beta_min, beta_max, scaled)

@@ -11,10 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.core.registry import Registry
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.samplers import points
@@ -91,8 +93,8 @@ def even_logsnr(
     schedule: Schedule,
     steps: int,
     *,
-    logsnr_min: float | None = None,
-    logsnr_max: float | None = None,
+    logsnr_min: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = None,
+    logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = None,
     clean: bool = True,
 ) -> Tensor:
     """Step evenly in log-SNR, from logsnr_min to logsnr_max, then to +inf if `clean`.
@@ -119,9 +121,9 @@ def karras(
     schedule: Schedule,
     steps: int,
     *,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
+    sigma_min: Annotated[float, Range(0, 1e6)] | None = None,
+    sigma_max: Annotated[float, Range(0, 1e6)] | None = None,
+    rho: Annotated[float, Range(0, 1000, "EDM uses 7", above=True)] = 7.0,
     clean: bool = True,
 ) -> Tensor:
     """Step evenly in sigma^(1/rho), from sigma_max to sigma_min, then to +inf if `clean` (EDM eq.

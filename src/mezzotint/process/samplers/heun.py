@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Cond, Denoiser, Image
 from mezzotint.process.logsnr import alpha
 from mezzotint.process.samplers import Grid, Noise, gaussian, intervals, level, sampler
@@ -18,10 +20,10 @@ def heun(
     grid: Grid,
     cond: Cond,
     *,
-    s_churn: float = 0.0,
-    s_min: float = 0.0,
+    s_churn: Annotated[float, Range(0, 1e6)] = 0.0,
+    s_min: Annotated[float, Range(0, 1e6)] = 0.0,
     s_max: float = math.inf,
-    s_noise: float = 1.0,
+    s_noise: Annotated[float, Range(0, 1000)] = 1.0,
     noise: Noise = gaussian,
 ) -> Image:
     """Sample by EDM's algorithm 2, at second order; two network calls per step, one to +inf.
@@ -37,7 +39,7 @@ def heun(
         s_noise: standard deviation of the noise put back.
         noise: draws, used when s_churn > 0.
     """
-    if min(s_churn, s_min, s_noise) < 0 or s_max < s_min:
+    if min(s_churn, s_min, s_noise) < 0 or not s_min <= s_max:
         raise ValueError(
             f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be "
             "positive"

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
 
 
 @schedule("cosine")
 def cosine(
-    image_d: int = 64, noise_d: int = 64, logsnr_min: float = -15.0, logsnr_max: float = 15.0
+    image_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 64,
+    noise_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 64,
+    logsnr_min: Annotated[float, Range(-1000, 1000, "a log-SNR")] = -15.0,
+    logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 15.0,
 ) -> Schedule:
     """Return the shifted cosine: at image_d pixels the log-SNR that noise_d pixels would have.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
-from mezzotint.process.schedules.ddpm import Table, checked_steps
+from mezzotint.process.schedules.ddpm import Table, TableSteps, checked_steps
 
 
 def _check(s: float) -> None:
@@ -18,7 +20,9 @@ def _check(s: float) -> None:
 
 
 @schedule("cosine_vp")
-def cosine_vp(s: float = 0.008) -> Schedule:
+def cosine_vp(
+    s: Annotated[float, Range(0, 1000, "Improved DDPM uses 0.008", above=True)] = 0.008,
+) -> Schedule:
     """Return the curve of Improved DDPM eq. 17 with u = t: +inf at t = 0, pure noise at t = 1."""
     _check(s)
 
@@ -37,7 +41,10 @@ def cosine_vp(s: float = 0.008) -> Schedule:
 
 
 @schedule("cosine_ddpm")
-def cosine_ddpm(steps: int = 1000, s: float = 0.008) -> Table:
+def cosine_ddpm(
+    steps: TableSteps = 1000,
+    s: Annotated[float, Range(0, 1000, "Improved DDPM uses 0.008", above=True)] = 0.008,
+) -> Table:
     """Return Improved DDPM's cosine table: the betas of eq. 17 at t = n / N, none above 0.999."""
     _check(s)
     t = torch.arange(checked_steps(steps) + 1, dtype=torch.float64) / steps

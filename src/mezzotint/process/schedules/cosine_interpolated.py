@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
 from mezzotint.process.schedules.cosine import cosine
@@ -11,11 +14,11 @@ from mezzotint.process.schedules.cosine import cosine
 
 @schedule("cosine_interpolated")
 def cosine_interpolated(
-    image_d: int = 512,
-    noise_d_low: int = 32,
-    noise_d_high: int = 256,
-    logsnr_min: float = -15.0,
-    logsnr_max: float = 15.0,
+    image_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 512,
+    noise_d_low: Annotated[int, Range(1, 1_000_000, "pixels")] = 32,
+    noise_d_high: Annotated[int, Range(1, 1_000_000, "pixels")] = 256,
+    logsnr_min: Annotated[float, Range(-1000, 1000, "a log-SNR")] = -15.0,
+    logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 15.0,
 ) -> Schedule:
     """Return u times the cosine of noise_d_low plus 1 - u times that of noise_d_high, in log-SNR.
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from mezzotint.core.fields import Range
 from mezzotint.process.schedules import in_float64, schedule
+
+TableSteps = Annotated[int, Range(1, 1_000_000)]
+Beta = Annotated[float, Range(0, 1, "a part of the variance", above=True, below=True)]
 
 
 class Table:
@@ -107,7 +112,10 @@ def ddpm(betas: Sequence[float] | Tensor) -> Table:
 
 @schedule("linear_ddpm")
 def linear_ddpm(
-    steps: int = 1000, beta_min: float = 1e-4, beta_max: float = 0.02, scaled: bool = False
+    steps: TableSteps = 1000,
+    beta_min: Beta = 1e-4,
+    beta_max: Beta = 0.02,
+    scaled: bool = False,
 ) -> Table:
     """Return DDPM's linear betas (section 4), also ADM's, DiT's and latent DiffiT's.
 

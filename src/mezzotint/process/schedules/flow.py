@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
 
 
 @schedule("flow")
-def flow(shift: float = 1.0) -> Schedule:
+def flow(shift: Annotated[float, Range(1e-6, 1e6, "1 is none")] = 1.0) -> Schedule:
     """Return the schedule of u = t of the line (1 - t) x + t eps, shifted towards noise by `shift`.
 
     Both ends are infinite.

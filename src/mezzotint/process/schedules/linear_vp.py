@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
 
@@ -19,7 +22,10 @@ def _check(beta_min: float, beta_max: float) -> None:
 
 
 @schedule("linear_vp")
-def linear_vp(beta_min: float = 0.1, beta_max: float = 20.0) -> Schedule:
+def linear_vp(
+    beta_min: Annotated[float, Range(1e-6, 1000)] = 0.1,
+    beta_max: Annotated[float, Range(1e-6, 1000)] = 20.0,
+) -> Schedule:
     """Return the schedule of dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw, u = t in [0, 1].
 
     beta(t) = beta_min + t (beta_max - beta_min). The log-SNR is +inf at t = 0, and about

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.schedules import in_float64, schedule
 
@@ -14,7 +16,9 @@ ndtri: Callable[[Tensor], Tensor] = torch.special.ndtri  # pyright: ignore
 
 
 @schedule("lognormal")
-def lognormal(mean: float = -1.2, std: float = 1.2) -> Schedule:
+def lognormal(
+    mean: Annotated[float, Range(-1000, 1000)] = -1.2, std: Annotated[float, Range(1e-6, 100)] = 1.2
+) -> Schedule:
     """Return the schedule of log(sigma / alpha) ~ N(mean, std^2) (EDM table 1); both ends infinite.
 
     With the straight line of flow matching, where sigma / alpha = t / (1 - t), this is the

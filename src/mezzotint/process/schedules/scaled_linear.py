@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 
 from mezzotint.process.schedules import schedule
-from mezzotint.process.schedules.ddpm import Table, checked_steps
+from mezzotint.process.schedules.ddpm import Beta, Table, TableSteps, checked_steps
 
 
 @schedule("scaled_linear")
-def scaled_linear(steps: int = 1000, beta_min: float = 0.00085, beta_max: float = 0.012) -> Table:
+def scaled_linear(
+    steps: TableSteps = 1000,
+    beta_min: Beta = 0.00085,
+    beta_max: Beta = 0.012,
+) -> Table:
     """Return betas whose square roots are even (latent diffusion; specs/dimr.md section 4).
 
     Errors: ValueError for no steps, or betas outside (0, 1).

@@ -1,0 +1,92 @@
+"""What is wrong with a command line: values out of range, fields of a recipe written as options."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NoReturn
+
+from mezzotint.core.console import echo
+from mezzotint.core.fields import check_ranges, type_hints
+
+
+def fail(program: str, sentence: str) -> NoReturn:
+    """Print a usage error on stderr and exit with 2."""
+    echo(f"{program}: {sentence}; see {program} --help", stderr=True)
+    sys.exit(2)
+
+
+def checked(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with its options' ranges checked first; ValueError names the option."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **options: Any) -> None:
+        given = inspect.signature(command).bind(*args, **options)
+        _check(given.arguments, command)
+        command(*args, **options)
+
+    return run
+
+
+def _check(values: dict[str, Any], owner: Callable[..., Any]) -> None:
+    for name, value in values.items():
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            _check(fields, type(value))
+        else:
+            check_ranges(f"--{name.replace('_', '-')}", value, type_hints(owner)[name])
+
+
+def explain_field(arguments: Sequence[str], options: Collection[str], of_model: bool) -> str | None:
+    """Return a sentence for the first argument that writes a field as an option; None for none.
+
+    Args:
+        options: names of the command's own, e.g. "dry_run".
+        of_model: the command takes fields of the network, as `bench` does, not of a recipe.
+    """
+    for i, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        field = name.lstrip("-").replace("-", "_")
+        if not name.startswith("--") or field in options:
+            continue
+        fields = find_fields(field, of_model)
+        if not fields:
+            continue
+        if not equals:
+            value = next((a for a in arguments[i + 1 : i + 2] if not a.startswith("--")), "VALUE")
+        choice = " or ".join(f"{path}={value}" for path in fields)
+        return f"fields are given without dashes: {choice}"
+    return None
+
+
+def find_fields(name: str, of_model: bool = False) -> list[str]:
+    """Return the fields that `name` can mean: itself, or those that end in it."""
+    if of_model:
+        from mezzotint import backbones
+
+        leaf = name.removeprefix("model.")
+        configs = [backbones.registry[family].config for family in backbones.registry]
+        return [leaf] if any(leaf in type_hints(config) for config in configs) else []
+    from mezzotint.config import Recipe
+
+    paths = _paths(Recipe, "")
+    outer, _, inner = name.partition(".")
+    open_ended = inner and (outer == "model" or inner.startswith("options."))
+    if name in paths or (open_ended and outer in ("model", "schedule", "objective")):
+        return [name]
+    return [path for path in paths if path.endswith(f".{name}")]
+
+
+def _paths(kind: Any, prefix: str) -> list[str]:
+    """Return the dotted path of every field of a dataclass, with those of its parts."""
+    paths = []
+    for field in dataclasses.fields(kind):
+        hint = type_hints(kind)[field.name]
+        if dataclasses.is_dataclass(hint):
+            paths += _paths(hint, f"{prefix}{field.name}.")
+        else:
+            paths.append(prefix + field.name)
+    return paths
