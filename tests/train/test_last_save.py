@@ -18,6 +18,11 @@ from mezzotint.models import saved_images
 from mezzotint.train import checkpoint, log, loop, run_folder
 from mezzotint.train.loop import train
 
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 EMA = ("ema.power_stds=[0.05]",)
 
 
@@ -94,7 +99,9 @@ def test_a_newer_model_is_kept_when_an_older_checkpoint_is_resumed(whole, stoppe
     assert_whole_models(whole, folder)
 
 
-@pytest.mark.parametrize("lost", ["deleted", "empty files", "no manifest", "one file missing"])
+@pytest.mark.parametrize(
+    "lost", ["deleted", "empty files", slow("no manifest"), slow("one file missing")]
+)
 def test_a_trained_run_without_an_intact_checkpoint_is_refused(whole, stopped, lost):
     folder = stopped(160)
     saved = folder / "checkpoints"
@@ -118,7 +125,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(whole, stopped):
     assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("how", ["renamed", "copied", "files copied"])
+@pytest.mark.parametrize("how", ["copied", slow("renamed"), slow("files copied")])
 def test_a_checkpoint_under_another_number_is_passed_over(whole, stopped, capsys, how):
     folder = stopped(96)
     saved = folder / "checkpoints"
@@ -143,8 +150,8 @@ def test_a_checkpoint_under_another_number_is_passed_over(whole, stopped, capsys
     ("fault", "reason"),
     [
         (OSError(errno.EIO, "Input/output error"), "Input/output error"),
-        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "No such file"),
-        (RuntimeError("unexpected bytes\nand a second line"), "unexpected bytes"),
+        slow(FileNotFoundError(errno.ENOENT, "No such file or directory"), "No such file"),
+        slow(RuntimeError("unexpected bytes\nand a second line"), "unexpected bytes"),
         (
             CheckpointException("read", {0: (EOFError("Ran out of input"), None)}),
             "Ran out of input",
@@ -294,7 +301,7 @@ def test_a_tracker_that_fails_never_ends_training():
     assert "wandb" in told[0]
 
 
-@pytest.mark.parametrize("how", ["moved", "deleted", "replaced"])
+@pytest.mark.parametrize("how", ["moved", slow("deleted"), "replaced"])
 def test_a_run_folder_that_is_gone_is_noticed_before_writing(tmp_path, monkeypatch, how):
     folder, averages = tmp_path / "run", loop.update_averages
 

@@ -19,6 +19,11 @@ from mezzotint.train.loop import train
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
+def first_of(*numbers):
+    """Parameters of which `make test` tries the first."""
+    return [numbers[0], *(pytest.param(n, marks=pytest.mark.slow) for n in numbers[1:])]
+
+
 def send(number):
     """Send a signal to this process, and wait until it has come."""
     os.kill(os.getpid(), number)
@@ -55,7 +60,7 @@ def stop_and_resume(whole, folder, recipe, capsys, evaluator=None, *, at):
         assert_same_run(whole, folder)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", first_of(*SIGNALS))
 def test_a_signal_in_a_step_saves_and_the_same_command_goes_on(
     whole, tmp_path, monkeypatch, capsys, number
 ):
@@ -71,7 +76,7 @@ def test_a_signal_in_a_step_saves_and_the_same_command_goes_on(
     stop_and_resume(whole, tmp_path / "run", small(), capsys, at=80)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", first_of(signal.SIGHUP, signal.SIGINT))
 def test_a_signal_while_a_grid_is_drawn(whole, tmp_path, monkeypatch, capsys, number):
     draw, sent = loop.save_sample_grid, []
 
@@ -86,7 +91,7 @@ def test_a_signal_while_a_grid_is_drawn(whole, tmp_path, monkeypatch, capsys, nu
     assert (tmp_path / "run" / "samples" / "000000000080.png").is_file()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", first_of(signal.SIGINT, signal.SIGHUP))
 def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys, number):
     recipe = evaluated_recipe(digits_reference(tmp_path / "digits.npz"))
     make = random_evaluator(recipe)
@@ -100,7 +105,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys, number):
     stop_and_resume(None, tmp_path / "run", recipe, capsys, evaluator, at=64)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("number", first_of(*SIGNALS[1:]))
 def test_a_signal_during_the_start_trains_nothing(whole, tmp_path, monkeypatch, capsys, number):
     opened, sent = setup.open_data, []
 
@@ -148,7 +153,7 @@ def test_ctrl_c_while_a_checkpoint_is_read_leaves_at_once(whole, stopped, monkey
 def test_ctrl_c_in_the_command_line_is_one_sentence(monkeypatch, capsys):
     from mezzotint import cli
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", ["mezzotint", "train", "unet-tiny", "--data", "digits"])

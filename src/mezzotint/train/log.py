@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mezzotint.core.distributed import World, sum_over_ranks
 from mezzotint.core.files import atomic_write
+from mezzotint.core.text import escape_name
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
 EDGES = torch.arange(-10.0, 11.0, 4.0)
@@ -160,8 +161,8 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 def _images_of_line(line: str) -> float:
     """Return the images seen at a log line; infinity for a line cut short."""
     try:
-        return json.loads(line)["images"]
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["images"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
@@ -172,22 +173,13 @@ def append_unreadable(path: Path, reasons: dict[str, str]) -> int:
         reasons: by name of the image; each line of the file holds a name, a tab and a reason, with
             backslash escapes for bytes that are no UTF-8 and for control characters.
     """
-    lines = path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else []
+    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    lines = [line for line in text.split("\n") if line]
     listed = {line.partition("\t")[0] for line in lines}
-    named = {_escape(name): _escape(" ".join(reason.split())) for name, reason in reasons.items()}
+    named = {
+        escape_name(name): escape_name(" ".join(reason.split())) for name, reason in reasons.items()
+    }
     new = [f"{name}\t{reason}" for name, reason in named.items() if name not in listed]
     if new:
         atomic_write(path, "".join(f"{line}\n" for line in sorted([*lines, *new])))
     return len(new)
-
-
-def _escape(text: str) -> str:
-    r"""Return text as one line of UTF-8: bytes that are none as \xe9, control characters as \n."""
-    return "".join(c if c.isprintable() else _escape_char(c) for c in text)
-
-
-def _escape_char(char: str) -> str:
-    code = ord(char)
-    # Python holds the bytes 0x80 to 0xff of a name that is no UTF-8 as these code points.
-    is_byte = 0xDC80 <= code <= 0xDCFF
-    return f"\\x{code - 0xDC00:02x}" if is_byte else char.encode("unicode_escape").decode()
