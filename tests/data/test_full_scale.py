@@ -151,6 +151,14 @@ def test_a_larger_value_than_the_sample_holds_is_named(tmp_path, monkeypatch):
         images.image(3)
 
 
+def test_dark_colour_is_a_concern(tmp_path):
+    """Pillow reads colour of 16 bits as 8 bits: 12-bit colour is nearly black."""
+    dark, bright = (np.full((8, 8, 3), value, np.uint8) for value in (15, 40))
+    folder = write(tmp_path / "a", {"a.png": dark, "b.png": bright})
+    report = prepare_source(folder, tmp_path / "out", 8, progress=False)
+    assert "! 1 images use less than 1/8 of the range" in describe_audit(report)
+
+
 def test_strips_of_rows_give_the_same_values(monkeypatch):
     image = Image.fromarray((RAMP * 60000).astype(np.uint16))
     whole = np.asarray(to_mode(image, 1))

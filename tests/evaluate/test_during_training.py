@@ -24,11 +24,13 @@ from helpers.runs import (
     small,
     weights,
 )
+from mezzotint.data.image_dataset import open_images
 from mezzotint.evaluate import during_training
 from mezzotint.evaluate.during_training import make_evaluator
 from mezzotint.evaluate.evaluate import evaluate
-from mezzotint.evaluate.image_source import from_job
-from mezzotint.evaluate.references import read_reference
+from mezzotint.evaluate.features import from_module
+from mezzotint.evaluate.image_source import GREY_NOTE, from_dataset, from_job
+from mezzotint.evaluate.references import make_reference, read_reference
 from mezzotint.evaluate.results import load_evaluation
 from mezzotint.models import load_model
 from mezzotint.train import log, loop
@@ -283,6 +285,22 @@ def test_bad_settings_are_refused_before_training(reference, override, named):
 
     with pytest.raises(ValueError, match=named):
         make()
+
+
+class _ColourNet(torch.nn.Module):
+    def forward(self, x):
+        return x.flatten(2).std(2) + x.flatten(2)[:, :, ::7].mean(2)
+
+
+def test_a_grey_run_is_judged_by_features_of_colour(tmp_path):
+    sets = [from_module(_ColourNet(), name="colour", dims=3, size=8)]
+    images = from_dataset(open_images("digits", size=8, channels=1), "digits", 40)
+    make_reference(images, tmp_path / "r.npz", sets, keep=20)
+    recipe = evaluated_recipe(str(tmp_path / "r.npz"), "images=64")
+    folder = train(recipe, tmp_path / "run", quiet=True, evaluator=make_evaluator(recipe, sets))
+    protocol = load_evaluation(folder / "evaluations" / "64.json").protocol
+    assert protocol.preprocessing == GREY_NOTE
+    assert "FD-colour" in logged(folder)[64]
 
 
 def test_the_recipe_and_the_evaluator_must_agree(reference, tmp_path):

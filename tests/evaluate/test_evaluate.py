@@ -288,3 +288,23 @@ def test_the_printed_table_has_numbers_claims_and_protocol(reference, capsys):
         assert f"{number.value:.6g}" in printed
     assert "sampler: ddim" in printed
     assert "guidance: unknown" in printed
+
+
+def test_grey_images_are_repeated_and_it_is_said(tmp_path, capsys):
+    sets = [from_module(Net(), name="net", size=12, dims=5)]
+    grey, real = random_images(60)[:, :1], random_images(80, seed=1)[:, :1]
+    reference = make_reference(source_of(real, channels=1), tmp_path / "g.npz", sets)
+    colour = make_reference(source_of(real.expand(-1, 3, -1, -1)), tmp_path / "c.npz", sets)
+    assert np.array_equal(reference.statistics["net"].mu, colour.statistics["net"].mu)
+    assert reference.metadata["preprocessing"] == "grey repeated in three channels"
+    for options in ({}, {"channels": 1}):
+        judged = evaluate(source_of(grey, **options), reference, sets, SETTINGS)
+        expected = evaluate(source_of(grey.expand(-1, 3, -1, -1)), colour, sets, SETTINGS)
+        for number in expected.numbers:
+            assert judged[number.metric].value == number.value
+        assert judged.protocol.preprocessing == "grey repeated in three channels"
+        assert expected.protocol.preprocessing is None
+    judged.save(tmp_path / "e.json")
+    assert "grey repeated in three channels" in (tmp_path / "e.json").read_text()
+    print_evaluation(judged)
+    assert "grey repeated in three channels" in capsys.readouterr().out

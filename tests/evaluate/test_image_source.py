@@ -10,10 +10,12 @@ import torch
 from PIL import Image
 
 from mezzotint.evaluate.image_source import (
+    GREY_NOTE,
     from_folder,
     from_npz,
     open_image_source,
     open_real_images,
+    repeat_grey,
 )
 
 
@@ -116,3 +118,81 @@ def test_latents_are_refused(tmp_path, size):
     (tmp_path / "latents.json").write_text("{}")
     with pytest.raises(ValueError, match="latents"):
         open_real_images(str(tmp_path), size)
+
+
+def write_grey(folder, dtype=np.uint8, largest=255, suffix="png"):
+    """Write four grey images and return their values, 0...255."""
+    folder.mkdir()
+    values = np.random.default_rng(0).random((4, 12, 12))
+    values[:, 0, 0] = 1
+    for i, image in enumerate(values):
+        stored = image * largest
+        stored = stored if dtype == np.float32 else stored.round()
+        Image.fromarray(stored.astype(dtype)).save(folder / f"{i}.{suffix}")
+    return torch.from_numpy(values)[:, None] * 255
+
+
+@pytest.mark.parametrize(
+    ("dtype", "largest", "suffix", "note"),
+    [
+        (np.uint8, 255, "png", None),
+        (np.uint16, 4095, "png", "grey of 16 bits: full scale 4095"),
+        (np.float32, 1, "tif", "grey of floats: full scale 1"),
+        (np.int32, 255, "tif", "grey of 32 bits: full scale 255"),
+    ],
+)
+def test_a_folder_of_grey_images(tmp_path, dtype, largest, suffix, note):
+    values = write_grey(tmp_path / "grey", dtype, largest, suffix)
+    for channels in (1, 3):
+        source = open_image_source(tmp_path / "grey", channels)
+        pixels = torch.cat(list(source.batches(0, 4)))
+        assert source.channels == 1
+        assert (pixels - values).abs().max() <= 0.6
+        repeated = repeat_grey(source, 3)
+        assert torch.cat(list(repeated.batches(0, 4))).equal(pixels.expand(-1, 3, -1, -1))
+        text = repeated.metadata["preprocessing"]
+        assert text.endswith(GREY_NOTE)
+        assert text.startswith(note or GREY_NOTE)
+        assert repeat_grey(source, 1) is source
+        assert repeat_grey(repeated, 3) is repeated
+
+
+def test_grey_and_colour_are_not_mixed(tmp_path):
+    write_grey(tmp_path / "grey")
+    Image.new("RGB", (12, 12)).save(tmp_path / "grey" / "3.png")
+    with pytest.raises(ValueError, match=r"3\.png has mode RGB; the others are grey"):
+        list(open_image_source(tmp_path / "grey").batches(0, 4))
+
+
+def test_a_resized_grey_dataset_says_that_grey_is_repeated(tmp_path):
+    write_grey(tmp_path / "grey")
+    source = open_real_images(str(tmp_path / "grey"), 8)
+    assert source.metadata["preprocessing"] == f"crop adm to 8 px; {GREY_NOTE}"
+    one = open_real_images(str(tmp_path / "grey"), 8, channels=1)
+    assert one.metadata["preprocessing"] == "crop adm to 8 px"
+    assert next(iter(source.batches(0, 4))).equal(
+        next(iter(one.batches(0, 4))).expand(-1, 3, -1, -1)
+    )
+
+
+def test_stored_images_are_read_upright_and_palettes_as_colour(tmp_path):
+    picture = random_images(1)[0].permute(1, 2, 0).numpy()
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(picture[::-1, ::-1]).save(tmp_path / "a.png", exif=exif)
+    few = Image.fromarray(picture).quantize(8)
+    few.save(tmp_path / "b.png")
+    a, b = torch.cat(list(from_folder(tmp_path).batches(0, 2))).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(a, picture)
+    assert np.array_equal(b, np.asarray(few.convert("RGB")))
+
+
+def test_a_sample_file_of_huge_images_is_refused(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "s.npz", "w") as archive,
+        archive.open("arr_0.npy", "w") as file,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": (2, 1 << 20, 1 << 20, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+    with pytest.raises(ValueError, match="damaged"):
+        from_npz(tmp_path / "s.npz")

@@ -15,6 +15,7 @@ from mezzotint.core.progress import track
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset
 from mezzotint.data.transforms import UnreadableImage
 
+DARK = 32  # of 255
 MAX_LISTED = 20  # names listed in a report's text; the JSON has all
 
 
@@ -23,7 +24,8 @@ class Audit:
     """Counts over the images of a dataset; `summary` is the report.
 
     unreadable: name -> reason. sizes: (width, height) as stored. upscaled: images whose short
-    side is below `size`. same_pixels: hash of the pixels -> image indices.
+    side is below `size`. dark: images that use less than 1/8 of the range. same_pixels: hash of the
+    pixels -> image indices.
     """
 
     size: int
@@ -34,6 +36,7 @@ class Audit:
     classes: Counter[str] = field(default_factory=Counter)
     captions: int = 0
     upscaled: int = 0
+    dark: int = 0
     same_pixels: dict[bytes, list[int]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, dataset: ImageDataset, i: int, decoded: DecodedImage | UnreadableImage) -> None:
@@ -49,6 +52,7 @@ class Audit:
         label = dataset.label(i)
         if dataset.label_names is not None:
             self.classes["no label" if label is None else dataset.label_names[label]] += 1
+        self.dark += bool(decoded.pixels.max() < DARK)
         pixels = decoded.pixels.tobytes()
         self.same_pixels[hashlib.blake2b(pixels, digest_size=16).digest()].append(i)
 
@@ -71,6 +75,7 @@ class Audit:
             "original_width": _spread(width for width, _ in sizes),
             "original_height": _spread(height for _, height in sizes),
             "upscaled": self.upscaled,
+            "dark": self.dark,
             "modes": dict(self.modes.most_common()),
             "duplicates": [[dataset.name(i) for i in group] for group in groups],
             "duplicates_with_other_labels": [
@@ -158,6 +163,11 @@ def list_problems(summary: dict[str, Any]) -> list[str]:
     if summary["upscaled"]:
         problems.append(
             f"{summary['upscaled']:,} images are smaller than the chosen size and were enlarged"
+        )
+    if summary["dark"]:
+        problems.append(
+            f"{summary['dark']:,} images use less than 1/8 of the range; is white another value in "
+            "them (see --full-scale)?"
         )
     counts = {name: n for name, n in summary["classes"].items() if name != "no label"}
     if counts and max(counts.values()) > 10 * min(counts.values()):

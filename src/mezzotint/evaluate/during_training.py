@@ -19,7 +19,7 @@ from mezzotint.config import Evaluate, Recipe
 from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
 from mezzotint.evaluate.evaluate import check_reference, evaluate, make_protocol
 from mezzotint.evaluate.features import FeatureSet, open_features
-from mezzotint.evaluate.image_source import ImageSource, from_job
+from mezzotint.evaluate.image_source import ImageSource, from_job, repeat_grey
 from mezzotint.evaluate.references import Reference, read_reference
 from mezzotint.evaluate.results import Evaluation, load_evaluation
 from mezzotint.models import build_model, preset_info
@@ -59,7 +59,8 @@ def make_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None = None) -> 
             if opened is None:
                 device = next(model.parameters()).device
                 opened = open_features(settings.features, settings.weights, device)
-            return list(opened), _stop_early(_sample_source(settings, model), stopping)
+            source = repeat_grey(_sample_source(settings, model), opened[0].channels)
+            return list(opened), _stop_early(source, stopping)
 
         opened, source = all_ranks(prepare)
         evaluation = on_rank0(lambda: _load_finished(path, pieces, source, opened, reference))
@@ -111,7 +112,8 @@ def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Refere
     is_pixel_model = info.codec == "pixels"
     check_reference(sets, reference, (info.config.size,) * 2 if is_pixel_model else None)
     for s in sets:
-        if is_pixel_model and s.channels != info.config.channels:
+        # Grey is repeated in three channels.
+        if is_pixel_model and s.channels < info.config.channels:
             raise ValueError(
                 f"features {s.name!r} need images of {s.channels} channels, {preset} generates "
                 f"{info.config.channels}; choose other evaluate.features"

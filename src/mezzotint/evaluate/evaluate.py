@@ -18,7 +18,7 @@ from mezzotint.core.registry import suggest
 from mezzotint.evaluate.bootstrap import bootstrap
 from mezzotint.evaluate.extract import extract_features
 from mezzotint.evaluate.features import FeatureSet, compute_features
-from mezzotint.evaluate.image_source import ImageSource
+from mezzotint.evaluate.image_source import ImageSource, repeat_grey
 from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.memorization import Memorization, measure_memorization, save_neighbour_sheet
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
@@ -93,7 +93,7 @@ def evaluate(
 
     # Checked before any network runs, so that a reference that does not fit costs no time.
     def check() -> tuple[ImageSource, Protocol]:
-        sized = _with_resolution(source)
+        sized = repeat_grey(_with_resolution(source), sets[0].channels)
         for real in (reference, heldout):
             if real is not None:
                 check_reference(sets, real, sized.resolution)
@@ -128,7 +128,8 @@ def _with_resolution(source: ImageSource) -> ImageSource:
     if source.resolution is not None or source.num_images < 2:
         return source
     images = next(iter(source.batches(0, 2)))
-    return dataclasses.replace(source, resolution=(int(images.shape[2]), int(images.shape[3])))
+    _, channels, height, width = images.shape
+    return dataclasses.replace(source, resolution=(height, width), channels=channels)
 
 
 def _compute_numbers(
@@ -277,7 +278,7 @@ def evaluate_memorization(
     """
     features = [
         compute_features([feature_set], x.batches(0, x.num_images))[feature_set.name]
-        for x in (source, train, heldout)
+        for x in (repeat_grey(x, feature_set.channels) for x in (source, train, heldout))
     ]
     result = measure_memorization(*features, quantile=quantile)
     if sheet is not None:

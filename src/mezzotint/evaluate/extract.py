@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.distributed import all_ranks, gather_to_rank0, get_rank, get_world_size
+from mezzotint.core.npz_files import read_npz, write_npz
 from mezzotint.core.progress import ProgressBar
 from mezzotint.evaluate.features import NETWORK_BATCH, FeatureSet, compute_features
 from mezzotint.evaluate.image_source import ImageSource
-from mezzotint.evaluate.npz_files import read_npz, write_npz
 
 MAX_PIECE_IMAGES = 512
 MIN_PIECES = 64  # so that many ranks have work, as long as a piece fills a network batch

@@ -6,6 +6,8 @@ ranks, interrupted, and resumed.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -19,15 +21,20 @@ from PIL import Image
 from torch import Tensor
 
 from mezzotint.core.files import read_json, sha256_of_file
+from mezzotint.core.npz_files import DAMAGE, open_npy_member
 from mezzotint.core.registry import Spec
+from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
+from mezzotint.data.full_scale import grey_kind, measure_full_scale
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images, split_suffix
-from mezzotint.data.sources import open_files
+from mezzotint.data.sources import FileSource, open_files
 from mezzotint.data.stores import FolderStore, ZipStore
 from mezzotint.data.tables import CARD
-from mezzotint.evaluate.npz_files import DAMAGE, open_npy_member
+from mezzotint.data.transforms import to_array, to_mode
 from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
 
 READ_BATCH = 64  # images decoded at a time
+READ_BYTES = 256 << 20  # of their pixels
+GREY_NOTE = "grey repeated in three channels"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,7 @@ class ImageSource:
 
     name: for print. num_images: how many.
     resolution: (height, width), None if it is unknown before the first image is drawn.
+    channels: 1 or 3, None if it is unknown.
     batches: (start, stop) -> tensors (b, channels, h, w) of images start ... stop - 1 in order,
         uint8 or float in [0, 1].
     metadata: how the images were made as far as known, by field of `results.Protocol`.
@@ -45,6 +53,7 @@ class ImageSource:
     name: str
     num_images: int
     resolution: tuple[int, int] | None
+    channels: int | None = None
     batches: Callable[[int, int], Iterable[Tensor]] = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
     identity: str | None = None
@@ -61,22 +70,34 @@ def from_dataset(images: ImageDataset, name: str, num_images: int | None = None)
         raise ValueError(f"{count} images requested of {name}; it has {len(images)}")
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
-        for first in range(start, stop, READ_BATCH):
+        for part in _parts(start, stop, images.channels * images.size**2):
             # Even spacing, since datasets are often sorted by class.
-            last = min(stop, first + READ_BATCH)
-            yield images.batch([i * len(images) // count for i in range(first, last)])[0]
+            yield images.batch([i * len(images) // count for i in part])[0]
 
+    notes = [GREY_NOTE] if images.channels == 3 and _all_grey(images) else []
     return ImageSource(
         name=name,
         num_images=count,
         resolution=(images.size, images.size),
+        channels=images.channels,
         batches=batches,
         metadata={
-            "preprocessing": f"crop {images.crop} to {images.size} px",
+            "preprocessing": "; ".join([f"crop {images.crop} to {images.size} px", *notes]),
             "uint8_rule": "as stored",
         },
         identity=images.fingerprint if count == len(images) else f"{images.fingerprint} {count}",
     )
+
+
+def _all_grey(images: ImageDataset) -> bool:
+    """Return whether all of a few images, evenly spaced, are stored as grey."""
+    modes = []
+    for i in range(0, len(images), max(1, len(images) // 16)):
+        with contextlib.suppress(UnreadableImage):
+            stored = images.source.read(i)
+            is_array = isinstance(stored, np.ndarray)
+            modes.append(len(stored) == 1 if is_array else _is_grey(stored))
+    return bool(modes) and all(modes)
 
 
 def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
@@ -120,62 +141,108 @@ def _read_card_metadata(path: Path, num_images: int) -> dict[str, Any]:
 def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     """Return every image in a folder or .zip, sorted by name, without resize or crop.
 
-    The folder's card.json is read if `mezzotint sample` wrote one.
+    They are all of colour, or all grey: then of one channel, see `repeat_grey`. Grey of more than 8
+    bits is scaled as in `mezzotint.data.full_scale`. The folder's card.json is read if `mezzotint
+    sample` wrote one.
+
+    Args:
+        channels: 1 refuses images of colour.
 
     Errors: ValueError for fewer than two images, for images of different sizes, and for one that is
-    damaged or does not have `channels` channels.
+        damaged, transparent, or grey among others of colour.
     """
     path = Path(folder).expanduser()
     store = ZipStore(path) if path.suffix.lower() == ".zip" else FolderStore(path)
     files = open_files(store, "all")
     if len(files) < 2:
         raise ValueError(f"{folder} holds {len(files)} images; at least two are needed")
-    modes = {3: ("RGB",), 1: ("L", "1")}[channels]
-    first = files.read(0)
-    size = (first.height, first.width)
+    full_scale = measure_full_scale(files.read, len(files))
+    is_grey = channels == 1 or _is_grey(_read(files, 0))
 
-    def read_pixels(i: int) -> Tensor:
-        try:
-            image = files.read(i)
-        except ValueError as error:
-            raise ValueError(f"{files.name(i)} cannot be read: {error}") from error
-        if (image.height, image.width) != size:
+    def read_pixels(i: int) -> np.ndarray:
+        image = _read(files, i)
+        if is_grey != _is_grey(image):
             raise ValueError(
-                f"{files.name(i)} is {image.width} x {image.height} pixels, {files.name(0)} is "
+                f"{files.name(i)} has mode {image.mode}; the others are "
+                f"{'grey' if is_grey else 'of colour'}; give images of one kind"
+            )
+        return to_array(to_mode(image, 1 if is_grey else 3, full_scale))
+
+    size = read_pixels(0).shape[1:]
+
+    def read_checked(i: int) -> Tensor:
+        pixels = read_pixels(i)
+        if pixels.shape[1:] != size:
+            height, width = pixels.shape[1:]
+            raise ValueError(
+                f"{files.name(i)} is {width} x {height} pixels, {files.name(0)} is "
                 f"{size[1]} x {size[0]}; give images of one size (mezzotint prepare resizes them)"
             )
-        return torch.from_numpy(_to_array(image, modes, files.name(i)))
+        return torch.from_numpy(pixels)
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
-        for begin in range(start, stop, READ_BATCH):
-            yield torch.stack([read_pixels(i) for i in range(begin, min(stop, begin + READ_BATCH))])
+        for part in _parts(start, stop, 3 * size[0] * size[1]):
+            yield torch.stack([read_checked(i) for i in part])
 
+    metadata = _read_card_metadata(path / "card.json", len(files))
     return ImageSource(
         name=str(folder),
         num_images=len(files),
-        resolution=size,
+        resolution=(size[0], size[1]),
+        channels=1 if is_grey else 3,
         batches=batches,
-        metadata=_read_card_metadata(path / "card.json", len(files)),
+        metadata=_add_preprocessing(metadata, *full_scale.notes),
         identity=files.identity(),
     )
 
 
-def _to_array(image: Image.Image, modes: tuple[str, ...], name: str) -> np.ndarray:
-    """Return the pixels, (channels, h, w) uint8, unchanged; ValueError for another mode."""
+def _read(files: FileSource, i: int) -> Image.Image:
+    """Return an image with its pixels; ValueError, naming it, if it is damaged or transparent."""
     try:
-        if image.mode == "RGBA" and np.asarray(image)[..., 3].min() == 255:
-            image = image.convert("RGB")  # fully opaque: the alpha channel hides nothing
-        if image.mode not in modes:
-            is_grey = image.mode in ("L", "1", "LA")
-            advice = "; convert grey images to RGB first" if is_grey else ""
-            raise ValueError(
-                f"{name} has mode {image.mode}; the feature network needs {' or '.join(modes)}"
-                f"{advice}"
-            )
-        array = np.array(image.convert("L") if modes[0] == "L" else image)
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
-    return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+        image = load_image(files.read(i))
+    except UnreadableImage as error:
+        raise ValueError(f"{files.name(i)} cannot be read: {error}") from error
+    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+        raise ValueError(
+            f"{files.name(i)} has mode {image.mode} and is transparent; put the images on a "
+            "background first (mezzotint prepare takes white)"
+        )
+    return image
+
+
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA") or grey_kind(image) is not None
+
+
+def _parts(start: int, stop: int, image_bytes: int) -> Iterator[range]:
+    """Yield start ... stop - 1 in ranges of at most READ_BATCH images and about READ_BYTES."""
+    count = max(1, min(READ_BATCH, READ_BYTES // image_bytes))
+    for first in range(start, stop, count):
+        yield range(first, min(stop, first + count))
+
+
+def _add_preprocessing(metadata: dict[str, Any], *notes: str) -> dict[str, Any]:
+    """Return the metadata with notes added to its preprocessing."""
+    given = metadata.get("preprocessing")
+    parts = [*([given] if given and given != "none" else []), *notes]
+    return metadata | {"preprocessing": "; ".join(parts)} if parts else metadata
+
+
+def repeat_grey(source: ImageSource, channels: int) -> ImageSource:
+    """Return grey images in three channels, and say so, if the features need three `channels`.
+
+    Other images are returned unchanged.
+    """
+    if (source.channels, channels) != (1, 3):
+        return source
+    return dataclasses.replace(
+        source,
+        channels=3,
+        batches=lambda start, stop: (
+            images.expand(-1, 3, -1, -1) for images in source.batches(start, stop)
+        ),
+        metadata=_add_preprocessing(source.metadata, GREY_NOTE),
+    )
 
 
 def from_npz(file: str | Path) -> ImageSource:
@@ -192,16 +259,19 @@ def from_npz(file: str | Path) -> ImageSource:
             "1 or 3)"
         )
     num_images, height, width, channels = shape
+    image_bytes = height * width * channels
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(
+            f"{file}: arr_0 holds images of {width} x {height} pixels; they have 1...{MAX_PIXELS:,}"
+        )
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
-        image_bytes = height * width * channels
         with open_npy_member(file, "arr_0") as (stream, *_):
             try:
                 stream.seek(stream.tell() + start * image_bytes)
-                for begin in range(start, stop, READ_BATCH):
-                    count = min(stop, begin + READ_BATCH) - begin
-                    data = np.frombuffer(stream.read(count * image_bytes), np.uint8)
-                    rows = data.reshape(count, height, width, channels)
+                for part in _parts(start, stop, image_bytes):
+                    data = np.frombuffer(stream.read(len(part) * image_bytes), np.uint8)
+                    rows = data.reshape(len(part), height, width, channels)
                     yield torch.from_numpy(rows.transpose(0, 3, 1, 2).copy())
             except DAMAGE as error:
                 raise ValueError(f"{file}: arr_0 is damaged ({error})") from error
@@ -210,6 +280,7 @@ def from_npz(file: str | Path) -> ImageSource:
         name=str(file),
         num_images=num_images,
         resolution=(height, width),
+        channels=channels,
         batches=batches,
         metadata=_read_card_metadata(Path(f"{file}.json"), num_images),
         identity=sha256_of_file(file),
@@ -223,6 +294,7 @@ def from_samples(
     metadata: dict[str, Any],
     identity: str | None = None,
     batch: int = 64,
+    channels: int | None = None,
 ) -> ImageSource:
     """Return a model's samples.
 
@@ -231,6 +303,7 @@ def from_samples(
         metadata: how they are made (seeds, sampler, steps, ...), by field of `results.Protocol`.
         identity: of the model and its settings; None: an evaluation cannot be resumed.
         batch: images per call of `draw`.
+        channels: 1 or 3, if it is known.
     """
 
     def batches(start: int, stop: int) -> Iterator[Tensor]:
@@ -241,6 +314,7 @@ def from_samples(
         name=name,
         num_images=num_images,
         resolution=None,
+        channels=channels,
         batches=batches,
         metadata=metadata,
         identity=identity,
@@ -265,6 +339,7 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
         metadata=read_metadata(card, num_images),
         identity=hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest(),
         batch=job.settings.batch,
+        channels=job.model.info.config.channels if job.codec == "pixels" else 3,
     )
 
 

@@ -18,15 +18,16 @@ from torch import Tensor
 
 from mezzotint import __version__
 from mezzotint.core.files import sha256_of_file
+from mezzotint.core.npz_files import npz_names, read_npz, write_npz
 from mezzotint.core.rng import philox
 from mezzotint.evaluate.features import FeatureSet, compute_features, stream_features
-from mezzotint.evaluate.image_source import ImageSource, from_npz
+from mezzotint.evaluate.image_source import ImageSource, from_npz, repeat_grey
 from mezzotint.evaluate.inception import TAPS
 from mezzotint.evaluate.metrics import Gaussian, Moments
-from mezzotint.evaluate.npz_files import npz_names, read_npz, write_npz
 from mezzotint.evaluate.safe_pickle import load_arrays
 
 FORMAT = 1
+MAX_REFERENCE_BYTES = 2 << 30  # of statistics and features
 KEPT_FEATURES = 10_000  # as many real images as ADM's precision and recall use
 # Package -> suffix of its feature set's name, which stands for its resize.
 REFERENCE_SOURCES = {"adm": "", "edm": "", "pytorch-fid": ":pytorch", "clean-fid": ":clean"}
@@ -126,6 +127,7 @@ def make_reference(
         raise ValueError(
             f"{source.name} has {source.num_images} images; a reference needs at least two"
         )
+    source = repeat_grey(source, sets[0].channels)
     chosen = np.sort(philox("resample", seed, 0, draw=2).permutation(source.num_images)[:keep])
     totals: dict[str, Moments] = {}
     kept: dict[str, list[np.ndarray]] = {s.name: [] for s in sets}
@@ -166,7 +168,7 @@ def complete_reference(reference: Reference, sets: Sequence[FeatureSet]) -> Refe
     missing = [s for s in sets if s.name not in reference.features]
     if not reference.has_images or not missing:
         return reference
-    source = from_npz(reference.name)
+    source = repeat_grey(from_npz(reference.name), missing[0].channels)
     computed = compute_features(missing, source.batches(0, source.num_images))
     statistics = dict(reference.statistics)
     for name, features in computed.items():
@@ -237,7 +239,8 @@ def read_reference(path: str | Path, reference_source: str | None = None) -> Ref
         return build("edm2", _read_edm2(path))
     names = npz_names(path)
     has_images = "arr_0" in names
-    arrays = read_npz(path, [name for name in names if not name.startswith("arr_")])
+    others = [name for name in names if not name.startswith("arr_")]
+    arrays = read_npz(path, others, MAX_REFERENCE_BYTES)
     if "card" in arrays:
         statistics, features, metadata = _parse_own(path, arrays)
         return build("mezzotint", statistics, features=features, metadata=metadata)

@@ -1,7 +1,9 @@
-"""Arrays in .npz files: read without unpickling anything, written atomically."""
+"""Arrays in .npz files: sizes are checked before anything is read, and nothing is unpickled."""
 
 from __future__ import annotations
 
+import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,7 +16,12 @@ import numpy as np
 from mezzotint.core.files import atomic_open
 
 # What zipfile and numpy raise for a damaged archive.
-DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    lzma.LZMAError,
+)  # fmt: skip
+# An array of more than BOMB_BYTES that unpacks to more than BOMB_RATIO times its size is refused.
+BOMB_BYTES, BOMB_RATIO = 64 << 20, 100
 
 
 @contextmanager
@@ -26,12 +33,14 @@ def open_npy_member(
     Returns:
         The stream, the shape, the dtype, and whether the array is in Fortran order.
 
-    Errors: ValueError for a damaged file, a missing array, or pickled objects (never unpickled).
+    Errors: ValueError for a damaged file, a missing array, pickled objects (never unpickled), a
+        size other than its header's, and one that unpacks to far more than the file.
     """
     with ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(file))
-            stream = stack.enter_context(archive.open(f"{key}.npy"))
+            member = archive.getinfo(f"{key}.npy")
+            stream = stack.enter_context(archive.open(member))
             version = np.lib.format.read_magic(stream)
             read_header = (
                 np.lib.format.read_array_header_1_0
@@ -43,6 +52,17 @@ def open_npy_member(
             raise ValueError(f"{file} is damaged or has no array {key!r} ({error})") from error
         if dtype.hasobject:
             raise ValueError(f"{file}: array {key!r} holds pickled objects; refused")
+        declared, held = math.prod(shape) * dtype.itemsize, member.file_size - stream.tell()
+        if declared != held or min(shape, default=0) < 0:
+            raise ValueError(
+                f"{file}: {key} is damaged; its shape {shape} takes {declared:,} bytes, it holds "
+                f"{held:,}"
+            )
+        if held > max(BOMB_BYTES, BOMB_RATIO * member.compress_size):
+            raise ValueError(
+                f"{file}: {key} unpacks to {held:,} bytes, over {BOMB_RATIO} times its size in the "
+                "file; refused. If you trust it, save it with numpy.savez, which does not compress"
+            )
         yield stream, shape, dtype, fortran_order
 
 
@@ -51,12 +71,26 @@ def npz_names(file: str | Path) -> list[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             return sorted(name.removesuffix(".npy") for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise ValueError(f"{file} is not a complete .npz file ({error})") from error
 
 
-def read_npz(file: str | Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Read arrays of a .npz by name; errors as in `open_npy_member`."""
+def read_npz(
+    file: str | Path, names: Iterable[str], max_bytes: int | None = None
+) -> dict[str, np.ndarray]:
+    """Read arrays of a .npz by name; errors as in `open_npy_member`.
+
+    Args:
+        max_bytes: of all these arrays together; ValueError where they take more.
+    """
+    names = list(names)
+    if max_bytes is not None:
+        total = 0
+        for name in names:
+            with open_npy_member(file, name) as (_, shape, dtype, _order):
+                total += math.prod(shape) * dtype.itemsize
+        if total > max_bytes:
+            raise ValueError(f"{file} holds arrays of {total:,} bytes; at most {max_bytes:,}")
     arrays: dict[str, np.ndarray] = {}
     for name in names:
         with open_npy_member(file, name) as (stream, shape, dtype, fortran_order):
