@@ -218,6 +218,19 @@ def test_memory_of_the_largest_images():
     assert int(done.stdout) < 1200
 
 
+@pytest.mark.parametrize("pixels", [True, False])
+def test_an_npz_that_expands_is_refused_before_it_is_read(tmp_path, pixels):
+    arrays = {"arr_0": np.zeros((1 << 20, 8, 8, 3), np.uint8)}
+    if not pixels:
+        arrays = {"train_blob": arrays["arr_0"].ravel(), "train_offsets": np.array([0, 1 << 20])}
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
+        for name, array in arrays.items():
+            with file.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, array)
+    with pytest.raises(ValueError, match="unpacks to 201,326,592 bytes, over 100 times"):
+        open_images(tmp_path / "a.npz", size=8)
+
+
 # --- kinds that are not read ---------------------------------------------------------------------
 
 

@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from mezzotint.core.files import atomic_open
+from mezzotint.core.files import CHUNK_BYTES, atomic_open
 
 # What zipfile and numpy raise for a damaged archive.
 DAMAGE = (
@@ -27,7 +27,7 @@ BOMB_BYTES, BOMB_RATIO = 64 << 20, 100
 @contextmanager
 def open_npy_member(
     file: str | Path, key: str
-) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
+) -> Iterator[tuple[zipfile.ZipExtFile, tuple[int, ...], np.dtype[Any], bool]]:
     """Open one array of a .npz as a stream placed after its header.
 
     Returns:
@@ -95,8 +95,12 @@ def read_npz(
     for name in names:
         with open_npy_member(file, name) as (stream, shape, dtype, fortran_order):
             try:
-                values = np.frombuffer(stream.read(), dtype)
-                arrays[name] = values.reshape(shape, order="F" if fortran_order else "C").copy()
+                values = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+                view, done = memoryview(values), 0
+                while count := stream.readinto(view[done : done + CHUNK_BYTES]):
+                    done += count
+                order = "F" if fortran_order else "C"
+                arrays[name] = values.view(dtype).reshape(shape, order=order)
             except DAMAGE as error:
                 raise ValueError(f"{file}: array {name!r} is damaged ({error})") from error
     return arrays

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from mezzotint.core.files import read_json
+from mezzotint.core.npz_files import npz_names, read_npz
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.sources import decode_image, hash_parts, split_indices
 from mezzotint.data.transforms import UnreadableImage
@@ -312,8 +313,7 @@ class NpzSource:
 
 @functools.lru_cache(maxsize=4)
 def _npz(path: str, modified_ns: int) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    return read_npz(path, npz_names(path))
 
 
 def open_npz(path: Path, split: str | None) -> NpzSource:
