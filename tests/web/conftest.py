@@ -206,10 +206,11 @@ def server(training, tmp_path_factory):
 
 
 @pytest.fixture
-def guarded(browser, tmp_path):
+def guarded(browser, tmp_path, monkeypatch):
     """A studio with a password."""
     save_tiny(tmp_path / "good", 0)
-    running = Server(tmp_path, str(tmp_path / "good"), "--auth", "rembrandt:rocker")
+    monkeypatch.setenv("MEZZOTINT_STUDIO_PASSWORD", "rocker")
+    running = Server(tmp_path, str(tmp_path / "good"), "--auth", "rembrandt")
     yield running
     running.end()
 

@@ -78,6 +78,14 @@ def fetched(request, seconds: float = 30) -> str:
         return answer.read().decode()
 
 
+def refused(request) -> tuple[int, str, bytes]:
+    """Return status, headers and body of an answer that is an error."""
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=30)
+    with error.value as answer:
+        return answer.code, str(answer.headers), answer.read()
+
+
 def values(**changes) -> list:
     """Return the arguments of `generate` in the order of the form."""
     form = {"model": "good", "label": "every class in turn", "prompts": "", "seeds": "0"}
@@ -350,6 +358,24 @@ REFUSED = [
     {"model": "text", "prompts": "red\n" * 17},
     {"model": "text", "guidance": 3},
     {"model": "no-encoder", "prompts": "red"},
+    {"model": ["good"]},
+    {"model": {"good": 1}},
+    {"model": None},
+    {"steps": [2]},
+    {"steps": True},
+    {"steps": "1e999"},
+    {"steps": 10**200},
+    {"label": ["0"]},
+    {"label": {"a": 0}},
+    {"label": True},
+    {"seeds": ["0"]},
+    {"prompts": {"a": "b"}},
+    {"guidance": [1]},
+    {"size": [16]},
+    {"sampler": ["ddim"]},
+    {"sampler": 3},
+    {"curve": ["constant"], "guidance": 2},
+    {"power": "x", "curve": "power-cosine", "guidance": 2},
 ]
 
 
@@ -357,6 +383,11 @@ REFUSED = [
 def test_a_bad_request_is_refused_over_http(server, changes):
     answer = call(server, values(**changes))
     assert "event: error" in answer
+    # A sentence, no bare failure of a type.
+    said = json.loads(answer.rpartition("data: ")[2])["error"]
+    assert said
+    assert "TypeError" not in said
+    assert len(said) < 500
     assert "root:" not in answer
     assert "data:image" not in answer
 
@@ -371,25 +402,31 @@ def log_in(page, password: str) -> None:
     page.get_by_role("button", name="Login").click()
 
 
-def test_a_page_with_a_password(guarded, browser):
+def test_a_page_with_a_password(guarded, browser, shot):
+    first = fetched(guarded.url)
+    assert "password" in first
+    assert not any(word in first for word in ("good", "gradio", "rose", "ddim"))
     generate_request = urllib.request.Request(
         f"{guarded.url}/gradio_api/call/generate",
         json.dumps({"data": values()}).encode(),
         headers={"Content-Type": "application/json"},
     )
-    for request in (generate_request, f"{guarded.url}/config", f"{guarded.url}/gradio_api/info"):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(request, timeout=10)
-        assert error.value.code == 401
-    page = browser.new_page()
+    paths = ("/config", "/gradio_api/info", "/openapi.json", "/gradio_api/app_id", "/theme.css")
+    for request in (generate_request, *(guarded.url + path for path in paths)):
+        assert refused(request)[0] == 401
+    context = browser.new_context()
+    page = context.new_page()
     page.goto(guarded.url)
     log_in(page, "wrong")
     page.get_by_text("Incorrect Credentials").wait_for()
+    shot(page, "login")
     assert page.locator("#generate").count() == 0
     log_in(page, "rocker")
     page.wait_for_selector("#generate", timeout=60_000)
     assert len(generate(page, "0")) == 1
-    page.close()
+    page.goto(f"{guarded.url}/logout")
+    page.get_by_label("password").wait_for()
+    context.close()
 
 
 PATHS = [
@@ -402,15 +439,44 @@ PATHS = [
     "/assets/..%2f..%2f..%2f..%2f..%2fetc%2fpasswd",
     "/gradio_api/proxy=http://example.com/",
     "/gradio_api/upload",
+    "/gradio_api/process_recording",
+    "/openapi.json",
+    "/gradio_api/app_id",
 ]
+
+
+def test_only_this_page_on_this_machine_is_answered(server):
+    stranger = {"Host": "evil.example:7860", "Origin": "http://evil.example:7860"}
+    for headers in (stranger, {"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        for path in ("/", "/config", "/gradio_api/info"):
+            status, answered, _ = refused(
+                urllib.request.Request(server.url + path, headers=headers)
+            )
+            assert status == 403
+            assert "evil" not in answered
+
+
+def test_large_bodies_are_refused_unread(server):
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
+    body = b'{"fn_index": 1, "session_hash": "x", "data": ["' + b"a" * (40 << 20) + b'"]}'
+    request = urllib.request.Request(
+        f"{server.url}/gradio_api/queue/join", body, headers={"Content-Type": "application/json"}
+    )
+    # An answer of 413, or the connection closed while sending.
+    with pytest.raises(OSError) as error:
+        fetched(request)
+    if isinstance(error.value, urllib.error.HTTPError):
+        assert error.value.code == 413
+        error.value.close()
+    assert process.memory_info().rss - before < 20 << 20
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_no_path_is_opened(server, path):
-    with pytest.raises(urllib.error.HTTPError) as error:
-        urllib.request.urlopen(server.url + path, timeout=10)
-    assert 400 <= error.value.code < 500
-    assert b"root:" not in error.value.read()
+    status, _, body = refused(server.url + path)
+    assert 400 <= status < 500
+    assert b"root:" not in body
 
 
 def test_a_photo_is_no_path_or_address(server):

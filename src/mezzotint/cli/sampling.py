@@ -244,7 +244,8 @@ def serve(
     Args:
         sources: Run folders, model folders or hub names.
         port: By default a free one from 7860 upwards.
-        auth: user:password that visitors must give.
+        auth: Name that visitors must give, with the password in $MEZZOTINT_STUDIO_PASSWORD or asked
+            for here; or name:password, which other users of this machine can see.
     """
     from mezzotint.web.app import serve as run
 

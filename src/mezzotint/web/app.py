@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mezzotint.core.console import echo
-from mezzotint.web import compare_tab, generate_tab, understand_tab, watch_tab
+from mezzotint.web import compare_tab, generate_tab, guard, understand_tab, watch_tab
 from mezzotint.web.studio import Studio, open_studio
 
+HOST, FIRST_PORT = "127.0.0.1", 7860
 COPPER = (
     "#fdf5f0",
     "#fae6db",
@@ -26,30 +29,6 @@ COPPER = (
 )
 SANS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONOSPACE = ("ui-monospace", "Menlo", "Consolas", "monospace")
-
-
-class BlockFileRoutes:
-    """Starlette middleware that closes Gradio's file routes, which no component here uses."""
-
-    blocked = tuple(
-        f"/gradio_api/{name}" for name in ("upload", "file", "proxy", "stream", "deep_link")
-    )
-
-    def __init__(self, app: Any):
-        self.app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer 404 on the blocked routes and pass everything else on."""
-        if scope["type"] != "http" or not scope["path"].startswith((*self.blocked, "/file")):
-            return await self.app(scope, receive, send)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": 404,
-                "headers": [(b"content-type", b"text/plain")],
-            }
-        )
-        await send({"type": "http.response.body", "body": b"this page serves no files"})
 
 
 def import_gradio() -> Any:
@@ -103,49 +82,84 @@ def build_page(studio: Studio) -> Any:
                 understand_tab.understand_tab(studio)
             with gr.Tab("Compare"):
                 compare_tab.compare_tab(studio)
+    # Gradio's own check of a number ends in a TypeError for another type; `web.request` says a
+    # sentence and knows the bounds.
+    for block in page.blocks.values():
+        if isinstance(block, gr.Number | gr.Slider):
+            block.preprocess = lambda payload: payload
     return page.queue(max_size=studio.limits.queue_length, default_concurrency_limit=2)
 
 
-def launch(studio: Studio, port: int | None, auth: str = "", block: bool = True) -> Any:
-    """Serve the page on 127.0.0.1 only, and return it.
+def make_app(studio: Studio, credentials: guard.Credentials | None = None) -> Any:
+    """Return the page as an ASGI application behind `guard.Guard`.
 
     Args:
-        port: None takes a free one from 7860 upwards.
-        auth: "user:password", or empty for none.
-        block: return only when the server ends.
-
-    Errors: ValueError for an `auth` without a colon; OSError for a port in use.
+        credentials: what visitors must give; None lets everyone in.
     """
-    name, _, password = auth.partition(":")
-    if auth and not (name and password):
-        raise ValueError("auth must be user:password")
-    page = build_page(studio)
-    from starlette.middleware import Middleware  # comes with gradio
+    gr = import_gradio()
+    from fastapi import FastAPI  # comes with gradio
+    from starlette.middleware import Middleware
 
-    page.launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        auth=(name, password) if auth else None,
-        share=False,
+    # Around Gradio's own application, so that the guard is the first to see a request.
+    limits: Any = {"credentials": credentials, "body_bytes": studio.limits.body_bytes}
+    app = FastAPI(openapi_url=None, middleware=[Middleware(guard.Guard, **limits)])
+    page = build_page(studio)
+    page.state_session_capacity = studio.limits.visitors
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        server_name=HOST,
+        show_error=False,
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
-        prevent_thread_lock=not block,
-        quiet=True,
+        run_history=False,
         footer_links=[],
-        app_kwargs={"middleware": [Middleware(BlockFileRoutes)]},
         max_file_size=studio.limits.photo_bytes,
-        state_session_capacity=studio.limits.visitors,
         **make_theme(),
     )
-    return page
+
+
+def open_socket(port: int | None) -> socket.socket:
+    """Return a socket that listens on 127.0.0.1.
+
+    Args:
+        port: None takes the first free one from 7860 upwards.
+
+    Errors: OSError for a port in use.
+    """
+    ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100)
+    for candidate in ports:
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((HOST, candidate))
+            listening.listen(128)
+            return listening
+        except OSError:
+            listening.close()
+    taken = f"port {port} is" if port is not None else f"ports {FIRST_PORT} and 99 more are"
+    raise OSError(f"{taken} in use; give another one with --port")
 
 
 def serve(sources: Sequence[str], port: int | None = None, auth: str = "") -> None:
-    """Open the runs and models, print the page's address, and serve until interrupted."""
+    """Open the runs and models, print the page's address, and serve until interrupted.
+
+    Args:
+        port: see `open_socket`. auth: see `guard.read_credentials`.
+    """
     import_gradio()
+    import uvicorn  # comes with gradio
+
+    credentials = guard.read_credentials(auth)
     studio = open_studio(sources)
-    page = launch(studio, port, auth, block=False)
-    models, runs = (", ".join(names) or "none" for names in (studio.models, studio.runs))
-    echo(f"studio: {page.local_url}  (models: {models}; runs: {runs})")
-    page.block_thread()
+    with open_socket(port) as listening:
+        app = make_app(studio, credentials)
+        models, runs = (", ".join(names) or "none" for names in (studio.models, studio.runs))
+        url = f"http://{HOST}:{listening.getsockname()[1]}"
+        echo(f"studio: {url}  (models: {models}; runs: {runs})")
+        # A browser keeps a request open for as long as its page is shown.
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+        with suppress(KeyboardInterrupt):
+            uvicorn.Server(settings).run(sockets=[listening])

@@ -43,11 +43,13 @@ def gallery(value: str, **options: Any) -> Any:
 
 def label_choices(studio: Studio, name: Any) -> list[str]:
     """Return the class menu of a model. It lists at most 100 unnamed classes; type the others."""
-    num_classes = studio.model(name).info.config.num_classes if name in studio.models else 0
+    known = isinstance(name, str) and name in studio.models
+    num_classes = studio.model(name).info.config.num_classes if known else 0
     if not num_classes:
         return [NO_CLASS]
-    labels = studio.model(name).info.labels or [str(i) for i in range(min(num_classes, 100))]
-    return [ALL_CLASSES, NO_CLASS, *labels]
+    labels = studio.model(name).info.labels or ()
+    unnamed = [str(i) for i in range(len(labels), num_classes)][:100]
+    return [ALL_CLASSES, NO_CLASS, *labels, *unnamed]
 
 
 def model_fields(

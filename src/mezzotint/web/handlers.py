@@ -23,6 +23,7 @@ from mezzotint.web.request import (
     parse_number,
     parse_seed,
     parse_seeds,
+    parse_text,
     with_guidance,
     with_steps,
 )
@@ -56,8 +57,8 @@ def image_titles(job: SamplingJob, seeds: Sequence[int]) -> list[str]:
     if job.prompts:
         names = [job.prompt(seed) for seed in seeds]
     elif labels := job.labels(seeds):
-        known = job.model.info.labels
-        names = [known[i] if known else f"class {i}" for i in labels]
+        known = job.model.info.labels or ()
+        names = [known[i] if i < len(known) else f"class {i}" for i in labels]
     else:
         return [f"seed {seed}" for seed in seeds]
     return [f"seed {seed} · {name}" for seed, name in zip(seeds, names, strict=True)]
@@ -159,7 +160,7 @@ def variations(
     """Yield a strip of one seed under several values of a setting, "guidance" or "steps"."""
     job, limits = make_job(studio, request), studio.limits
     seed = parse_seed(seed)
-    texts = str(values)[:200].replace(",", " ").split()
+    texts = parse_text("values", values, 200).replace(",", " ").split()
     if not 1 <= len(texts) <= limits.images:
         raise ValueError(f"write 1 to {limits.images} values, such as 1, 1.5, 2, 4")
     if setting == "guidance":

@@ -57,8 +57,8 @@ class Request:
 def parse_number(name: str, value: Any, low: float, high: float) -> float:
     """Return a number in [low, high]; ValueError names the field otherwise."""
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not low <= number <= high:
         raise ValueError(f"{name} {str(value)[:40]!r} must be a number from {low:g} to {high:g}")
@@ -73,6 +73,17 @@ def parse_integer(name: str, value: Any, low: int, high: int) -> int:
     return int(number)
 
 
+def parse_text(name: str, value: Any, chars: int = 400) -> str:
+    """Return what a text field holds, without outer space; ValueError for another type.
+
+    Args:
+        chars: at most; the rest is cut off.
+    """
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int | float)):
+        raise ValueError(f"{name} {str(value)[:40]!r} must be text")
+    return "" if value is None else str(value)[:chars].strip()
+
+
 def parse_seed(value: Any) -> int:
     """Return one seed from a number field."""
     return parse_integer("seed", value, 0, 2**53)  # larger ones are not exact in a browser
@@ -81,7 +92,7 @@ def parse_seed(value: Any) -> int:
 def parse_seeds(text: Any, limits: Limits) -> list[int]:
     """Return the seeds of "3", "0-7" or "1, 5, 9", at most `limits.images`."""
     seeds: list[int] = []
-    for part in re.split(r"[,\s]+", str(text)[:400].strip()):
+    for part in re.split(r"[,\s]+", parse_text("seeds", text)):
         match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", part)
         if not match:
             raise ValueError(
@@ -98,7 +109,7 @@ def parse_seeds(text: Any, limits: Limits) -> list[int]:
 
 def parse_classes(model: Model, label: Any) -> tuple[int, ...]:
     """Return the classes to choose from; image i gets number i mod their count, none if empty."""
-    text = str(label if label is not None else "").strip()[:400]
+    text = parse_text("class", label)
     num_classes = model.info.config.num_classes
     if text in ("", ALL_CLASSES):
         return tuple(range(num_classes))
@@ -120,10 +131,10 @@ def parse_prompts(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
     Errors: ValueError also for a model without text conditioning, and for a text encoder that is
         not on this machine.
     """
-    text = str(text if text is not None else "")
+    text = parse_text("prompts", text, limits.prompt_chars + 1)
     if len(text) > limits.prompt_chars:
         raise ValueError(
-            f"the prompts have {len(text):,} characters; at most {limits.prompt_chars:,} fit"
+            f"the prompts are too long; at most {limits.prompt_chars:,} characters fit"
         )
     prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
     if len(prompts) > limits.images:
@@ -167,7 +178,7 @@ def parse_guidance_fields(request: Request) -> Guidance | None:
 
 def parse_input_size(model: Model, text: Any, limits: Limits) -> tuple[int, int] | None:
     """Return (height, width) of the network's input; None is its own."""
-    text = str(text if text is not None else "").strip()[:40]
+    text = parse_text("size", text, 40)
     if not text:
         return None
     size, largest = parse_size(text), limits.enlargement * model.info.config.size
@@ -190,7 +201,7 @@ def make_job(studio: Studio, request: Request, decode: bool = True) -> SamplingJ
     if decode and not pixels:
         check_cached("autoencoder", model.info.codec, find_autoencoder)
     settings = SamplingSettings(
-        sampler=Spec(str(request.sampler)[:40]),
+        sampler=Spec(parse_text("sampler", request.sampler, 40)),
         steps=parse_integer("steps", request.steps, 1, studio.limits.steps),
         guidance=parse_guidance_fields(request),
         size=parse_input_size(model, request.size, studio.limits),

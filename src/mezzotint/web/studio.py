@@ -19,6 +19,7 @@ class Limits:
     images: at once. prompt_chars: of all prompts together. steps: of the sampler.
     enlargement: of the network's own side. seconds: of computing.
     photo_bytes, photo_pixels: of an uploaded photo, encoded and decoded.
+    body_bytes: of a request; a photo in base64 fits.
     queue_length: waiting requests. visitors: whose earlier images are kept. earlier: images kept of
     each visitor.
     """
@@ -30,6 +31,7 @@ class Limits:
     seconds: float = 300.0
     photo_bytes: int = 4 << 20
     photo_pixels: int = 4 << 20
+    body_bytes: int = 6 << 20
     queue_length: int = 64
     visitors: int = 32
     earlier: int = 24
@@ -66,27 +68,28 @@ class Studio:
     runs: dict[str, Path]
     limits: Limits = field(default_factory=Limits)
 
-    def model(self, name: str) -> Model:
+    def model(self, name: object) -> Model:
         """Return the model of that name; ValueError for an unknown one."""
         if not self.models:
             raise ValueError(
                 "no model was given: start with `mezzotint serve RUN` or a model's folder"
             )
-        if name not in self.models:
+        if not isinstance(name, str) or name not in self.models:
             short = str(name)[:80]
             raise ValueError(f"there is no model {short!r}; {suggest(short, self.models)}")
         return self.models[name].latest()
 
-    def run(self, name: str) -> Path:
+    def run(self, name: object) -> Path:
         """Return the run folder of that name; ValueError for an unknown one."""
-        if name not in self.runs:
+        if not isinstance(name, str) or name not in self.runs:
             short = str(name)[:80]
             raise ValueError(f"there is no run {short!r}; {suggest(short, self.runs)}")
         return self.runs[name]
 
     def takes_prompts(self, name: object) -> bool:
         """Return whether the model of that name exists and is conditioned on text."""
-        return name in self.models and "text" in self.models[str(name)].model.info.extra
+        known = isinstance(name, str) and name in self.models
+        return known and "text" in self.models[str(name)].model.info.extra
 
     def models_of(self, *backbones: str) -> list[str]:
         """Return the names of the models with one of these backbones."""

@@ -8,7 +8,7 @@ from typing import Any
 from mezzotint.models import presets
 from mezzotint.web import handlers, html, internals, noise_demo
 from mezzotint.web.generate_tab import QUIET, keep_if_none, network_event
-from mezzotint.web.request import parse_integer, parse_number
+from mezzotint.web.request import parse_integer, parse_number, parse_text
 from mezzotint.web.studio import Studio
 
 # The browser crops the photo to a square of at most 512 pixels and sends only that, as a data URI.
@@ -90,22 +90,27 @@ def add_noise_part(studio: Studio) -> None:
 
     def show_sizes(uri: Any, u: Any, reference: Any) -> str:
         try:
-            image = noise_demo.decode_photo(str(uri or ""), studio.limits)
+            image = noise_demo.decode_photo(parse_photo(uri), studio.limits)
             return noise_demo.render_sizes(image, parse_u(u), parse_reference(reference))
         except ValueError as error:
             return html.problem(str(error))
 
     def show_levels(uri: Any, side: Any) -> str:
         try:
-            if side not in noise_demo.SIDES:
+            number = parse_integer("side", side, 1, max(noise_demo.SIDES))
+            if number not in noise_demo.SIDES:
                 raise ValueError(f"choose one of {noise_demo.SIDES}")
-            image = noise_demo.decode_photo(str(uri or ""), studio.limits)
-            return noise_demo.render_levels(image, side)
+            image = noise_demo.decode_photo(parse_photo(uri), studio.limits)
+            return noise_demo.render_levels(image, number)
         except ValueError as error:
             return html.problem(str(error))
 
     def show_plot(u: Any, reference: Any, names: Any) -> str:
-        return noise_demo.plot_schedules(parse_u(u), parse_reference(reference), list(names or []))
+        try:
+            chosen = [name for name in noise_demo.OTHER_SCHEDULES if name in (names or ())]
+            return noise_demo.plot_schedules(parse_u(u), parse_reference(reference), chosen)
+        except (ValueError, TypeError):
+            return html.problem("u, the reference side and the schedules are those of the page")
 
     latest: dict[str, Any] = {"trigger_mode": "always_last", **QUIET}
     inputs = [photo, u, reference]
@@ -114,6 +119,13 @@ def add_noise_part(studio: Studio) -> None:
     gr.on([component.change for component in inputs], show_levels, inputs, strip, **latest)
     inputs = [u, reference, others]
     gr.on([component.change for component in inputs], show_plot, inputs, plot, **latest)
+
+
+def parse_photo(value: Any) -> str:
+    """Return the data URI of the photo field, empty for no photo."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError("send the bytes of an image; paths and web addresses are not opened")
+    return value or ""
 
 
 def parse_u(value: Any) -> float:
@@ -136,7 +148,7 @@ def add_network_part() -> None:
 
     def show_table(name: Any) -> str:
         try:
-            return internals.network_table(str(name)[:80])
+            return internals.network_table(parse_text("preset", name, 80))
         except ValueError as error:
             return html.problem(str(error))
 

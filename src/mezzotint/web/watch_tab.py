@@ -16,6 +16,7 @@ from mezzotint.train.report import (
     training_plots,
 )
 from mezzotint.web import html
+from mezzotint.web.request import parse_integer
 from mezzotint.web.studio import Studio
 
 REFRESH_SECONDS = 2.0
@@ -94,14 +95,14 @@ def watch_tab(studio: Studio, tab: Any) -> None:
     timer = gr.Timer(REFRESH_SECONDS, active=False)
 
     def refresh(name: Any, position: Any, shown: Any) -> tuple[Any, ...]:
-        run = studio.run(name)
+        run, position = studio.run(name), parse_integer("milestone", position, 0, 10**9)
         version = (name, *run_version(run))
         if version == shown:
             return (gr.skip(),) * 5
         last = max(len(find_grids(run)) - 1, 0)
         # Follow the newest grid, unless the visitor moved the slider to an older one of this run.
         follow = shown is None or shown[0] != name or position >= shown[2] - 1
-        index = last if follow else int(position)
+        index = last if follow else position
         slider = gr.Slider(maximum=max(last, 1), value=index, interactive=last > 0)
         return (
             render_progress(run),
@@ -118,6 +119,6 @@ def watch_tab(studio: Studio, tab: Any) -> None:
     tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
 
     def show_grid(name: Any, position: Any) -> str:
-        return render_grid(studio.run(name), int(position or 0))
+        return render_grid(studio.run(name), parse_integer("milestone", position, 0, 10**9))
 
     milestone.input(show_grid, [name, milestone], grid, trigger_mode="always_last", **quiet)
