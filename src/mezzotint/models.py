@@ -17,13 +17,23 @@ from torch import Tensor
 
 import mezzotint.backbones as backbones
 from mezzotint.core.distributed import default_device
-from mezzotint.core.fields import parse_options
-from mezzotint.core.files import format_bytes, fsync_path, partial_folder, read_json
+from mezzotint.core.fields import parse, parse_options, shorten
+from mezzotint.core.file_hashes import HASHES, add_hashes, check_hashes
+from mezzotint.core.files import (
+    atomic_write,
+    format_bytes,
+    fsync_path,
+    partial_folder,
+    read_json,
+    sha256_of_file,
+)
+from mezzotint.core.files import check_fields, first_line
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSpec,
+    at_most_parameters,
     list_names,
-    read_safetensors_header,
+    open_safetensors,
     save_tensors,
 )
 from mezzotint.process import schedules
@@ -64,30 +74,30 @@ class ModelInfo:
 
     @staticmethod
     def from_json(values: dict[str, Any]) -> ModelInfo:
-        """Return the info of `to_json`'s values; ValueError names an unknown or missing key."""
-        values = dict(values)
+        """Return the info of `to_json`'s values.
+
+        Errors: ValueError for an unknown or missing key, a value of the wrong type or out of range,
+            and for a schedule that cannot be built.
+        """
+        values = {k: v for k, v in values.items() if k != HASHES}
         if values.pop("mezzotint", None) != FORMAT:
-            raise ValueError(
-                f"config.json is not of mezzotint's format {FORMAT}; did another library write it?"
-            )
-        known = [f.name for f in dataclasses.fields(ModelInfo)]
-        for key in values:
-            if key not in known:
-                raise ValueError(f"config.json has an unknown key {key!r}; {suggest(key, known)}")
-        for key in ("backbone", "config", "schedule"):
-            if key not in values:
-                raise ValueError(f"config.json has no key {key!r}")
-        entry = backbones.registry[values["backbone"]]
-        values["config"] = make_config(entry.config, values["config"])
-        values["schedule"] = Spec(**values["schedule"])
-        if values.get("labels") is not None:
-            values["labels"] = tuple(values["labels"])
-        return ModelInfo(**values)
-
-
-def make_config(kind: type, values: dict[str, Any]) -> Any:
-    """Return a config dataclass from JSON values; ValueError lists names similar to a wrong one."""
-    return kind(**_parse_fields(f"config {kind.__name__}", kind, values))
+            raise ValueError(f"not of mezzotint's format {FORMAT}; did another library write it?")
+        info = parse(ModelInfo, values, "")
+        entry = backbones.registry[info.backbone]
+        if not 0 <= info.images < 2**63:
+            raise ValueError(f"images is {info.images}; it must be at least 0")
+        if "text" in info.extra:
+            check_fields(info.extra, {"text": dict})
+            text = {"encoder": str, "encoder_hash": str, "max_tokens": int}
+            check_fields(info.extra["text"], text)
+        info = dataclasses.replace(info, config=parse(entry.config, info.config, "model"))
+        try:
+            middle = build(schedules.registry, info.schedule)(torch.tensor(0.5))
+        except Exception as error:  # any type, for options of any type
+            raise ValueError(f"schedule {shorten(info.schedule)}: {first_line(error)}") from None
+        if not middle.isfinite():
+            raise ValueError(f"schedule {shorten(info.schedule)} is not finite in its middle")
+        return info
 
 
 def _parse_fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,8 +159,24 @@ def get_schedule(model: Model) -> Schedule:
     return build(schedules.registry, model.info.schedule)
 
 
-def tensor_specs(backbone: str, config: Any) -> dict[str, TensorSpec]:
-    """Return dtype and shape of a backbone's state dict, by key, without allocating it."""
+def tensor_specs(
+    backbone: str, config: Any, held: Mapping[str, TensorSpec] | None = None
+) -> dict[str, TensorSpec]:
+    """Return dtype and shape of a backbone's state dict, by key, without allocating it.
+
+    Args:
+        held: tensors of a file; the config is a stranger's then. Building ends as soon as the
+            network has more parameters than the file.
+
+    Errors: with `held`, ValueError for every config that gives no network.
+    """
+    if held is not None:
+        try:
+            backbones.registry[backbone].parameterisation(config)
+            with at_most_parameters(len(held)):
+                return tensor_specs(backbone, config)
+        except Exception as error:  # what a constructor raises for numbers that do not fit
+            raise ValueError(f"no {backbone} has this config: {first_line(error)}") from None
     with torch.device("meta"):
         module = backbones.registry[backbone].module(config)
     return {name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in module.state_dict().items()}
@@ -188,7 +214,7 @@ def save_model(model: Model, folder: str | Path) -> None:
 
     All files are first written and flushed next to the folder. A new folder then appears by one
     rename. In an existing model's folder each file is replaced by one, config.json last, and other
-    files stay.
+    files stay. config.json holds the SHA-256 of its own values and of the weights.
 
     Errors: ValueError if `folder` is a file or holds another library's config.json.
     """
@@ -202,13 +228,15 @@ def save_model(model: Model, folder: str | Path) -> None:
             name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()
         }
         save_tensors(state, partial / WEIGHTS, {"format": "pt"})
-        (partial / CONFIG).write_text(json.dumps(model.info.to_json(), indent=2) + "\n")
+        hashes = [sha256_of_file(partial / WEIGHTS)]
+        (partial / CONFIG).write_text(_config_text(model.info, hashes))
         (partial / README).write_text(readme(model))
         for name in (WEIGHTS, CONFIG, README):
             fsync_path(partial / name)
         if not folder.exists():
             partial.rename(folder)
             return
+        _accept_either(folder, hashes)
         for name in (WEIGHTS, README, CONFIG):  # the last says that the others are of its images
             (partial / name).replace(folder / name)
 
@@ -221,6 +249,20 @@ def saved_images(folder: Path) -> int:
         return int(images) if whole else -1
     except (ValueError, KeyError, TypeError):
         return -1
+
+
+def _accept_either(folder: Path, new: list[str]) -> None:
+    """Let the config.json of a folder that is replaced accept its old weights and the new ones.
+
+    A save that is killed between two files then leaves a folder that loads.
+    """
+    try:
+        values = {k: v for k, v in read_json(folder / CONFIG).items() if k != HASHES}
+        accepted = [sha256_of_file(folder / WEIGHTS), *new]
+    except ValueError:  # no intact model is replaced
+        return
+    text = json.dumps(add_hashes(values, {WEIGHTS: accepted}), indent=2)
+    atomic_write(folder / CONFIG, text + "\n")
 
 
 HEADER = """\
@@ -296,10 +338,12 @@ def load_model(folder_or_repo: str | Path) -> Model:
     """Load a model of `save_model` from a folder or the Hugging Face hub, on the CPU.
 
     No code is loaded. Names, shapes, dtypes and sizes are compared with what config.json implies
-    before anything is allocated. Weights in float16 or bfloat16 become float32.
+    before anything is allocated, then both files with their SHA-256. Weights in float16 or
+    bfloat16 become float32.
 
-    Errors: ValueError for a folder without a model, a config.json of another format, and weights
-        that do not belong to it or are shorter than their header says.
+    Errors: ValueError for a folder without a model, a config.json of another format or that
+        describes no network, weights that do not belong to it or are shorter than their header
+        says, and files that are not those that were saved.
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
@@ -309,14 +353,21 @@ def load_model(folder_or_repo: str | Path) -> Model:
             raise ValueError(
                 f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}"
             )
-    info = ModelInfo.from_json(read_json(folder / CONFIG))
-    path = folder / WEIGHTS
-    specs, expected = read_safetensors_header(path), tensor_specs(info.backbone, info.config)
-    _check_specs(path, specs, expected)
-    from safetensors import safe_open
+    values = read_json(folder / CONFIG, "save or download the model again")
+    weights = open_safetensors(folder / WEIGHTS)
+    try:
+        info = ModelInfo.from_json(values)
+        expected = tensor_specs(info.backbone, info.config, weights.claims)
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
+    _check_specs(folder / WEIGHTS, weights.claims, expected)
+    check_hashes(folder / CONFIG, values)
+    return model_from_state_dict(info, {name: weights.read(name) for name in expected})
 
-    with safe_open(path, framework="pt") as file:
-        return model_from_state_dict(info, {name: file.get_tensor(name) for name in expected})
+
+def _config_text(info: ModelInfo, weights: list[str]) -> str:
+    """Return config.json; `weights` are the SHA-256 of the weights that it accepts."""
+    return json.dumps(add_hashes(info.to_json(), {WEIGHTS: weights}), indent=2) + "\n"
 
 
 def _check_specs(

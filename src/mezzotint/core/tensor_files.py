@@ -6,22 +6,31 @@ tensors read, one by one. Every failure is a ValueError that names the file.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import json
 import pickle
 import re
+import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mezzotint.core.files import atomic_replace, format_bytes
+from mezzotint.core.files import (
+    atomic_replace,
+    check_fields,
+    format_bytes,
+    parse_json,
+    shorten,
+)
 from mezzotint.core.text import escape_name
 
 DTYPES = {
@@ -29,7 +38,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-HEADER_LIMIT = 100 << 20  # bytes; safetensors' own limit
+HEADER_LIMIT = 16 << 20  # bytes of a safetensors header, about 150,000 tensors
 
 
 @dataclass(frozen=True)
@@ -51,28 +60,39 @@ class TensorSource:
 
     what: the file, for errors. claims: name -> dtype and shape, checked against the file's size.
     read: name -> the tensor, on the CPU; it may share memory with the file's content.
+    metadata: texts that the file holds besides its tensors.
     """
 
     what: str
     claims: Mapping[str, TensorSpec]
     read: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_safetensors(path: Path) -> TensorSource:
     """Open a safetensors file and check its header; ValueError if it is damaged or truncated."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    claims = read_safetensors_header(path)
+    claims, metadata = read_safetensors_header(path)
+
+    @functools.cache
+    def opened() -> Any:
+        return safe_open(path, framework="pt")
 
     def read(name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor(name)
+        try:
+            return opened().get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no intact safetensors file: {error}") from None
 
-    return TensorSource(str(path), claims, read)
+    return TensorSource(str(path), claims, read, metadata)
 
 
-def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
+def read_safetensors_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str, str]]:
     """Read the header of a safetensors file; check it for consistency and against the file's size.
+
+    Returns:
+        dtype and shape by name, and the metadata.
 
     Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}},
     then the data without gaps (huggingface/safetensors, README).
@@ -86,19 +106,25 @@ def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
                 f"bytes give a header of {format_bytes(length)}"
             )
         try:
-            header = json.loads(file.read(length))
-            entries = {k: v for k, v in header.items() if k != "__metadata__"}
-            claims = {
-                k: TensorSpec(DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in entries.items()
-            }
-            spans = sorted((*v["data_offsets"], k) for k, v in entries.items())
-            numbers = [n for v in entries.values() for n in (*v["shape"], *v["data_offsets"])]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = parse_json(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("it is no JSON object")
+            metadata = header.pop("__metadata__", {})
+            check_fields({"__metadata__": metadata}, {"__metadata__": dict[str, str]})
+            for name, entry in header.items():
+                check_fields({name: entry}, {name: dict})
+                check_fields(entry, {"dtype": str, "shape": list[int], "data_offsets": list[int]})
+                numbers = (*entry["shape"], *entry["data_offsets"])
+                if len(entry["data_offsets"]) != 2 or not all(0 <= n < 2**63 for n in numbers):
+                    raise ValueError(f"the sizes of {name} are {shorten(entry)}")
+                if entry["dtype"] not in DTYPES:
+                    raise ValueError(f"{name} has the unknown dtype {shorten(entry['dtype'])}")
+        except ValueError as error:
             raise ValueError(
-                f"{path} is no intact safetensors file: its header cannot be read ({error!r})"
-            ) from error
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{path}: a size or offset in the header is not a whole number")
+                f"{path} is no intact safetensors file: its header cannot be read: {error}"
+            ) from None
+    claims = {k: TensorSpec(DTYPES[v["dtype"]], tuple(v["shape"])) for k, v in header.items()}
+    spans = sorted((*v["data_offsets"], k) for k, v in header.items())
     end, held = 0, size - 8 - length
     for start, stop, name in spans:
         if stop > held:
@@ -118,7 +144,27 @@ def read_safetensors_header(path: Path) -> dict[str, TensorSpec]:
             f"{path} lies: the header claims {format_bytes(end)} of data, the file holds "
             f"{format_bytes(held)}"
         )
-    return claims
+    return claims, metadata
+
+
+@contextmanager
+def at_most_parameters(count: int) -> Iterator[None]:
+    """Raise ValueError as soon as the modules built in this block have far more parameters."""
+    thread, built = threading.get_ident(), 0
+
+    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal built
+        if threading.get_ident() == thread and parameter is not None:
+            built += 1
+            # A constructor may register one twice.
+            if built > 2 * count + 100:
+                raise ValueError(f"it needs far more than the {count} tensors of the weights")
+
+    hook = register_module_parameter_registration_hook(count_parameter)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -> TensorSource:
