@@ -90,21 +90,24 @@ def test_all_hostile_cards_and_headers(preset, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("preset", "field", "value"),
     [
-        ("unet-tiny", "blocks", [10**6, 1]),
+        ("unet-tiny", "blocks", [1000, 1]),
+        ("uvit-tiny", "depth", 1000),
+        ("sid2-tiny", "depth", 1000),
+        ("diffit-latent-tiny", "depth", 1000),
+        ("diffit-tiny", "blocks", 1000),
+        ("dimr-tiny", "depths", [1001, 1, 1]),
         ("uvit-tiny", "depth", 10**6),
-        ("sid2-tiny", "depth", 10**6),
-        ("diffit-latent-tiny", "depth", 10**6),
-        ("diffit-tiny", "blocks", 10**6),
-        ("dimr-tiny", "depths", [10**6 + 1, 1, 1]),
     ],
 )
-def test_a_million_blocks_are_refused_at_once(preset, field, value, tmp_path):
+def test_blocks_that_the_weights_do_not_have_are_refused_at_once(preset, field, value, tmp_path):
     values, _ = make(preset, tmp_path / "model")
     assert field in values["config"]
     values["config"][field] = value
     (tmp_path / "model" / "config.json").write_text(json.dumps(values))
     began = time.process_time()
-    with pytest.raises(ValueError, match=r"config\.json.*more than the \d+ tensors"):
+    with pytest.raises(
+        ValueError, match=r"config\.json.*(more than the \d+ tensors|at most 1,024)"
+    ):
         mz.load_model(tmp_path / "model")
     assert time.process_time() - began < 1
 

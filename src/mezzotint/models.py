@@ -27,7 +27,7 @@ from mezzotint.core.files import (
     read_json,
     sha256_of_file,
 )
-from mezzotint.core.files import check_fields, first_line
+from mezzotint.core.json_values import check_fields, first_line
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSpec,
@@ -41,6 +41,7 @@ from mezzotint.process.denoiser import Model, Schedule
 
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer file
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"  # a model's folder
+MOST_LEVELS = 64  # values of a list in a backbone's config; their number is that of the halvings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,9 @@ class ModelInfo:
             text = {"encoder": str, "encoder_hash": str, "max_tokens": int}
             check_fields(info.extra["text"], text)
         info = dataclasses.replace(info, config=parse(entry.config, info.config, "model"))
+        for name, value in dataclasses.asdict(info.config).items():
+            if isinstance(value, tuple) and len(value) > MOST_LEVELS:
+                raise ValueError(f"model.{name} has {len(value)} values; at most {MOST_LEVELS}")
         try:
             middle = build(schedules.registry, info.schedule)(torch.tensor(0.5))
         except Exception as error:  # any type, for options of any type

@@ -7,7 +7,9 @@ import json
 import pytest
 from tests.helpers.hostile import TEXTS
 
-from mezzotint.core.files import JSON_DEPTH, check_fields, parse_json, read_json, shorten
+from mezzotint.core.fields import shorten
+from mezzotint.core.files import read_json
+from mezzotint.core.json_values import JSON_DEPTH, check_fields, parse_json
 
 
 @pytest.mark.parametrize("name", [n for n in TEXTS if n not in ("null", "number", "list")])

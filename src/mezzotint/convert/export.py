@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.core.files import atomic_replace, write_json
+from mezzotint.core.tensor_files import list_names
 from mezzotint.models import open_model, save_model
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 
@@ -73,11 +74,13 @@ def trace_denoiser(
         size: (height, width) of z; the native size by default.
 
     Errors: ValueError for a size that the network does not accept, and for a network that
-    torch.export cannot trace.
+    torch.export cannot trace. FloatingPointError where its outputs are not finite.
     """
     flat, inputs = FlatDenoiser(model), example_inputs(model, 2, size)
     with torch.no_grad():
-        flat(*inputs)  # the network's own errors are clearer than the tracer's
+        outputs = flat(*inputs)  # the network's own errors are clearer than the tracer's
+    if not all(output.isfinite().all() for output in outputs):
+        raise FloatingPointError("the model's outputs are not finite numbers; nothing is exported")
     batch = torch.export.Dim("batch", min=1)
     shapes = {name: {0: batch} for name in tensor_names(model)[0]}
     try:
@@ -208,6 +211,7 @@ def save_diffusers(model: Model, folder: Path) -> None:
     each name `mezzotint.convert.diffusers_pipeline`, so mezzotint must be installed to load it.
 
     Errors: ValueError without `pip install mezzotint[latent]`, and for another pipeline's folder.
+        FloatingPointError for weights that are not finite.
     """
     try:
         from diffusers import __version__ as version
@@ -218,6 +222,9 @@ def save_diffusers(model: Model, folder: Path) -> None:
     index = folder / "model_index.json"
     if index.exists() and "MezzotintPipeline" not in index.read_text(encoding="utf-8"):
         raise ValueError(f"{folder} holds another pipeline; choose another folder")
+    bad = [n for n, t in model.backbone.state_dict().items() if not t.isfinite().all()]
+    if bad:
+        raise FloatingPointError(f"weights that are not finite: {list_names(bad)}; not exported")
     save_model(model, folder / "network")
     values = {
         "_class_name": ["pipeline", "MezzotintPipeline"],

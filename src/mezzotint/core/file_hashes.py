@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mezzotint.core.files import check_fields, sha256_of_file
+from mezzotint.core.files import sha256_of_file
+from mezzotint.core.json_values import check_fields
 
 HASHES = "sha256"  # the key of the JSON file
 

@@ -8,28 +8,23 @@ import hashlib
 import json
 import os
 import re
-import reprlib
 import shutil
 import socket
 import stat
 import sys
 import tempfile
-import types
-import typing
 import urllib.error
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from mezzotint.core.json_values import JSON_LIMIT, parse_json
 from mezzotint.core.progress import ProgressBar
 
 CHUNK_BYTES = 1 << 20
-JSON_LIMIT = 64 << 20  # bytes of one text; an index of a million images has 40 MB
-JSON_DEPTH = 50
 
 
 # --- atomic writes -------------------------------------------------------------------------------
@@ -272,79 +267,6 @@ def write_json(path: Path, values: dict[str, Any] | list[Any]) -> None:
     """Write JSON atomically, as UTF-8."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     atomic_write(path, text.encode("utf-8", "surrogatepass"))  # names of files may be any bytes
-
-
-def parse_json(text: bytes | str) -> Any:
-    """Return the value of a JSON text that others may have written.
-
-    Errors: ValueError for anything that is not JSON, for more than JSON_LIMIT bytes, for values
-        nested deeper than JSON_DEPTH, and for an object that has a key twice.
-    """
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"it has {format_bytes(len(text))}; at most {format_bytes(JSON_LIMIT)}")
-    try:
-        value = json.loads(text, object_pairs_hook=_unique_keys)  # bytes: with surrogatepass
-    except RecursionError:
-        raise ValueError(f"its values are nested deeper than {JSON_DEPTH}") from None
-    # Later code may walk a value by recursion, so the depth that Python can parse is too much.
-    level: list[Any] = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(JSON_DEPTH):
-        inside = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [child for v in inside for child in v if isinstance(child, (dict, list))]
-    if level:
-        raise ValueError(f"its values are nested deeper than {JSON_DEPTH}")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return values
-
-
-def check_fields(values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
-    """Raise ValueError unless each named field is there and of its type.
-
-    Args:
-        values: of JSON.
-        kinds: by name of the field, e.g. int, float, str | None, list[int], dict[str, str].
-    """
-    for name, kind in kinds.items():
-        if name not in values:
-            raise ValueError(f"it has no {name!r}")
-        if not _is_kind(values[name], kind):
-            wanted = getattr(kind, "__name__", kind) if typing.get_origin(kind) is None else kind
-            raise ValueError(f"its {name!r} is {shorten(values[name])}; {wanted} is needed")
-
-
-def _is_kind(value: Any, kind: Any) -> bool:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_kind(value, k) for k in args)
-    if origin is list:
-        return isinstance(value, list) and all(_is_kind(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is_kind(v, args[1]) for v in value.values())
-    if kind is float:  # JSON writes 1.0 as 1
-        kind = (int, float)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return shorten_text((str(error).strip() or type(error).__name__).splitlines()[0], 200)
-
-
-def shorten(value: Any, most: int = 80) -> str:
-    """Return a value's text for an error message, at most `most` characters long."""
-    return shorten_text(reprlib.repr(value), most)
-
-
-def shorten_text(text: str, most: int) -> str:
-    """Return a text, cut to `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def read_json(path: Path, advice: str = "write it again") -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import pickle
 import re
 import threading
@@ -24,13 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from mezzotint.core.files import (
-    atomic_replace,
-    check_fields,
-    format_bytes,
-    parse_json,
-    shorten,
-)
+from mezzotint.core.fields import shorten
+from mezzotint.core.files import atomic_replace, format_bytes
+from mezzotint.core.json_values import check_fields, parse_json
+from mezzotint.core.pickle_scan import scan_pickle
 from mezzotint.core.text import escape_name
 
 DTYPES = {
@@ -176,13 +174,10 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
         choose: returns the state dict among the file's contents.
     """
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > size:
-            raise ValueError(
-                f"{path} unpacks from {format_bytes(size)} to {format_bytes(unpacked)}; refused"
-            )
+    try:
+        _scan_torch_file(path)
+    except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged, cut or not a file of weights: {error}") from None
     state = choose(_torch_load(path, "meta"))
     claims = state_dict_specs(str(path), state, limit=size)
     loaded: dict[str, Tensor] = {}
@@ -195,8 +190,40 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
     return TensorSource(str(path), claims, read)
 
 
+def _scan_torch_file(path: Path) -> None:
+    """Raise ValueError for sizes and pickles that would keep torch.load busy; run nothing."""
+    if not _is_zip(path):
+        # The older format: pickles of a magic number, a version, the machine, the contents and the
+        # keys, then the data.
+        with path.open("rb") as file:
+            for _ in range(5):
+                scan_pickle(file)
+                if not file.peek(1):
+                    break
+        return
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        unpacked = sum(entry.file_size for entry in entries)
+        if unpacked > size:
+            raise ValueError(
+                f"it unpacks from {format_bytes(size)} to {format_bytes(unpacked)}; refused"
+            )
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise ValueError("two of its members have the same name")
+        for entry in entries:
+            if entry.filename.endswith(".pkl"):
+                scan_pickle(io.BytesIO(archive.read(entry)))
+
+
+def _is_zip(path: Path) -> bool:
+    """Return whether torch.load takes the file for a zip."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _torch_load(path: Path, device: str) -> Any:
-    mmap = device == "cpu" and zipfile.is_zipfile(path)
+    mmap = device == "cpu" and _is_zip(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols: the error is enough
@@ -229,6 +256,9 @@ def state_dict_specs(
     Args:
         limit: bytes of the file that they come from; None if their storages are real.
     """
+    odd = [k for k, t in state.items() if t.layout != torch.strided or t.is_quantized]
+    if odd:
+        raise ValueError(f"{what}: {list_names(odd)} are sparse or quantised; dense ones are read")
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in state.values()}
     held, claimed = sum(storages.values()), sum(t.numel() * t.itemsize for t in state.values())
     held = held if limit is None else min(held, limit)

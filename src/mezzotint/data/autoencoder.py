@@ -194,7 +194,8 @@ class Autoencoder:
             tile: larger sides are decoded in tiles of so many cells, a quarter overlapping and
                 blended. This bounds memory and changes pixels slightly. None: 64, on a CPU 32.
 
-        Errors: ValueError for another number of channels.
+        Errors: ValueError for another number of channels; FloatingPointError for images that are
+            not finite numbers.
         """
         if latents.shape[1] != self.channels:
             raise ValueError(
@@ -215,6 +216,11 @@ class Autoencoder:
                 image = decode_one(z)
             else:
                 image = decode_tiled(decode_one, z, tile, self.factor)
+            if not image.isfinite().all():
+                raise FloatingPointError(
+                    f"codec {self.name} decodes image {len(images)} of a batch to numbers that are "
+                    "not finite; the latents or the codec's weights are damaged"
+                )
             images.append(image.clamp(-1, 1))
         side = [n * self.factor for n in latents.shape[2:]]
         return torch.cat(images) if images else torch.empty(0, 3, *side, device=self.device)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mezzotint import __version__
 from mezzotint.core.files import sha256_of_file
+from mezzotint.core.json_values import check_fields, parse_json
 from mezzotint.core.npz_files import npz_names, read_npz, write_npz
 from mezzotint.core.rng import philox
 from mezzotint.evaluate.features import FeatureSet, compute_features, stream_features
@@ -262,10 +263,12 @@ def _parse_own(
 ) -> tuple[dict[str, Statistics], dict[str, np.ndarray], dict[str, Any]]:
     """Return statistics, features and metadata of our format."""
     try:
-        metadata = json.loads(str(arrays["card"]))
-        names, version = list(metadata["features"]), metadata["mezzotint_reference"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: its metadata is damaged ({error!r})") from error
+        metadata = parse_json(str(arrays["card"]))
+        check_fields({"card": metadata}, {"card": dict})
+        check_fields(metadata, {"features": dict[str, dict], "mezzotint_reference": int})
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata is damaged ({error})") from None
+    names, version = list(metadata["features"]), metadata["mezzotint_reference"]
     if version != FORMAT:
         raise ValueError(
             f"{path} has format {version}, this version reads {FORMAT}; make the reference again"
@@ -273,7 +276,11 @@ def _parse_own(
     statistics = {
         name: _check_statistics(path, arrays, f"{name}/mu", f"{name}/sigma") for name in names
     }
-    features = {name: arrays[f"{name}/features"] for name in names if f"{name}/features" in arrays}
+    features = {
+        name: _check_rows(path, arrays[f"{name}/features"])
+        for name in names
+        if f"{name}/features" in arrays
+    }
     return statistics, features, metadata
 
 
@@ -289,7 +296,7 @@ def _parse_other(
             statistics[name] = s
     features: dict[str, np.ndarray] = {}
     if "feats" in arrays:
-        rows = arrays["feats"]
+        rows = _check_rows(path, arrays["feats"])
         features[_feature_set_name(path, reference_source, rows.shape[-1])] = rows
     if not statistics and not features:
         raise ValueError(
@@ -315,8 +322,11 @@ def _check_statistics(
     path: Path, arrays: Mapping[str, np.ndarray], mu_key: str, sigma_key: str
 ) -> Statistics:
     """Return the two arrays as `Statistics`; ValueError if one is missing or of a wrong shape."""
-    if sigma_key not in arrays or mu_key not in arrays:
+    if not isinstance(arrays, Mapping) or sigma_key not in arrays or mu_key not in arrays:
         raise ValueError(f"{path} has only one of {mu_key} and {sigma_key}")
+    for key in (mu_key, sigma_key):
+        if not isinstance(arrays[key], np.ndarray) or arrays[key].dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {key} is no array of numbers")
     mu, sigma = (np.asarray(arrays[key], np.float64) for key in (mu_key, sigma_key))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(
@@ -325,6 +335,15 @@ def _check_statistics(
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity")
     return Statistics(mu, sigma)
+
+
+def _check_rows(path: Path, rows: np.ndarray) -> np.ndarray:
+    """Return the features of images, one row each; ValueError for any other array."""
+    if rows.ndim != 2 or rows.dtype.kind != "f" or not np.isfinite(rows).all():
+        raise ValueError(
+            f"{path}: features are rows of finite numbers, not {rows.dtype} of shape {rows.shape}"
+        )
+    return rows
 
 
 def _feature_set_name(path: Path, reference_source: str, dims: int, sfid: bool = False) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.fields import parse
 from mezzotint.core.files import atomic_write, read_json
+from mezzotint.core.json_values import check_fields
 from mezzotint.core.registry import suggest
 
 FORMAT = 1
@@ -112,16 +115,12 @@ def load_evaluation(path: str | Path) -> Evaluation:
             raise ValueError(
                 f"format {values['mezzotint_evaluation']}, this version reads {FORMAT}"
             )
-        protocol = dict(values["protocol"])
-        if protocol.get("resolution") is not None:
-            protocol["resolution"] = tuple(protocol["resolution"])
+        check_fields(values, {"protocol": dict, "numbers": list[dict]})
         numbers = [
-            {**n, "value": float("nan") if n["value"] is None else n["value"]}
+            {**n, "value": math.nan if n.get("value", 0) is None else n.get("value")}
             for n in values["numbers"]
         ]
-        return Evaluation(
-            protocol=Protocol(**protocol), numbers=tuple(Number(**n) for n in numbers)
-        )
+        return parse(Evaluation, {"protocol": values["protocol"], "numbers": numbers}, "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not an evaluation written by mezzotint ({error})") from error
 

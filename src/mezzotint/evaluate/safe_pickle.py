@@ -13,6 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from mezzotint.core.fields import shorten
+from mezzotint.core.json_values import first_line
+from mezzotint.core.pickle_scan import EXPANDED_LIMIT, scan_pickle
+
 NUMBER_DTYPES = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1")
 
 
@@ -42,6 +46,12 @@ class _Array:
 def _make_array(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
     if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray):
         raise pickle.UnpicklingError("an array of other things than numbers")
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) > 32
+        or not all(type(n) is int and 0 <= n < 2**48 for n in shape)
+    ):
+        raise pickle.UnpicklingError(f"an array of shape {shorten(shape)}")
     if math.prod(shape) * dtype.dtype.itemsize != len(data):
         raise pickle.UnpicklingError(f"an array of shape {shape} with {len(data)} bytes")
     array = _Array()
@@ -104,10 +114,14 @@ def _to_plain(value: Any) -> Any:
 def load_arrays(path: str | Path) -> Any:
     """Load numbers, strings, arrays of numbers, and dicts and lists of these.
 
-    Errors: ValueError for a damaged file, and for anything else in it.
+    Errors: ValueError for a damaged file, for anything else in it, and for a small file that stands
+        for a large number of values.
     """
     try:
         with open(path, "rb") as file:
+            if scan_pickle(file) > EXPANDED_LIMIT:
+                raise ValueError(f"it stands for more than {EXPANDED_LIMIT:,} values")
+            file.seek(0)
             return _to_plain(_ArrayUnpickler(file).load())
     except pickle.UnpicklingError as error:
         raise ValueError(
@@ -115,5 +129,6 @@ def load_arrays(path: str | Path) -> Any:
         ) from error
     except Exception as error:  # a damaged pickle can fail in any opcode, with any exception
         raise ValueError(
-            f"{path} is not a readable pickle of arrays ({type(error).__name__}: {error})"
+            f"{path} is not a readable pickle of arrays: {type(error).__name__}, "
+            + first_line(error)
         ) from error

@@ -61,7 +61,8 @@ def sample(
         models.
 
     Errors: ValueError for an unknown sampler, a label out of range, guidance of an unconditional
-        model, or a size that the network cannot take.
+        model, or a size that the network cannot take. FloatingPointError for samples that are not
+        finite numbers.
     """
     if not isinstance(model, Model):
         raise ValueError(
@@ -129,6 +130,8 @@ def run_sampler(
         logsnr_steps: rising log-SNRs, of `make_logsnr_steps` or others.
         seeds: of the sampler's own noise, one per image.
         cond: one row per image, on any device.
+
+    Errors: FloatingPointError for images that are not finite numbers.
     """
     run = get_sampler(settings)
 
@@ -137,7 +140,23 @@ def run_sampler(
 
     if "noise" in inspect.signature(run).parameters:
         run = functools.partial(run, noise=noise)
-    return run(denoise, z, logsnr_steps, cond.map(lambda t: t.to(z.device)))
+    images = run(denoise, z, logsnr_steps, cond.map(lambda t: t.to(z.device)))
+    check_finite(images, seeds, settings)
+    return images
+
+
+def check_finite(images: Image, seeds: Sequence[int], settings: SamplingSettings) -> None:
+    """Raise FloatingPointError, naming the seeds, for images that are not finite numbers."""
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    bad = [seed for seed, good in zip(seeds, finite, strict=True) if not good]
+    if bad:
+        shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if bad[8:] else "")
+        half = "" if settings.dtype == "float32" else "dtype float32, "
+        raise FloatingPointError(
+            f"the samples of seed {shown} are not finite numbers (sampler {settings.sampler}, "
+            f"{settings.steps} steps, dtype {settings.dtype}); try {half}more steps, less guidance "
+            "or another sampler; if no setting helps, the weights are damaged"
+        )
 
 
 def draw_start_noise(model: Model, seeds: Sequence[int], settings: SamplingSettings) -> Image:

@@ -152,7 +152,7 @@ def loop(
     # snapshots, the grid or evaluation due with it.
     save_pending(run)
     if grid_pending(run):
-        draw_grid(run)
+        draw_grid(run, progress)
     if evaluator is not None and evaluation_pending(run):
         run_evaluation(run, evaluator, stop, progress, listeners)
     batches = training_batches(run)
@@ -207,7 +207,7 @@ def loop(
 
         # Last, because both sample from the averages, which are on disk by now.
         if grid_due(run):
-            draw_grid(run)
+            draw_grid(run, progress)
         if evaluator is not None and evaluation_due:
             paused_at = time.monotonic()
             run_evaluation(run, evaluator, stop, progress, listeners)
@@ -382,12 +382,17 @@ def run_tasks(run: Run, images: int, tasks: Sequence[Callable[[], object]]) -> N
             ) from error
 
 
-def draw_grid(run: Run) -> None:
-    """Sample a grid from the averaged weights; all ranks call this together."""
+def draw_grid(run: Run, progress: ProgressDisplay) -> None:
+    """Sample a grid from the averaged weights; all ranks call this together.
+
+    Samples that are not finite leave no grid, and training continues.
+    """
     distributed.on_rank0(run.check_folder, run.world)
-    save_sample_grid(
-        averaged_model(run), run.folder, run.recipe.samples, run.recipe.seed, run.world, run.dataset
-    )
+    model, recipe = averaged_model(run), run.recipe
+    try:
+        save_sample_grid(model, run.folder, recipe.samples, recipe.seed, run.world, run.dataset)
+    except (FloatingPointError, distributed.RankFailed) as error:
+        progress.print_line(f"no sample grid at {run.state.images:,} images: {error}")
 
 
 def grid_pending(run: Run) -> bool:

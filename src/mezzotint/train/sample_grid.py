@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mezzotint.config import SampleGrid
-from mezzotint.core.distributed import World, gather_from_ranks
+from mezzotint.core.distributed import World, gather_from_ranks, raise_on_all_ranks
 from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.data import autoencoder
 from mezzotint.data.dataset import Dataset
@@ -93,6 +93,8 @@ def save_sample_grid(
             in samples/captions.txt.
 
     Returns: the path of the grid.
+
+    Errors: FloatingPointError, on other ranks RankFailed, for samples that are not finite.
     """
     config = model.info.config
     labels = grid_labels(config.num_classes, grid.count)
@@ -104,8 +106,13 @@ def save_sample_grid(
         cond = replace(cond, text=text, text_mask=mask)
         if world.is_rank0:
             _write_captions(folder / "samples" / "captions.txt", dataset, shown)
-    samples = generate(model, [seed + i for i in positions], cond, grid_settings(grid))
-    pixels = to_uint8(to_visible(samples, model.info.codec).cpu())
+    error, pixels = None, torch.empty(0)
+    try:
+        samples = generate(model, [seed + i for i in positions], cond, grid_settings(grid))
+        pixels = to_uint8(to_visible(samples, model.info.codec).cpu())
+    except FloatingPointError as failure:
+        error = failure
+    raise_on_all_ranks(error, world)
     path = grid_path(folder, model.info.images)
     shares = gather_from_ranks((positions, pixels), world)
     if world.is_rank0:

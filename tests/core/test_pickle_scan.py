@@ -1,0 +1,123 @@
+"""Pickles that would keep a reader busy for ever are refused from their operations alone."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import time
+import zipfile
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+import mezzotint as mz
+from mezzotint.core.pickle_scan import EXPANDED_LIMIT, scan_pickle
+from mezzotint.evaluate.safe_pickle import load_arrays
+
+DOUBLED = b"q\x01h\x01\x86" * 60  # a tuple of the last tuple, twice, sixty times
+CALL = b"ccollections\nOrderedDict\n"
+BUSY = {
+    "key of a dict": b"\x80\x02})" + DOUBLED + b"K\x01s.",
+    "keys of a dict": b"\x80\x02}()" + DOUBLED + b"K\x01u.",
+    "dict of pairs": b"\x80\x02()" + DOUBLED + b"K\x01d.",
+    "set": b"\x80\x04\x8f()" + DOUBLED + b"\x90.",
+    "frozenset": b"\x80\x04()" + DOUBLED + b"\x91.",
+    "argument": b"\x80\x02" + CALL + b")" + DOUBLED + b"\x85R.",
+    "state": b"\x80\x02" + CALL + b")R)" + DOUBLED + b"b.",
+    "new object": b"\x80\x02" + CALL + b")" + DOUBLED + b"\x81.",
+    "storage": b"\x80\x02)" + DOUBLED + b"Q.",
+    "filled later": b"\x80\x02}]q\x05\x85q\x06h\x05)" + DOUBLED + b"a0h\x06K\x01s.",
+    "itself": b"\x80\x02}]q\x05h\x05a\x85K\x01s.",
+    "deep": b"\x80\x02})" + b"\x85" * 100_010 + b"K\x01s.",
+}
+SHARED = b"\x80\x02]" + b"q\x01]h\x01ah\x01a" * 60 + b"."  # of lists, which are not hashed
+
+
+def as_zip(content):
+    """Return a file as torch.save writes it, with this pickle inside."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return file.getvalue()
+
+
+def as_legacy(content):
+    """Return a file as torch.save wrote it before zips, with this pickle as its contents."""
+    file = io.BytesIO()
+    torch.save({}, file, _use_new_zipfile_serialization=False)
+    file.seek(0)
+    for _ in range(3):
+        scan_pickle(file)
+    return file.getvalue()[: file.tell()] + content + pickle.dumps([], 2)
+
+
+@pytest.mark.parametrize("name", BUSY)
+def test_busy_pickles_are_refused_at_once(name, tmp_path):
+    began = time.process_time()
+    with pytest.raises(ValueError, match="goes through more than"):
+        scan_pickle(io.BytesIO(BUSY[name]))
+    for file, content in {
+        "a.pkl": BUSY[name],
+        "plain.pth": BUSY[name],
+        "zip.pth": as_zip(BUSY[name]),
+        "legacy.pth": as_legacy(BUSY[name]),
+    }.items():
+        (tmp_path / file).write_bytes(content)
+        read = load_arrays if file.endswith(".pkl") else mz.load_official
+        with pytest.raises(ValueError, match=rf"{file}.*goes through more than") as error:
+            read(tmp_path / file)
+        assert "\n" not in str(error.value)
+    assert time.process_time() - began < 20
+
+
+def test_shared_lists_are_refused_where_they_are_written_out(tmp_path):
+    assert scan_pickle(io.BytesIO(SHARED)) == EXPANDED_LIMIT + 1
+    (tmp_path / "a.pkl").write_bytes(SHARED)
+    with pytest.raises(ValueError, match=r"a\.pkl.*more than 100,000 values"):
+        load_arrays(tmp_path / "a.pkl")
+    (tmp_path / "a.pth").write_bytes(as_zip(SHARED))
+    with pytest.raises(ValueError, match="holds a list, not a state dict"):
+        mz.load_official(tmp_path / "a.pth")
+
+
+def test_many_large_arguments_are_refused():
+    large = b"(" + b"K\x01" * 90_000 + b"tq\x01"
+    with pytest.raises(ValueError, match="keys and calls go through more than"):
+        scan_pickle(io.BytesIO(b"\x80\x02" + large + b"]" + b"}h\x01K\x01sa" * 30 + b"."))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x02", b"\x80\x02)", b"s.", b"\x80\x02h\x07.", b"\xff"]
+)
+def test_damaged_pickles(content):
+    with pytest.raises(ValueError):
+        scan_pickle(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_ordinary_pickles_pass(protocol):
+    array = np.arange(3.0)
+    for value in (
+        {"a": [1, 2.5, (None, True)], "b": {"x", 3}, (1, (2, 3)): frozenset([1])},
+        [array, array, np.float64(2)],
+        OrderedDict(a=b"x", b=bytearray(b"y"), c=10**50),
+        torch.float32,
+    ):
+        stream = io.BytesIO(pickle.dumps(value, protocol) + b"rest")
+        assert 0 < scan_pickle(stream) < 100
+        assert stream.read() == b"rest"
+
+
+def test_a_zip_with_two_members_of_one_name_is_refused(tmp_path):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({}))
+        with pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("archive/data.pkl", pickle.dumps({}))
+    (tmp_path / "a.pth").write_bytes(content.getvalue())
+    with pytest.raises(ValueError, match="same name"):
+        mz.load_official(tmp_path / "a.pth")
