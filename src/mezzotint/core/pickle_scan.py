@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickletools
 from dataclasses import dataclass, field
-from io import BufferedIOBase
+from io import BufferedReader, BytesIO
 from typing import Any
 
 OPERATIONS_LIMIT = 3_000_000  # a state dict has about 30 for each tensor
@@ -101,7 +101,7 @@ def _hashed(name: str, taken: list[_Value]) -> list[_Value]:
     return taken if name in KEYED or name in CALLS else []
 
 
-def scan_pickle(stream: BufferedIOBase) -> int:
+def scan_pickle(stream: BytesIO | BufferedReader) -> int:
     """Read one pickle; return how many values are in its result, at most EXPANDED_LIMIT + 1.
 
     Nothing is built or called. The stream is left behind the pickle's last operation.
