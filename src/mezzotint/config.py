@@ -31,12 +31,25 @@ PowerStd = Annotated[float, Range(0.001, 0.2886, "the widest is 0.2887; EDM2 use
 
 
 @dataclass(frozen=True, kw_only=True)
+class Columns(Checked):
+    """Columns of a table, or of a file of labels and captions; None chooses by name and type.
+
+    image, label, caption: names; "" for none, e.g. to leave labels out.
+    """
+
+    image: str | None = None
+    label: str | None = None
+    caption: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data(Checked):
     """The training data.
 
     source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
+    columns: of images, labels and captions, e.g. {image: photo, label: species}.
     codec: autoencoder of a latent network, by name or folder; the preset's or dataset's by default.
     text_encoder: T5 encoder of a network that reads captions, by name or folder.
     buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares.
@@ -50,6 +63,7 @@ class Data(Checked):
     source: str = ""
     crop: Literal["adm", "plain"] = "adm"
     flip: bool = False
+    columns: Columns = field(default_factory=Columns)
     codec: str = ""
     text_encoder: str = ""
     buckets: tuple[tuple[Side, Side], ...] = ()

@@ -19,6 +19,7 @@ def prepare(
     *,
     size: Annotated[int, NUMBER, Side],
     crop: Literal["adm", "plain"] = "adm",
+    columns: Annotated[tuple[str, ...], arg(metavar="ROLE=NAME ...", help_behavior_hint="")] = (),
     codec: str = "pixels",
     text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
     full_scale: Annotated[int | None, NUMBER, Range(1, 2**32, "the value of white")] = None,
@@ -33,6 +34,8 @@ def prepare(
         out: Folder to write; it appears when it is complete.
         size: Height and width in pixels.
         crop: Centre crop after adm's resizing, as in the papers, or one plain antialiased resize.
+        columns: Columns of a table, or of a file of labels and captions: image=NAME, label=NAME,
+            caption=NAME; an empty name is none. Without it they are chosen by name and type.
         codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or a folder or hub name of a diffusers
             autoencoder.
         text: T5 encoder to embed the captions with; without it, training embeds them.
@@ -40,13 +43,21 @@ def prepare(
             usual one that holds a sample's largest value.
     """
     from mezzotint.data.audit import describe_audit
+    from mezzotint.data.columns import parse_columns
     from mezzotint.data.prepare import prepare_captions, prepare_latents, prepare_source
 
+    chosen = parse_columns(columns)
     if codec == "pixels":
-        report = prepare_source(source, out, size=size, crop=crop, full_scale=full_scale)
+        report = prepare_source(
+            source, out, size=size, crop=crop, columns=chosen, full_scale=full_scale
+        )
         echo(describe_audit(report))
     else:
-        echo(prepare_latents(source, out, size, codec, crop=crop, full_scale=full_scale))
+        echo(
+            prepare_latents(
+                source, out, size, codec, crop=crop, columns=chosen, full_scale=full_scale
+            )
+        )
     if text:
         echo("\n".join(prepare_captions(out, text)))
 

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
+from mezzotint.data.columns import Columns
 from mezzotint.data.dataset import PixelDataset
 from mezzotint.data.decode import image_suffixes
 from mezzotint.data.full_scale import measure_full_scale
+from mezzotint.data.npz_source import open_npz
 from mezzotint.data.shapes import open_shapes
 from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import (
@@ -26,7 +28,7 @@ from mezzotint.data.sources import (
     open_files,
 )
 from mezzotint.data.stores import FolderStore, ZipStore
-from mezzotint.data.tables import CARD, PreparedSource, open_npz, open_prepared, open_table
+from mezzotint.data.tables import CARD, PreparedSource, open_prepared, open_table
 from mezzotint.data.transforms import CROPS, to_pillow, to_pixels
 
 MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept in memory
@@ -127,6 +129,7 @@ def open_images(
     size: int | None = None,
     channels: int = 3,
     crop: str | None = None,
+    columns: Columns | None = None,
     keep_in_memory: bool = True,
     full_scale: int | None = None,
 ) -> ImageDataset:
@@ -143,11 +146,13 @@ def open_images(
         channels: 1 (grey) or 3 (RGB).
         crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the
             central square); None is "adm", or the crop of a prepared folder of this size.
+        columns: of a table, or of a file of labels and captions: "image", "label" and "caption" ->
+            names, "" for none. By default they are chosen by name, then by type.
         keep_in_memory: keep decoded pixels, up to 1 GiB; otherwise decode at every read.
         full_scale: the value that is white in grey images of more than 8 bits, e.g. 4095; None
             takes the smallest usual one that holds the largest value of a sample of the dataset.
     """
-    opened, size = open_source(str(source), size)
+    opened, size = open_source(str(source), size, columns)
     is_prepared = isinstance(opened, PreparedSource)
     prepared_crop = opened.crop if is_prepared and opened.shape[1] == size else None
     if crop is not None and prepared_crop not in (None, crop):
@@ -167,21 +172,34 @@ def open_images(
     return dataset
 
 
-def open_source(source: str, size: int | None) -> tuple[Source, int]:
+def open_source(
+    source: str, size: int | None, columns: Columns | None = None
+) -> tuple[Source, int]:
     """Return the named source and its size in pixels, see `open_images`."""
     base, option = (source, "") if os.path.exists(source) else split_suffix(source)
     if base in BUILTIN:
+        check_no_columns(base, columns)
         return _open_builtin(base, option, size)
     split, path = option or None, Path(base).expanduser()
     if (path / CARD).is_file():
+        check_no_columns(base, columns)
         prepared = open_prepared(path, check_split(base, split))
         return prepared, prepared.shape[1] if size is None else size
     if size is None:
         raise ValueError(f"{source!r} has no size of its own; give one in pixels, e.g. size=64")
-    return _open_path(base, path, split), size
+    return _open_path(base, path, split, columns), size
 
 
-def _open_path(base: str, path: Path, split: str | None) -> Source:
+def check_no_columns(what: str, columns: Columns | None) -> None:
+    """Raise ValueError where columns are chosen of data that has none."""
+    if columns:
+        raise ValueError(
+            f"{what} is no table: data.columns chooses nothing in it; leave it out, or give it to "
+            "`mezzotint prepare`"
+        )
+
+
+def _open_path(base: str, path: Path, split: str | None, columns: Columns | None) -> Source:
     suffix = path.suffix.lower()
     if path.is_dir():
         if (path / LATENTS).is_file():
@@ -189,20 +207,21 @@ def _open_path(base: str, path: Path, split: str | None) -> Source:
                 f"{base} holds latents; give the folder of images from which they were prepared"
             )
         if _holds_rows(path):
-            return open_table(base, split)
-        return open_files(FolderStore(path), check_split(base, split))
+            return open_table(base, split, columns=columns)
+        return open_files(FolderStore(path), check_split(base, split), columns)
     if suffix in ROW_FILES and (path.is_file() or "*" in path.name):
-        return open_table(base, split, ROW_FILES[suffix])
+        return open_table(base, split, ROW_FILES[suffix], columns)
     if path.is_file() and suffix == ".zip":
-        return open_files(ZipStore(path), check_split(base, split))
+        return open_files(ZipStore(path), check_split(base, split), columns)
     if path.is_file() and suffix == ".npz":
+        check_no_columns(base, columns)
         return open_npz(path, check_split(base, split))
     if path.is_file():
         raise ValueError(
             f"{base} is a single file; give its folder, a .zip, .npz, {', '.join(ROW_FILES)}"
         )
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
-        return open_table(base, split)
+        return open_table(base, split, columns=columns)
     raise ValueError(
         f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, "
         f"a Hugging Face dataset as OWNER/NAME, or a built-in dataset ({suggest(base, BUILTIN)})"

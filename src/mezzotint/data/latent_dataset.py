@@ -26,10 +26,12 @@ from mezzotint.core import rng
 from mezzotint.core.files import read_json
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
+from mezzotint.data.columns import Columns
 from mezzotint.data.dataset import Dataset, Labels, Moments, Send, UnreadableReport
 from mezzotint.data.image_dataset import (
     LATENTS,
     ImageDataset,
+    check_no_columns,
     check_split,
     open_images,
     split_suffix,
@@ -259,6 +261,7 @@ def open_dataset(
     channels: int,
     crop: str,
     codec_name: str = "pixels",
+    columns: Columns | None = None,
     mirror: bool = False,
     device: torch.device | str = "cpu",
     full_scale: int | None = None,
@@ -270,6 +273,7 @@ def open_dataset(
             latter's images are encoded at every read.
         size, channels: of the network's input, in cells or pixels.
         crop: see `open_images`.
+        columns: see `open_images`.
         codec_name: name of the codec whose latents the network takes.
         mirror: whether training mirrors images.
         device: where images are encoded.
@@ -286,12 +290,20 @@ def open_dataset(
     if not (folder / LATENTS).is_file():
         if codec_name == "pixels":
             return open_images(
-                source, size=size, channels=channels, crop=crop, full_scale=full_scale
+                source,
+                size=size,
+                channels=channels,
+                crop=crop,
+                columns=columns,
+                full_scale=full_scale,
             )
         codec = open_codec(codec_name, device)
         check_codec_fits(codec, channels, "the network")
-        images = open_images(source, size=size * codec.factor, crop=crop, full_scale=full_scale)
+        images = open_images(
+            source, size=size * codec.factor, crop=crop, columns=columns, full_scale=full_scale
+        )
         return EncodedDataset(images, codec, mirror)
+    check_no_columns(base, columns)
     latents = LatentDataset(folder, check_split(base, split or None))
     if codec_name == "pixels":
         raise ValueError(

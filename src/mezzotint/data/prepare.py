@@ -16,6 +16,7 @@ from mezzotint.core.distributed import default_device
 from mezzotint.core.files import atomic_folder, write_json
 from mezzotint.data.audit import Audit, decode_all
 from mezzotint.data.autoencoder import open_codec
+from mezzotint.data.columns import Columns
 from mezzotint.data.encode_latents import WorkShare, encode_latents
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset, describe_latents
@@ -33,6 +34,7 @@ def prepare_source(
     *,
     channels: int = 3,
     crop: str = "adm",
+    columns: Columns | None = None,
     full_scale: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -41,7 +43,8 @@ def prepare_source(
     Unreadable images are left out and named in the report. `out` appears when it is complete.
 
     Args:
-        source, size, channels, crop, full_scale: see `mezzotint.data.image_dataset.open_images`.
+        source, size, channels, crop, columns, full_scale: see
+            `mezzotint.data.image_dataset.open_images`.
         out: a folder that does not exist yet, or is empty.
         progress: show a bar on standard error.
 
@@ -55,6 +58,7 @@ def prepare_source(
         channels=channels,
         crop=crop,
         keep_in_memory=False,
+        columns=columns,
         full_scale=full_scale,
     )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -70,6 +74,7 @@ def prepare_latents(
     codec_name: str,
     *,
     crop: str = "adm",
+    columns: Columns | None = None,
     device: str | None = None,
     full_scale: int | None = None,
     progress: bool = True,
@@ -79,17 +84,19 @@ def prepare_latents(
     Under torchrun, every process encodes its share; the last to finish completes the folder.
 
     Args:
-        source, size, crop: see `mezzotint.data.image_dataset.open_images`; size is in pixels.
+        source, crop, columns, full_scale: see `mezzotint.data.image_dataset.open_images`.
+        size: side in pixels.
         codec_name: of the autoencoder, see `mezzotint.data.autoencoder.open_codec`.
         device: where it computes; by default a GPU if there is one.
-        full_scale: see `mezzotint.data.image_dataset.open_images`.
         progress: show a bar on standard error.
 
     Returns: a description of the folder.
 
     Errors: ValueError as `mezzotint.data.encode_latents.encode_latents`.
     """
-    images = open_images(source, size=size, crop=crop, keep_in_memory=False, full_scale=full_scale)
+    images = open_images(
+        source, size=size, crop=crop, keep_in_memory=False, columns=columns, full_scale=full_scale
+    )
     codec = open_codec(codec_name, device or default_device())
     share = WorkShare.from_environment()
     if encode_latents(images, Path(out), codec, share, progress=progress):

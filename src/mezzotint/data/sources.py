@@ -16,6 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from mezzotint.data.columns import Columns
 from mezzotint.data.decode import UnreadableImage, decode_image, image_suffixes
 from mezzotint.data.labels import sort_classes
 from mezzotint.data.side_files import labels_from_json, read_captions
@@ -129,7 +130,9 @@ class FileSource:
         return self.key
 
 
-def open_files(store: FolderStore | ZipStore, split: str | None) -> FileSource:
+def open_files(
+    store: FolderStore | ZipStore, split: str | None, columns: Columns | None = None
+) -> FileSource:
     """Open the images of a folder or zip.
 
     Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list

@@ -1,29 +1,39 @@
-"""Sources whose images are rows: Hugging Face datasets, prepared folders, and .npz arrays."""
+"""Sources whose images are rows: Hugging Face datasets and prepared folders."""
 
 from __future__ import annotations
 
 import bisect
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from mezzotint.core.files import read_json
-from mezzotint.core.npz_files import npz_names, read_npz
-from mezzotint.data.labels import NO_LABEL
-from mezzotint.data.sources import decode_image, hash_parts, split_indices
-from mezzotint.data.transforms import UnreadableImage
+from mezzotint.core.paths import read_regular_file
+from mezzotint.data.columns import (
+    CAPTION_NAMES,
+    CAPTION_SYNONYMS,
+    FILE_NAMES,
+    IMAGE_NAMES,
+    SAMPLE_ROWS,
+    Choice,
+    Columns,
+    caption_text,
+    choose_label,
+    given_column,
+    named,
+)
+from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, decode_image
+from mezzotint.data.labels import NO_LABEL, Labels, read_labels
+from mezzotint.data.sources import hash_parts, split_indices
 
 CARD = "mezzotint.json"  # of a prepared folder
 CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
-IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
-LABEL_COLUMNS = ("label", "labels", "cls", "class", "fine_label")
-TEXT_COLUMNS = ("text", "caption", "captions", "prompt", "txt")
 
 
 @dataclass(frozen=True)
@@ -127,12 +137,19 @@ def open_prepared(folder: Path, split: str | None) -> PreparedSource:
 
 @dataclass(frozen=True)
 class TableSource:
-    """A Hugging Face dataset with a column of encoded images."""
+    """A Hugging Face dataset with a column of encoded images, or of paths to image files.
+
+    folders: where a path starts. roots: resolved folders that hold all files a cell may name.
+    caption: column of captions, or None; "json.caption" is within a column of mappings.
+    """
 
     images: Any  # datasets.Dataset of one column, undecoded
-    captions: Any  # datasets.Dataset of one column, or None
+    captions: Any  # datasets.Dataset of the column `caption`, or None
+    caption: str | None
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
+    folders: tuple[str, ...]
+    roots: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -146,19 +163,31 @@ class TableSource:
     def read(self, i: int) -> Image.Image:
         """Return the opened image."""
         cell = self._cell(i)
-        if cell is None:
+        if cell is None or (cell.get("bytes") is None and not cell.get("path")):
             raise UnreadableImage("an empty cell")
-        if cell.get("bytes") is not None:
-            return decode_image(cell["bytes"])
+        data = cell.get("bytes")
+        return decode_image(self._read_file(cell["path"]) if data is None else data)
+
+    def _read_file(self, path: str) -> bytes:
+        """Return a file of the dataset; no path out of it, no device or pipe."""
         try:
-            return decode_image(Path(cell["path"]).read_bytes())
+            for folder in self.folders:
+                real = os.path.realpath(os.path.join(folder, path.replace("\\", "/")))
+                if any(real.startswith(f"{root.rstrip('/')}/") for root in self.roots) and (
+                    os.path.lexists(real)
+                ):
+                    return read_regular_file(real, MAX_FILE_BYTES)
         except OSError as error:
             raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
+        except ValueError as error:  # a null character, or no regular file
+            raise UnreadableImage(f"{path[:200]!r} cannot be read: {error}") from error
+        raise UnreadableImage(f"{path[:200]!r} names no file in the dataset's folder")
 
     def text(self, i: int) -> str | None:
         """Return the caption; the first if there are several."""
-        cell = None if self.captions is None else next(iter(self.captions[i].values()))
-        return (cell[0] if cell else None) if isinstance(cell, list) else cell
+        if self.caption is None:
+            return None
+        return caption_text(_nested(next(iter(self.captions[i].values())), self.caption))
 
     def identity(self) -> str:
         """Return the hash of every row's byte count and label; the bytes may be terabytes."""
@@ -178,57 +207,153 @@ class TableSource:
         return next(iter(self.images[i].values()))
 
 
-def _column(
-    features: Mapping[str, Any], kinds: tuple[type, ...], names: tuple[str, ...]
-) -> str | None:
-    """Find the first column of one of these types, else of one of these names."""
-    typed = [name for name, feature in features.items() if isinstance(feature, kinds)]
-    return next((name for name in [*typed, *names] if name in features), None)
+def _nested(cell: Any, column: str) -> Any:
+    """Return the value of a column such as "json.label" in a cell of its first part."""
+    for key in column.split("\0")[1:]:
+        cell = cell.get(key) if isinstance(cell, dict) else None
+    return cell
 
 
-def table_source(dataset: Any, what: str) -> TableSource:
-    """Wrap a `datasets.Dataset`; its columns are found by type, then by usual names."""
+def table_source(
+    dataset: Any,
+    what: str,
+    *,
+    columns: Columns | None = None,
+    others: Sequence[Any] = (),
+    folders: Sequence[Path] = (),
+    roots: Sequence[Path] = (),
+) -> TableSource:
+    """Wrap a `datasets.Dataset`; see `mezzotint.data.columns` for its choice of columns.
+
+    Args:
+        what: the dataset, for errors.
+        columns: the columns to take: role -> name, "" for none.
+        others: the other splits, whose labels are classes too.
+        folders, roots: see `TableSource`; without them a cell of a path is never opened.
+    """
+    columns = columns or {}
+    fields = _fields(dataset.features)
+    choice = _choose(dataset, fields, columns, what, has_files=bool(folders))
+    from datasets import Image as ImageFeature
+
+    images = dataset.select_columns([choice.image])
+    images = images.cast_column(choice.image, ImageFeature(decode=False))
+    caption, notes = choice.caption, [note for note in [choice.note()] if note]
+    labels = names = None
+    if choice.label is not None:
+        labels, names, note = _labels(dataset, others, choice.label, what) or (None, None, "")
+        notes += [note] if note else []
+        if labels is None:
+            notes.append(f"no labels: column {choice.label!r} is empty")
+    return TableSource(
+        images,
+        None if caption is None else dataset.select_columns([fields[caption].top]),
+        None if caption is None else fields[caption].key,
+        labels,
+        names,
+        tuple(map(str, folders)),
+        tuple(os.path.realpath(root) for root in roots),
+        tuple(notes),
+    )
+
+
+class _Field(NamedTuple):
+    """A column: its top column, its key in cells of that one, see `_nested`, and its feature."""
+
+    top: str
+    key: str
+    feature: Any
+
+
+def _fields(features: Mapping[str, Any]) -> dict[str, _Field]:
+    """Return the columns, and as "json.label" the values within columns of mappings."""
+    fields = {name: _Field(name, name, feature) for name, feature in features.items()}
+    for name, feature in features.items():
+        if isinstance(feature, dict) and "bytes" not in feature:
+            fields |= {
+                f"{name}.{key}": _Field(name, f"{name}\0{key}", inner)
+                for key, inner in feature.items()
+                if f"{name}.{key}" not in fields
+            }
+    return fields
+
+
+def _choose(
+    dataset: Any, fields: Mapping[str, _Field], columns: Columns, what: str, has_files: bool
+) -> Choice:
+    """Choose the columns of a table; ValueError if none holds images."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
-    features = dataset.features
-    image = _column(features, (ImageFeature,), IMAGE_COLUMNS)
-    if image is None:
+    def of_type(*types: str) -> list[str]:
+        return [n for n, f in fields.items() if getattr(f.feature, "dtype", None) in types]
+
+    typed = [name for name, f in fields.items() if isinstance(f.feature, ImageFeature)]
+    binary = of_type("binary", "large_binary")
+    binary += [n for n, f in fields.items() if isinstance(f.feature, dict) and "bytes" in f.feature]
+    words = of_type("string", "large_string")
+    images = [*named([*typed, *binary], IMAGE_NAMES), *typed]
+    images += named(words, (*IMAGE_NAMES, *FILE_NAMES)) if has_files else []
+    images = [name for name in dict.fromkeys(images) if name == fields[name].top]
+    image = given_column(columns, "image", fields, what) or next(iter(images), None)
+    if image is None or image != fields[image].top:
         raise ValueError(
-            f"{what} has no column of images; columns: {', '.join(features)}; name it 'image'"
+            f"{what} has no column of images; columns: {', '.join(map(str, fields))[:400]}; name "
+            "it 'image', or choose it with data.columns={image: NAME}"
         )
-    images = dataset.select_columns([image]).cast_column(image, ImageFeature(decode=False))
-    caption = _column(features, (), TEXT_COLUMNS)
-    captions = None if caption is None else dataset.select_columns([caption])
-    label = _column(features, (ClassLabel,), LABEL_COLUMNS)
-    labels, names = (None, None) if label is None else _labels(dataset, label, what)
-    return TableSource(images, captions, labels, names)
+
+    def sample(name: str) -> list[Any]:
+        return _cells(dataset.select(range(min(len(dataset), SAMPLE_ROWS))), fields[name])
+
+    rest = [name for name in fields if name not in (image, *typed)]
+    label = given_column(columns, "label", fields, what)
+    classes: list[str] = []
+    if label is None:
+        known = [name for name in rest if isinstance(fields[name].feature, ClassLabel)]
+        text = [name for name in words if name in rest]
+        label, classes = choose_label(rest, known, text, sample)
+    caption = given_column(columns, "caption", fields, what)
+    captions = [*named(rest, CAPTION_NAMES), *named(rest, CAPTION_SYNONYMS)]
+    if caption is None:
+        caption = next((name for name in captions if name != label), None)
+    used = {fields[name].top for name in (label, caption) if name and name == fields[name].top}
+    more = {
+        "image": [name for name in images if name != image and name not in words],
+        "label": [name for name in classes if name != caption and fields[name].top not in used],
+        "caption": [name for name in captions if name != label and fields[name].top not in used],
+    }
+    more = {role: [n for n in names if n not in (label, caption)] for role, names in more.items()}
+    return Choice(image, label or None, caption or None, more)
 
 
-def _labels(dataset: Any, column: str, what: str) -> tuple[np.ndarray, tuple[str, ...]]:
-    from datasets import ClassLabel
+def _cells(dataset: Any, column: _Field) -> list[Any]:
+    cells = dataset.select_columns([column.top])[:][column.top]
+    return [_nested(cell, column.key) for cell in cells]
 
-    cells = dataset.select_columns([column])[:][column]
-    feature = dataset.features[column]
-    if any(isinstance(cell, str) for cell in cells):
-        names = tuple(sorted({cell for cell in cells if cell is not None}))
-        index = {name: i for i, name in enumerate(names)}
-        return np.array([NO_LABEL if c is None else index[c] for c in cells], dtype=np.int64), names
+
+def _labels(dataset: Any, others: Sequence[Any], column: str, what: str) -> Labels | None:
+    """Return the labels of a dataset; of others, the classes count too."""
+    field = _fields(dataset.features)[column]
+    cells = _cells(dataset, field)
+    more = [_cells(other, field) for other in others if field.top in other.features]
+    cells += [cell for part in more for cell in part]
+    names = getattr(field.feature, "names", None)
+    where = f"column {column!r} of {what}"
     try:
-        labels = np.array([NO_LABEL if c is None else int(c) for c in cells], dtype=np.int64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"column {column!r} of {what} holds no classes: {error}; give whole numbers or words"
-        ) from error
-    if isinstance(feature, ClassLabel):
-        return labels, tuple(feature.names)
-    if labels.min() < NO_LABEL:
-        raise ValueError(f"column {column!r} of {what} holds the negative label {labels.min()}")
-    return labels, tuple(map(str, range(int(labels.max()) + 1)))
+        found = read_labels(cells, len(cells), where, names)
+    except ValueError as error:
+        raise ValueError(f"{error}; or leave labels out: data.columns={{label: ''}}") from None
+    return found and found._replace(indices=found.indices[: len(dataset)])
 
 
-def open_table(path: str, split: str | None, builder: str | None = None) -> TableSource:
-    """Open a dataset by hub name or folder, or files by `builder`: parquet, arrow, webdataset."""
+def open_table(
+    path: str, split: str | None, builder: str | None = None, columns: Columns | None = None
+) -> TableSource:
+    """Open a dataset by hub name or folder, or files by `builder`: parquet, arrow, webdataset.
+
+    Args:
+        columns: see `table_source`.
+    """
     import datasets
 
     try:
@@ -245,105 +370,42 @@ def open_table(path: str, split: str | None, builder: str | None = None) -> Tabl
             f"{str(error).splitlines()[0]}); give a folder or zip of images, parquet files, or a "
             "Hugging Face dataset as OWNER/NAME"
         ) from error
-    return table_source(_select_split(parts, split, path), path)
+    chosen, others = _select_split(parts, split, path)
+    folders, roots = _file_folders(Path(path), parts)
+    return table_source(chosen, path, columns=columns, others=others, folders=folders, roots=roots)
 
 
-def _select_split(parts: Any, split: str | None, what: str) -> Any:
-    """Return a split; every tenth row is the test split of a dataset with a single split."""
+def _file_folders(path: Path, parts: Any) -> tuple[list[Path], list[Path]]:
+    """Return the folders where the paths in cells start, and those that they may not leave."""
+    if path.is_dir():
+        return [path, path / "data"], [path]
+    if path.is_file() or "*" in path.name:
+        return [path.parent], [path.parent]
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    # The hub's files lie in the caches, which only `datasets` fills.
+    caches = [Path(HF_HUB_CACHE), Path(config.HF_DATASETS_CACHE)]
+    return caches, caches
+
+
+def _select_split(parts: Any, split: str | None, what: str) -> tuple[Any, list[Any]]:
+    """Return a split, and the others; every tenth row tests a dataset with a single split."""
     import datasets
 
-    if split in parts:
-        return (
-            _tenths(parts[split], split) if split == "train" and len(parts) == 1 else parts[split]
-        )
     if split is None and ("train" in parts or len(parts) == 1):
-        return parts["train"] if "train" in parts else next(iter(parts.values()))
+        split = "train" if "train" in parts else next(iter(parts))
+    elif (
+        len(parts) == 1 and split in ("train", "test") and (split == "train" or split not in parts)
+    ):
+        (rows,) = parts.values()
+        return _tenths(rows, split), [_tenths(rows, "test" if split == "train" else "train")]
+    if split in parts:
+        return parts[split], [part for name, part in parts.items() if name != split]
     if split == "all":
-        return datasets.concatenate_datasets(list(parts.values()))
-    if split in ("train", "test") and len(parts) == 1:
-        return _tenths(next(iter(parts.values())), split)
+        return datasets.concatenate_datasets(list(parts.values())), []
     raise ValueError(f"{what} has no split {split!r}; it has {', '.join(parts)}")
 
 
 def _tenths(dataset: Any, split: str) -> Any:
     return dataset.select(split_indices(len(dataset), split, None))
-
-
-@dataclass(frozen=True)
-class NpzSource:
-    """Arrays of an .npz: encoded images in one blob with offsets, or uint8 pixels.
-
-    prefix: of the arrays' names, e.g. "train_".
-    """
-
-    path: str
-    modified_ns: int
-    prefix: str
-    rows: np.ndarray = field(repr=False)
-    labels: np.ndarray | None = field(repr=False)
-    label_names: tuple[str, ...] | None
-    notes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def name(self, i: int) -> str:
-        """Return the row."""
-        return f"{self.prefix}row {self.rows[i]}"
-
-    def read(self, i: int) -> Image.Image | np.ndarray:
-        """Return the opened image, or uint8 pixels (c, h, w)."""
-        arrays, row = _npz(self.path, self.modified_ns), int(self.rows[i])
-        if "arr_0" in arrays:
-            return np.ascontiguousarray(arrays["arr_0"][row].transpose(2, 0, 1))
-        first, last = arrays[f"{self.prefix}offsets"][row : row + 2]
-        return decode_image(arrays[f"{self.prefix}blob"][first:last].tobytes())
-
-    def text(self, i: int) -> None:
-        """Return None: there are no captions."""
-        return None
-
-    def identity(self) -> str:
-        """Return the hash of all bytes, the split's rows and the labels."""
-        arrays = _npz(self.path, self.modified_ns)
-        name = "arr_0" if "arr_0" in arrays else f"{self.prefix}blob"
-        labels = b"" if self.labels is None else self.labels.tobytes()
-        return hash_parts([arrays[name].tobytes(), self.rows.tobytes(), labels])
-
-
-@functools.lru_cache(maxsize=4)
-def _npz(path: str, modified_ns: int) -> dict[str, np.ndarray]:
-    return read_npz(path, npz_names(path))
-
-
-def open_npz(path: Path, split: str | None) -> NpzSource:
-    """Open the images of an .npz in one of two forms.
-
-    Encoded: "train_blob", "train_offsets" (n + 1), "train_labels", the same for "test", and
-    "classes". Or ADM's sample batch: "arr_0" uint8 (n, h, w, c) with optional labels "arr_1".
-    """
-    form = "give {train,test}_blob, _offsets, _labels, classes; or arr_0 as uint8 (n, h, w, c)"
-    try:
-        modified_ns = path.stat().st_mtime_ns
-        arrays = _npz(str(path), modified_ns)
-    except Exception as error:  # zip, pickle and header errors
-        raise ValueError(f"{path} is not a readable .npz ({error}); {form}") from error
-    if "arr_0" in arrays:
-        pixels = arrays["arr_0"]
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[-1] not in (1, 3):
-            raise ValueError(f"arr_0 of {path} is {pixels.dtype} {pixels.shape}; {form}")
-        rows, prefix = split_indices(len(pixels), split or "all", None), ""
-        labels = arrays.get("arr_1")
-    else:
-        prefix = f"{split or 'train'}_"
-        if f"{prefix}blob" not in arrays or f"{prefix}offsets" not in arrays:
-            raise ValueError(
-                f"{path} holds {', '.join(arrays)}, but not {prefix}blob and {prefix}offsets; "
-                f"{form}"
-            )
-        rows, labels = np.arange(len(arrays[f"{prefix}offsets"]) - 1), arrays.get(f"{prefix}labels")
-    if labels is None:
-        return NpzSource(str(path), modified_ns, prefix, rows, None, None)
-    labels = labels[rows].astype(np.int64)
-    names = map(str, arrays["classes"] if "classes" in arrays else range(int(labels.max()) + 1))
-    return NpzSource(str(path), modified_ns, prefix, rows, labels, tuple(names))

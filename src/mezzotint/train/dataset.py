@@ -45,6 +45,7 @@ def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None 
             size=config.size,
             channels=config.channels,
             crop=recipe.data.crop,
+            columns=_columns(recipe),
             codec_name=recipe.data.codec or info.codec,
             mirror=recipe.data.flip,
             device=world.device,
@@ -55,6 +56,12 @@ def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None 
     return dataset
 
 
+def _columns(recipe: Recipe) -> dict[str, str]:
+    """Return the columns that the recipe chooses."""
+    chosen = dataclasses.asdict(recipe.data.columns)
+    return {role: name for role, name in chosen.items() if name is not None}
+
+
 def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDataset:
     """Open images in aspect-ratio buckets; ValueError for a latent network."""
     if (recipe.data.codec or info.codec) != "pixels":
@@ -62,7 +69,7 @@ def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDatas
             "data.buckets holds sizes in pixels and this network works on latents; leave it out"
         )
     size, channels = info.config.size, info.config.channels
-    opened, _ = open_source(source, size)
+    opened, _ = open_source(source, size, _columns(recipe))
     return BucketedDataset(
         opened,
         recipe.data.buckets,
