@@ -97,6 +97,23 @@ def test_transparency_becomes_white():
     assert (to_pixels(palette, 8, 3, "adm")[:, :, ::2] == 255).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_transparency_is_composited_in_strips(monkeypatch, mode, channels):
+    alpha = Image.fromarray(np.ascontiguousarray(RAMP.T[:24, :24])).resize((32, 24))
+    image = Image.fromarray(RGB)
+    image.putalpha(alpha)
+    if mode == "P":
+        image = image.convert("RGB").quantize(16)
+        image.info["transparency"] = bytes(range(0, 256, 16))
+    else:
+        image = image.convert(mode)
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    monkeypatch.setattr("mezzotint.data.transforms.STRIP_PIXELS", 70)
+    expected = np.asarray(whole.convert({1: "L", 3: "RGB"}[channels]))
+    assert np.array_equal(np.asarray(to_mode(image, channels)), expected)
+
+
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     image = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])

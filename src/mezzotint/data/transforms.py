@@ -14,7 +14,7 @@ from torch import Tensor
 from mezzotint.core import rng
 from mezzotint.core.registry import suggest
 from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image, reserve_pixels
-from mezzotint.data.full_scale import FullScale, grey_kind
+from mezzotint.data.full_scale import STRIP_PIXELS, FullScale, grey_kind
 from mezzotint.data.salvage import exif_orientation
 
 RULES = ("round", "truncate")  # of to_uint8
@@ -74,6 +74,16 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
+def _on_white(image: Image.Image) -> Image.Image:
+    """Return a transparent image on white, mode RGB; in strips of rows, which take less memory."""
+    result, rows = Image.new("RGB", image.size), max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(image.height, top + rows))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
+
+
 def to_mode(image: Image.Image, channels: int, full_scale: FullScale | None = None) -> Image.Image:
     """Return the first frame, upright and opaque, in mode RGB (3 channels) or L (1 channel).
 
@@ -92,8 +102,7 @@ def to_mode(image: Image.Image, channels: int, full_scale: FullScale | None = No
     if transpose is not None:
         image = image.transpose(transpose)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = _on_white(image)
     target = {1: "L", 3: "RGB"}[channels]
     # Pillow has no direct conversion from CMYK, LAB or HSV to grey.
     if target == "L" and image.mode not in ("1", "L", "P", "RGB", "RGBA", "YCbCr"):
