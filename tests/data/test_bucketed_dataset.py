@@ -168,3 +168,22 @@ def test_a_network_trains_on_buckets(mixed, tmp_path):
 def test_recipes_without_fitting_buckets_are_refused(mixed, changes, words):
     with pytest.raises(ValueError, match=words):
         open_recipe_data(recipe(mixed, *changes))
+
+
+def test_unreadable_images_never_fill_a_bucket_of_their_own(tmp_path):
+    for i in range(40):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"damaged")
+    for name in ("w.png", "x.png", "y.png"):
+        Image.new("RGB", (32, 16), "red").save(tmp_path / name)
+    Image.new("RGB", (16, 32)).save(tmp_path / "z.png")
+    source, _ = open_source(str(tmp_path), 16)
+    images = BucketedDataset(source, ((16, 16), (16, 32), (32, 16)))
+    assert images.bucket_counts() == [0, 43, 1]
+    indices = images.batch_indices(0, 0, 8, 8)
+    assert images.batch(indices)[0].shape == (8, 3, 16, 32)
+    assert len(images.report.unreadable) >= 1
+    for name in ("w.png", "x.png", "y.png", "z.png"):
+        (tmp_path / name).unlink()
+    source, _ = open_source(str(tmp_path), 16)
+    with pytest.raises(ValueError, match=r"no image can be read, 00\.png"):
+        BucketedDataset(source, ((16, 16),))

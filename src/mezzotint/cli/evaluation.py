@@ -53,7 +53,8 @@ def reference(
     images = open_real_images(data, size, channels)
     written = make_reference(images, out, feature_sets.open_features(features, weights))
     names = ", ".join(written.statistics)
-    echo(f"{out}: {names} of {images.num_images:,} images, hash {written.hash}")
+    how = written.metadata["preprocessing"]
+    echo(f"{out}: {names} of {images.num_images:,} images ({how}), hash {written.hash}")
 
 
 def evaluate(

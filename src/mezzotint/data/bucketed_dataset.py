@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import final
@@ -62,9 +63,21 @@ class BucketedDataset(PixelDataset):
             raise ValueError(f"shapes {shapes} repeat; give each once")
         self.shapes, self.portrait = tuple(shapes), portrait
         sizes = _read_sizes(source)
-        self.rotated = np.array([portrait and h > w for h, w in sizes])
-        sizes = [(w, h) if r else (h, w) for r, (h, w) in zip(self.rotated, sizes, strict=True)]
-        self.bucket = np.array([self._nearest_bucket(h, w) for h, w in sizes])
+        self.rotated = np.array(
+            [portrait and size is not None and size[0] > size[1] for size in sizes]
+        )
+        nearest = [
+            None if size is None else self._nearest_bucket(*(reversed(size) if rotated else size))
+            for rotated, size in zip(self.rotated, sizes, strict=True)
+        ]
+        counted = Counter(bucket for bucket in nearest if bucket is not None)
+        if not counted:
+            raise ValueError(
+                f"no image can be read, {source.name(0)} and all others; check the files"
+            )
+        # What cannot be read joins the largest bucket, whose images replace it.
+        largest = counted.most_common(1)[0][0]
+        self.bucket = np.array([largest if bucket is None else bucket for bucket in nearest])
         self.full_scale = measure_full_scale(source.read, len(source), full_scale)
         how = f"{self.shapes} {channels} {portrait}{self.full_scale.key}"
         fingerprint = hash_parts([source.identity(), how, self.bucket.tobytes()])
@@ -142,10 +155,10 @@ def _plan_epoch(bucket_bytes: bytes, seed: int, epoch: int, batch: int) -> np.nd
     return rng.permutation(np.concatenate(batches))
 
 
-def _read_sizes(source: Source) -> list[Shape]:
-    """Return (height, width) of every image as displayed, from its header; (1, 1) if unreadable."""
+def _read_sizes(source: Source) -> list[Shape | None]:
+    """Return (height, width) of every image as displayed, from its header; None if unreadable."""
 
-    def read_size(i: int) -> Shape:
+    def read_size(i: int) -> Shape | None:
         try:
             stored = source.read(i)
             if isinstance(stored, np.ndarray):
@@ -153,7 +166,7 @@ def _read_sizes(source: Source) -> list[Shape]:
             rotated = orientation_of(stored) in ROTATED
             return (stored.width, stored.height) if rotated else (stored.height, stored.width)
         except Exception:  # decoders raise anything; reading it for a batch reports the reason
-            return 1, 1
+            return None
 
     with ThreadPoolExecutor() as pool:
         return list(pool.map(read_size, range(len(source)), chunksize=64))
