@@ -96,7 +96,7 @@ def read_npz(
         with open_npy_member(file, name) as (stream, shape, dtype, fortran_order):
             try:
                 values = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-                view, done = memoryview(values), 0
+                view, done = values.data, 0
                 while count := stream.readinto(view[done : done + CHUNK_BYTES]):
                     done += count
                 order = "F" if fortran_order else "C"
