@@ -365,7 +365,7 @@ from mezzotint.train import loop
 
 folder, operations = {folder!r}, {operations!r}
 
-def train():
+def train(folder=folder):
     loop.train(small(*{overrides!r}), folder, quiet=True)
 
 def attempt(number, fault):
@@ -394,6 +394,7 @@ def attempt(number, fault):
         os._exit(code if count >= number else {finished})
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+train(folder + "-first")  # imports what every child needs
 for line in sys.stdin:
     number, fault = line.split()
     print(attempt(int(number), fault), flush=True)
