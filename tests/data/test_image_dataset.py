@@ -89,29 +89,10 @@ def test_hidden_and_other_files_are_ignored(tmp_path):
     assert "2 files that are not images" in str(bundle.report)
 
 
-def test_links_are_followed_but_not_loops(tmp_path):
-    real = write(tmp_path / "real", {"a/0.png": png(0), "b/1.png": png(1)})
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "a").symlink_to(real / "a")
-    (root / "b").symlink_to(real / "b")
-    (real / "b" / "loop").symlink_to(real / "b")
-    (root / "dangling.png").symlink_to(tmp_path / "nowhere.png")
-    images = open_images(root, size=8)
-    assert [images.name(i) for i in range(len(images))] == ["a/0.png", "b/1.png"]
-
-
 def test_images_outside_class_folders_remove_the_labels_with_a_note(tmp_path):
     images = open_images(write(tmp_path, {**CLASSES, "stray.png": png(9)}), size=8)
     assert images.label_names is None
     assert "no labels: 1 images are outside the class folders cat, dog" in str(images.report)
-
-
-def test_folders_named_like_splits_are_refused(tmp_path):
-    write(tmp_path, {"train/a/0.png": png(0), "test/a/0.png": png(1)})
-    with pytest.raises(ValueError, match=r"splits test, train.*/test"):
-        open_images(tmp_path, size=8)
-    assert len(open_images(tmp_path / "train", size=8)) == 1
 
 
 def test_dataset_json_gives_labels_classes_and_the_test_split(tmp_path):
@@ -291,8 +272,8 @@ def test_tables_of_datasets(tmp_path, hub_cache):
     assert [
         len(open_images(f"{tmp_path / 'a.parquet'}:{s}", size=8)) for s in ("train", "test")
     ] == [18, 2]
-    with pytest.raises(ValueError, match="no split 'dev'; it has train, validation"):
-        open_images(f"{tmp_path / 'both'}:dev", size=8)
+    with pytest.raises(ValueError, match="no split 'extra'; it has train, validation"):
+        open_images(f"{tmp_path / 'both'}:extra", size=8)
 
 
 def test_tables_with_class_names_or_without_images(tmp_path, hub_cache):
@@ -416,21 +397,6 @@ def test_a_damaged_member_of_a_zip_is_named(tmp_path):
     images.batch(range(5))
     assert list(images.report.unreadable) == ["2.png"]
     assert "CRC" in images.report.unreadable["2.png"]
-
-
-def test_a_hostile_zip_writes_nothing(tmp_path):
-    inside = tmp_path / "in"
-    inside.mkdir()
-    path = zipped(
-        inside / "a.zip", {"../../escaped.png": png(0), "/absolute.png": png(1), "fine.png": png(2)}
-    )
-    images = open_images(path, size=8)
-    assert {images.name(i) for i in range(len(images))} == {
-        "/absolute.png",
-        "fine.png",
-    }  # names, not places
-    assert len(images.batch([0, 1])[0]) == 2
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["a.zip", "in"]
 
 
 def test_real_flowers(shared):

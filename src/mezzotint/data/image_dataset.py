@@ -12,13 +12,14 @@ import numpy as np
 from jaxtyping import Int64
 from torch import Tensor
 
+from mezzotint.core.paths import explain_path, is_hub_name, kind_of
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
 from mezzotint.data.columns import Columns
 from mezzotint.data.dataset import PixelDataset
-from mezzotint.data.decode import image_suffixes
 from mezzotint.data.full_scale import measure_full_scale
 from mezzotint.data.npz_source import open_npz
+from mezzotint.data.row_files import ROW_FILES, find_row_files, is_webdataset
 from mezzotint.data.shapes import open_shapes
 from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import (
@@ -27,15 +28,14 @@ from mezzotint.data.sources import (
     hash_parts,
     open_files,
 )
-from mezzotint.data.stores import FolderStore, ZipStore
+from mezzotint.data.splits import split_kinds
+from mezzotint.data.stores import FolderStore, Store, TarStore, find_store
 from mezzotint.data.tables import CARD, PreparedSource, open_prepared, open_table
 from mezzotint.data.transforms import CROPS, to_pillow, to_pixels
 
 MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept in memory
 BUILTIN = ("digits", "shapes")
 LATENTS = "latents.json"  # card of a folder of `mezzotint.data.encode_latents`
-# Files of rows: suffix -> builder of Hugging Face datasets.
-ROW_FILES = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset"}
 
 
 class DecodedImage(NamedTuple):
@@ -136,12 +136,13 @@ def open_images(
     """Open images of any modes, sizes and aspect ratios as uint8 (channels, size, size) by index.
 
     Args:
-        source: a folder (class subfolders or flat) or a zip of one; a folder of `mezzotint
+        source: a folder (class subfolders or flat), or a zip or tar of one; a folder of `mezzotint
             prepare`; parquet, Arrow or webdataset files (one file, a pattern, or a folder); an
             .npz; a Hugging Face dataset as OWNER/NAME; "digits"; "shapes", with options as in
             "shapes:count=5000,seed=1". "SOURCE:SPLIT" chooses a split: train, test, all, or one
             that the dataset names. Without it: the training split if the source has one, else all
-            images. The test split of a source that has none is every tenth image, in its order.
+            images; a folder or archive with folders of splits is refused, with their names. The
+            test split of a source that has none is every tenth image, in its order.
         size: side in pixels; None takes that of a prepared folder, of "shapes:64" or "digits:16".
         channels: 1 (grey) or 3 (RGB).
         crop: "adm" (ADM's halving, bicubic, centre crop) or "plain" (one Lanczos step on the
@@ -176,7 +177,7 @@ def open_source(
     source: str, size: int | None, columns: Columns | None = None
 ) -> tuple[Source, int]:
     """Return the named source and its size in pixels, see `open_images`."""
-    base, option = (source, "") if os.path.exists(source) else split_suffix(source)
+    base, option = split_source(source)
     if base in BUILTIN:
         check_no_columns(base, columns)
         return _open_builtin(base, option, size)
@@ -201,43 +202,48 @@ def check_no_columns(what: str, columns: Columns | None) -> None:
 
 def _open_path(base: str, path: Path, split: str | None, columns: Columns | None) -> Source:
     suffix = path.suffix.lower()
-    if path.is_dir():
-        if (path / LATENTS).is_file():
-            raise ValueError(
-                f"{base} holds latents; give the folder of images from which they were prepared"
-            )
-        if _holds_rows(path):
-            return open_table(base, split, columns=columns)
-        return open_files(FolderStore(path), check_split(base, split), columns)
+    if (found := find_store(path)) is not None:
+        return _open_files_or_rows(base, split, *found, columns)
     if suffix in ROW_FILES and (path.is_file() or "*" in path.name):
-        return open_table(base, split, ROW_FILES[suffix], columns)
-    if path.is_file() and suffix == ".zip":
-        return open_files(ZipStore(path), check_split(base, split), columns)
+        return open_table(str(path), split, ROW_FILES[suffix], columns=columns)
     if path.is_file() and suffix == ".npz":
         check_no_columns(base, columns)
         return open_npz(path, check_split(base, split))
     if path.is_file():
         raise ValueError(
-            f"{base} is a single file; give its folder, a .zip, .npz, {', '.join(ROW_FILES)}"
+            f"{base} is a single file, {kind_of(base)}; give its folder, a .zip, .npz, "
+            f"{', '.join(ROW_FILES)}, .tar.gz or .tgz"
         )
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base):
+    if split is None and split_kinds([path.name]) and path.parent.is_dir():  # FOLDER/val
+        store = FolderStore(path.parent)
+        return _open_files_or_rows(str(path.parent), path.name, store, "", columns)
+    if is_hub_name(base):
         return open_table(base, split, columns=columns)
     raise ValueError(
-        f"no data at {base!r}; give a folder of images, a .zip, .npz or parquet file that exists, "
-        f"a Hugging Face dataset as OWNER/NAME, or a built-in dataset ({suggest(base, BUILTIN)})"
+        f"no data at {base!r}: {explain_path(base, 'a data set')}; give a folder of images, a "
+        ".zip, .tar, .npz or parquet file, a Hugging Face dataset as OWNER/NAME, or a built-in "
+        f"dataset ({suggest(base, BUILTIN)})"
     )
 
 
-def _holds_rows(folder: Path) -> bool:
-    """Return whether a folder is a saved dataset, or holds files of rows and no images."""
-    is_folder = {e.name: e.is_dir() for e in os.scandir(folder) if not e.name.startswith(".")}
-    if "state.json" in is_folder or "dataset_dict.json" in is_folder:
-        return True
-    if any(value and name != "data" for name, value in is_folder.items()):
-        return False
-    names = [*is_folder, *(os.listdir(folder / "data") if is_folder.get("data") else [])]
-    suffixes = {Path(name).suffix.lower() for name in names}
-    return bool(suffixes & set(ROW_FILES)) and not suffixes & image_suffixes()
+def _open_files_or_rows(
+    base: str, split: str | None, store: Store, below: str, columns: Columns | None
+) -> Source:
+    """Open a folder or archive of images, or of files of rows."""
+    root = store.root
+    if (root / LATENTS).is_file():
+        raise ValueError(
+            f"{base} holds latents; give the folder of images from which they were prepared"
+        )
+    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        return open_table(str(root), split, columns=columns)
+    listing = store.listing()
+    if isinstance(store, TarStore) and is_webdataset(listing.sizes):
+        files = {"train": [str(store.plain)]}
+        return open_table(base, split, "webdataset", files, columns)
+    if isinstance(store, FolderStore) and (rows := find_row_files(base, listing)):
+        return open_table(base, split, *rows, columns)
+    return open_files(store, split, columns, below=below, listing=listing)
 
 
 def _open_builtin(name: str, option: str, size: int | None) -> tuple[Source, int]:
@@ -268,10 +274,15 @@ def _open_builtin(name: str, option: str, size: int | None) -> tuple[Source, int
     return source, size
 
 
-def split_suffix(source: str) -> tuple[str, str]:
-    """Return ("NAME", "test") for "NAME:test", and (source, "") where no option follows a colon."""
-    match = re.fullmatch(r"(.+):([\w,=.-]+)", source)
-    return (source, "") if match is None else (match[1], match[2])
+def split_source(source: str) -> tuple[str, str]:
+    """Return ("NAME", "test") for "NAME:test", and (source, "") where no option follows a colon.
+
+    A path that exists is never divided.
+    """
+    match = re.fullmatch(r"(.+):([^/\\:]+)", source, re.DOTALL)
+    if match is None or os.path.lexists(os.path.expanduser(source)):
+        return source, ""
+    return match[1], match[2]
 
 
 def check_split(what: str, split: str | None) -> str | None:

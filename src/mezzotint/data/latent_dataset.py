@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -34,7 +33,7 @@ from mezzotint.data.image_dataset import (
     check_no_columns,
     check_split,
     open_images,
-    split_suffix,
+    split_source,
 )
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.shuffle import shuffled_indices
@@ -281,7 +280,7 @@ def open_dataset(
 
     Errors: ValueError where the network does not take the source's latents, or its pixels.
     """
-    base, split = (source, "") if os.path.isdir(source) else split_suffix(source)
+    base, split = split_source(source)
     folder = Path(base).expanduser()
     if (folder / PLAN).is_file() and not (folder / LATENTS).is_file():
         raise ValueError(

@@ -6,21 +6,25 @@ path, not by content, and a worker process opens its own handles.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
+from mezzotint.core.paths import printable
+from mezzotint.core.registry import suggest
 from mezzotint.data.columns import Columns
-from mezzotint.data.decode import UnreadableImage, decode_image, image_suffixes
+from mezzotint.data.decode import IMAGE, decode_image, describe_unread, image_kind
 from mezzotint.data.labels import sort_classes
 from mezzotint.data.side_files import labels_from_json, read_captions
-from mezzotint.data.stores import FolderStore, ZipStore
+from mezzotint.data.splits import choose_split, common_folder, find_splits
+from mezzotint.data.stores import Listing, Store, is_archive
 
 SPLITS = ("train", "test", "all")
 
@@ -86,12 +90,12 @@ def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndar
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files of a folder or zip, with labels and captions.
+    """Image files of a folder, zip or tar, with labels and captions.
 
     captions: by name, from metadata.jsonl. text_files: names of .txt files.
     """
 
-    store: FolderStore | ZipStore
+    store: Store
     names: tuple[str, ...]
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
@@ -104,16 +108,12 @@ class FileSource:
         return len(self.names)
 
     def name(self, i: int) -> str:
-        """Return the relative file name."""
-        return self.names[i]
+        """Return the relative file name, printable whatever its bytes are."""
+        return printable(self.names[i])
 
     def read(self, i: int) -> Image.Image:
         """Return the opened image."""
-        try:
-            data = self.store.bytes(self.names[i])
-        except OSError as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
-        return decode_image(data)
+        return decode_image(self.store.bytes(self.names[i]))
 
     def text(self, i: int) -> str | None:
         """Return the caption from metadata.jsonl, else from NAME.txt, or None."""
@@ -131,45 +131,55 @@ class FileSource:
 
 
 def open_files(
-    store: FolderStore | ZipStore, split: str | None, columns: Columns | None = None
+    store: Store,
+    split: str | None,
+    columns: Columns | None = None,
+    *,
+    below: str = "",
+    listing: Listing | None = None,
 ) -> FileSource:
-    """Open the images of a folder or zip.
+    """Open the images of a folder, zip or tar.
 
     Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list
     "test"), else the first folder below the common one. Captions: `metadata.jsonl`
     ({"file_name": ..., "text": ...}), else NAME.txt.
+
+    Args:
+        split: where there are folders of splits (see `mezzotint.data.splits`) the name of one, or
+            "all"; else "train", "test" or "all".
+        below: folder within the store, ending in "/", or a split's name in its place; or "".
+        listing: of the store, if it is known.
     """
-    sizes = store.sizes()
-    names = sorted(name for name in sizes if PurePosixPath(name).suffix.lower() in image_suffixes())
+    listing = listing or store.listing()
+    if below and not any(name.startswith(below) for name in listing.sizes):
+        split, below = below.rstrip("/"), ""
+    sizes = {name: size for name, size in listing.sizes.items() if name.startswith(below)}
+    where = f"{store.root}/{below}".rstrip("/")
+    kinds = {name: image_kind(name, functools.partial(store.head, name)) for name in sizes}
+    names = sorted(name for name, kind in kinds.items() if kind == IMAGE)
     if not names:
-        others = ", ".join(sorted(sizes)[:3])
-        content = (
-            f"{len(sizes)} files, none of them images ({others}, ...)" if sizes else "no files"
-        )
-        raise ValueError(
-            f"{store.root} holds {content}; give a folder or zip of images (.png, .jpg, .webp, "
-            ".tif, .bmp, .gif)"
-        )
-    base = _common_folder(names)
+        raise ValueError(_describe_no_images(where, kinds, listing))
+    base = common_folder(names)
     notes: list[str] = []
     test = None
     if f"{base}dataset.json" in sizes or "dataset.json" in sizes:
         prefix = base if f"{base}dataset.json" in sizes else ""
         names, labels, label_names, test = labels_from_json(store, prefix, names, notes)
+        chosen = _choose_indices(where, names, split, test)
+    elif splits := find_splits(names, base):
+        names, base, labels, label_names = _open_split(where, splits, split, len(names), notes)
+        chosen = np.arange(len(names))
     else:
-        labels, label_names = _labels_from_folders(store, base, names, notes)
-    chosen = split_indices(len(names), split or ("all" if test is None else "train"), test)
-    if not len(chosen):
-        raise ValueError(
-            f"split {split!r} of {store.root} is empty: it holds {len(names)} images; try 'all'"
-        )
-    others = len(sizes) - len(names)
-    if others:
-        notes.append(f"{others} files that are not images of this dataset were ignored")
+        paths = [name[len(base) :] for name in names]
+        labels, label_names = _labels_from_folders(paths, notes)
+        chosen = _choose_indices(where, names, split, test)
+    notes.extend(_describe_ignored(kinds, listing))
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
+    # Relative names: FOLDER:train and FOLDER/train are one data set.
     key = hash_parts(
-        [f"{name}\t{sizes[name]}" for name in names] + [b"" if labels is None else labels.tobytes()]
+        [f"{name.removeprefix(base)}\t{sizes[name]}" for name in names]
+        + [b"" if labels is None else labels.tobytes()]
     )
     text_files = frozenset(name for name in sizes if name.endswith(".txt"))
     metadata = sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
@@ -179,33 +189,95 @@ def open_files(
     )
 
 
-def _common_folder(names: Sequence[str]) -> str:
-    """Return the deepest folder of all names, as a prefix ending in "/", or ""."""
-    # `zip -r` of a folder adds one level.
-    folders = [name.split("/")[:-1] for name in names]
-    shared = takewhile(
-        lambda pair: pair[0] == pair[1], zip(min(folders), max(folders), strict=False)
-    )
-    return "".join(f"{part}/" for part, _ in shared)
+def _choose_indices(
+    where: str, names: Sequence[str], split: str | None, test: np.ndarray | None
+) -> np.ndarray:
+    """Return the indices of "train", "test" or "all" of images that have no folders of splits."""
+    if split is not None and split not in SPLITS:
+        raise ValueError(f"{where} has no split {split!r}; {suggest(split, SPLITS)}")
+    chosen = split_indices(len(names), split or ("all" if test is None else "train"), test)
+    if not len(chosen):
+        raise ValueError(
+            f"split {split!r} of {where} is empty: it holds {len(names)} images; try 'all'"
+        )
+    return chosen
+
+
+def _open_split(
+    where: str, splits: dict[str, dict[str, str]], split: str | None, count: int, notes: list[str]
+) -> tuple[list[str], str, np.ndarray | None, tuple[str, ...] | None]:
+    """Return names, their common folder, labels and class names of one split, or of all."""
+    everything = split == "all" and "all" not in splits
+    chosen = list(splits) if everything else [choose_split(where, list(splits), split)]
+    outside = count - sum(map(len, splits.values()))
+    if outside:
+        notes.append(f"{outside} images beside the folders of the splits were left out")
+    paths: dict[str, str] = {}
+    for name in chosen:
+        common = common_folder(list(splits[name].values()))
+        paths |= {image: path[len(common) :] for image, path in splits[name].items()}
+    names = sorted(paths)
+    labels, label_names = _labels_from_folders([paths[name] for name in names], notes)
+    return names, common_folder(names), labels, label_names
+
+
+def _describe_no_images(where: str, kinds: dict[str, str | None], listing: Listing) -> str:
+    """Return the message for a folder or archive without images."""
+    others = ", ".join(printable(name) for name in sorted(kinds)[:3])
+    content = f"{len(kinds)} files, none of them images ({others}, ...)" if kinds else "no files"
+    found = "".join(f"; {note}" for note in _describe_ignored(kinds, listing, others=False))
+    archives = sorted(name for name in kinds if is_archive(PurePosixPath(name)))
+    advice = "give a folder or zip of images (.png, .jpg, .webp, .tif, .bmp, .gif)"
+    if archives:
+        advice = f"give the archive itself, e.g. {where}/{printable(archives[0])}"
+    return f"{where} holds {content}{found}; {advice}"
+
+
+def _describe_ignored(
+    kinds: dict[str, str | None], listing: Listing, *, others: bool = True
+) -> list[str]:
+    """Return sentences on images that cannot be read, other files, and what is never opened.
+
+    Args:
+        kinds: name -> `image_kind`.
+        others: whether to count files that are no images, by suffix.
+    """
+    unread = Counter(kind for kind in kinds.values() if kind not in (None, IMAGE))
+    notes = describe_unread(unread)
+    ignored = [name for name, kind in kinds.items() if kind is None]
+    if ignored and others:
+        suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in ignored)
+        counts = ", ".join(f"{count:,} {printable(s)}" for s, count in suffixes.most_common(5))
+        notes.append(
+            f"{len(ignored):,} files that are not images were ignored: {counts} "
+            f"({_first_names(ignored)})"
+        )
+    return notes + [
+        f"{len(names):,} {kind} were left out ({_first_names(names)})"
+        for kind, names in listing.skipped.items()
+    ]
+
+
+def _first_names(names: Sequence[str]) -> str:
+    """Return the first three names for print."""
+    more = ", ..." if len(names) > 3 else ""
+    return ", ".join(printable(name) for name in sorted(names)[:3]) + more
 
 
 def _labels_from_folders(
-    store: FolderStore | ZipStore, base: str, names: Sequence[str], notes: list[str]
+    paths: Sequence[str], notes: list[str]
 ) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    folders = [name[len(base) :].rpartition("/")[0].partition("/")[0] for name in names]
+    """Return labels and class names by the first folder of each path."""
+    folders = [path.rpartition("/")[0].partition("/")[0] for path in paths]
     classes = sort_classes(set(folders) - {""})
-    if classes and set(classes) <= {"train", "test", "val", "valid", "validation"}:
-        raise ValueError(
-            f"{store.root} holds the splits {', '.join(classes)}; give one of them, e.g. "
-            f"{store.root / base / classes[0]}"
-        )
-    if classes and "" in folders:
-        notes.append(
-            f"no labels: {folders.count('')} images are outside the class folders "
-            f"{', '.join(classes[:4])}"
-        )
-        return None, None
     if not classes:
         return None, None
+    if "" in folders:
+        notes.append(
+            f"no labels: {folders.count('')} images are outside the class folders "
+            f"{', '.join(map(printable, classes[:4]))}"
+        )
+        return None, None
     index = {name: i for i, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders], dtype=np.int64), classes
+    labels = np.array([index[folder] for folder in folders], dtype=np.int64)
+    return labels, tuple(map(printable, classes))

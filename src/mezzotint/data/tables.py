@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from mezzotint.data.columns import (
 from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, decode_image
 from mezzotint.data.labels import NO_LABEL, Labels, read_labels
 from mezzotint.data.sources import hash_parts, split_indices
+from mezzotint.data.splits import match_split
 
 CARD = "mezzotint.json"  # of a prepared folder
 CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
@@ -347,18 +349,25 @@ def _labels(dataset: Any, others: Sequence[Any], column: str, what: str) -> Labe
 
 
 def open_table(
-    path: str, split: str | None, builder: str | None = None, columns: Columns | None = None
+    path: str,
+    split: str | None,
+    builder: str | None = None,
+    files: Mapping[str, list[str]] | None = None,
+    columns: Columns | None = None,
 ) -> TableSource:
     """Open a dataset by hub name or folder, or files by `builder`: parquet, arrow, webdataset.
 
     Args:
+        files: of each split, for a builder; by default `path`, a file or pattern, is the only one.
         columns: see `table_source`.
     """
     import datasets
 
     try:
         if builder is not None:
-            parts = datasets.load_dataset(builder, data_files={"train": path})
+            exact = {name: [glob.escape(file) for file in of] for name, of in (files or {}).items()}
+            pattern = glob.escape(path) if os.path.exists(path) else path
+            parts = datasets.load_dataset(builder, data_files=exact or {"train": pattern})
         elif (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(path)
             parts = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
@@ -393,6 +402,7 @@ def _select_split(parts: Any, split: str | None, what: str) -> tuple[Any, list[A
     """Return a split, and the others; every tenth row tests a dataset with a single split."""
     import datasets
 
+    split = None if split is None else match_split(split, parts) or split
     if split is None and ("train" in parts or len(parts) == 1):
         split = "train" if "train" in parts else next(iter(parts))
     elif (

@@ -22,12 +22,13 @@ from torch import Tensor
 
 from mezzotint.core.files import read_json, sha256_of_file
 from mezzotint.core.npz_files import DAMAGE, open_npy_member
+from mezzotint.core.paths import explain_path
 from mezzotint.core.registry import Spec
 from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
 from mezzotint.data.full_scale import grey_kind, measure_full_scale
-from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images, split_suffix
+from mezzotint.data.image_dataset import BUILTIN, LATENTS, ImageDataset, open_images, split_source
 from mezzotint.data.sources import FileSource, open_files
-from mezzotint.data.stores import FolderStore, ZipStore
+from mezzotint.data.stores import find_store
 from mezzotint.data.tables import CARD
 from mezzotint.data.transforms import to_array, to_mode
 from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
@@ -139,7 +140,7 @@ def _read_card_metadata(path: Path, num_images: int) -> dict[str, Any]:
 
 
 def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
-    """Return every image in a folder or .zip, sorted by name, without resize or crop.
+    """Return every image in a folder, .zip or .tar, sorted by name, without resize or crop.
 
     They are all of colour, or all grey: then of one channel, see `repeat_grey`. Grey of more than 8
     bits is scaled as in `mezzotint.data.full_scale`. The folder's card.json is read if `mezzotint
@@ -151,9 +152,12 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     Errors: ValueError for fewer than two images, for images of different sizes, and for one that is
         damaged, transparent, or grey among others of colour.
     """
-    path = Path(folder).expanduser()
-    store = ZipStore(path) if path.suffix.lower() == ".zip" else FolderStore(path)
-    files = open_files(store, "all")
+    base, split = split_source(str(folder))
+    path = Path(base).expanduser()
+    found = find_store(path)
+    if found is None:
+        raise ValueError(f"{explain_path(base, 'a set of images')}; give a folder, .zip or .tar")
+    files = open_files(found[0], split or "all", below=found[1])
     if len(files) < 2:
         raise ValueError(f"{folder} holds {len(files)} images; at least two are needed")
     full_scale = measure_full_scale(files.read, len(files))
@@ -344,24 +348,22 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
 
 
 def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
-    """Open a folder, .zip or .npz of images, or a prepared dataset at its own size."""
-    base = Path(path).expanduser()
-    base = base if base.exists() else Path(split_suffix(str(base))[0])
+    """Open a folder, archive or .npz of images, or a prepared dataset, at their own size.
+
+    "PATH:SPLIT" and "set.zip/FOLDER" choose a part, see `mezzotint.data.image_dataset.open_images`.
+    """
+    base = Path(split_source(str(path))[0]).expanduser()
     if (base / CARD).is_file():
         return from_dataset(open_images(path, channels=channels), str(path))
     if (base / LATENTS).is_file():
         raise ValueError(
             f"{path} holds latents, not images; give the images it was encoded from, and a size"
         )
-    path = Path(path)
-    if path.suffix == ".npz":
+    if base.suffix.lower() == ".npz" and base.is_file():
         return from_npz(path)
-    if path.is_dir() or path.suffix == ".zip":
-        return from_folder(path, channels)
-    raise ValueError(
-        f"no images at {path}; give a folder or .zip of images, or a .npz with arr_0; a built-in "
-        "dataset also needs a size, e.g. --size 64"
-    )
+    if str(base) in BUILTIN:
+        raise ValueError(f"{path} is a built-in dataset; it also needs a size, e.g. --size 64")
+    return from_folder(path, channels)
 
 
 def open_real_images(source: str, size: int | None, channels: int = 3) -> ImageSource:

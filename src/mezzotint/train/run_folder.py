@@ -14,7 +14,7 @@ from typing import IO, Any
 from mezzotint import config
 from mezzotint.config import Recipe
 from mezzotint.core.files import atomic_write
-from mezzotint.data.image_dataset import split_suffix
+from mezzotint.data.image_dataset import split_source
 
 RECIPE = "recipe.yaml"
 # Fields that may differ when a run is resumed: how long, how fast, how often, what to do on
@@ -27,7 +27,7 @@ CHANGEABLE = (
 
 def data_folder(source: str) -> str:
     """Return the path or hub name of a data source, without its :split."""
-    return source if os.path.isdir(source) else split_suffix(source)[0]
+    return split_source(source)[0]
 
 
 def check_run_folder(folder: Path, source: str) -> None:
