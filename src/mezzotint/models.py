@@ -26,6 +26,7 @@ from mezzotint.core.files import (
     partial_folder,
     read_json,
     sha256_of_file,
+    visible_names,
 )
 from mezzotint.core.json_values import check_fields, first_line
 from mezzotint.core.registry import Spec, build, check_options, suggest
@@ -36,6 +37,7 @@ from mezzotint.core.tensor_files import (
     open_safetensors,
     save_tensors,
 )
+from mezzotint.core.text import escape_markdown, escape_name, hide_folders
 from mezzotint.process import schedules
 from mezzotint.process.denoiser import Model, Schedule
 
@@ -220,13 +222,10 @@ def save_model(model: Model, folder: str | Path) -> None:
     rename. In an existing model's folder each file is replaced by one, config.json last, and other
     files stay. config.json holds the SHA-256 of its own values and of the weights.
 
-    Errors: ValueError if `folder` is a file or holds another library's config.json.
+    Errors: ValueError as `check_model_folder`.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; a model is saved as a folder")
-    if (folder / CONFIG).exists() and "mezzotint" not in read_json(folder / CONFIG):
-        raise ValueError(f"{folder / CONFIG} belongs to another library; choose another folder")
+    check_model_folder(folder)
     with partial_folder(folder) as partial:
         state = {
             name: t.detach().cpu().contiguous() for name, t in model.backbone.state_dict().items()
@@ -234,7 +233,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         save_tensors(state, partial / WEIGHTS, {"format": "pt"})
         hashes = [sha256_of_file(partial / WEIGHTS)]
         (partial / CONFIG).write_text(_config_text(model.info, hashes))
-        (partial / README).write_text(readme(model))
+        (partial / README).write_text(readme(model), encoding="utf-8")
         for name in (WEIGHTS, CONFIG, README):
             fsync_path(partial / name)
         if not folder.exists():
@@ -269,6 +268,27 @@ def _accept_either(folder: Path, new: list[str]) -> None:
     atomic_write(folder / CONFIG, text + "\n")
 
 
+def check_model_folder(folder: Path) -> None:
+    """Check that a model may be saved in `folder`: a new or empty one, or a model's.
+
+    Errors: ValueError for a file, another library's config.json, and a folder of other files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a model is saved as a folder")
+    if (folder / CONFIG).exists():
+        if "mezzotint" not in read_json(folder / CONFIG):
+            raise ValueError(f"{folder / CONFIG} belongs to another library; choose another folder")
+        return
+    page = folder / README
+    if page.is_file() and b"library_name: mezzotint" in page.read_bytes()[:1000]:
+        return  # ours, without its config.json
+    if folder.exists() and (others := visible_names(folder)):
+        raise ValueError(
+            f"{folder} is no model's folder and holds {list_names(others, 3)}; give one that is "
+            "new or empty"
+        )
+
+
 HEADER = """\
 library_name: mezzotint
 pipeline_tag: unconditional-image-generation
@@ -301,39 +321,44 @@ def readme(
         header: the YAML. introduction, sections: lines before and after the facts of the model.
     """
     info = model.info
-    kind = info.preset or info.backbone
+    kind = escape_markdown(info.preset or info.backbone)
+    codec = escape_markdown(hide_folders(info.codec))
+    stated = licence or info.licence or "not stated; ask the authors"
     count = sum(p.numel() for p in model.backbone.parameters())
     classes = f", {info.config.num_classes} classes" if info.config.num_classes else ""
     what, unit = ("images", "  # in [-1, 1]") if info.codec == "pixels" else ("latents", "")
     lines = [
         f"---\n{header.rstrip()}\n---",
         "",
-        f"# {name or kind}",
+        f"# {kind if name is None else escape_markdown(name)}",
         "",
         *introduction,
         f"{kind} of mezzotint: {count:,} parameters, "
-        f"{info.config.size}x{info.config.size}x{info.config.channels} in {info.codec}{classes}; "
+        f"{info.config.size}x{info.config.size}x{info.config.channels} in {codec}{classes}; "
         f"{info.images:,} training images seen.",
         "",
         "```python",
         "import mezzotint as mz",
         "",
-        f'model = mz.load_model("{source}")',
+        f"model = mz.load_model({json.dumps(escape_name(source), ensure_ascii=False)})",
         f"{what} = mz.sample(model, seeds=range(4), steps=50){unit}",
         "```",
         "",
         *sections,
         "## Licence and limits",
         "",
-        f"Licence of the weights: {licence or info.licence or 'not stated; ask the authors'}.",
+        f"Licence of the weights: {escape_markdown(stated)}.",
         "",
         *[f"- {limit}" for limit in LIMITS],
         "",
         "## The network",
         "",
-        *[f"- {field}: {value}" for field, value in dataclasses.asdict(info.config).items()],
-        f"- schedule: {info.schedule}",
-        *([f"- labels: {', '.join(info.labels)}"] if info.labels else []),
+        *[
+            f"- {field}: {escape_markdown(hide_folders(value))}"
+            for field, value in dataclasses.asdict(info.config).items()
+        ],
+        f"- schedule: {escape_markdown(info.schedule)}",
+        *([f"- labels: {', '.join(map(escape_markdown, info.labels))}"] if info.labels else []),
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,7 @@ def test_only_what_is_ours_is_replaced(tmp_path):
         check_replaceable(tmp_path, ours, "a report")
 
     def unreadable(path):
-        raise ValueError("damaged")
+        raise zipfile.BadZipFile("damaged")
 
     with pytest.raises(ValueError, match="is not a report"):
         check_replaceable(tmp_path / "theirs", unreadable, "a report")

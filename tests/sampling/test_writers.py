@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import tracemalloc
 from pathlib import Path
@@ -313,3 +314,36 @@ def test_nothing_is_written_for_a_size_that_the_network_cannot_take(tmp_path):
     with pytest.raises(ValueError, match="9x9"):
         make(tmp_path / "a.npz", size=(9, 9))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_card_json_of_others_claims_no_folder(tmp_path, overwrite):
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    (folder / "card.json").write_text('{"title": "holiday"}')
+    (folder / "000001.png").write_bytes(b"precious")
+    with pytest.raises(ValueError, match=r"card.json is not a card of mezzotint sample"):
+        make(folder, overwrite=overwrite)
+    assert (folder / "000001.png").read_bytes() == b"precious"
+
+
+def test_files_of_others_beside_an_output_stay(tmp_path):
+    (tmp_path / "a.npz.json").write_text('{"title": "holiday"}')
+    with pytest.raises(ValueError, match=r"a.npz.json exists and is not a card"):
+        make(tmp_path / "a.npz")
+    (tmp_path / ".b.npz.parts").mkdir()
+    (tmp_path / ".b.npz.parts" / "mine").write_text("precious")
+    with pytest.raises(ValueError, match=r"b.npz.parts holds files"):
+        make(tmp_path / "b.npz")
+    assert (tmp_path / ".b.npz.parts" / "mine").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a.tar", "a.png"])
+def test_a_pipe_gets_the_whole_file(finished, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    received = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / name).read_bytes()))
+    reader.start()
+    make(tmp_path / name)
+    reader.join(10)
+    assert received == [finished[f"images{name[1:]}"][f"images{name[1:]}"]]

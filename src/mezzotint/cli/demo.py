@@ -11,6 +11,7 @@ import torch
 from rich.table import Table
 
 from mezzotint import config
+from mezzotint.cli.outputs import RUN_PARTS
 from mezzotint.config import Recipe
 from mezzotint.core.console import open_console
 from mezzotint.core.image_grid import make_grid, save_png
@@ -20,11 +21,13 @@ from mezzotint.models import create_model, load_model
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.sample import sample
 from mezzotint.train.loop import train
+from mezzotint.train.run_folder import run_lock
 from mezzotint.train.validate import eps_mse_by_level
 
 SIZE = 16  # pixels; the digits themselves are 8 x 8
 NUM_SAMPLES = 500  # images that the classifier reads
 STEPS = 25
+SHEET = "digits.png"
 
 
 def demo_recipe(images: int | None, seed: int) -> Recipe:
@@ -45,6 +48,37 @@ def demo_recipe(images: int | None, seed: int) -> Recipe:
     )
 
 
+def is_demo(recipe: Recipe) -> bool:
+    """Return whether a run's recipe, resolved by training, is of a demo of any length and seed."""
+    demo = demo_recipe(recipe.images, recipe.seed)
+    fields = ("preset", "optim", "samples", "log_every_images")
+    same = all(getattr(recipe, name) == getattr(demo, name) for name in fields)
+    return same and recipe.data.source == demo.data.source and recipe.model == demo.model
+
+
+def remove_demo(out: Path) -> None:
+    """Remove an earlier demo's files from `out`, and no others.
+
+    Errors: ValueError for a run that is no demo, a run that another process trains, and a folder of
+        other files.
+    """
+    with run_lock(out):
+        if not (out / "recipe.yaml").exists():
+            return
+        found = config.from_yaml(out / "recipe.yaml")
+        if not is_demo(found):
+            raise ValueError(
+                f"{out} is a run of {found.preset} on {found.data.source} and no demo; choose "
+                "another --out"
+            )
+        for name in (*RUN_PARTS, SHEET):
+            path = out / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif name not in (".lock", "recipe.yaml"):  # the lock we hold; what makes it a run
+                path.unlink(missing_ok=True)
+
+
 def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
     """Train, sample and evaluate; print the numbers and write digits.png to `out`."""
     from mezzotint.evaluate.digit_classifier import train_digit_classifier
@@ -54,10 +88,7 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
     console = open_console()
     recipe = demo_recipe(images, seed)
-    if out.exists():
-        if not (out / "recipe.yaml").exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds files that are not from a run; choose another --out")
-        shutil.rmtree(out)
+    remove_demo(out)
     start = time.monotonic()
     console.print(
         f"training {recipe.preset} on {SIZE} px handwritten digits, {recipe.images:,} images"
@@ -78,7 +109,7 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
     pixels = to_uint8(sample(model, seeds=seeds, label=labels, steps=STEPS))
     correct = int((classifier.predict(pixels) == labels).sum())
     first_ten = torch.cat([torch.nonzero(labels == digit).flatten()[:10] for digit in range(10)])
-    save_png(make_grid(pixels[first_ten], columns=10, zoom=3), out / "digits.png")
+    save_png(make_grid(pixels[first_ten], columns=10, zoom=3), out / SHEET)
 
     console.print(_render_errors(errors))
     console.print(
@@ -89,7 +120,7 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
         f"({correct / NUM_SAMPLES:.1%}); "
         f"the classifier reads {classifier.accuracy:.1%} of real held-out digits"
     )
-    console.print(f"image grid: {out / 'digits.png'} (rows are the digits 0 to 9)")
+    console.print(f"image grid: {out / SHEET} (rows are the digits 0 to 9)")
     console.print(
         "\nOn your own folder of images:\n"
         "  mezzotint prepare FOLDER my-images --size 64\n"

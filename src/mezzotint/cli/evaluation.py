@@ -16,6 +16,7 @@ from mezzotint.cli.arguments import (
     Steps,
     Switch,
 )
+from mezzotint.cli.outputs import check_outside_run, evaluation_base
 from mezzotint.core.console import echo
 
 if TYPE_CHECKING:
@@ -45,10 +46,13 @@ def reference(
         features: Feature sets: inception-2048 (FID), inception-768, dinov2, digits, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
     """
+    from mezzotint.core.files import check_replaceable
     from mezzotint.evaluate import features as feature_sets
     from mezzotint.evaluate.image_source import open_real_images
-    from mezzotint.evaluate.references import make_reference
+    from mezzotint.evaluate.references import is_reference, make_reference
 
+    check_outside_run(out)
+    check_replaceable(out, is_reference, "a reference")
     # Images are opened first, since opening a feature network may mean a download.
     images = open_real_images(data, size, channels)
     written = make_reference(images, out, feature_sets.open_features(features, weights))
@@ -105,6 +109,7 @@ def evaluate(
         raise ValueError(
             "--train-images and --heldout-images need each other; give both or neither"
         )
+    base = evaluation_base(out)
     # All files are opened first, since opening a feature network may mean a download.
     real = references.read_reference(reference, reference_source)
     real_heldout = None if heldout is None else references.read_reference(heldout)
@@ -112,13 +117,13 @@ def evaluate(
     sets = feature_sets.open_features(features, weights)
     real = references.complete_reference(real, sets)
     evaluation = evaluate.evaluate(
-        images, real, sets, heldout=real_heldout, folder=out.with_suffix(".pieces"), show=True
+        images, real, sets, heldout=real_heldout, folder=base.with_suffix(".pieces"), show=True
     )
     evaluation.save(out)
     evaluate.print_evaluation(evaluation)
     echo(f"saved: {out}")
     if train_images is not None and heldout_images is not None:
-        sheet = out.with_suffix(".copies.png")
+        sheet = base.with_suffix(".copies.png")
         train, unseen = (
             open_real_images(x, size, channels) for x in (train_images, heldout_images)
         )
@@ -198,6 +203,8 @@ def reproduce(
     """
     from mezzotint.tools.reproduce import reproduce as run
 
+    if not dry_run:
+        evaluation_base(out / "evaluation.json")
     run(
         name, model=model, reference=reference, num_images=num_images, steps=steps,
         features=features, weights=weights, out=out, dry_run=dry_run,

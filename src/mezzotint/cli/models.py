@@ -8,6 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from mezzotint.cli.arguments import Size
+from mezzotint.cli.outputs import check_outside_run
 from mezzotint.core.console import echo
 
 
@@ -34,6 +35,7 @@ def convert(
     from mezzotint.config import parse_yaml
     from mezzotint.convert.official.load import convert_checkpoint as run
 
+    check_outside_run(out)
     pairs = [h.partition("=") for h in hint]
     for name, equals, _ in pairs:
         if not equals:
@@ -63,6 +65,7 @@ def export(
     """
     from mezzotint.convert.export import export_model as run
 
+    check_outside_run(out)
     for line in run(model, out, to, size):
         echo(line)
 

@@ -19,6 +19,7 @@ from mezzotint.cli.arguments import (
     Steps,
     Switch,
 )
+from mezzotint.cli.outputs import check_outside_run
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
 
@@ -126,6 +127,7 @@ def sample(
     """
     from mezzotint.sampling.generate_images import generate_images
 
+    check_outside_run(out)
     job = sampling.make_job(model, latents)
     written = generate_images(job, out, num_images, sampling.seed, overwrite)
     echo(f"{num_images} images, {job.network_calls} network calls each:", written)
@@ -227,6 +229,7 @@ def edit(
     ],
 ) -> None:
     """Edit images with a model: from a given image, between seeds, or along the sampler's way."""
+    check_outside_run(mode.out)
     job = mode.make_job(mode.model)
     written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
     echo(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)

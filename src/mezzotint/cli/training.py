@@ -19,6 +19,7 @@ from mezzotint.cli.arguments import (
     Seed,
     Switch,
 )
+from mezzotint.cli.outputs import check_outside_run
 from mezzotint.core.console import echo
 from mezzotint.core.fields import MOST_IMAGES, Range
 
@@ -132,6 +133,7 @@ def ema(
     """
     from mezzotint.train.posthoc_ema import save_reconstruction
 
+    check_outside_run(out)
     folder, rebuilt = save_reconstruction(run, width, images, out)
     snapshots = len(rebuilt.sources)
     echo(f"{folder}: width {width:g} at {rebuilt.images:,} images, from {snapshots} snapshots")
@@ -166,6 +168,7 @@ def report(run: Run, /, *, out: Out = None) -> None:
     from mezzotint.recipes import describe_changes
     from mezzotint.train.report import write_report
 
+    check_outside_run(out)
     recipe = run / "recipe.yaml"
     # Without a recipe `write_report` says that there is no run to report.
     changes = describe_changes(config.from_yaml(recipe)) if recipe.is_file() else ""

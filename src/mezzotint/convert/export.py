@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,11 +21,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mezzotint.core.files import atomic_replace, write_json
+from mezzotint.core.files import (
+    atomic_open,
+    atomic_write,
+    check_replaceable,
+    is_special,
+    visible_names,
+    write_json,
+)
 from mezzotint.core.tensor_files import list_names
 from mezzotint.models import open_model, save_model
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 
+CARD_BYTES = 16 << 20  # of the config.json in an exported file, labels included
 OPSET = 20  # of ONNX: the newest that onnxruntime 1.20 runs everywhere
 
 # The pipeline's code stays in the library: an exported folder holds two imports, easy to review.
@@ -105,17 +116,32 @@ def save_torch(model: Model, path: Path, size: tuple[int, int] | None = None) ->
     The archive is read back and run on another batch. `torch.export.load(path).module()` needs no
     mezzotint. The archive holds the model's config.json.
     """
+    check_replaceable(path, _is_torch_export, "an export")
     traced = trace_denoiser(model, size)
     card = json.dumps(model.info.to_json())
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            torch.export.save(traced, file, extra_files={"config.json": card})
-
-    atomic_replace(path, write)
-    with path.open("rb") as file:
-        back = torch.export.load(file).module()
+    # Seekable, unlike a pipe that `path` may name.
+    with tempfile.TemporaryFile() as archive:
+        torch.export.save(traced, archive, extra_files={"config.json": card})
+        archive.seek(0)
+        back = torch.export.load(archive).module()
+        archive.seek(0)
+        with atomic_open(path) as file:
+            shutil.copyfileobj(archive, file)
     return max_relative_difference(model, back, size)
+
+
+def _is_torch_export(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        names = [name for name in archive.namelist() if name.endswith("extra/config.json")]
+        return any(archive.getinfo(name).file_size < CARD_BYTES for name in names) and any(
+            b'"mezzotint"' in archive.read(name) for name in names
+        )
+
+
+def _is_onnx_export(path: Path) -> bool:
+    with path.open("rb") as file:  # the metadata are at the end
+        file.seek(max(0, path.stat().st_size - CARD_BYTES))
+        return b"mezzotint" in file.read()
 
 
 def max_relative_difference(
@@ -147,6 +173,9 @@ def save_onnx(model: Model, path: Path, size: tuple[int, int] | None = None) -> 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"ONNX needs {error.name}: pip install mezzotint[export]") from None
+    data = path.with_name(f"{path.name}.data")
+    check_replaceable(path, _is_onnx_export, "an export")
+    check_replaceable(data, lambda _: path.exists(), "the weights of an export")
     inputs, outputs = tensor_names(model)
     traced = trace_denoiser(model, size)
     logger = logging.getLogger("torch.onnx")
@@ -171,15 +200,22 @@ def save_onnx(model: Model, path: Path, size: tuple[int, int] | None = None) -> 
         logger.setLevel(level)
     assert graph is not None, "a program was given"
     graph.model.metadata_props["mezzotint"] = json.dumps(model.info.to_json())
-    # Not written under a temporary name: a graph above 2 GB contains the name of its second file.
-    graph.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(*tensors: Tensor) -> list[Tensor]:
         arrays = {name: t.numpy() for name, t in zip(inputs, tensors, strict=True)}
         return [torch.from_numpy(a) for a in session.run(None, arrays)]
 
-    return max_relative_difference(model, run, size)
+    # In a folder, not under a temporary name: a graph above 2 GB contains its second file's name.
+    with tempfile.TemporaryDirectory(dir=None if is_special(path) else path.parent) as folder:
+        written = Path(folder) / path.name
+        graph.save(written)
+        session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+        difference = max_relative_difference(model, run, size)
+        for file, target in ((written.with_name(data.name), data), (written, path)):
+            if file.exists():
+                with file.open("rb") as content, atomic_open(target) as copy:
+                    shutil.copyfileobj(content, copy)
+    return difference
 
 
 def _float64_translations() -> dict[Any, Any]:
@@ -222,6 +258,13 @@ def save_diffusers(model: Model, folder: Path) -> None:
     index = folder / "model_index.json"
     if index.exists() and "MezzotintPipeline" not in index.read_text(encoding="utf-8"):
         raise ValueError(f"{folder} holds another pipeline; choose another folder")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a pipeline is a folder")
+    if folder.exists() and not index.exists() and (others := visible_names(folder)):
+        raise ValueError(
+            f"{folder} is no pipeline's folder and holds {list_names(others, 3)}; give one that is "
+            "new or empty"
+        )
     bad = [n for n, t in model.backbone.state_dict().items() if not t.isfinite().all()]
     if bad:
         raise FloatingPointError(f"weights that are not finite: {list_names(bad)}; not exported")
@@ -231,8 +274,8 @@ def save_diffusers(model: Model, folder: Path) -> None:
         "_diffusers_version": version,
         "network": ["network", "Network"],
     }
-    (folder / "pipeline.py").write_text(PIPELINE, encoding="utf-8")
-    (folder / "network" / "network.py").write_text(NETWORK, encoding="utf-8")
+    atomic_write(folder / "pipeline.py", PIPELINE)
+    atomic_write(folder / "network" / "network.py", NETWORK)
     write_json(index, values)
 
 

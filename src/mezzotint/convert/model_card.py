@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.core.files import read_json
+from mezzotint.core.files import atomic_write, check_replaceable, read_json
 from mezzotint.core.image_grid import make_grid, save_png
+from mezzotint.core.text import (
+    escape_markdown,
+    escape_name,
+    fence,
+    hide_folders,
+    last_component,
+)
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.transforms import to_uint8
 from mezzotint.evaluate.results import Evaluation, Number, load_evaluation
@@ -19,6 +26,7 @@ from mezzotint.models import CONFIG, README, WEIGHTS, open_model, readme
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling.sample import sample
 from mezzotint.train import log
+from mezzotint.train.run_folder import run_lock
 
 GRID = "samples.png"
 # What is uploaded; any other file in the folder stays where it is.
@@ -60,20 +68,33 @@ def write_card(
     Returns:
         the model folder.
 
-    Errors: ValueError for a folder without a model, and for a file that is no evaluation.
+    Errors: ValueError for a folder without a model, a run that is being trained, a file that is no
+        evaluation, and a samples.png that no card has written.
     """
     folder = Path(source)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a run folder or a model folder")
     run = folder if (folder / "recipe.yaml").exists() else None
+    with run_lock(folder) if run else nullcontext():  # training replaces model/ with every save
+        return _write_card(folder, run, evaluations, licence, fresh)
+
+
+def _write_card(
+    folder: Path,
+    run: Path | None,
+    evaluations: Sequence[str | Path],
+    licence: str | None,
+    fresh: bool,
+) -> Path:
     model = open_model(folder)
     target = folder / "model" if run else folder
     paths = (*_find_evaluations(run, model.info.images), *evaluations)
     recipe = config.from_yaml(run / "recipe.yaml") if run else None
     records = log.read(run / "log.jsonl") if run and (run / "log.jsonl").exists() else []
     grids = sorted((run / "samples").glob("*.png")) if run else []
+    check_replaceable(target / GRID, lambda path: _is_grid(path, grids), "a grid of a card")
     if grids and not fresh:
-        shutil.copyfile(grids[-1], target / GRID)
+        atomic_write(target / GRID, grids[-1].read_bytes())
         caption = f"The run's fixed seeds and labels after {model.info.images:,} images."
     else:
         caption = save_sample_grid(model, target / GRID)
@@ -86,8 +107,15 @@ def write_card(
         [load_evaluation(path) for path in paths],
         licence,
     )
-    (target / README).write_text(text, encoding="utf-8")
+    atomic_write(target / README, text)
     return target
+
+
+def _is_grid(path: Path, grids: Sequence[Path]) -> bool:
+    """Return whether a card has written the image: it shows it, or it is a grid of the run."""
+    content = path.read_bytes()
+    shown = f"({GRID})" in (path.with_name(README)).read_text(encoding="utf-8")
+    return shown or any(grid.read_bytes() == content for grid in grids)
 
 
 def _find_evaluations(run: Path | None, images: int) -> list[Path]:
@@ -96,7 +124,7 @@ def _find_evaluations(run: Path | None, images: int) -> list[Path]:
         return []
     at_the_end = run / "evaluations" / f"{images}.json"
     files = [*sorted(run.glob("*.json")), *([at_the_end] if at_the_end.exists() else [])]
-    return [p for p in files if '"mezzotint_evaluation"' in p.read_text()]
+    return [p for p in files if b'"mezzotint_evaluation"' in p.read_bytes()]
 
 
 def save_sample_grid(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:
@@ -137,14 +165,13 @@ def _training_section(recipe: Recipe | None, records: Sequence[dict[str, Any]]) 
         return []
     o, time = recipe.optim, recipe.time
     last = [r for r in records if "loss" in r][-1:]
-    # The path of the data is private; its name is not.
-    shown = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=""))
     return [
         "## Training",
         "",
-        f"- data: {Path(recipe.data.source).name}",
+        f"- data: {escape_markdown(last_component(recipe.data.source))}",
         f"- length: {recipe.images:,} images in batches of {recipe.batch}",
-        f"- loss: {recipe.objective}, noise levels {time.sampling} in {time.loss_measure}",
+        f"- loss: {escape_markdown(recipe.objective)}, "
+        f"noise levels {time.sampling} in {time.loss_measure}",
         f"- optimiser: {o.name}, learning rate {o.lr:g}, betas {o.betas}, "
         f"weight decay {o.weight_decay:g}",
         f"- averaging: half-life of {recipe.ema.half_life_images:g} images",
@@ -156,13 +183,28 @@ def _training_section(recipe: Recipe | None, records: Sequence[dict[str, Any]]) 
         "",
         "<details><summary>The whole recipe</summary>",
         "",
-        "```yaml",
-        config.to_yaml(shown).rstrip(),
-        "```",
+        *fence(public_recipe(recipe), "yaml"),
         "",
         "</details>",
         "",
     ]
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML without local paths: of a path, its last component.
+
+    The source of the data is left out; its name stands above.
+    """
+    values = hide_folders(config.to_dict(recipe))
+    values["data"]["source"] = ""
+    for key in ("reference", "weights", "prompts"):
+        if values["evaluate"][key]:
+            values["evaluate"][key] = last_component(values["evaluate"][key])
+    for key in ("codec", "text_encoder"):  # a relative folder, or OWNER/NAME of the hub
+        name = values["data"][key]
+        if name.count("/") != 1 or Path(name).exists():
+            values["data"][key] = last_component(name)
+    return config.to_yaml(config.from_dict(values)).rstrip()
 
 
 def _evaluation_section(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -174,9 +216,9 @@ def _evaluation_section(evaluations: Sequence[Evaluation]) -> list[str]:
         lines += ["| metric | value | features | reference |", "|---|---|---|---|"]
         lines += [_number_row(number) for number in evaluation.numbers]
         values = {k: v for k, v in dataclasses.asdict(evaluation.protocol).items() if v is not None}
-        if "source" in values:
-            values["source"] = Path(values["source"]).name
-        protocol = "; ".join(f"{key}: {value}" for key, value in values.items())
+        values["source"] = last_component(values["source"])
+        shown = hide_folders(values)
+        protocol = "; ".join(f"{key}: {escape_markdown(value)}" for key, value in shown.items())
         lines += ["", f"Protocol: {protocol}.", ""]
     return lines
 
@@ -187,8 +229,17 @@ def _number_row(n: Number) -> str:
         interval = f" ({n.low:.5g} to {n.high:.5g})"
     reference = ""
     if n.reference:
-        reference = f"{n.reference.get('name')} ({str(n.reference.get('hash'))[:12]})"
-    return f"| {n.metric} | {n.value:.5g}{interval} | {n.features.get('name', '')} | {reference} |"
+        reference = f"{_reference_name(n)} ({str(n.reference.get('hash'))[:12]})"
+    features = hide_folders(n.features.get("name", ""))
+    metric, features, reference = map(escape_markdown, (n.metric, features, reference))
+    return f"| {metric} | {n.value:.5g}{interval} | {features} | {reference} |"
+
+
+def _reference_name(n: Number) -> str | None:
+    """Return the last component of a number's reference, or of the held-out one."""
+    values = n.reference or {}
+    name = values.get("name") or values.get("heldout")
+    return None if name is None else last_component(name)
 
 
 def _hub_metadata(
@@ -202,20 +253,21 @@ def _hub_metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     info = model.info
-    data = Path(recipe.data.source).name if recipe else "unknown"
+    data = escape_name(last_component(recipe.data.source)) if recipe else "unknown"
     results = [
         EvalResult(
             task_type="unconditional-image-generation",
             dataset_type=data,
-            dataset_name=str((n.reference or {}).get("name", data)),
-            metric_type=n.metric.lower(),
-            metric_name=n.metric,
+            dataset_name=escape_name(_reference_name(n) or data),
+            metric_type=escape_name(n.metric.lower()),
+            metric_name=escape_name(n.metric),
             metric_value=round(n.value, 6),
         )
         for evaluation in evaluations
         for n in evaluation.numbers
     ]
     stated = licence or info.licence
+    stated = stated and escape_name(stated)
     known = stated if stated and " " not in stated else ("other" if stated else None)
     values = ModelCardData(
         license=known,
@@ -223,7 +275,7 @@ def _hub_metadata(
         library_name="mezzotint",
         pipeline_tag="unconditional-image-generation",
         tags=["mezzotint", "diffusion", info.backbone],
-        model_name=name if results else None,
+        model_name=escape_name(name) if results else None,
         eval_results=results or None,
     )
     return values.to_yaml()

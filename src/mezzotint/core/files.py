@@ -171,6 +171,11 @@ def no_follow(path: str, flags: int) -> int:
     raise OSError(f"{path} is a link or no regular file, and is not written to; remove it")
 
 
+def visible_names(folder: Path) -> list[str]:
+    """Return the names in a folder that do not begin with a dot, sorted."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
 def check_replaceable(path: Path, is_ours: Callable[[Path], bool], what: str) -> None:
     """Check that writing `path` destroys nothing of somebody else.
 
@@ -187,7 +192,7 @@ def check_replaceable(path: Path, is_ours: Callable[[Path], bool], what: str) ->
         return
     try:
         ours = is_ours(path)
-    except (OSError, ValueError):
+    except Exception:  # readers raise many types for a file that is not theirs
         ours = False
     if not ours:
         raise ValueError(

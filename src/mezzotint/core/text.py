@@ -17,7 +17,10 @@ from typing import Any
 # of a name that is no UTF-8), line and paragraph separators.
 HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 JOINERS = "\u200c\u200d"  # of Persian, Indic scripts and emoji
-MARKDOWN = re.compile(r"([\\`*_\[\]|~$]|(?<=[A-Za-z]):(?=//)|(?<=www)\.|@)")
+# An underscore within a word is one; "://", "www." and "@" become links where they stand.
+MARKDOWN = re.compile(
+    r"([\\`*\[\]|~$@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=[A-Za-z]):(?=//)|(?<=www)\.)"
+)
 # A path from a root, a home, a drive or a relative folder, at the begin of a text and within one.
 PATH_BEGIN = r"(?:file:|~\w*|\.{1,2}|[A-Za-z]:)?[/\\]"
 WHOLE_PATH = re.compile(PATH_BEGIN + r"+[^/\\\s]")

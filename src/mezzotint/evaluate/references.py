@@ -8,6 +8,7 @@ identify them. A file with only mu and sigma may come from any package: give `re
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from mezzotint import __version__
-from mezzotint.core.files import sha256_of_file
+from mezzotint.core.files import atomic_write, is_special, sha256_of_file
 from mezzotint.core.json_values import check_fields, parse_json
 from mezzotint.core.npz_files import npz_names, read_npz, write_npz
 from mezzotint.core.rng import philox
@@ -156,8 +157,21 @@ def make_reference(
     }
     statistics = {name: _statistics_of(moments) for name, moments in totals.items()}
     features = {k: np.concatenate(v) for k, v in kept.items()} if keep else {}
-    write_reference(out, statistics, features, metadata)
-    return read_reference(out)
+    if not is_special(Path(out)):
+        write_reference(out, statistics, features, metadata)
+        return read_reference(out)
+    with tempfile.TemporaryDirectory() as folder:  # a device or a pipe cannot be read back
+        written = Path(folder) / "reference.npz"
+        write_reference(written, statistics, features, metadata)
+        atomic_write(Path(out), written.read_bytes())
+        return read_reference(written)
+
+
+def is_reference(path: Path) -> bool:
+    """Return whether `make_reference` has written a file."""
+    return "card" in npz_names(path) and "mezzotint_reference" in str(
+        read_npz(path, ["card"])["card"]
+    )
 
 
 def complete_reference(reference: Reference, sets: Sequence[FeatureSet]) -> Reference:

@@ -24,7 +24,14 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from mezzotint.core.files import atomic_open, read_json, write_json
+from mezzotint.core.files import (
+    atomic_open,
+    atomic_write,
+    check_replaceable,
+    is_special,
+    read_json,
+    write_json,
+)
 from mezzotint.core.image_grid import class_captions, make_grid, to_pil
 
 SamplingCard = dict[str, Any]  # how images were made, as JSON values
@@ -81,6 +88,18 @@ def read_sampling_card(path: Path) -> SamplingCard | None:
     return card if "mezzotint_samples" in card else None
 
 
+def _is_card(path: Path) -> bool:
+    return "mezzotint_samples" in read_json(path)
+
+
+def _read_own_card(path: Path) -> SamplingCard:
+    """Return the card of an output that is begun; ValueError for another program's card.json."""
+    card = read_json(path, "remove it to start again")
+    if "mezzotint_samples" not in card:
+        raise ValueError(f"{path} is not a card of mezzotint sample; choose another --out")
+    return card
+
+
 def differences(old: SamplingCard, new: SamplingCard) -> list[str]:
     """Return the values in which two cards differ, except a number of images that grows."""
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
@@ -121,12 +140,12 @@ class FolderWriter:
     def open(self, card: SamplingCard, overwrite: bool) -> None:
         """See `ImageWriter`; refuses a folder with files that `mezzotint sample` did not write."""
         card_file = self.path / "card.json"
-        if self.path.is_file():
+        if self.path.exists() and not self.path.is_dir():
             raise ValueError(
                 f"{self.path} is a file; end --out in .png, .npz or .tar, or name a folder"
             )
         if card_file.exists():
-            lines = differences(read_json(card_file, "remove it to start again"), card)
+            lines = differences(_read_own_card(card_file), card)
             if not overwrite:
                 _check_same_card(self.path, lines)
             if lines:
@@ -193,18 +212,26 @@ class ShardedWriter:
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder; name a file that does not exist")
         keep = self.keep_finished or read_sampling_card(self.path) is None
-        if self.path.exists() and keep and not overwrite:
+        if self.path.exists() and keep and not overwrite and not is_special(self.path):
             raise ValueError(
                 f"{self.path} exists already; choose another --out, or add --overwrite"
             )
+        if not overwrite:
+            check_replaceable(card_path(self.path), _is_card, "a card of samples")
         card_file = self.folder / "card.json"
         if card_file.exists():
-            lines = differences(read_json(card_file, "remove it to start again"), card)
+            lines = differences(_read_own_card(card_file), card)
             if self.keep_finished and not overwrite:
                 _check_same_card(self.folder, lines)
             if lines:
                 shutil.rmtree(self.folder)
         elif self.folder.exists():
+            # Killed before it had a card: then it holds nothing else.
+            if any(not file.name.startswith(".card.json.") for file in self.folder.iterdir()):
+                raise ValueError(
+                    f"{self.folder} holds files that mezzotint sample did not write; choose "
+                    "another --out"
+                )
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         partials = self.path.parent.glob(f".{glob.escape(self.path.name)}.*partial")
@@ -233,7 +260,7 @@ class ShardedWriter:
         with atomic_open(self.path) as file:
             self.merge_shards(file, [path for _, path in shards], labels)
             # The card first: a file with its final name always has one.
-            shutil.copyfile(self.folder / "card.json", card_path(self.path))
+            atomic_write(card_path(self.path), (self.folder / "card.json").read_bytes())
         shutil.rmtree(self.folder)
 
 
@@ -340,8 +367,10 @@ def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> No
     if out.suffix != ".png":
         raise ValueError(f"edited images are written as .png; given {out}")
     card = read_sampling_card(out) or {}
-    foreign = [out] if out.exists() and not card else []
+    foreign = [out] if out.exists() and not card and not is_special(out) else []
     if gif is not None and gif.exists() and card.get("edit") not in ("trajectory", "interpolate"):
         foreign.append(gif)
     if foreign and not overwrite:
         raise ValueError(f"{foreign[0]} exists already; choose another --out, or add --overwrite")
+    if not overwrite:
+        check_replaceable(card_path(out), _is_card, "a card of samples")

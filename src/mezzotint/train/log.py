@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.distributed import World, sum_over_ranks
-from mezzotint.core.files import atomic_write
+from mezzotint.core.files import atomic_write, no_follow
 from mezzotint.core.text import escape_name
 
 # Edges of the log-SNR bins of the logged loss; the outer two bins are open.
@@ -133,7 +133,7 @@ class Log:
             return
         try:
             self.check_folder()
-            with self.path.open("ab", buffering=0) as file:
+            with open(self.path, "ab", buffering=0, opener=no_follow) as file:
                 size = file.tell()
                 if file.write(data := self.waiting.encode()) < len(data):
                     file.truncate(size)  # no room for all of it

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.core.tensor_files import save_tensors
-from mezzotint.models import load_model, save_model
+from mezzotint.models import check_model_folder, load_model, save_model
 from mezzotint.process.denoiser import Model
 from mezzotint.train.ema import Weights, power_gamma
 
@@ -157,7 +157,8 @@ def save_reconstruction(
     Args:
         out: the folder; RUN/model-STD by default.
     """
-    model, rebuilt = reconstruct_model(run, std, images)
     folder = out or run / f"model-{std:g}"
+    check_model_folder(folder)
+    model, rebuilt = reconstruct_model(run, std, images)
     save_model(model, folder)
     return folder, rebuilt

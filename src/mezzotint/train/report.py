@@ -21,7 +21,7 @@ from mezzotint import config
 from mezzotint.backbones import dummy_condition
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, default_device
-from mezzotint.core.files import atomic_open, read_json
+from mezzotint.core.files import atomic_open, check_replaceable, read_json
 from mezzotint.core.image_grid import data_uri
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import build
@@ -38,6 +38,7 @@ POINTS = 400  # of each curve; more would make the page large and look the same
 LARGEST_PNG = 1 << 20  # bytes; larger grids are embedded as JPEG
 DATA_STD = 0.5  # of images in [-1, 1] (EDM's sigma_data), assumed for the line of zero outputs
 GREY = COLOURS[6]
+MARK = '<meta name="generator" content="mezzotint report">'
 
 Plot = tuple[str, str]  # title, SVG
 
@@ -50,10 +51,11 @@ def write_report(run: Path, out: Path, difference: str = "") -> Path:
         out: file to write, atomically.
         difference: where the recipe differs from the paper's, as text.
 
-    Errors: ValueError where the folder holds no run.
+    Errors: ValueError where the folder holds no run, or `out` another file.
     """
     if not (run / "recipe.yaml").is_file():
         raise ValueError(f"{run} has no recipe.yaml; give a run folder, e.g. runs/unet-tiny")
+    check_replaceable(out, lambda path: MARK in path.read_text()[:1000], "a report")
     page = render_page(run, difference)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(out) as file:
@@ -88,6 +90,7 @@ def render_page(run: Path, difference: str) -> str:
     style = (Path(__file__).parent / "report.css").read_text()
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{MARK}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name}</title><style>{style}</style></head><body>\n"
         + "\n".join(sections)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import IO, Any
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.core.files import atomic_write
+from mezzotint.core.files import atomic_write, no_follow
 from mezzotint.data.image_dataset import split_source
 
 RECIPE = "recipe.yaml"
@@ -57,7 +56,7 @@ def check_run_folder(folder: Path, source: str) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise _unwritable(folder, PermissionError(f"no permission to write in {existing}"))
     if (folder / ".lock").is_file():
-        with (folder / ".lock").open() as file:
+        with open(folder / ".lock", "rb", opener=no_follow) as file:
             _lock(folder, file)
 
 
@@ -88,7 +87,7 @@ def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
     check_run_folder(folder, source)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _open_lock(folder / ".lock")
+        file = open(folder / ".lock", "w+b", buffering=0, opener=no_follow)  # noqa: SIM115
     except OSError as error:
         raise _unwritable(folder, error) from error
     with file:
@@ -108,16 +107,6 @@ def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
                 )
 
         yield check
-
-
-def _open_lock(path: Path) -> IO[bytes]:
-    """Open the lock file, made if needed; OSError for a link or a special file."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    file = os.fdopen(descriptor, "r+b", buffering=0)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise OSError(f"{path} is no regular file")
-    return file
 
 
 def has_started(folder: Path) -> bool:
@@ -161,7 +150,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 def remove_partial(folder: Path) -> None:
     """Remove half-written files and folders of a killed process from a run folder."""
     for path in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _fixed_fields(recipe: Recipe) -> dict[str, Any]:

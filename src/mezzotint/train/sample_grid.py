@@ -10,6 +10,7 @@ import torch
 
 from mezzotint.config import SampleGrid
 from mezzotint.core.distributed import World, gather_from_ranks, raise_on_all_ranks
+from mezzotint.core.files import atomic_write
 from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.data import autoencoder
 from mezzotint.data.dataset import Dataset
@@ -131,4 +132,4 @@ def _write_captions(path: Path, dataset: Dataset, indices: list[int]) -> None:
     """Write the captions of these images, one a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [" ".join((dataset.text(i) or "").split()) for i in indices]
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    atomic_write(path, "".join(f"{line}\n" for line in lines))

@@ -16,6 +16,7 @@ import mezzotint.backbones as backbones
 import mezzotint.models as models
 from mezzotint.convert.official import CheckpointFormat, registry
 from mezzotint.core.console import echo
+from mezzotint.core.files import check_replaceable
 from mezzotint.core.registry import check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSource,
@@ -334,6 +335,7 @@ def convert_checkpoint(
     Errors: those of `load_official`, and ValueError where the check fails.
     """
     if to == "mezzotint":
+        models.check_model_folder(Path(out))
         model = load_official(source, family, **dict(hints or {}))
         models.save_model(model, out)
     elif to == "official":
@@ -341,6 +343,7 @@ def convert_checkpoint(
             raise ValueError(
                 f"hints {dict(hints)} are for reading official files; a mezzotint model needs none"
             )
+        check_replaceable(Path(out), lambda _: False, "an empty file")
         model = models.load_model(source)
         write_official(to_official(model, family), Path(out))
     else:

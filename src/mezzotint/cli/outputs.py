@@ -1,0 +1,40 @@
+"""Where commands may write: nothing of a run, and no file of another kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# What training and nothing else writes into a run folder.
+RUN_PARTS = (
+    ".lock", "checkpoints", "ema", "environment.json", "events.jsonl", "log.jsonl", "model",
+    "model-raw", "recipe.yaml", "samples", "unreadable.txt",
+)  # fmt: skip
+
+
+def check_outside_run(out: Path | None) -> None:
+    """Check that `out` is no part of a run folder, which training may be writing at this moment.
+
+    Errors: ValueError naming the run.
+    """
+    if out is None:
+        return
+    path = out.absolute()
+    for run, child in zip(path.parents, (path, *path.parents), strict=False):
+        is_run = (run / "recipe.yaml").is_file() and (run / ".lock").exists()
+        if is_run and child.name in RUN_PARTS:
+            raise ValueError(f"{out} belongs to the run {run}, which writes it; choose another")
+
+
+def evaluation_base(out: Path) -> Path:
+    """Check that an evaluation may be written to `out`; return the path that its parts lie beside.
+
+    Beside a device there is no place for parts; they go into the current folder.
+
+    Errors: ValueError for a part of a run and for a file that is no evaluation.
+    """
+    from mezzotint.core.files import check_replaceable, is_special, read_json
+
+    check_outside_run(out)
+    is_evaluation = lambda path: "mezzotint_evaluation" in read_json(path)  # noqa: E731
+    check_replaceable(out, is_evaluation, "an evaluation")
+    return Path("evaluation.json") if is_special(out) else out
