@@ -55,8 +55,9 @@ def check_run_folder(folder: Path, source: str) -> None:
         raise _unwritable(folder, NotADirectoryError(f"{existing} is no folder"))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise _unwritable(folder, PermissionError(f"no permission to write in {existing}"))
-    if (folder / ".lock").is_file():
-        with open(folder / ".lock", "rb", opener=no_follow) as file:
+    lock = folder / ".lock"
+    if lock.is_file() and not lock.is_symlink():
+        with lock.open("rb") as file:
             _lock(folder, file)
 
 
