@@ -25,6 +25,7 @@ from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
+from mezzotint.tools import plan as planning
 from mezzotint.tools.accelerators import ACCELERATORS, Accelerator, detect_device
 from mezzotint.tools.memory import LiveBytes, StepMemoryEstimator
 from mezzotint.tools.plan import (
@@ -35,6 +36,7 @@ from mezzotint.tools.plan import (
     plan,
     render_plan,
 )
+from mezzotint.train.loop import train
 from mezzotint.train.step import prefetch
 
 MIB = 2**20
@@ -259,6 +261,42 @@ def test_plan_command_and_dry_run_print_the_plan(capsys):
     printed = capsys.readouterr().out
     assert "difference from the recipe" in printed
     assert "images per forward pass" in printed
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_time_on_a_cpu_is_that_of_a_step_timed_here(monkeypatch, precision):
+    """The rate is measured here, and a step is timed by the wall clock."""
+    clock = iter(range(100))  # each reading a second later: every step takes one second
+    monkeypatch.setattr(planning, "measure_matmul_flops", lambda device, p, side: 1e12)
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: float(next(clock)))
+    recipe = make_recipe("unet-tiny", *SMALL, "batch=32", f"engine.precision={precision}")
+    result = plan(recipe, device="cpu", compare=False)
+    # The first step, of 8 images, is long enough; 32 images take four times as long.
+    assert result["seconds_per_step"] == pytest.approx(4)
+    assert result["images_per_second"] == pytest.approx(8)
+    assert result["flops"] == 1e12
+    assert "a step of 8 images timed here: 1 s" in text(result)
+    assert "(assumed)" in text(plan(recipe, device="cpu", efficiency=0.1, compare=False))
+
+
+def test_a_network_too_large_to_time_is_planned_by_the_measured_matrix_product(monkeypatch):
+    monkeypatch.setattr(planning, "measure_matmul_flops", lambda device, p, side: 1e9)
+    result = plan(make_recipe("unet-tiny"), device="cpu", compare=False)
+    assert result["timed"] == "assumed"
+    assert (result["flops"], result["efficiency"]) == (1e9, planning.EFFICIENCY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["unet-tiny", "uvit-tiny", "dimr-tiny", "diffit-tiny"])
+def test_the_planned_speed_is_what_training_logs_within_a_factor_of_three(preset, tmp_path):
+    recipe = make_recipe(
+        preset, "data.source=digits", "images=512", "log_every_images=128", "samples.count=0"
+    )
+    planned = plan(recipe, device=detect_device() or "h100", compare=False)["images_per_second"]
+    lines = (train(recipe, tmp_path, quiet=True) / "log.jsonl").read_text().splitlines()
+    logged = max(json.loads(line)["images_per_second"] for line in lines[1:])
+    print(f"{preset}: {planned:.1f} images/s planned, {logged:.1f} logged")
+    assert 1 / 3 < planned / logged < 3
 
 
 def text(result):

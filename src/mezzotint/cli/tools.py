@@ -80,7 +80,7 @@ def plan(
         strategy: The one to advise on; both are shown.
         precision: Precision of the forward and backward pass.
         checkpointing: The one to advise on; all are shown.
-        efficiency: Part of the device's peak rate that a step reaches, 0 to 1; 0.35 by default.
+        efficiency: Part of the peak rate that a step reaches, 0 to 1; 0.35, or timed on a CPU.
         json: Print one JSON object.
     """
     from json import dumps
@@ -101,7 +101,7 @@ def plan(
         config.override(recipe_for(preset), [*overrides, *changes]),
         gpus=gpus,
         device=device,
-        efficiency=planning.EFFICIENCY if efficiency is None else efficiency,
+        efficiency=efficiency,
     )
     if json:
         echo(dumps(result))

@@ -1,12 +1,12 @@
-"""Memory and matrix-product rates of known devices."""
+"""Memory and matrix-product rates of known devices; a CPU's rates are measured where needed."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
+from mezzotint.core.machine import memory_bytes
 from mezzotint.core.registry import suggest
 
 GIB = 2**30
@@ -16,11 +16,14 @@ MATMUL_EFFICIENCY = 0.8
 
 @dataclass(frozen=True, kw_only=True)
 class Accelerator:
-    """A device's memory in bytes, its peak rates in FLOP/s by precision, and the source of both."""
+    """A device's memory in bytes, its peak rates in FLOP/s by precision, and the source of both.
+
+    bf16, float32: None where the rate is to be measured on this machine.
+    """
 
     memory: float
-    bf16: float
-    float32: float
+    bf16: float | None
+    float32: float | None
     source: str
 
 
@@ -50,10 +53,10 @@ ACCELERATORS = {
     "l40s": _from_datasheet(48, 362, 91.6),
     "rtx4090": _from_datasheet(24, 165, 82.6),
     "cpu": Accelerator(
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        bf16=1015e9,
-        float32=234e9,
-        source="memory of this machine; matrix products measured on 2 cores with AVX512-BF16",
+        memory=memory_bytes(torch.device("cpu")),
+        bf16=None,
+        float32=None,
+        source="a matrix product measured now on this machine",
     ),
 }
 

@@ -1,14 +1,17 @@
 """Estimate the memory, time and FLOP of a run before it starts.
 
 Memory is counted, see `mezzotint.tools.memory`. Time is the run's FLOP over the device's peak rate
-times an assumed efficiency; the plan states both.
+times an efficiency; the plan states both. On this machine's CPU both are measured, the efficiency
+by real steps where the network is small enough.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Group, RenderableType
@@ -26,16 +29,27 @@ from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
 from mezzotint.tools.accelerators import GIB, get_accelerator
+from mezzotint.tools.benchmark import (
+    BenchmarkSettings,
+    make_benchmark_model,
+    make_training_step,
+    measure_matmul_flops,
+)
 from mezzotint.tools.memory import StepMemoryEstimator
 from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
 
+Precision = Literal["float32", "bf16"]
 FLOAT = 4  # bytes of a float32: weights, gradients, averages and the optimiser's moments
 
 # Part of the peak rate that a training step reaches: the first target for DiMR-XL/2R on an H200
 # (290 images/s). A memory-aware model of that network ends near 0.69, and small networks, float32
 # norms and slow links stay below 0.35.
 EFFICIENCY = 0.35
+# On a CPU: the side of the measured matrices; the fewest images of a timed step, and the seconds
+# that they may take as estimated; the seconds of a step that is long enough to be timed.
+CPU_MATRIX_SIDE = 768
+TIMED_IMAGES, MOST_SECONDS, STEP_SECONDS = 8, 2.0, 0.3
 # Part of the memory kept free for the CUDA context (about half a GiB), kernels' workspaces and
 # fragmentation. Our choice.
 MEMORY_MARGIN = 0.08
@@ -58,7 +72,7 @@ def plan(
     *,
     gpus: int = 1,
     device: str = "h200",
-    efficiency: float = EFFICIENCY,
+    efficiency: float | None = None,
     compare: bool = True,
 ) -> dict[str, Any]:
     """Return the memory, the time and the FLOP that a recipe needs.
@@ -70,11 +84,13 @@ def plan(
             checkpointing.
         gpus: ranks, one process each.
         device: key of `ACCELERATORS`.
-        efficiency: part of the device's peak rate that a step reaches, 0 to 1.
+        efficiency: part of the device's peak rate that a step reaches, 0 to 1. By default that of a
+            step timed here for a CPU and a network small enough, else `EFFICIENCY`.
         compare: also count the other strategy and every kind of checkpointing.
 
     Returns:
         JSON-ready: params, gmac (one forward pass of one image), per_rank_batch, microbatch;
+        flops, the device's rate; efficiency, and `timed`, the words that say how it was found;
         `memory`, one entry per strategy and checkpointing, see `memory_per_rank`; seconds_per_step,
         images_per_second (all ranks), days; flop (of the run as papers count it: 3 forward passes
         per image, without recomputation); advice, in sentences.
@@ -97,9 +113,19 @@ def plan(
         ]
     # A backward pass costs two forward passes, and full checkpointing repeats the forward pass.
     passes = 4 if recipe.engine.checkpointing == "full" else 3
-    peak_flops = getattr(chip, precision)
     # One multiply-accumulate is two floating-point operations.
-    seconds = rank_batch * passes * 2 * macs.computed / (efficiency * peak_flops)
+    flop_per_image = passes * 2 * macs.computed
+    peak_flops, timed = getattr(chip, precision), "assumed"
+    if peak_flops is None:
+        peak_flops = measure_matmul_flops("cpu", precision, CPU_MATRIX_SIDE)
+        images = min(TIMED_IMAGES, _microbatch(recipe, gpus))
+        fast = images * flop_per_image < MOST_SECONDS * EFFICIENCY * peak_flops
+        if efficiency is None and fast:
+            images, step_seconds = time_step(recipe, precision, images, _microbatch(recipe, gpus))
+            efficiency = images * flop_per_image / (step_seconds * peak_flops)
+            timed = f"a step of {images} images timed here: {step_seconds:.3g} s"
+    efficiency = EFFICIENCY if efficiency is None else efficiency
+    seconds = rank_batch * flop_per_image / (efficiency * peak_flops)
     result = {
         "preset": recipe.preset,
         "params": sum(p.numel() for p in model.parameters()),
@@ -111,6 +137,7 @@ def plan(
         "precision": precision,
         "flops": peak_flops,
         "efficiency": efficiency,
+        "timed": timed,
         "batch": recipe.batch,
         "per_rank_batch": rank_batch,
         "microbatch": _microbatch(recipe, gpus),
@@ -124,8 +151,35 @@ def plan(
     return {**result, "advice": _advise(result, recipe.engine)}
 
 
-def _check_plan(recipe: Recipe, gpus: int, efficiency: float) -> None:
-    if not 0 < efficiency <= 1:
+def time_step(
+    recipe: Recipe, precision: Precision, images: int, most_images: int
+) -> tuple[int, float]:
+    """Return a number of images and the seconds of one training step on them on this CPU.
+
+    `images` double until a step takes `STEP_SECONDS` or has `most_images`, because small networks
+    are slow on few images. By the wall clock, as training logs it.
+    """
+    settings = BenchmarkSettings(
+        preset=recipe.preset,
+        overrides=recipe.model,
+        precision=precision,
+        checkpointing=recipe.engine.checkpointing,
+        objective=recipe.objective,
+    )
+    model = make_benchmark_model(settings).train()
+    while True:
+        step = make_training_step(model, dataclasses.replace(settings, batch=images))
+        step()  # memory is allocated, and the optimiser's moments
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        if images == most_images or seconds > STEP_SECONDS:
+            return images, seconds
+        images = min(2 * images, most_images)
+
+
+def _check_plan(recipe: Recipe, gpus: int, efficiency: float | None) -> None:
+    if efficiency is not None and not 0 < efficiency <= 1:
         raise ValueError(f"efficiency {efficiency} must be above 0 and at most 1")
     if gpus < 1:
         raise ValueError(f"gpus {gpus} must be at least 1")
@@ -150,7 +204,7 @@ def _layouts(engine: Engine, gpus: int, compare: bool) -> list[tuple[str, Checkp
     return [(s, checkpointing) for s in strategies for checkpointing in get_args(Checkpointing)]
 
 
-def _resolve_precision(engine: Engine, device: str) -> str:
+def _resolve_precision(engine: Engine, device: str) -> Precision:
     """Replace "auto" by bf16, but by float32 on a CPU where bf16 is slow."""
     if engine.precision != "auto":
         return engine.precision
@@ -327,7 +381,7 @@ def render_plan(result: dict[str, Any]) -> RenderableType:
         f"{r['gpus']} x {r['device']}: {r['device_memory'] / GIB:.0f} GiB, "
         f"{MEMORY_MARGIN:.0%} of it kept free; "
         f"{r['flops'] / 1e12:,.4g} TFLOP/s ({r['source']}), "
-        f"{r['efficiency']:.0%} of it reached by a step (assumed)",
+        f"{r['efficiency']:.2g} of it reached by a step ({r['timed']})",
         f"batch {r['batch']:,} ({r['per_rank_batch']:,} per rank): "
         f"{r['seconds_per_step']:.3g} s per step, {r['images_per_second']:,.4g} images/s",
         f"{r['images']:,} images take {r['days']:,.3g} days and {r['flop']:.3g} FLOP",

@@ -1,0 +1,134 @@
+"""Odd values in every field of a recipe: a dry run and a start agree, and none is a traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+
+import pytest
+
+from helpers.runs import small
+from mezzotint import backbones, config
+from mezzotint.config import Recipe
+from mezzotint.core.fields import type_hints
+from mezzotint.core.registry import build
+from mezzotint.models import preset_info
+from mezzotint.process import objectives, schedules
+from mezzotint.train import loop
+from mezzotint.train.nonfinite import NonFiniteError
+from mezzotint.train.run_folder import run_lock
+from mezzotint.train.setup import setup
+
+ODD = (
+    "-1", "0", ".nan", ".inf", "-.inf", "1e30", "-1e308", "9" * 400, "0.5", "1e-300", "[]", "{}",
+    "[-1]", "[.nan, 1]", "null", "true", "abc", "'abc:x=1'", "''", "2020-01-01", "1:30",
+)  # fmt: skip
+
+
+def leaves(kind: type, prefix: str = "") -> list[str]:
+    """The dotted path of every field of a dataclass."""
+    hints = type_hints(kind)
+    return [
+        path
+        for f in dataclasses.fields(typing.cast(typing.Any, kind))
+        for path in (
+            leaves(hints[f.name], f"{prefix}{f.name}.")
+            if dataclasses.is_dataclass(hints[f.name])
+            else [prefix + f.name]
+        )
+    ]
+
+
+def assignments() -> list[list[str]]:
+    """Overrides that set one field of a recipe, network, schedule or objective to an odd value."""
+    networks = {
+        name: [f"model.{path}" for path in leaves(family.config)]
+        for name, family in backbones.registry.items()
+    }
+    found = [[f"{path}={odd}"] for path in [*leaves(Recipe), *networks["unet"]] for odd in ODD]
+    for what, registry in (("schedule", schedules.registry), ("objective", objectives.registry)):
+        for name, builder in registry.items():
+            options = [option for option in type_hints(builder) if option != "return"]
+            found += [
+                [f"{what}={{name: {name}}}", f"{what}.options.{option}={odd}"]
+                for option in options
+                for odd in ODD
+            ]
+    return found
+
+
+def recipe_of(changes: list[str]) -> Recipe:
+    """A tiny recipe with these changes, whose functions and network's config can be built."""
+    recipe = small("images=64", "samples.count=2", *changes)
+    info = preset_info(recipe.preset, **recipe.model)
+    build(schedules.registry, recipe.schedule or info.schedule)
+    build(objectives.registry, recipe.objective)
+    return recipe
+
+
+def survivors() -> tuple[list[list[str]], int]:
+    """The overrides that parse, and the number of those refused, each by a sentence."""
+    kept, sentences = [], []
+    for changes in assignments():
+        sentence = refusal(recipe_of, changes)
+        if sentence is None:
+            kept.append(changes)
+        else:
+            sentences.append((changes[-1].partition("=")[0], sentence))
+    for path, sentence in sentences:
+        field = path.rpartition(".")[2]
+        assert field in sentence or field in ("name", "model", "options"), (path, sentence)
+        assert len(sentence) < 1500, (path, sentence)
+    return kept, len(sentences)
+
+
+def refusal(action, *args) -> str | None:
+    """The sentence with which an action refuses, None for none; any other error is the test's."""
+    try:
+        action(*args)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def start(recipe: Recipe, folder: Path) -> None:
+    """Start as `train` does."""
+    loop.check_extras(recipe, None)
+    with run_lock(folder, recipe.data.source):
+        run = setup(recipe, folder, loop.distributed.init_distributed(), lambda line: None)
+        run.writer.close()
+
+
+def assert_agree(changes: list[str], folder: Path) -> bool:
+    """Whether both a dry run and a start take these changes; a dry run writes nothing."""
+    recipe = recipe_of(changes)
+    dry = refusal(loop.check, recipe, folder)
+    assert not folder.exists(), changes
+    assert refusal(start, recipe, folder) == dry, changes
+    return dry is None
+
+
+def test_every_odd_value_is_taken_or_refused_in_a_sentence_and_a_start_agrees(tmp_path):
+    kept, refused = survivors()
+    print(f"{refused} odd values refused at once, {len(kept)} parse")
+    assert refused > 1000
+    for i, changes in enumerate(kept[:: max(1, len(kept) // 12)]):
+        assert_agree(changes, tmp_path / str(i))
+
+
+@pytest.mark.slow
+def test_a_dry_run_and_a_start_agree_on_every_odd_value_and_what_starts_trains(tmp_path):
+    kept, refused = survivors()
+    taken = 0
+    for i, changes in enumerate(kept):
+        if assert_agree(changes, tmp_path / str(i)):
+            taken += 1
+            recipe = config.override(recipe_of(changes), ["images=32"])
+            try:
+                loop.train(recipe, tmp_path / f"{i}-trained", quiet=True)
+            except NonFiniteError as error:
+                print(f"{changes}: {error}")
+    print(
+        f"{refused + len(kept)} odd values: {refused} refused at once, {taken} of {len(kept)} train"
+    )
