@@ -359,6 +359,8 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         for depth, key in enumerate(keys[:-1]):
             if key == "schedule" and node.get(key) is None:
                 node[key] = {"name": "", "options": {}}
+            if key == "options" and "name" in node:
+                node.setdefault(key, {})
             if not isinstance(node.get(key), dict):
                 name = ".".join(keys[: depth + 1])
                 wrong = f"{name!r} has no fields" if key in node else f"no field {name!r}"

@@ -97,6 +97,8 @@ def describe_error(error: Exception) -> str | None:
 
 def run_command(name: str, *arguments: str) -> None:
     """Parse a command's arguments and run it; exit with 2 for a usage error."""
+    if name.startswith("--tyro-"):  # completion scripts of all commands
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="mezzotint", args=[name, *arguments])
     if name not in COMMANDS:
         usage.fail("mezzotint", f"unknown command {name!r}; {suggest(name, COMMANDS)}")
     command, program = COMMANDS[name], f"mezzotint {name}"
