@@ -291,6 +291,16 @@ def read_json(path: Path, advice: str = "write it again") -> dict[str, Any]:
     return values
 
 
+def expand_user(path: str | Path) -> Path:
+    """Return the path with a leading ~ as the home folder; as it is where it exists by that name,
+    or no such user does."""
+    path = Path(path)
+    try:
+        return path if path.exists() else path.expanduser()
+    except (RuntimeError, ValueError, OSError):  # no such user; a name that no file can have
+        return path
+
+
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal; ValueError if it cannot be read."""
     try:

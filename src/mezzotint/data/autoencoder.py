@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.core.files import cache_dir, read_json
+from mezzotint.core.files import cache_dir, expand_user, read_json
 from mezzotint.core.registry import suggest
 from mezzotint.core.tensor_files import sha256_of_module
 
@@ -267,7 +267,7 @@ def open_codec(name: str | Path, device: torch.device | str = "cpu") -> Codec:
         return Pixels()
     folder = find_autoencoder(str(name))
     known = RELEASES.get(str(name))
-    own_name = str(name) if not Path(name).expanduser().is_dir() else str(folder)
+    own_name = str(name) if not expand_user(name).is_dir() else str(folder)
     vae = _taesd(folder) if (folder / _TAESD[0]).is_file() else _diffusers(folder)
     return Autoencoder(own_name, vae, torch.device(device), known.scale if known else None)
 
@@ -280,7 +280,7 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
 
     Errors: ValueError as `open_codec`.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         return path.resolve()
     ours = cache_dir() / "codecs" / name

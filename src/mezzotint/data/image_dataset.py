@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 from torch import Tensor
 
+from mezzotint.core.files import expand_user
 from mezzotint.core.paths import explain_path, is_hub_name, kind_of
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
@@ -181,7 +182,7 @@ def open_source(
     if base in BUILTIN:
         check_no_columns(base, columns)
         return _open_builtin(base, option, size)
-    split, path = option or None, Path(base).expanduser()
+    split, path = option or None, expand_user(base)
     if (path / CARD).is_file():
         check_no_columns(base, columns)
         prepared = open_prepared(path, check_split(base, split))

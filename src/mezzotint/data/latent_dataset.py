@@ -22,7 +22,7 @@ from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
 from mezzotint.core import rng
-from mezzotint.core.files import read_json
+from mezzotint.core.files import expand_user, read_json
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.columns import Columns
@@ -281,7 +281,7 @@ def open_dataset(
     Errors: ValueError where the network does not take the source's latents, or its pixels.
     """
     base, split = split_source(source)
-    folder = Path(base).expanduser()
+    folder = expand_user(base)
     if (folder / PLAN).is_file() and not (folder / LATENTS).is_file():
         raise ValueError(
             f"{folder} is not complete; run the same prepare command again to finish it"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
+from mezzotint.core.files import expand_user
 from mezzotint.core.paths import printable
 from mezzotint.data.decode import image_suffixes
 from mezzotint.data.splits import split_kinds
@@ -56,7 +57,7 @@ def find_row_files(folder: str, listing: Listing) -> tuple[str, dict[str, list[s
     parts: set[str] = set()
     for name in names:
         split, part = _split_of(name)
-        splits[split].append(str(Path(folder).expanduser() / name))
+        splits[split].append(str(expand_user(folder) / name))
         parts.add(part)
     if len(parts) > 1:
         shown = ", ".join(printable(part) or "the folder itself" for part in sorted(parts))

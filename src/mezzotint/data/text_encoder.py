@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mezzotint.core.files import cache_dir, read_json
+from mezzotint.core.files import cache_dir, expand_user, read_json
 from mezzotint.core.tensor_files import sha256_of_module
 
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
@@ -119,7 +119,7 @@ def open_text_encoder(
     finally:
         if bar_enabled:
             logging.enable_progress_bar()
-    full_name = str(folder) if Path(name).expanduser().is_dir() else name
+    full_name = str(folder) if expand_user(name).is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
     return TextEncoder(full_name, model, tokenizer, _tokenizer_hash(folder), max_tokens)
@@ -133,7 +133,7 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
 
     Errors: ValueError as `open_text_encoder`.
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         return path.resolve()
     ours = cache_dir() / "text" / name

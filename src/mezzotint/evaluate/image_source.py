@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mezzotint.core.files import read_json, sha256_of_file
+from mezzotint.core.files import expand_user, read_json, sha256_of_file
 from mezzotint.core.npz_files import DAMAGE, open_npy_member
 from mezzotint.core.paths import explain_path
 from mezzotint.core.registry import Spec
@@ -153,7 +153,7 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         damaged, transparent, or grey among others of colour.
     """
     base, split = split_source(str(folder))
-    path = Path(base).expanduser()
+    path = expand_user(base)
     found = find_store(path)
     if found is None:
         raise ValueError(f"{explain_path(base, 'a set of images')}; give a folder, .zip or .tar")
@@ -352,7 +352,7 @@ def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
 
     "PATH:SPLIT" and "set.zip/FOLDER" choose a part, see `mezzotint.data.image_dataset.open_images`.
     """
-    base = Path(split_source(str(path))[0]).expanduser()
+    base = expand_user(split_source(str(path))[0])
     if (base / CARD).is_file():
         return from_dataset(open_images(path, channels=channels), str(path))
     if (base / LATENTS).is_file():

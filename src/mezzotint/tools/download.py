@@ -14,7 +14,7 @@ from pathlib import Path
 from mezzotint import config
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
-from mezzotint.core.files import cache_dir, format_bytes, sha256_of_file
+from mezzotint.core.files import cache_dir, expand_user, format_bytes, sha256_of_file
 from mezzotint.data import autoencoder, text_encoder
 from mezzotint.models import preset_info, presets
 from mezzotint.recipes import recipe_for
@@ -111,7 +111,7 @@ def _text_encoder(name: str) -> Requirement:
 
 
 def _repo_of(name: str) -> str | None:
-    return None if Path(name).expanduser().is_dir() else name
+    return None if expand_user(name).is_dir() else name
 
 
 def _find_locally(find: Callable[..., Path], name: str) -> Path | None:

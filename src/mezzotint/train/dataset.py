@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, on_rank0
+from mezzotint.core.files import expand_user
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings, embed_captions
 from mezzotint.data.dataset import Dataset
@@ -82,7 +82,7 @@ def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDatas
 def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
     """Raise ValueError where prepared latents are of another autoencoder than data.codec."""
     wanted, actual = recipe.data.codec, dataset.codec_name
-    if wanted and actual not in (wanted, str(Path(wanted).expanduser().resolve())):
+    if wanted and actual not in (wanted, str(expand_user(wanted).resolve())):
         raise ValueError(
             f"{source} holds latents of {actual}, not of data.codec={wanted}; leave data.codec out"
         )

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.core.files import atomic_write, no_follow
+from mezzotint.core.files import atomic_write, expand_user, no_follow
 from mezzotint.data.image_dataset import split_source
 
 RECIPE = "recipe.yaml"
@@ -36,7 +36,7 @@ def check_run_folder(folder: Path, source: str) -> None:
         where another process trains; OSError where it cannot be written.
     """
     base = data_folder(source)
-    data = Path(base).expanduser()
+    data = expand_user(base)
     # The sample grids of the run would become training images.
     if base and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
         raise ValueError(
