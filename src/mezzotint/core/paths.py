@@ -8,6 +8,7 @@ import re
 import stat
 from pathlib import Path
 
+from mezzotint.core.files import expand_user
 from mezzotint.core.text import escape_name
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -75,7 +76,7 @@ def explain_path(name: str, wanted: str) -> str:
     Args:
         wanted: e.g. "a model folder".
     """
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if path.is_dir():
         return f"{name} is a folder, but not {wanted}"
     if path.is_file():
