@@ -8,6 +8,7 @@ import re
 import struct
 import zipfile
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -329,3 +330,45 @@ def test_100_gb_claims(dimr, tmp_path, unread):
             packed.writestr(entry.filename, stored.read(entry))
     with pytest.raises(ValueError, match="unpacks from"):
         mz.load_official(tmp_path / "c.pth", heads=4)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("preset", ["dimr-tiny", "dimr-latent-tiny", "diffit-latent-tiny"])
+def test_a_file_of_our_own_comes_back_as_the_same_network(preset, suffix, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = mz.create_model(preset)
+    model.info = replace(
+        model.info, labels=("a", "b\n"), licence="MIT", images=12, extra={"note": [1]}
+    )
+    mz.save_model(model, tmp_path / "a")
+    file = tmp_path / f"f{suffix}"
+    convert_checkpoint(tmp_path / "a", file, to="official", check=True)
+    convert_checkpoint(file, tmp_path / "b", check=True)
+    again = mz.load_model(tmp_path / "b")
+    extra = {k: v for k, v in again.info.extra.items() if k != "official"}
+    assert replace(again.info, extra=extra) == model.info
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+    assert "research" not in capsys.readouterr().err
+    if "dimr" in preset:
+        with pytest.raises(ValueError, match=r"heads=8 contradicts the file.*heads=4"):
+            mz.load_official(file, heads=8)
+
+
+def test_heads_are_never_assumed_for_widths_without_a_release(dimr, tmp_path):
+    with pytest.raises(ValueError, match=r"heads leave no trace.*give heads=.*\[1, 2, 4"):
+        mz.load_official(dimr)
+    infer = registry["dimr"].config
+    for preset, heads in (("dimr-xl-2r-256", 16), ("dimr-g-2r-256", 16)):
+        own = models.tensor_specs("dimr", backbones["dimr"].presets[preset].config)
+        specs = official_specs(registry["dimr"], backbones["dimr"].presets[preset].config, own)
+        assert infer({k: c.shape for k, c in specs.items()}).heads == heads
+
+
+def test_metadata_of_strangers_is_one_sentence(dimr, tmp_path):
+    path = tmp_path / "f.safetensors"
+    for text in ("", "[" * 100_000, "[]", "{}", '{"mezzotint": 1, "backbone": "uvit"}'):
+        save_file(dimr, path, metadata={"mezzotint": text})
+        with pytest.raises(ValueError, match=r"f\.safetensors as a dimr checkpoint"):
+            mz.load_official(path)

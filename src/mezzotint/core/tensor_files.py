@@ -14,6 +14,7 @@ import re
 import threading
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -178,7 +179,11 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
         _scan_torch_file(path)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is damaged, cut or not a file of weights: {error}") from None
-    state = choose(_torch_load(path, "meta"))
+    contents = _torch_load(path, "meta")
+    metadata = getattr(contents, "_metadata", None)
+    texts = metadata if isinstance(metadata, dict) else {}
+    texts = {k: v for k, v in texts.items() if isinstance(k, str) and isinstance(v, str)}
+    state = choose(contents)
     claims = state_dict_specs(str(path), state, limit=size)
     loaded: dict[str, Tensor] = {}
 
@@ -187,7 +192,7 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
             loaded.update(choose(_torch_load(path, "cpu")))
         return loaded[name]
 
-    return TensorSource(str(path), claims, read)
+    return TensorSource(str(path), claims, read, texts)
 
 
 def _scan_torch_file(path: Path) -> None:
@@ -282,7 +287,10 @@ def save_tensors(
     def write(partial: Path) -> None:
         try:
             if path.suffix == ".pth":
-                torch.save(dict(tensors), partial)
+                contents = OrderedDict(tensors)
+                if metadata:  # where torch's own state dicts have theirs
+                    vars(contents)["_metadata"] = OrderedDict(metadata)
+                torch.save(contents, partial)
             else:
                 save_file(dict(tensors), partial, metadata=metadata)
         except (SafetensorError, RuntimeError) as error:  # their words for what a disk refuses

@@ -17,6 +17,8 @@ NORM_VECTORS = {"TDRMSN": ("scale",), "LN": ("weight", "bias"), "RMSN": (), "ADA
 # Norms with weights of their own: the official tensor, ours.
 NORM_OWN = {"RMSN": ("scale", "gain"), "ADARMSN": ("linear.weight", "linear.weight")}
 
+RELEASED_HEADS = {960: 16, 1152: 16}  # width of the transformer -> heads
+
 _LEAF = r"(\.(param0|param1|nodecay_weight|nodecay_bias))"
 _NORM = rf"norm\.(linear\.weight|(scale|weight|bias){_LEAF}?)"
 PATTERN = (
@@ -33,14 +35,15 @@ PATTERN = (
 def infer_config(
     shapes: Mapping[str, tuple[int, ...]],
     *,
-    heads: int = 16,
+    heads: int | None = None,
     null_label: bool | None = None,
     time: str | None = None,
 ) -> DiMRConfig:
     """Infer the config of a state dict.
 
     Hints:
-        heads: of the attention; both released models have 16.
+        heads: of the attention, which leave no trace in the shapes. By default 16 for the widths
+            960 and 1152 of the released models, and an error for others.
         null_label: whether the last row of the class embedding means "no class". By default it
             does, except in a table of 1000 rows: ImageNet's classes alone.
         time: "scaled_linear" (default with 4 channels: latents) or "linear_vp" (default otherwise:
@@ -79,13 +82,23 @@ def infer_config(
     ]
     if len(set(depthwise)) > 1:
         raise ValueError(f"depthwise kernels of different widths {depthwise}")
+    dims = tuple(shapes[f"stages.{i}.input_layer.1.weight"][0] for i in indices)
+    if heads is None:
+        widths = {dim for dim, stage in zip(dims, stages, strict=True) if stage == "transformer"}
+        if not widths <= RELEASED_HEADS.keys():
+            fit = [h for h in range(1, 65) if all(width % h == 0 for width in widths)]
+            raise ValueError(
+                f"heads leave no trace in the shapes, and no release has the width {max(widths)}; "
+                f"give heads=..., one of {fit}"
+            )
+        heads = RELEASED_HEADS[max(widths)] if widths else 1
     return DiMRConfig(
         size=sizes.pop(),
         channels=channels,
         num_classes=rows[0] - null_label if rows else 0,
         null_label=null_label,
         patches=patches,
-        dims=tuple(shapes[f"stages.{i}.input_layer.1.weight"][0] for i in indices),
+        dims=dims,
         hidden_dims=tuple(shapes[f"stages.{i}.blocks.0.block2.w0.weight"][0] for i in indices),
         depths=tuple(infer_depth(shapes, i) for i in indices),
         stages=stages,

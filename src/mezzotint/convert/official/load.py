@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -17,6 +18,7 @@ import mezzotint.models as models
 from mezzotint.convert.official import CheckpointFormat, registry
 from mezzotint.core.console import echo
 from mezzotint.core.files import check_replaceable
+from mezzotint.core.json_values import check_fields, parse_json
 from mezzotint.core.registry import check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSource,
@@ -32,6 +34,7 @@ from mezzotint.process.denoiser import Model
 HALVES = (torch.float16, torch.bfloat16)
 # Hints of every family; each has more of its own, see `CheckpointFormat.config`.
 COMMON = {"entry": None, "widen": False}
+OWN = "mezzotint"  # metadata of an official file written by us: config.json's values
 
 
 class Shapes(dict[str, tuple[int, ...]]):
@@ -69,11 +72,17 @@ def load_official(
     shapes.unknown = tuple(name for name in shapes if not re.fullmatch(official.pattern, name))
     try:
         infer = partial(official.config, shapes)
-        config = infer(**check_options(f"family {family}", infer, hints))
+        hints = check_options(f"family {family}", infer, hints)
+        kept = read_own_info(opened, official.backbone, hints)
+        config = infer(**hints) if kept is None else kept.config
         own = models.tensor_specs(official.backbone, config)
         dtype = check_tensors(opened, official, config, own, common["widen"])
     except ValueError as error:
         raise ValueError(f"{opened.what} as a {family} checkpoint: {error}") from None
+    extra = {"official": {"family": family, "dtype": str(dtype).removeprefix("torch.")}}
+    if kept is not None:
+        info = dataclasses.replace(kept, extra={**kept.extra, **extra})
+        return models.model_from_state_dict(info, to_ours(opened, official, config, own))
     entry = backbones.registry[official.backbone]
     same = [n for n, p in entry.presets.items() if p.config == config]
     info = models.ModelInfo(
@@ -83,10 +92,33 @@ def load_official(
         codec=official.codec(config),
         preset=same[0] if same else None,
         licence=official.licence,
-        extra={"official": {"family": family, "dtype": str(dtype).removeprefix("torch.")}},
+        extra=extra,
     )
     echo(f"{family} weights of {opened.what}: {official.licence}", stderr=True)
     return models.model_from_state_dict(info, to_ours(opened, official, config, own))
+
+
+def read_own_info(
+    source: TensorSource, backbone: str, hints: Mapping[str, Any]
+) -> models.ModelInfo | None:
+    """Return what mezzotint wrote beside the tensors, None for a file of others.
+
+    Errors: ValueError for another backbone, and for hints that the file contradicts.
+    """
+    if OWN not in source.metadata:
+        return None
+    values = parse_json(source.metadata[OWN])
+    check_fields({OWN: values}, {OWN: dict})
+    info = models.ModelInfo.from_json(values)
+    if info.backbone != backbone:
+        raise ValueError(f"its metadata are of a {info.backbone}, its tensors of a {backbone}")
+    for name, value in hints.items():
+        if value != getattr(info.config, name):
+            raise ValueError(
+                f"{name}={value!r} contradicts the file, which was written with "
+                f"{name}={getattr(info.config, name)!r}; leave the hint out"
+            )
+    return info
 
 
 def open_source(source: str | Path | Mapping[str, Any], entry: str | None) -> TensorSource:
@@ -303,7 +335,11 @@ def to_official(model: Model, family: str | None = None) -> dict[str, Tensor]:
     official = registry[family or families[0]]
     config, state = model.info.config, model.backbone.state_dict()
     own = models.tensor_specs(model.info.backbone, config)
-    dtype = getattr(torch, model.info.extra.get("official", {}).get("dtype", "float32"))
+    origin = model.info.extra.get("official")
+    name = origin.get("dtype") if isinstance(origin, dict) else None
+    dtype = {str(d).removeprefix("torch."): d for d in (*HALVES, torch.float64)}.get(
+        str(name), torch.float32
+    )
     result = {}
     for key, parts in official.keys(config).items():
         rows = torch.cat([state[p.name].cpu()[slice(*row_range(p, own))] for p in parts])
@@ -345,7 +381,7 @@ def convert_checkpoint(
             )
         check_replaceable(Path(out), lambda _: False, "an empty file")
         model = models.load_model(source)
-        write_official(to_official(model, family), Path(out))
+        write_official(to_official(model, family), Path(out), model.info)
     else:
         raise ValueError(f"to={to!r} must be mezzotint or official")
     config = {k: v for k, v in dataclasses.asdict(model.info.config).items() if k != "prediction"}
@@ -385,9 +421,14 @@ def bitwise_equal(a: Tensor, b: Tensor | None) -> bool:
     )
 
 
-def write_official(state: dict[str, Tensor], out: Path) -> None:
-    """Write a state dict as .safetensors or .pth, atomically."""
+def write_official(state: dict[str, Tensor], out: Path, info: models.ModelInfo) -> None:
+    """Write a state dict as .safetensors or .pth, atomically.
+
+    The info goes into the metadata, where loading finds what shapes do not show (heads, labels,
+    licence): of a .pth into the attribute `_metadata` that torch's own state dicts have.
+    """
     if out.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"{out}: an official file ends in .safetensors or .pth")
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors({name: t.contiguous() for name, t in state.items()}, out)
+    metadata = {OWN: json.dumps(info.to_json())}
+    save_tensors({name: t.contiguous() for name, t in state.items()}, out, metadata)
