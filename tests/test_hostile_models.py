@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.helpers import hostile
-from tests.helpers.tiny_models import tiny
 
 import mezzotint as mz
+from helpers import hostile
+from helpers.tiny_models import tiny
 from mezzotint import models
 
 SECONDS = 3.0  # of the processor for one folder; none needs 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.helpers.hostile import TEXTS
 
+from helpers.hostile import TEXTS
 from mezzotint.core.fields import shorten
 from mezzotint.core.files import read_json
 from mezzotint.core.json_values import JSON_DEPTH, check_fields, parse_json

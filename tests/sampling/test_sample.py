@@ -425,3 +425,12 @@ def test_a_network_without_null_label():
         mz.sample(model, [0], label=3, steps=2)
     with pytest.raises(ValueError, match="without guidance"):
         mz.sample(model, [0], label=1, steps=2, guidance=2.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_samples_that_are_not_finite_are_an_error_that_names_the_seeds(value):
+    model = tiny()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad or p.numel()).fill_(value)
+    with pytest.raises(FloatingPointError, match=r"seed 3, 5 .*ddim.*2 steps.*try more steps"):
+        mz.sample(model, [3, 5], steps=2)

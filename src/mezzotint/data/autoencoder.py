@@ -344,6 +344,7 @@ def _diffusers(folder: Path) -> nn.Module:
             str(folder),
             torch_dtype=torch.float32,
             output_loading_info=True,
+            use_safetensors=True,
             low_cpu_mem_usage=False,
         )
     except Exception as error:  # safetensors, pickle, json, shape errors of torch

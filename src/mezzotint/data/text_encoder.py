@@ -108,8 +108,12 @@ def open_text_encoder(
     bar_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # loading from disk needs no progress bar
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model = T5EncoderModel.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+        model = T5EncoderModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True
+        )
     except Exception as error:  # transformers, tokenizers and safetensors raise their own
         raise ValueError(
             f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs "

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mezzotint.core.tensor_files import save_tensors
+from mezzotint.core.tensor_files import open_safetensors, save_tensors
 from mezzotint.models import check_model_folder, load_model, save_model
 from mezzotint.process.denoiser import Model
 from mezzotint.train.ema import Weights, power_gamma
@@ -111,8 +111,6 @@ def reconstruct(run: Path, std: float, images: int | None = None) -> Reconstruct
 
     Errors: ValueError for a run without snapshots up to `images`, or a width outside (0, 0.2887).
     """
-    from safetensors import safe_open
-
     power_gamma(std)  # refuses a width outside its range before anything is read
     snapshots = list_snapshots(run)
     if not snapshots:
@@ -127,10 +125,10 @@ def reconstruct(run: Path, std: float, images: int | None = None) -> Reconstruct
     x, distance = solve_coefficients([(s.images, s.std) for s in sources], images, std)
     weights: dict[str, Any] = {}
     for factor, snapshot in zip(x.tolist(), sources, strict=True):
-        with safe_open(snapshot.path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (no dictionary)
-                part = factor * file.get_tensor(name).double()
-                weights[name] = part if name not in weights else weights[name] + part
+        file = open_safetensors(snapshot.path)
+        for name in file.claims:
+            part = factor * file.read(name).double()
+            weights[name] = part if name not in weights else weights[name] + part
     return Reconstruction({k: w.float() for k, w in weights.items()}, images, sources, distance)
 
 

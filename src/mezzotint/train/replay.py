@@ -19,7 +19,9 @@ from mezzotint.backbones import get_backbone
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, default_device
 from mezzotint.core.files import read_json
+from mezzotint.core.json_values import check_fields, first_line
 from mezzotint.core.registry import build
+from mezzotint.core.tensor_files import open_safetensors
 from mezzotint.data.loader import load_batches
 from mezzotint.models import build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
@@ -82,6 +84,11 @@ def replay(
         )
     recipe = config.from_yaml(bundle / nonfinite.RECIPE)
     facts = read_json(bundle / nonfinite.FACTS)
+    kinds = {"data": str, "ranks": int, "images": int}
+    try:
+        check_fields(facts, {**kinds, "image_numbers": list[int], "loss": list[float | str]})
+    except ValueError as error:
+        raise ValueError(f"{bundle / nonfinite.FACTS}: {error}") from None
     device = device or default_device()
     run = rebuild_run(recipe, bundle, source, facts["data"], device)
     parameters = run.state.backbone.named_parameters()
@@ -122,8 +129,6 @@ def rebuild_run(
     recipe: Recipe, bundle: Path, source: str | None, fingerprint: str, device: torch.device
 ) -> Run:
     """Return the run of a bundle with its weights, without optimisers and averages."""
-    from safetensors.torch import load_file
-
     world = World(rank=0, size=1, device=device)
     info = preset_info(recipe.preset, **recipe.model)
     info = dataclasses.replace(info, schedule=recipe.schedule or info.schedule)
@@ -131,7 +136,12 @@ def rebuild_run(
     if dataset.fingerprint != fingerprint:
         raise ValueError(f"{source or recipe.data.source} is not the data of {bundle}; give --data")
     model = build_model(info).to(device).train()
-    model.backbone.load_state_dict(load_file(bundle / nonfinite.WEIGHTS), strict=False)
+    weights = open_safetensors(bundle / nonfinite.WEIGHTS)
+    state = {name: weights.read(name) for name in weights.claims}
+    try:
+        model.backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ValueError(f"{weights.what} does not fit the recipe: {first_line(error)}") from None
     backbone = get_backbone(model)
     backbone.checkpointing = recipe.engine.checkpointing
     if device.type == "cuda":
