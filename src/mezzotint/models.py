@@ -21,12 +21,12 @@ from mezzotint.core.fields import parse, parse_options, shorten
 from mezzotint.core.file_hashes import HASHES, add_hashes, check_hashes
 from mezzotint.core.files import (
     atomic_write,
+    check_new_or_empty,
     format_bytes,
     fsync_path,
     partial_folder,
     read_json,
     sha256_of_file,
-    visible_names,
 )
 from mezzotint.core.json_values import check_fields, first_line
 from mezzotint.core.registry import Spec, build, check_options, suggest
@@ -269,10 +269,7 @@ def _accept_either(folder: Path, new: list[str]) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check that a model may be saved in `folder`: a new or empty one, or a model's.
-
-    Errors: ValueError for a file, another library's config.json, and a folder of other files.
-    """
+    """Raise ValueError unless a model may be saved in `folder`: new, empty, or a model's."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a model is saved as a folder")
     if (folder / CONFIG).exists():
@@ -280,13 +277,9 @@ def check_model_folder(folder: Path) -> None:
             raise ValueError(f"{folder / CONFIG} belongs to another library; choose another folder")
         return
     page = folder / README
-    if page.is_file() and b"library_name: mezzotint" in page.read_bytes()[:1000]:
-        return  # ours, without its config.json
-    if folder.exists() and (others := visible_names(folder)):
-        raise ValueError(
-            f"{folder} is no model's folder and holds {list_names(others, 3)}; give one that is "
-            "new or empty"
-        )
+    # Ours may lack its config.json.
+    if not (page.is_file() and b"library_name: mezzotint" in page.read_bytes()[:1000]):
+        check_new_or_empty(folder, "model's")
 
 
 HEADER = """\

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from mezzotint.core.files import (
     atomic_open,
     atomic_write,
+    check_new_or_empty,
     check_replaceable,
     is_special,
-    visible_names,
     write_json,
 )
 from mezzotint.core.tensor_files import list_names
@@ -260,11 +260,8 @@ def save_diffusers(model: Model, folder: Path) -> None:
         raise ValueError(f"{folder} holds another pipeline; choose another folder")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; a pipeline is a folder")
-    if folder.exists() and not index.exists() and (others := visible_names(folder)):
-        raise ValueError(
-            f"{folder} is no pipeline's folder and holds {list_names(others, 3)}; give one that is "
-            "new or empty"
-        )
+    if not index.exists():
+        check_new_or_empty(folder, "pipeline's")
     bad = [n for n, t in model.backbone.state_dict().items() if not t.isfinite().all()]
     if bad:
         raise FloatingPointError(f"weights that are not finite: {list_names(bad)}; not exported")

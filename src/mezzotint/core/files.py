@@ -171,9 +171,15 @@ def no_follow(path: str, flags: int) -> int:
     raise OSError(f"{path} is a link or no regular file, and is not written to; remove it")
 
 
-def visible_names(folder: Path) -> list[str]:
-    """Return the names in a folder that do not begin with a dot, sorted."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+def check_new_or_empty(folder: Path, what: str) -> None:
+    """Raise ValueError where a folder holds files; hidden ones do not count."""
+    names = sorted(os.listdir(folder)) if folder.exists() else []
+    if others := [name for name in names if not name.startswith(".")]:
+        more = " ..." if others[3:] else ""
+        raise ValueError(
+            f"{folder} is no {what} folder and holds [{', '.join(others[:3])}{more}]; give one "
+            "that is new or empty"
+        )
 
 
 def check_replaceable(path: Path, is_ours: Callable[[Path], bool], what: str) -> None:
