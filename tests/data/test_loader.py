@@ -138,7 +138,7 @@ def test_a_killed_worker_is_a_clear_error(dataset):
     next(stream)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"worker process died.*same command"):
+    with pytest.raises(OSError, match=r"worker process died.*same command"):
         take(50, stream)
 
 

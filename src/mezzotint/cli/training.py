@@ -58,6 +58,7 @@ def train(
     recipe: OptionalFile = None,
     init_from: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None,
     dry_run: Switch = False,
+    accept_changed_data: Switch = False,
 ) -> None:
     """Train a preset on your images. Run the same command again to resume.
 
@@ -69,39 +70,59 @@ def train(
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model folder; size and classes may differ.
         dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.
+        accept_changed_data: Resume on other data; every class keeps its number by its name.
     """
     from mezzotint import config
+    from mezzotint.core import distributed
     from mezzotint.evaluate.during_training import make_evaluator
-    from mezzotint.recipes import describe_changes, recipe_for
+    from mezzotint.recipes import describe_changes
     from mezzotint.train import loop
-    from mezzotint.train.dataset import describe_data
+    from mezzotint.train.dataset import data_notes, describe_data
 
-    chosen = config.from_yaml(recipe) if recipe else recipe_for(preset)
+    # First, so that a rank whose command is wrong ends the others, which would wait for it.
+    with distributed.process_group():
+        chosen = distributed.all_ranks(lambda: choose_recipe(preset, overrides, data, recipe))
+        if dry_run:
+            echo(config.to_yaml(chosen))
+            echo(describe_changes(chosen))
+        init_weights = None
+        if init_from is not None:
+            from mezzotint.convert.adapt import initialise_from
+
+            init_weights = initialise_from(init_from)
+        out = out or Path("runs") / preset
+        evaluator = distributed.all_ranks(lambda: make_evaluator(chosen))
+        if dry_run:
+            start = loop.check(chosen, out, init_weights, evaluator, accept_changed_data)
+            echo(f"data: {describe_data(start.recipe, start.dataset)}")
+            for line in data_notes(start.info, start.dataset):
+                echo(f"! {line}")
+            print_plan(chosen)
+            return
+        folder = loop.train(
+            chosen,
+            out,
+            init_weights=init_weights,
+            evaluator=evaluator,
+            accept_changed_data=accept_changed_data,
+        )
+    echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
+    echo(f"next: mezzotint sample {folder} -n 16 --out samples.png")
+
+
+def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path | None) -> Recipe:
+    """Return the preset's recipe, or that of a file, with the data and overrides of a command."""
+    from mezzotint import config
+    from mezzotint.recipes import recipe_for
+
+    chosen = config.from_yaml(file) if file else recipe_for(preset)
     if chosen.preset != preset:
         raise ValueError(
-            f"{recipe} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
+            f"{file} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
         )
     if data:
         chosen = replace(chosen, data=replace(chosen.data, source=data))
-    chosen = config.override(chosen, overrides)
-    if dry_run:
-        echo(config.to_yaml(chosen))
-        echo(describe_changes(chosen))
-    init_weights = None
-    if init_from is not None:
-        from mezzotint.convert.adapt import initialise_from
-
-        init_weights = initialise_from(init_from)
-    out = out or Path("runs") / preset
-    evaluator = make_evaluator(chosen)
-    if dry_run:
-        start = loop.check(chosen, out, init_weights, evaluator)
-        echo(f"data: {describe_data(start.recipe, start.dataset)}")
-        print_plan(chosen)
-        return
-    folder = loop.train(chosen, out, init_weights=init_weights, evaluator=evaluator)
-    echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
-    echo(f"next: mezzotint sample {folder} -n 16 --out samples.png")
+    return config.override(chosen, overrides)
 
 
 def print_plan(recipe: Recipe) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -45,15 +46,62 @@ def default_device() -> torch.device:
 
 
 def init_distributed() -> World:
-    """Join the process group of torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one."""
+    """Join the process group of torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one.
+
+    Errors: ValueError for ranks that do not fit together; RankFailed where a rank does not come.
+    """
     device = default_device()
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        world = World(rank=int(os.environ.get("RANK", -1)), size=size, device=device)
+        with lost_ranks(world):
+            # torchrun gives all its processes one world size.
+            store = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(world)
+            dist.init_process_group("nccl" if cuda else "gloo")
+            del store  # rank 0 serves it until here
     return World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+
+
+MEETING_SECONDS = 1800  # a queue may start the ranks of a job one after another
+
+
+def _meet(world: World) -> dist.TCPStore:
+    """Wait until all ranks have told their world size; the group would wait for ranks beyond it.
+
+    Errors: ValueError where ranks have other world sizes.
+    """
+    rank, size = world.rank, world.size
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK={rank} with WORLD_SIZE={size}; ranks are 0 to {size - 1}")
+    address = os.environ.get("MASTER_ADDR", "")
+    port = os.environ.get("MASTER_PORT", "")
+    if not (address and port.isdigit()):
+        raise ValueError(
+            f"WORLD_SIZE={size} needs MASTER_ADDR and MASTER_PORT, the address of rank 0; "
+            "start the ranks with torchrun, which sets them"
+        )
+    store = dist.TCPStore(
+        address, int(port), is_master=rank == 0, wait_for_workers=False, multi_tenant=True
+    )
+    store.set(f"mezzotint/{rank}", str(size))
+    missing, until = set(range(size)), time.monotonic() + MEETING_SECONDS
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"mezzotint/{other}"]):
+                missing.remove(other)
+                if (theirs := int(store.get(f"mezzotint/{other}"))) != size:
+                    time.sleep(2.0)  # the others look too, and rank 0 serves the store
+                    raise ValueError(
+                        f"the ranks differ: rank {other} has world size {theirs}, rank {rank} "
+                        f"{size}; give every rank the same WORLD_SIZE"
+                    )
+        if time.monotonic() > until:
+            raise RankFailed(f"rank {min(missing)} of {size} did not come; start all ranks")
+        time.sleep(0.05)
+    return store
 
 
 def shutdown_distributed() -> None:
@@ -63,6 +111,15 @@ def shutdown_distributed() -> None:
         # them while holding it. Sleeping gives it to them first.
         time.sleep(0.1)
         dist.destroy_process_group()
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Be in the process group, if there is one, within the block."""
+    try:
+        yield init_distributed()
+    finally:
+        shutdown_distributed()
 
 
 def get_rank() -> int:
@@ -128,6 +185,21 @@ def _raise_own_or_others(error: Exception | None, reports: list[str | None]) -> 
     failed = [f"rank {i} failed: {text}" for i, text in enumerate(reports) if text is not None]
     if failed:
         raise RankFailed("; ".join(failed))
+
+
+@contextmanager
+def lost_ranks(world: World) -> Iterator[None]:
+    """Raise `RankFailed` in place of the error of a connection to a rank that has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error)
+        if world.size == 1 or not lost:
+            raise
+        raise RankFailed(
+            f"rank {world.rank} has lost the others: one of them ended (an error of its own, "
+            f"killed, or out of memory); its output says why ({str(error).splitlines()[0]})"
+        ) from error
 
 
 # Work of uneven length: rank 0 may embed captions or compute statistics for hours while the others

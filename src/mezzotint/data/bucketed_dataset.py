@@ -78,6 +78,7 @@ class BucketedDataset(PixelDataset):
         # What cannot be read joins the largest bucket, whose images replace it.
         largest = counted.most_common(1)[0][0]
         self.bucket = np.array([largest if bucket is None else bucket for bucket in nearest])
+        self._sizes = sizes
         self.full_scale = measure_full_scale(source.read, len(source), full_scale)
         how = f"{self.shapes} {channels} {portrait}{self.full_scale.key}"
         fingerprint = hash_parts([source.identity(), how, self.bucket.tobytes()])
@@ -126,6 +127,15 @@ class BucketedDataset(PixelDataset):
                 "these images are of several shapes; take a batch's indices from `batch_indices`"
             )
         return super().batch(indices)
+
+    def _target_size(self, i: int) -> tuple[int, int]:
+        return self.shapes[self.bucket[i]]
+
+    def _stored_size(self, i: int) -> tuple[int, ...]:
+        size = self._sizes[i]
+        if size is None:
+            return ()
+        return size[::-1] if self.rotated[i] else size
 
     def _replacements(self, i: int) -> Iterable[int]:
         """Return i and the other images of its bucket, cyclically."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,14 @@ class DigitSource:
     def identity(self) -> str:
         """Return the hash of the pixels and labels."""
         return hash_parts([self.pixels.tobytes(), self.labels.tobytes()])
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return names, and 64 bytes each."""
+        return [self.name(i) for i in range(len(self))], np.full(len(self), 64, np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the pixels."""
+        return zlib.crc32(self.pixels[i].tobytes())
 
 
 def open_digits(split: str = "train") -> DigitSource:

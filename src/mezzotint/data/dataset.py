@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -15,6 +16,8 @@ from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.sources import Source
 from mezzotint.data.transforms import UnreadableImage, draw_flips, flip, to_model_range
+
+ENLARGED_SAMPLE = 256
 
 Send = Callable[[Tensor], Tensor]  # moves a tensor to the network's device
 Pixels = UInt8[Tensor, "b c h w"]
@@ -109,6 +112,29 @@ class Dataset(Protocol):
         """Return the images found unreadable so far: index -> reason."""
         ...
 
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return names and stored bytes of all images, see `Source.inventory`."""
+        ...
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of image i as stored; may raise `UnreadableImage` or OSError."""
+        ...
+
+    def relabel(self, names: tuple[str, ...]) -> None:
+        """Number the classes as in `names`, which holds the name of every class."""
+        ...
+
+    def count_unlabelled(self) -> int:
+        """Return the number of images without a label in a dataset that has labels, else 0."""
+        ...
+
+    def describe_enlarged(self) -> str | None:
+        """Return a sentence about images smaller than the network's, which are enlarged, or None.
+
+        At most ENLARGED_SAMPLE images are looked at.
+        """
+        ...
+
 
 class PixelDataset:
     """What datasets of uint8 images share; a subclass decodes images and chooses replacements.
@@ -121,6 +147,7 @@ class PixelDataset:
 
     def __init__(self, source: Source, channels: int, fingerprint: str, notes: Iterable[str]):
         self.source, self.channels, self.fingerprint = source, channels, fingerprint
+        self.labels = source.labels
         self.label_names: tuple[str, ...] | None = source.label_names
         self.num_classes = len(source.label_names or ())
         self.report = UnreadableReport(len(source), notes=tuple(notes))
@@ -157,7 +184,7 @@ class PixelDataset:
 
     def label(self, i: int) -> int | None:
         """Return the class index of image i, or None."""
-        labels = self.source.labels
+        labels = self.labels
         return None if labels is None or labels[i] == NO_LABEL else int(labels[i])
 
     def name(self, i: int) -> str:
@@ -185,11 +212,8 @@ class PixelDataset:
                 image = self._read_pixels(i)
             images.append(image)
             used.append(i)
-        labels = self.source.labels
-        return (
-            torch.from_numpy(np.stack(images)),
-            None if labels is None else torch.from_numpy(labels[used]),
-        )
+        labels = None if self.labels is None else torch.from_numpy(self.labels[used])
+        return torch.from_numpy(np.stack(images)), labels
 
     def to_model(
         self, inputs: Pixels, seed: int, image_numbers: list[int], mirror: bool, send: Send
@@ -207,3 +231,59 @@ class PixelDataset:
     def unreadable(self) -> dict[int, str]:
         """Return the images found unreadable so far: index -> reason."""
         return dict(self._unreadable)
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return names and stored bytes of all images, see `Source.inventory`."""
+        return self.source.inventory()
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of image i as stored."""
+        return self.source.checksum(i)
+
+    def relabel(self, names: tuple[str, ...]) -> None:
+        """Number the classes as in `names`, which holds the name of every class."""
+        self.labels = renumber(self.labels, self.label_names, names)
+        self.label_names, self.num_classes = names, len(names)
+
+    def count_unlabelled(self) -> int:
+        """Return the number of images without a label in a dataset that has labels, else 0."""
+        return 0 if self.labels is None else int((self.labels == NO_LABEL).sum())
+
+    def describe_enlarged(self) -> str | None:
+        """Return a sentence about images smaller than the network's, which are enlarged, or None.
+
+        Of a large dataset, evenly spaced images are looked at.
+        """
+        looked = np.linspace(0, len(self) - 1, min(len(self), ENLARGED_SAMPLE)).astype(int).tolist()
+        sizes = [(self._stored_size(i), self._target_size(i)) for i in looked]
+        small = [pair for pair in sizes if pair[0] and any(map(operator.lt, *pair))]
+        if not small:
+            return None
+        (height, width), (target_height, target_width) = small[0]
+        among = "" if len(looked) == len(self) else " looked at"
+        return (
+            f"{len(small):,} of {len(looked):,} images{among} are smaller than {target_height} x "
+            f"{target_width} pixels (e.g. {height} x {width}) and are enlarged"
+        )
+
+    def _target_size(self, i: int) -> tuple[int, int]:
+        """Return height and width of image i in the dataset."""
+        raise NotImplementedError
+
+    def _stored_size(self, i: int) -> tuple[int, ...]:
+        """Return height and width of image i as stored; () if it is unreadable."""
+        try:
+            stored = self.source.read(i)
+        except UnreadableImage:
+            return ()
+        return stored.shape[1:] if isinstance(stored, np.ndarray) else stored.size[::-1]
+
+
+def renumber(
+    labels: np.ndarray | None, old: tuple[str, ...] | None, new: tuple[str, ...]
+) -> np.ndarray | None:
+    """Return labels whose class indices into `old` have become indices into `new`, by name."""
+    if labels is None or old is None or old == new:
+        return labels
+    index = np.array([*(new.index(name) for name in old), NO_LABEL], dtype=np.int64)
+    return index[labels]  # NO_LABEL is the last entry

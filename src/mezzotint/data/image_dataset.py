@@ -98,6 +98,9 @@ class ImageDataset(PixelDataset):
         """Return the image indices of the sample numbers start ... start + count - 1 of a run."""
         return shuffled_indices(seed, start, count, len(self))
 
+    def _target_size(self, i: int) -> tuple[int, int]:
+        return self.size, self.size
+
     def _replacements(self, i: int) -> Iterable[int]:
         return (k % len(self) for k in range(i, i + len(self)))
 

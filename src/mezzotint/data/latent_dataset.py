@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -26,7 +27,14 @@ from mezzotint.core.files import expand_user, read_json
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.columns import Columns
-from mezzotint.data.dataset import Dataset, Labels, Moments, Send, UnreadableReport
+from mezzotint.data.dataset import (
+    Dataset,
+    Labels,
+    Moments,
+    Send,
+    UnreadableReport,
+    renumber,
+)
 from mezzotint.data.image_dataset import (
     LATENTS,
     ImageDataset,
@@ -130,6 +138,27 @@ class EncodedDataset:
         """Return the images found unreadable so far: index -> reason."""
         return self.images.unreadable()
 
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return names and stored bytes of the images, see `Source.inventory`."""
+        return self.images.inventory()
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of image i as stored."""
+        return self.images.checksum(i)
+
+    def relabel(self, names: tuple[str, ...]) -> None:
+        """Number the classes as in `names`, which holds the name of every class."""
+        self.images.relabel(names)
+        self.label_names, self.num_classes = names, len(names)
+
+    def count_unlabelled(self) -> int:
+        """Return the number of images without a label in a dataset that has labels, else 0."""
+        return self.images.count_unlabelled()
+
+    def describe_enlarged(self) -> str | None:
+        """Return a sentence about images smaller than those that are encoded, or None."""
+        return self.images.describe_enlarged()
+
 
 @final
 class LatentDataset:
@@ -225,6 +254,34 @@ class LatentDataset:
     def unreadable(self) -> dict[int, str]:
         """Return no image."""
         return {}
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return the names in the source, and the bytes of the moments."""
+        names = [
+            name
+            for piece in range(len(self._starts) - 1)
+            for name in _read_facts(str(self.folder), piece, self.fingerprint)["name"]
+        ]
+        num_bytes = 2 * 2 * 2 * self.channels * self.size**2  # see `encode_latents`
+        return [names[row] for row in self.rows], np.full(len(self), num_bytes, np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the moments."""
+        return zlib.crc32(self.moments(i).numpy().tobytes())
+
+    def relabel(self, names: tuple[str, ...]) -> None:
+        """Number the classes as in `names`, which holds the name of every class."""
+        labels = renumber(self._labels, self.label_names, names)
+        assert labels is not None, "a folder of latents has labels, if only NO_LABEL"
+        self._labels = labels
+        self.label_names, self.num_classes = names, len(names)
+
+    def count_unlabelled(self) -> int:
+        """Return the number of images without a label in a dataset that has labels, else 0."""
+        return 0 if self.label_names is None else int((self._labels == NO_LABEL).sum())
+
+    def describe_enlarged(self) -> None:
+        """Return None: `prepare` said so when the images were encoded."""
 
 
 def piece_path(folder: Path, piece: int, suffix: str) -> Path:

@@ -80,7 +80,7 @@ def load_batches(
         processes: use spawned processes instead of threads. Worth it where decoding holds the GIL
             and is slower than a training step. Each worker then keeps its own decoded images.
 
-    Errors: RuntimeError when a worker process died.
+    Errors: ChildProcessError, an OSError, when a worker process died.
     """
     if world < 1 or not 0 <= rank < world:
         raise ValueError(f"rank {rank} of {world} ranks; ranks are numbered from 0")
@@ -129,7 +129,7 @@ def _prefetch(
             dataset.mark_unreadable(unreadable)
             yield LoadedBatch(image_numbers, *map(to_tensor, arrays))  # pyright: ignore[reportArgumentType]
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise ChildProcessError(
             "a data worker process died (killed, or out of memory?). The run is intact: start it "
             "again with the same command, and with fewer workers or with threads if this repeats"
         ) from error

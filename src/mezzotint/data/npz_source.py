@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,23 @@ class NpzSource:
         name = "arr_0" if "arr_0" in arrays else f"{self.prefix}blob"
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hash_parts([arrays[name].tobytes(), self.rows.tobytes(), labels])
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return the rows, and the bytes of their images."""
+        sizes = [self._stored(i).nbytes for i in range(len(self))]
+        return [self.name(i) for i in range(len(self))], np.array(sizes, np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the row's bytes."""
+        return zlib.crc32(self._stored(i).tobytes())
+
+    def _stored(self, i: int) -> np.ndarray:
+        """Return the bytes of image i, encoded, or its pixels."""
+        arrays, row = _npz(self.path, self.modified_ns), int(self.rows[i])
+        if "arr_0" in arrays:
+            return arrays["arr_0"][row]
+        first, last = arrays[f"{self.prefix}offsets"][row : row + 2]
+        return arrays[f"{self.prefix}blob"][first:last]
 
 
 @functools.lru_cache(maxsize=4)

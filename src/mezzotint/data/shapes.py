@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import colorsys
 import functools
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -181,6 +182,14 @@ class ShapeSource:
     def identity(self) -> str:
         """Return the hash of everything that the images depend on."""
         return hash_parts([f"shapes 1 {self.seed} {self.count} {self.split}"])
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return names, and one byte each: nothing is stored."""
+        return [self.name(i) for i in range(len(self))], np.ones(len(self), np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of all that image i depends on, at any size."""
+        return zlib.crc32(f"shapes 1 {self.seed} {self.split} {i}".encode())
 
 
 def open_shapes(

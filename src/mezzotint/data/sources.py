@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Protocol, runtime_checkable
@@ -64,6 +66,17 @@ class Source(Protocol):
 
     def identity(self) -> str:
         """Return a hash that changes when images are added, removed, reordered or relabelled."""
+        ...
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return the name of every image and its stored bytes, int64 (n,), without reading any.
+
+        The names are the same wherever a copy of the source lies, in a folder or a zip.
+        """
+        ...
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of image i as stored; may raise `UnreadableImage` or OSError."""
         ...
 
 
@@ -128,6 +141,18 @@ class FileSource:
     def identity(self) -> str:
         """Return the hash of names, sizes and labels."""
         return self.key
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return file names below the deepest common folder, and file sizes."""
+        folders = [os.path.dirname(name) for name in (min(self.names), max(self.names))]
+        start = len(os.path.join(os.path.commonpath(folders), ""))
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(pool.map(self.store.size, self.names))
+        return [name[start:] for name in self.names], np.array(sizes, np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the file."""
+        return self.store.checksum(self.names[i])
 
 
 def open_files(

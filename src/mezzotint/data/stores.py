@@ -80,6 +80,14 @@ class Store(Protocol):
         """Return the first HEAD_BYTES bytes of a listed file, b"" if it cannot be read."""
         ...
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a listed file; 0 where it is gone."""
+        ...
+
+    def checksum(self, name: str) -> int:
+        """Return the CRC-32 of a listed file's content; `UnreadableImage` as `bytes`."""
+        ...
+
 
 def is_archive(path: PurePath) -> bool:
     """Return whether `path` is named as a zip or tar."""
@@ -170,6 +178,17 @@ class FolderStore:
         except (OSError, ValueError):
             return b""
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a file's content; 0 where it is gone."""
+        try:
+            return os.stat(self.root / name).st_size
+        except OSError:
+            return 0
+
+    def checksum(self, name: str) -> int:
+        """Return the CRC-32 of a file's content."""
+        return zlib.crc32(self.bytes(name))
+
 
 def _boundary(root: Path) -> str:
     """Return the folder that links may not leave, resolved, ending in a slash."""
@@ -237,6 +256,14 @@ class ZipStore:
         except DAMAGE:
             return b""
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a member's content."""
+        return self._members().places[name].file_size
+
+    def checksum(self, name: str) -> int:
+        """Return the CRC-32 of a member's content, which the zip lists."""
+        return self._members().places[name].CRC
+
     def _handle(self) -> zipfile.ZipFile:
         return _open_zip(str(self.root), self.modified_ns, os.getpid(), threading.get_ident())
 
@@ -301,6 +328,14 @@ class TarStore:
     def head(self, name: str) -> builtins.bytes:
         """Return the first bytes of a member, see `Store`."""
         return self._read(name, HEAD_BYTES)
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a member's content."""
+        return self._place(name)[1]
+
+    def checksum(self, name: str) -> int:
+        """Return the CRC-32 of a member's content."""
+        return zlib.crc32(self.bytes(name))
 
     def _place(self, name: str) -> tuple[int, int]:
         return _tar_members(str(self.plain), str(self.root), self.modified_ns).places[name]

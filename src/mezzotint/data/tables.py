@@ -6,6 +6,7 @@ import bisect
 import functools
 import glob
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,15 @@ class PreparedSource:
     def identity(self) -> str:
         """Return the hash of the content and of the split's rows."""
         return hash_parts([self.key, self.rows.tobytes()])
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return the names in the source that was prepared, and the bytes of the pixels."""
+        names = _table(self.folder, self.key).column("name").take(self.rows).to_pylist()
+        return list(map(str, names)), np.full(len(self), np.prod(self.shape), np.int64)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the pixels."""
+        return zlib.crc32(self.read(i).tobytes())
 
     def _cell(self, column: str, i: int) -> Any:
         return _table(self.folder, self.key).column(column)[int(self.rows[i])].as_py()
@@ -196,6 +206,18 @@ class TableSource:
         lengths = [self._lengths(start) for start in range(0, len(self), 4096)]
         labels = b"" if self.labels is None else self.labels.tobytes()
         return hash_parts([*(length.tobytes() for length in lengths), labels])
+
+    def inventory(self) -> tuple[list[str], np.ndarray]:
+        """Return row numbers, and the bytes of the cells; -1 for a cell that names a file."""
+        sizes = [self._lengths(start) for start in range(0, len(self), 4096)]
+        return [f"row {i}" for i in range(len(self))], np.concatenate(sizes)
+
+    def checksum(self, i: int) -> int:
+        """Return the CRC-32 of the cell's bytes, or of the file that it names."""
+        cell = self._cell(i) or {}
+        if cell.get("bytes") is not None:
+            return zlib.crc32(cell["bytes"])
+        return zlib.crc32(self._read_file(cell["path"])) if cell.get("path") else 0
 
     def _lengths(self, start: int) -> np.ndarray:
         import pyarrow.compute

@@ -6,27 +6,39 @@ import dataclasses
 
 import torch
 
-from mezzotint.backbones import text_width
+from mezzotint.backbones import needs_label, text_width
 from mezzotint.config import Recipe
-from mezzotint.core.distributed import World, on_rank0
+from mezzotint.core.distributed import World, all_ranks, on_rank0
 from mezzotint.core.files import expand_user
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import CaptionEmbeddings, embed_captions
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.image_dataset import open_source
 from mezzotint.data.latent_dataset import EncodedDataset, open_dataset
-from mezzotint.data.text_encoder import XXL, open_text_encoder
+from mezzotint.data.text_encoder import XXL, TextEncoder, open_text_encoder
 from mezzotint.models import ModelInfo
 
 
 def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None = None) -> Dataset:
+    """Open the recipe's dataset with its captions; see `open_recipe_dataset` and `open_captions`.
+
+    All ranks call it together.
+    """
+    dataset = all_ranks(lambda: open_recipe_dataset(recipe, info, world, source), world)
+    dataset.caption_embeddings = open_captions(recipe, dataset, text_width(info.config), world)
+    return dataset
+
+
+def open_recipe_dataset(
+    recipe: Recipe, info: ModelInfo, world: World, source: str | None = None
+) -> Dataset:
     """Open the recipe's images, or their latents for a network that works on latents.
 
     Images of a latent network are encoded at every read, unless the source holds prepared latents.
 
     Args:
         info: of the recipe's preset and model.
-        world: its device encodes. Rank 0 embeds new captions while the others wait.
+        world: its device encodes.
         source: where the data is now, if it moved.
 
     Errors: ValueError where the data do not fit the network's space, size or channels.
@@ -52,7 +64,6 @@ def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None 
             full_scale=recipe.data.full_scale,
         )
         _check_codec(recipe, dataset, source)
-    dataset.caption_embeddings = _open_captions(recipe, dataset, text_width(config), world)
     return dataset
 
 
@@ -88,14 +99,30 @@ def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
         )
 
 
-def _open_captions(
+def open_captions(
     recipe: Recipe, dataset: Dataset, width: int, world: World
 ) -> CaptionEmbeddings | None:
     """Return the embedded captions for a network that reads text `width` wide; None for width 0.
 
+    All ranks call it together. Rank 0 embeds new captions while the others wait.
+
     Errors: ValueError for a text network without an encoder or with one of another width, for an
         encoder given to a network that reads no text, and for images without captions.
     """
+    encoder = all_ranks(lambda: _open_encoder(recipe, width, world), world)
+    if encoder is None:
+        return None
+    captions = all_ranks(lambda: [dataset.text(i) for i in range(len(dataset))], world)
+
+    def fill_cache() -> None:
+        embed_captions(captions, encoder, progress=True)
+
+    on_rank0(fill_cache, world)
+    return all_ranks(lambda: embed_captions(captions, encoder), world)  # from the cache
+
+
+def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | None:
+    """Return the recipe's text encoder; None for a network that reads no text."""
     name = recipe.data.text_encoder
     if not width:
         if name:
@@ -115,13 +142,7 @@ def _open_captions(
             f"encoder {name} is {encoder.width} wide, the network reads {width}; "
             f"set model.text_dim={encoder.width}"
         )
-    captions = [dataset.text(i) for i in range(len(dataset))]
-
-    def fill_cache() -> None:
-        embed_captions(captions, encoder, progress=True)
-
-    on_rank0(fill_cache, world)
-    return embed_captions(captions, encoder)  # from the cache
+    return encoder
 
 
 def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
@@ -143,6 +164,12 @@ def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, 
         raise ValueError(
             f"{recipe.data.source} has {dataset.num_classes} classes, more than "
             f"model.num_classes={wanted}; set model.num_classes={dataset.num_classes}"
+        )
+    if wanted and needs_label(config) and (unlabelled := dataset.count_unlabelled()):
+        raise ValueError(
+            f"{unlabelled:,} of {len(dataset):,} images of {recipe.data.source} have no label, and "
+            f"{recipe.preset} has no null label to train on them; give every image a label, or "
+            "leave those images out"
         )
     precision = recipe.engine.precision
     if precision == "auto":
@@ -175,6 +202,16 @@ def _bf16_is_fast() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def data_notes(info: ModelInfo, dataset: Dataset) -> list[str]:
+    """Return what a user should know of the data that trains a network: no label, too small."""
+    notes, unlabelled = [], dataset.count_unlabelled()
+    if info.config.num_classes and unlabelled:
+        notes.append(
+            f"{unlabelled:,} of {len(dataset):,} images have no label and train the null label"
+        )
+    return [*notes, *filter(None, [dataset.describe_enlarged()])]
 
 
 def describe_data(recipe: Recipe, dataset: Dataset) -> str:

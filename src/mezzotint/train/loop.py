@@ -18,6 +18,7 @@ from mezzotint.data.loader import load_batches
 from mezzotint.models import save_model, saved_images
 from mezzotint.process.denoiser import Model
 from mezzotint.train import (
+    agreement,
     checkpoint,
     ema,
     environment,
@@ -66,6 +67,7 @@ def train(
     quiet: bool = False,
     init_weights: Callable[[Model], None] | None = None,
     evaluator: Evaluator | None = None,
+    accept_changed_data: bool = False,
 ) -> Path:
     """Train `recipe` in `folder` until `recipe.images` are seen; resume a run that has started.
 
@@ -77,15 +79,16 @@ def train(
         init_weights: called on the network before its first step, e.g. to load weights to
             fine-tune; not on resume.
         evaluator: makes the evaluations of `recipe.evaluate`; see `evaluate.during_training`.
+        accept_changed_data: resume on other data, see `train.data_record.decide`.
 
     Returns: the folder.
 
-    Errors: ValueError for a recipe, data or folder that do not fit together; NonFiniteError before
-        a non-finite update; OSError when a checkpoint cannot be written (earlier ones stay), or
-        the folder is moved or deleted meanwhile. SystemExit after a signal, see `StopSignal`.
+    Errors: ValueError for a recipe, data or folder that do not fit together, and for ranks that
+        differ; NonFiniteError before a non-finite update; OSError when a checkpoint cannot be
+        written (earlier ones stay), when the folder is moved or deleted meanwhile, and when
+        another rank fails or ends. SystemExit after a signal, see `StopSignal`.
     """
     folder = Path(folder)
-    check_extras(recipe, evaluator)
     world = distributed.init_distributed()
     progress = ProgressDisplay(show=not quiet and world.is_rank0)
     stop = StopSignal()
@@ -96,9 +99,14 @@ def train(
         # Ctrl-C during the start ends one process at once: nothing is trained yet. Several agree
         # below, because one that left would keep the others waiting.
         stop.interrupting = world.size == 1
+        stack.enter_context(distributed.lost_ranks(world))
+        # What fails on one rank ends all; so every check is made together.
+        distributed.all_ranks(lambda: check_extras(recipe, evaluator), world)
+        agreement.check_same_recipe_and_code(recipe, init_weights is not None, world)
         lock, checks = run_lock(folder, recipe.data.source), []
         distributed.on_rank0(lambda: checks.append(stack.enter_context(lock)), world)
-        run = setup(recipe, folder, world, progress.print_line, init_weights)
+        agreement.check_shared_folder(folder, world)
+        run = setup(recipe, folder, world, progress.print_line, init_weights, accept_changed_data)
         stack.callback(run.writer.close)
         stop.interrupting = False
         if checks:  # on rank 0, which holds the lock
@@ -118,11 +126,13 @@ def check(
     folder: str | Path,
     init_weights: Callable[[Model], None] | None = None,
     evaluator: Evaluator | None = None,
+    accept_changed_data: bool = False,
 ) -> Start:
     """Make every check of `train`, with its errors, and write nothing to the folder."""
     check_extras(recipe, evaluator)
     check_run_folder(Path(folder), recipe.data.source)
-    return check_start(recipe, Path(folder), distributed.init_distributed(), init_weights)
+    world = distributed.init_distributed()
+    return check_start(recipe, Path(folder), world, init_weights, accept_changed_data)
 
 
 def check_extras(recipe: Recipe, evaluator: Evaluator | None) -> None:
@@ -145,6 +155,7 @@ def loop(
     """Train until `recipe.images` images have been seen; all ranks call this together."""
     recipe, state, world = run.recipe, run.state, run.world
     listeners = open_listeners(run, progress, tracker_writers)
+    emit(run.data_event, listeners.events)
     flop = count_training_flop(run.meta_model)
     run.model.train()
     progress.start(recipe.images, state.images)

@@ -159,6 +159,7 @@ def gather_facts(run: Run, batch: Batch, losses: Losses, result: StepResult) -> 
             for (name, _), g, w in zip(named, grad_norms, weight_norms, strict=True)
         },
         "data": run.dataset.fingerprint,
+        "classes": list(run.dataset.label_names or ()),
         "device": run.world.device.type,
         "torch": torch.__version__,
     }

@@ -91,6 +91,8 @@ def replay(
         raise ValueError(f"{bundle / nonfinite.FACTS}: {error}") from None
     device = device or default_device()
     run = rebuild_run(recipe, bundle, source, facts["data"], device)
+    if facts.get("classes"):
+        run.dataset.relabel(tuple(facts["classes"]))
     parameters = run.state.backbone.named_parameters()
     weights = [name for name, p in parameters if not torch.isfinite(p).all()]
     loss: list[float] = []

@@ -21,6 +21,7 @@ RECIPE = "recipe.yaml"
 CHANGEABLE = (
     "images", "engine", "save", "samples", "evaluate", "log_every_images", "nonfinite", "trackers",
     "data.workers", "ema.snapshot_every_images",
+    "data.source",  # the data is known by its content, see `train.data_record`
 )  # fmt: skip
 
 
@@ -124,9 +125,11 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     path = folder / RECIPE
     if not (path.exists() and has_started(folder)):
         return
-    old, new = _fixed_fields(config.from_yaml(path)), _fixed_fields(recipe)
+    old, new = flatten_recipe(config.from_yaml(path)), flatten_recipe(recipe)
     differences = [
-        f"  {k}: {old.get(k)} there, {new[k]} asked" for k in new if old.get(k) != new[k]
+        f"  {k}: {old.get(k)} there, {new.get(k)} asked"
+        for k in {**old, **new}
+        if old.get(k) != new.get(k) and not _is_changeable(k)
     ]
     if differences:
         raise ValueError(
@@ -154,13 +157,22 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def _fixed_fields(recipe: Recipe) -> dict[str, Any]:
-    """Return the recipe as a dictionary, without the fields that may differ on resume."""
-    values = config.to_dict(recipe)
-    for path in CHANGEABLE:
-        *outer, key = path.split(".")
-        del (values[outer[0]] if outer else values)[key]
-    return values
+def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe by their full names, e.g. "optim.lr"."""
+
+    def flatten(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(flatten(config.to_dict(recipe), ""))
+
+
+def _is_changeable(field: str) -> bool:
+    """Return whether a field may differ on resume."""
+    return any(f"{field}.".startswith(f"{name}.") for name in CHANGEABLE)
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:

@@ -7,18 +7,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from mezzotint.backbones import dummy_condition, get_backbone, needs_label
+from mezzotint.backbones import dummy_condition, get_backbone, needs_label, text_width
 from mezzotint.backbones.flops import count_macs
 from mezzotint.config import Recipe
 from mezzotint.core import rng
-from mezzotint.core.distributed import World, on_rank0
+from mezzotint.core.distributed import World, all_ranks, on_rank0
 from mezzotint.core.files import format_bytes
 from mezzotint.core.machine import memory_bytes
 from mezzotint.core.registry import Spec, build
+from mezzotint.data.content import Content, read_content
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import check_batch
 from mezzotint.models import ModelInfo, build_model, meta_model, preset_info
@@ -26,8 +28,8 @@ from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
-from mezzotint.train import checkpoint, ema, log, parallel, sample_grid
-from mezzotint.train.dataset import open_data, resolve
+from mezzotint.train import agreement, checkpoint, data_record, ema, log, parallel, sample_grid
+from mezzotint.train.dataset import data_notes, open_captions, open_recipe_dataset, resolve
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.run_folder import check_same_recipe, write_recipe
 
@@ -43,6 +45,7 @@ class Run:
     parts: parameters of the backbone by the name of their top-level module, for the log.
     check_folder: raises OSError where `folder` was moved or deleted since it was locked.
     logs: those open on this rank.
+    data_event: record of a change of the data since the last start, if any.
     """
 
     recipe: Recipe
@@ -59,6 +62,7 @@ class Run:
     writer: checkpoint.CheckpointWriter
     check_folder: Callable[[], None] = lambda: None
     logs: Sequence[log.Log] = ()
+    data_event: dict[str, Any] | None = None
 
 
 @dataclass
@@ -67,6 +71,7 @@ class Start:
 
     newest: checkpoint to resume from, if any.
     damaged: a line for each damaged checkpoint.
+    content: of the dataset. decision: about changes of the dataset since the last start.
     """
 
     recipe: Recipe
@@ -78,6 +83,8 @@ class Start:
     schedule: Schedule
     newest: Path | None
     damaged: list[str]
+    content: Content
+    decision: data_record.Decision
 
 
 def check_start(
@@ -85,41 +92,42 @@ def check_start(
     folder: Path,
     world: World,
     init_weights: Callable[[Model], None] | None = None,
+    accept_changed_data: bool = False,
 ) -> Start:
     """Open the data, build the network and check that all fits together; write nothing to `folder`.
 
-    `setup` goes on from here, and `train --dry-run` ends here. See `setup` for arguments and
-    errors.
+    `setup` goes on from here, and `train --dry-run` ends here. All ranks call it together: what
+    fails on one ends all. See `setup` for arguments and errors.
     """
-    info = preset_info(recipe.preset, **recipe.model)
-    check_batch(recipe.batch, world.size)
-    check_memory(recipe, meta_model(info), world)
-    dataset = open_data(recipe, info, world)
-    recipe, info = resolve(recipe, info, dataset)
-    on_rank0(lambda: check_same_recipe(folder, recipe), world)
 
-    on_meta = meta_model(info)
-    # The initial weights are the one thing drawn from torch's own generator here.
-    torch.manual_seed(recipe.seed)
-    model = build_model(info).to(world.device)
-    objective = build(objectives.registry, recipe.objective)
-    schedule = build(schedules.registry, info.schedule)
+    def open_content() -> tuple[ModelInfo, Dataset, Content]:
+        info = preset_info(recipe.preset, **recipe.model)
+        check_batch(recipe.batch, world.size)
+        check_memory(recipe, meta_model(info), world)
+        dataset = open_recipe_dataset(recipe, info, world)
+        return info, dataset, read_content(dataset, captions=text_width(info.config) > 0)
 
-    # What would fail hours into the run fails now.
-    check_objective(recipe, model, objective, schedule)
-    sample_grid.check_sample_grid(recipe.samples, on_meta)
-    for std in recipe.ema.power_stds:
-        ema.power_gamma(std)
-
+    info, dataset, content = all_ranks(open_content, world)
+    agreement.check_same_content(content, recipe.data.source, world)
+    num_classes = recipe.model.get("num_classes", 0 if text_width(info.config) else None)
+    decision = on_rank0(
+        lambda: data_record.decide(
+            folder, content, recipe.data.source, num_classes, accept_changed_data
+        ),
+        world,
+    )
+    if dataset.label_names is not None:
+        dataset.relabel(decision.classes)
+    dataset.caption_embeddings = open_captions(recipe, dataset, text_width(info.config), world)
+    resolved, info = all_ranks(lambda: resolve(recipe, info, dataset), world)
+    on_rank0(lambda: check_same_recipe(folder, resolved), world)
     newest, damaged = checkpoint.find_resume_point(folder, world)
-    if newest is None and init_weights is not None:
-        init_weights(model)
-    backbone = get_backbone(model)
-    backbone.checkpointing = recipe.engine.checkpointing
-    backbone.set_depthwise_kernel(recipe.engine.depthwise)
-    make_optimisers(recipe.optim, backbone, fused=True)
+    model, on_meta, objective, schedule = all_ranks(
+        lambda: _build_network(resolved, info, world, init_weights if newest is None else None),
+        world,
+    )
     return Start(
-        recipe=recipe,
+        recipe=resolved,
         dataset=dataset,
         info=info,
         model=model,
@@ -128,7 +136,40 @@ def check_start(
         schedule=schedule,
         newest=newest,
         damaged=damaged,
+        content=content,
+        decision=decision,
     )
+
+
+def _build_network(
+    recipe: Recipe,
+    info: ModelInfo,
+    world: World,
+    init_weights: Callable[[Model], None] | None,
+) -> tuple[Model, Model, Objective, Schedule]:
+    """Return the network and it on the meta device, objective and schedule of a resolved recipe.
+
+    Errors: ValueError for what would fail hours into the run.
+    """
+    on_meta = meta_model(info)
+    # The initial weights are the one thing drawn from torch's own generator here.
+    torch.manual_seed(recipe.seed)
+    model = build_model(info).to(world.device)
+    objective = build(objectives.registry, recipe.objective)
+    schedule = build(schedules.registry, info.schedule)
+
+    check_objective(recipe, model, objective, schedule)
+    sample_grid.check_sample_grid(recipe.samples, on_meta)
+    for std in recipe.ema.power_stds:
+        ema.power_gamma(std)
+
+    if init_weights is not None:
+        init_weights(model)
+    backbone = get_backbone(model)
+    backbone.checkpointing = recipe.engine.checkpointing
+    backbone.set_depthwise_kernel(recipe.engine.depthwise)
+    make_optimisers(recipe.optim, backbone, fused=True)
+    return model, on_meta, objective, schedule
 
 
 def setup(
@@ -137,6 +178,7 @@ def setup(
     world: World,
     print_line: Callable[[str], None] = print,
     init_weights: Callable[[Model], None] | None = None,
+    accept_changed_data: bool = False,
 ) -> Run:
     """Build a run in `folder`, or restore it from its newest intact checkpoint.
 
@@ -144,10 +186,12 @@ def setup(
         print_line: gets a line for each damaged checkpoint and for the one restored.
         init_weights: called on the network before its first step, e.g. to load weights to
             fine-tune; not on resume.
+        accept_changed_data: go on with other data than the run began with, see
+            `train.data_record.decide`.
 
     Errors: ValueError where recipe, data, network and folder do not fit together.
     """
-    start = check_start(recipe, folder, world, init_weights)
+    start = check_start(recipe, folder, world, init_weights, accept_changed_data)
     recipe, model = start.recipe, start.model
     # Averages, parts and optimisers come after wrapping: FSDP2 replaces parameters by shards.
     backbone = get_backbone(model)
@@ -166,8 +210,16 @@ def setup(
     if start.newest is not None:
         checkpoint.restore_newest(state, folder, start.newest, world, print_line)
         print_line(f"resuming at {state.images:,} images")
+    for line in data_notes(start.info, start.dataset):
+        print_line(line)
     # Last, so that a start that fails leaves the folder to the corrected command.
     on_rank0(lambda: write_recipe(folder, recipe), world)
+    on_rank0(
+        lambda: data_record.update_record(
+            folder, start.content, start.decision, recipe.data.source, state.images
+        ),
+        world,
+    )
     return Run(
         recipe=recipe,
         folder=folder,
@@ -181,6 +233,13 @@ def setup(
         schedule=start.schedule,
         state=state,
         writer=checkpoint.CheckpointWriter(world),
+        data_event={
+            "images": state.images,
+            "event": "data changed",
+            "changes": start.decision.change,
+        }
+        if start.decision.change
+        else None,
     )
 
 

@@ -17,6 +17,7 @@ from mezzotint.core import rng
 from mezzotint.core.distributed import World, sum_over_ranks
 from mezzotint.data import loader
 from mezzotint.data.dataset import Dataset
+from mezzotint.data.labels import NO_LABEL
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.schedules import slope
 from mezzotint.train.optim import learning_rate, set_learning_rate
@@ -106,7 +107,8 @@ def make_batch(
 
     Args:
         dataset: that `loaded` comes from.
-        num_classes: of the network; 0 leaves labels out, else dropped labels become num_classes.
+        num_classes: of the network; 0 leaves labels out, else dropped and missing labels become
+            num_classes, the null label.
     """
     seed, image_numbers, labels = recipe.seed, loaded.image_numbers.tolist(), loaded.labels
 
@@ -120,7 +122,7 @@ def make_batch(
     label = text = text_mask = None
     if num_classes:
         assert labels is not None, "checked against the data before training started"
-        label = send(torch.where(dropped, num_classes, labels))
+        label = send(torch.where(dropped | (labels == NO_LABEL), num_classes, labels))
     if loaded.text is not None and loaded.text_mask is not None:
         # A caption without a single token is the empty condition.
         text, text_mask = send(loaded.text), send(loaded.text_mask & ~dropped[:, None])
