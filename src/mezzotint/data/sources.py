@@ -21,10 +21,11 @@ from PIL import Image
 
 from mezzotint.core.paths import printable
 from mezzotint.core.registry import suggest
-from mezzotint.data.columns import Columns
+from mezzotint.data.columns import Columns, caption_text
 from mezzotint.data.decode import IMAGE, decode_image, describe_unread, image_kind
 from mezzotint.data.labels import sort_classes
-from mezzotint.data.side_files import labels_from_json, read_captions
+from mezzotint.data.side_files import choose_labels, labels_from_json, read_side_files
+from mezzotint.data.side_tables import read_text
 from mezzotint.data.splits import choose_split, common_folder, find_splits
 from mezzotint.data.stores import Listing, Store, is_archive
 
@@ -105,7 +106,7 @@ def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndar
 class FileSource:
     """Image files of a folder, zip or tar, with labels and captions.
 
-    captions: by name, from metadata.jsonl. text_files: names of .txt files.
+    captions: by name, from tables. text_files: image -> file with its caption.
     """
 
     store: Store
@@ -113,7 +114,7 @@ class FileSource:
     labels: np.ndarray | None = field(repr=False)
     label_names: tuple[str, ...] | None
     captions: dict[str, str] = field(repr=False)
-    text_files: frozenset[str] = field(repr=False)
+    text_files: dict[str, str] = field(repr=False)
     notes: tuple[str, ...]
     key: str
 
@@ -129,14 +130,11 @@ class FileSource:
         return decode_image(self.store.bytes(self.names[i]))
 
     def text(self, i: int) -> str | None:
-        """Return the caption from metadata.jsonl, else from NAME.txt, or None."""
+        """Return the caption from a table, else from the image's own file, or None."""
         name = self.names[i]
-        if name in self.captions:
-            return self.captions[name]
-        text_file = str(PurePosixPath(name).with_suffix(".txt"))
-        if text_file not in self.text_files:
-            return None
-        return self.store.bytes(text_file).decode("utf-8", "replace").strip()
+        if name in self.captions or name not in self.text_files:
+            return self.captions.get(name)
+        return caption_text(read_text(self.store, self.text_files[name]))
 
     def identity(self) -> str:
         """Return the hash of names, sizes and labels."""
@@ -166,8 +164,8 @@ def open_files(
     """Open the images of a folder, zip or tar.
 
     Labels: `dataset.json` ({"labels": [[name, index], ...]}, and optionally "classes" and a list
-    "test"), else the first folder below the common one. Captions: `metadata.jsonl`
-    ({"file_name": ..., "text": ...}), else NAME.txt.
+    "test"), else metadata.* or labels.*, else the first folder below the common one, else any
+    other table. Captions: a table, else a file of each image, see `mezzotint.data.side_files`.
 
     Args:
         split: where there are folders of splits (see `mezzotint.data.splits`) the name of one, or
@@ -198,7 +196,11 @@ def open_files(
         paths = [name[len(base) :] for name in names]
         labels, label_names = _labels_from_folders(paths, notes)
         chosen = _choose_indices(where, names, split, test)
-    notes.extend(_describe_ignored(kinds, listing))
+    images = [name for name, kind in kinds.items() if kind == IMAGE]
+    side = read_side_files(store, sizes, sorted(images), columns)
+    labels, label_names = choose_labels(side, names, labels, label_names, columns or {}, notes)
+    others = {name: kind for name, kind in kinds.items() if name not in side.files}
+    notes.extend(_describe_ignored(others, listing))
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
     # Relative names: FOLDER:train and FOLDER/train are one data set.
@@ -206,12 +208,8 @@ def open_files(
         [f"{name.removeprefix(base)}\t{sizes[name]}" for name in names]
         + [b"" if labels is None else labels.tobytes()]
     )
-    text_files = frozenset(name for name in sizes if name.endswith(".txt"))
-    metadata = sorted(name for name in sizes if PurePosixPath(name).name == "metadata.jsonl")
-    captions = read_captions(store, metadata)
-    return FileSource(
-        store, tuple(names), labels, label_names, captions, text_files, tuple(notes), key
-    )
+    captions, texts = side.captions, side.text_files
+    return FileSource(store, tuple(names), labels, label_names, captions, texts, tuple(notes), key)
 
 
 def _choose_indices(

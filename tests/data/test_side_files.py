@@ -1,0 +1,239 @@
+"""Labels and captions beside images: any usual form and encoding; what is not read is named."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from mezzotint.data.image_dataset import open_images
+from mezzotint.data.side_tables import decode_text
+
+NUM_IMAGES = 4
+
+
+def png(i: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (60 * i, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sources(tmp_path: Path, files: dict[str, str | bytes], folder: str = ""):
+    """Yield the same files as a folder and as a zip, beside four images."""
+    tmp_path.mkdir(exist_ok=True)
+    files = {f"{folder}{i}.png": png(i) for i in range(NUM_IMAGES)} | files
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as bundle:
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            path = tmp_path / "set" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            bundle.writestr(name, data)
+    for source in (tmp_path / "set", tmp_path / "set.zip"):
+        yield open_images(source, size=8)
+
+
+def texts(images) -> list[str | None]:
+    return [images.text(i) for i in range(NUM_IMAGES)]
+
+
+def classes(images) -> list[str | None]:
+    labels = [images.label(i) for i in range(NUM_IMAGES)]
+    return [None if label is None else images.label_names[label] for label in labels]
+
+
+def as_csv(rows, delimiter: str = ",") -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, delimiter=delimiter).writerows(rows)
+    return buffer.getvalue()
+
+
+def as_parquet(**columns) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer)
+    return buffer.getvalue()
+
+
+NAMES = [f"{i}.png" for i in range(NUM_IMAGES)]
+CAPTIONS = ["red; one", 'a "b",\nc', "ü 猫", "four"]
+LABELS = ["b", "a", "b", "a"]
+ROWS = list(zip(NAMES, CAPTIONS, LABELS, strict=True))
+HEADER = ("file_name", "text", "label")
+LINES = "\n".join(json.dumps(dict(zip(HEADER, row, strict=True))) for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("metadata.csv", as_csv([HEADER, *ROWS])),
+        ("metadata.csv", as_csv([HEADER, *ROWS], ";")),
+        ("metadata.tsv", as_csv([HEADER, *ROWS], "\t")),
+        ("train.csv", as_csv([("image", "caption", "species"), *ROWS])),
+        ("METADATA.CSV", as_csv([HEADER, *ROWS])),
+        ("metadata.jsonl", LINES),
+        ("metadata.jsonl", LINES.replace("\n", "\r\n").encode("utf-8-sig")),
+        ("metadata.jsonl", LINES.encode("utf-16")),
+        ("metadata.json", f"[{LINES}]".replace("}\n", "},\n")),
+        ("metadata.parquet", as_parquet(file_name=NAMES, text=CAPTIONS, label=LABELS)),
+        (
+            "info.json",
+            json.dumps({n: {"caption": c, "label": la} for n, c, la in ROWS}),
+        ),
+    ],
+)
+def test_tables_of_captions_and_labels(tmp_path, name, content):
+    for images in sources(tmp_path, {name: content}):
+        assert texts(images) == CAPTIONS
+        assert classes(images) == LABELS
+        assert images.label_names == ("a", "b")
+        assert not any("not understood" in note for note in images.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("labels.csv", "0.png,b\n1.png,a\n2.png,b\n3.png,a\n"),
+        ("labels.csv", "filename;label\n0.png;b\n1.png;a\n2.png;b\n3.png;a\n"),
+        ("train.csv", "id,breed\n0,b\n1,a\n2,b\n3,a\n"),
+        ("labels.txt", "0.png b\n1.png a\n2.png b\n3.png a\n"),
+        ("list.txt", "0.png\tb\r\n1.png\ta\r\n2.png\tb\r\n3.png\ta\r\n"),
+        ("labels.json", '{"0.png": "b", "1.png": "a", "2.png": "b", "3.png": "a"}'),
+    ],
+)
+def test_lists_of_labels(tmp_path, name, content):
+    for images in sources(tmp_path, {name: content}):
+        assert classes(images) == LABELS
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["{}.png", "./{}.png", ".\\{}.png", "in\\{}.png", "in/{}.png", "{}.PNG", "x/../{}.png", "{}"],
+)
+def test_names_of_images_as_other_systems_write_them(tmp_path, spelling):
+    rows = [{"file_name": spelling.format(i), "text": f"no. {i}"} for i in range(NUM_IMAGES)]
+    content = "\n".join(map(json.dumps, rows))
+    for images in sources(tmp_path, {"in/metadata.jsonl": content}, folder="in/"):
+        assert texts(images) == [f"no. {i}" for i in range(NUM_IMAGES)]
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/passwd", "../../0.png", "C:\\0.png", "file:///0.png", "https://a.b/0.png", "z"]
+)
+def test_rows_that_name_no_image_and_images_without_a_row_are_counted(tmp_path, name):
+    rows = [{"file_name": "1.png", "text": "one"}, {"file_name": name, "text": "lost"}]
+    content = "\n".join(map(json.dumps, rows))
+    for images in sources(tmp_path, {"metadata.jsonl": content}):
+        assert texts(images) == [None, "one", None, None]
+        notes = " ".join(images.report.notes)
+        assert "1 of 2 rows of 'metadata.jsonl' name no image of this dataset, first" in notes
+        assert "3 of 4 images have no caption, first '0.png'" in notes
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_lines_of_json_end_at_a_newline_alone(tmp_path, separator):
+    rows = [{"file_name": n, "text": f"a{separator}b"} for n in NAMES]
+    content = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if separator < " ":
+        content = content.replace(separator, f"\\u{ord(separator):04x}")
+    for images in sources(tmp_path, {"metadata.jsonl": content}):
+        assert texts(images) == [f"a{separator}b"] * NUM_IMAGES
+
+
+def test_the_first_of_several_captions_counts_in_every_form(tmp_path):
+    lists = [["one", "other"], ["two"], [], None]
+    lines = [{"file_name": n, "text": t} for n, t in zip(NAMES, lists, strict=True)]
+    for i, (name, content) in enumerate(
+        [
+            ("metadata.jsonl", "\n".join(map(json.dumps, lines))),
+            ("metadata.parquet", as_parquet(file_name=NAMES, text=lists)),
+            ("captions.csv", "image,caption\n0.png,one\n0.png,other\n1.png,two\n"),
+        ]
+    ):
+        for images in sources(tmp_path / str(i), {name: content}):
+            assert texts(images) == ["one", "two", None, None]
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".TXT", ".png.txt", ".caption", ".png.caption"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_file_of_each_image(tmp_path, suffix, encoding):
+    (tmp_path / "set").mkdir()
+    files = {f"{i}{suffix}": f"é {i}\r\n".encode(encoding) for i in range(NUM_IMAGES)}
+    for images in sources(tmp_path, files):  # type: ignore[arg-type]
+        assert texts(images) == [f"é {i}" for i in range(NUM_IMAGES)]
+
+
+def test_webdataset_fields_beside_images(tmp_path):
+    files = {f"{i}.cls": LABELS[i] for i in range(NUM_IMAGES)}
+    files |= {f"{i}.json": json.dumps({"caption": f"no. {i}"}) for i in range(NUM_IMAGES)}
+    for images in sources(tmp_path, files):  # type: ignore[arg-type]
+        assert classes(images) == LABELS
+        assert texts(images) == [f"no. {i}" for i in range(NUM_IMAGES)]
+
+
+def test_text_that_is_no_text():
+    big, little = "a ü".encode("utf-16-be"), "a ü".encode("utf-32-le")
+    assert decode_text(b"\xfe\xff" + big) == decode_text(b"\xff\xfe\0\0" + little) == "a ü"
+    for data in (b"\x81\x8d", b"a\0b\0", b"\xff\xfea"):
+        with pytest.raises(ValueError, match="no text"):
+            decode_text(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metadata.jsonl", b"\xff\x81\x8d", "metadata.jsonl is no text in UTF-8"),
+        ("metadata.jsonl", b"[" * 100_000, "metadata.jsonl line 1 is not of the form"),
+        ("metadata.jsonl", b'{"file_name": "0.png"}\n[1]', "metadata.jsonl line 2 is not"),
+        ("metadata.json", b"{", "metadata.json is no JSON"),
+        ("metadata.parquet", b"PAR1", "metadata.parquet is no readable parquet file"),
+        ("labels.csv", b"0.png,0.1\n1.png,0.2\n2.png,0.3\n", "labels.csv holds 3 different"),
+    ],
+)
+def test_a_wrong_file_is_named(tmp_path, name, content, words):
+    with pytest.raises(ValueError, match=words):
+        next(sources(tmp_path, {name: content}))
+
+
+def test_what_is_not_understood_is_named_and_stops_nothing(tmp_path):
+    files = {"classes.txt": "daisy\nrose\n", "notes.json": "{", "README.md": "x", "README.txt": "y"}
+    for images in sources(tmp_path, files):  # type: ignore[arg-type]
+        notes = " ".join(images.report.notes)
+        assert "2 files were not understood as labels or captions, first 'classes.txt'" in notes
+        assert images.label_names is None
+
+
+def test_columns_are_chosen_in_side_files_too(tmp_path):
+    rows = [
+        ("file_name", "colour", "weight", "alt"),
+        *[(n, "r", i, n) for i, n in enumerate(NAMES)],
+    ]
+    (tmp_path / "set").mkdir()
+    next(sources(tmp_path, {"metadata.csv": as_csv(rows)}))
+    chosen = {"label": "weight", "caption": "colour"}
+    images = open_images(tmp_path / "set", size=8, columns=chosen)
+    assert (texts(images), images.label_names) == (["r"] * 4, ("0", "1", "2", "3"))
+    images = open_images(tmp_path / "set", size=8, columns={"label": "", "caption": ""})
+    assert (texts(images), images.label_names) == ([None] * 4, None)
+    with pytest.raises(ValueError, match=r"columns\.label is 'wieght', but no table"):
+        open_images(tmp_path / "set", size=8, columns={"label": "wieght"})
+
+
+def test_metadata_comes_before_class_folders_and_other_tables_after(tmp_path):
+    files = {f"{c}/{c}{i}.png": png(i) for c in ("ant", "bee") for i in range(2)}
+    lines = [{"file_name": name, "label": f"new {name[0]}"} for name in files]
+    for i, (name, first) in enumerate([("metadata.jsonl", "new a"), ("other.jsonl", "ant")]):
+        root = tmp_path / str(i)
+        for path, data in {**files, name: "\n".join(map(json.dumps, lines)).encode()}.items():
+            (root / path).parent.mkdir(parents=True, exist_ok=True)
+            (root / path).write_bytes(data)
+        images = open_images(root, size=8)
+        assert images.label_names is not None
+        assert images.label_names[0] == first
+        assert "labels are" in " ".join(images.report.notes)
