@@ -29,6 +29,7 @@ from mezzotint.core.files import (
     sha256_of_file,
 )
 from mezzotint.core.json_values import check_fields, first_line
+from mezzotint.core.paths import explain_path, is_hub_name
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSpec,
@@ -420,9 +421,10 @@ def _download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    if repo.count("/") != 1 or repo.startswith((".", "/", "~")):
+    if not is_hub_name(repo):
         raise ValueError(
-            f"there is no folder {repo}, and it is not the name of a hub repository (owner/name)"
+            f"{explain_path(repo, 'a model folder')}; give a run folder, a model folder, or the "
+            "name of a hub repository (owner/name)"
         )
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))

@@ -324,3 +324,16 @@ def test_printable_names_and_what_a_path_is(tmp_path, monkeypatch):
 def test_tar_members_are_indexed_once(tmp_path):
     store = TarStore(write_tar(tmp_path / "a.tar", CLASSES))
     assert store.listing() is store.listing()
+
+
+@pytest.mark.parametrize("name", ["o/x.tar", "a.png", "w.pth", "x/y.zip", "set.zip:train"])
+def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, name):
+    import huggingface_hub
+
+    from mezzotint.models import load_model
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail(name))
+    write_folder(tmp_path, {"o/x.tar": "", "a.png": "", "w.pth": ""})
+    with pytest.raises(ValueError, match=r"not a model folder|there is no file or folder"):
+        load_model(name)

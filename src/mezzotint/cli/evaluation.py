@@ -143,13 +143,14 @@ def _open_images_or_model(
     guidance: str | None,
 ) -> ImageSource:
     """Return the images at `source`, or samples of the model there."""
+    from mezzotint.core.paths import is_hub_name
     from mezzotint.evaluate.image_source import from_job, open_image_source
     from mezzotint.sampling import parse
     from mezzotint.sampling.job import make_job
 
     path = Path(source)
     is_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
-    if path.suffix in (".npz", ".zip") or (path.is_dir() and not is_model):
+    if not is_model and not is_hub_name(source):
         return open_image_source(source, channels)
     changes = {
         "steps": steps,

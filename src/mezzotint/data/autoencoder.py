@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mezzotint.core.files import cache_dir, expand_user, read_json
+from mezzotint.core.paths import explain_path, is_hub_name
 from mezzotint.core.registry import suggest
 from mezzotint.core.tensor_files import sha256_of_module
 
@@ -286,9 +287,10 @@ def find_autoencoder(name: str, fetch: bool = True) -> Path:
     ours = cache_dir() / "codecs" / name
     if name in RELEASES and ours.is_dir():
         return ours
-    if name not in RELEASES and (name.count("/") != 1 or name.startswith((".", "/", "~"))):
+    if name not in RELEASES and not is_hub_name(name):
         raise ValueError(
             f"no codec {name!r}: neither a folder nor OWNER/NAME of the hub; "
+            f"{explain_path(name, 'a folder of an autoencoder')}; "
             f"{suggest(name, ['pixels', *RELEASES])}"
         )
     release = RELEASES.get(name) or Release(

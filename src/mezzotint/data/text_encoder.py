@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mezzotint.core.files import cache_dir, expand_user, read_json
+from mezzotint.core.paths import explain_path, is_hub_name
 from mezzotint.core.tensor_files import sha256_of_module
 
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
@@ -143,10 +144,10 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
     ours = cache_dir() / "text" / name
     if ours.is_dir():
         return ours
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not is_hub_name(name):
         raise ValueError(
-            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; the paper's is "
-            f"{XXL}"
+            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; "
+            f"{explain_path(name, 'a folder of a text encoder')}; the paper's is {XXL}"
         )
     from huggingface_hub import snapshot_download
 

@@ -156,7 +156,10 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     path = expand_user(base)
     found = find_store(path)
     if found is None:
-        raise ValueError(f"{explain_path(base, 'a set of images')}; give a folder, .zip or .tar")
+        raise ValueError(
+            f"no images at {folder}: {explain_path(base, 'a set of images')}; give a folder, .zip "
+            "or .tar of images, a .npz with arr_0, or a model"
+        )
     files = open_files(found[0], split or "all", below=found[1])
     if len(files) < 2:
         raise ValueError(f"{folder} holds {len(files)} images; at least two are needed")

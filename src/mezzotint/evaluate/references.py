@@ -250,7 +250,7 @@ def read_reference(path: str | Path, reference_source: str | None = None) -> Ref
             **rest,
         )
 
-    if path.suffix == ".pkl":
+    if path.suffix.lower() == ".pkl":
         return build("edm2", _read_edm2(path))
     names = npz_names(path)
     has_images = "arr_0" in names

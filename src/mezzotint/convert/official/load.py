@@ -138,9 +138,9 @@ def open_source(source: str | Path | Mapping[str, Any], entry: str | None) -> Te
         raise ValueError(
             f"there is no file {path}; docs/checkpoints.md lists where to get each official file"
         )
-    if path.suffix in (".pth", ".pt", ".ckpt", ".bin"):
+    if path.suffix.lower() in (".pth", ".pt", ".ckpt", ".bin"):
         return open_torch_file(path, lambda contents: choose_state_dict(str(path), contents, entry))
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ".safetensors":
         raise ValueError(f"{path} is neither .safetensors nor .pth, .pt, .ckpt, .bin")
     everything = open_safetensors(path)
     inside = find_flat_entries(everything.claims)
