@@ -230,7 +230,8 @@ def _take(table: Table, name: str, names: _Names, columns: Columns, found: SideF
         label, caption = _role_without_header(name, rest[0], table)
     found.files.add(name)
     _describe(name, images, table.columns[files], more, label, caption, found)
-    for column in dict.fromkeys([*([caption] if caption else []), *captions]):  # rows may differ
+    kept = [caption] if caption else []
+    for column in dict.fromkeys(kept + captions):  # rows may differ in keys
         for image, cell in zip(images, table.columns[column], strict=True):
             text = None if image is None or image in found.captions else caption_text(cell)
             if image is not None and text is not None:
