@@ -148,7 +148,7 @@ def test_edit(mode, columns, rows, names, models, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample", "strong", "--steps", "0"], "0 steps"),
+        (["sample", "strong", "--steps", "0"], "steps 0 must be"),
         (["sample", "latent", "--discretization", "respaced", "--steps", "1001", "--latents",
           "--out", "a.npz"], "1000"),
         (["sample", "strong", "--guidance", "scale=2,low=30,high=40"], "30...40"),
