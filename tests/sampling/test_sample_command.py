@@ -167,9 +167,9 @@ def test_edit(mode, columns, rows, names, models, tmp_path, monkeypatch, capsys)
         (["sample", "strong", "--cuda-graphs"], "cuda_graphs"),
         (["sample", "absent"], "absent"),
         (["edit", "trajectory", "strong", "--out", "a.npz"], "a.npz"),
-        (["edit", "trajectory", "strong", "-n", "0"], "num_images 0"),
+        (["edit", "trajectory", "strong", "-n", "0"], "--num-images 0 must be"),
         (["edit", "interpolate", "strong", "-n", "1", "--frames", "3"], "1 images and 3 frames"),
-        (["edit", "interpolate", "strong", "--frames", "1"], "4 images and 1 frames"),
+        (["edit", "interpolate", "strong", "--frames", "1"], "--frames 1 must be"),
         (["edit", "img2img", "strong", "--image", "none.png", "--start-logsnr", "0"], "none.png"),
     ],
 )  # fmt: skip
