@@ -76,7 +76,8 @@ def main() -> None:
         if not isinstance(lost, BrokenPipeError):
             echo(f"mezzotint: standard output cannot be written: {lost}", stderr=True)
         status = 1
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def describe_error(error: Exception) -> str | None:
