@@ -56,7 +56,9 @@ class Branch(nn.Module):
             config.depths[i] // 2,
         )
         self.transformer = config.stages[i] == "transformer"
-        self.patch = nn.Conv2d(config.channels, dim, config.patches[i], stride=config.patches[i])
+        self.pool = config.image_input_ratio[i] if config.image_input_ratio else 1
+        kernel = config.patches[i] // self.pool
+        self.patch = nn.Conv2d(config.channels, dim, kernel, stride=kernel)
         self.positions = nn.Parameter(torch.empty(self.size**2, dim))
         self.classes = nn.Parameter(torch.empty(config.rows, dim)) if self.transformer else None
         self.cascade = None
@@ -82,6 +84,9 @@ class Branch(nn.Module):
 
     def embed(self, z: Tensor) -> Tensor:
         """Embed patches and add positions, (b, c, H, W) -> (b, h, w, d)."""
+        # spec 2.3, step 1: area interpolation is the mean of each cell; nothing is rescaled.
+        if self.pool > 1:
+            z = F.avg_pool2d(z, self.pool)
         # The strided convolution as one matrix product.
         p = self.patch.stride[0]
         b, c, h, w = z.shape

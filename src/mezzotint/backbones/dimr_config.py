@@ -25,7 +25,10 @@ class DiMRConfig(CheckedConfig):
 
     size, channels: of the input. num_classes: real classes.
     null_label: whether the class embedding has one more row for "no class".
-    patches: patch sizes, each a multiple of the next, the last usually 1.
+    patches: side of the image under one cell of the branch, each a multiple of the next, the last
+        usually 1.
+    image_input_ratio: how much of each patch is averaged before it is embedded, a divisor of it;
+        empty is 1 for every branch, as in the released configs (specs/dimr.md 2.3).
     dims: widths. hidden_dims: widths of the GEGLU.
     depths: blocks built, odd (a published config's 20 builds 21).
     stages: "transformer" or "convnext".
@@ -41,6 +44,7 @@ class DiMRConfig(CheckedConfig):
     num_classes: Classes = 1000
     null_label: bool = True
     patches: tuple[Patch, ...] = (4, 2, 1)
+    image_input_ratio: tuple[Patch, ...] = ()
     dims: tuple[Width, ...] = (768, 384, 192)
     hidden_dims: tuple[Width, ...] = (1536, 768, 384)
     depths: tuple[Depth, ...] = (15, 9, 9)
@@ -68,6 +72,14 @@ class DiMRConfig(CheckedConfig):
         if any(a % b for a, b in zip(self.patches, self.patches[1:], strict=False)):
             raise ValueError(
                 f"patches {self.patches}: each must be a multiple of the next, as in (4, 2, 1)"
+            )
+        if self.image_input_ratio and (
+            len(self.image_input_ratio) != len(self.patches)
+            or any(p % r for p, r in zip(self.patches, self.image_input_ratio, strict=True))
+        ):
+            raise ValueError(
+                f"image_input_ratio {self.image_input_ratio} must have one divisor of each of the "
+                f"patches {self.patches}, or be empty"
             )
         if self.size % self.patches[0]:
             near = self.size // self.patches[0] * self.patches[0]

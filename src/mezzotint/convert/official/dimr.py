@@ -38,6 +38,7 @@ def infer_config(
     heads: int | None = None,
     null_label: bool | None = None,
     time: str | None = None,
+    image_input_ratio: tuple[int, ...] | list[int] = (),
 ) -> DiMRConfig:
     """Infer the config of a state dict.
 
@@ -48,12 +49,22 @@ def infer_config(
             does, except in a table of 1000 rows: ImageNet's classes alone.
         time: "scaled_linear" (default with 4 channels: latents) or "linear_vp" (default otherwise:
             pixels).
+        image_input_ratio: of each branch, coarse to fine; empty is 1, as in the released configs.
     """
     branches = 1 + max(
         (int(m[1]) for m in map(re.compile(r"stages\.(\d+)\.").match, shapes) if m), default=0
     )
     indices = range(branches)
-    patches = tuple(shapes[f"stages.{i}.input_layer.1.weight"][2] for i in indices)
+    ratios = tuple(image_input_ratio) or (1,) * branches
+    if len(ratios) != branches or not all(isinstance(r, int) and r >= 1 for r in ratios):
+        raise ValueError(
+            f"image_input_ratio {image_input_ratio!r} must be {branches} whole numbers from 1, one "
+            "for each branch"
+        )
+    patches = tuple(
+        shapes[f"stages.{i}.input_layer.1.weight"][2] * ratio
+        for i, ratio in zip(indices, ratios, strict=True)
+    )
     tables = [shapes[f"stages.{i}.input_layer.3.position_embeddings.weight"][0] for i in indices]
     sizes = {math.isqrt(rows) * patch for rows, patch in zip(tables, patches, strict=True)}
     if len(sizes) != 1 or any(math.isqrt(rows) ** 2 != rows for rows in tables):
@@ -98,6 +109,7 @@ def infer_config(
         num_classes=rows[0] - null_label if rows else 0,
         null_label=null_label,
         patches=patches,
+        image_input_ratio=ratios if max(ratios) > 1 else (),
         dims=dims,
         hidden_dims=tuple(shapes[f"stages.{i}.blocks.0.block2.w0.weight"][0] for i in indices),
         depths=tuple(infer_depth(shapes, i) for i in indices),

@@ -113,6 +113,7 @@ def read_own_info(
     if info.backbone != backbone:
         raise ValueError(f"its metadata are of a {info.backbone}, its tensors of a {backbone}")
     for name, value in hints.items():
+        value = tuple(value) if isinstance(value, list) else value
         if value != getattr(info.config, name):
             raise ValueError(
                 f"{name}={value!r} contradicts the file, which was written with "
