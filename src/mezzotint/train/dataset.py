@@ -205,8 +205,8 @@ def _bf16_is_fast() -> bool:
 
 
 def data_notes(info: ModelInfo, dataset: Dataset) -> list[str]:
-    """Return what a user should know of the data that trains a network: no label, too small."""
-    notes, unlabelled = [], dataset.count_unlabelled()
+    """Return what a user should know of the data: its report's notes, no label, too small."""
+    notes, unlabelled = list(dataset.report.notes), dataset.count_unlabelled()
     if info.config.num_classes and unlabelled:
         notes.append(
             f"{unlabelled:,} of {len(dataset):,} images have no label and train the null label"
