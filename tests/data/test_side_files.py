@@ -237,3 +237,21 @@ def test_metadata_comes_before_class_folders_and_other_tables_after(tmp_path):
         assert images.label_names is not None
         assert images.label_names[0] == first
         assert "labels are" in " ".join(images.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("columns", "chosen"),
+    [(("label", "category"), "'label'"), (("species", "breed"), "none"), (("cls", "y"), "'cls'")],
+)
+def test_other_columns_of_classes_are_named(tmp_path, columns, chosen):
+    for k in range(4):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{k}.png")
+    rows = [f"file_name,{','.join(columns)}", *(f"{k}.png,{k % 2},{k // 2}" for k in range(4))]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    notes = open_images(tmp_path, size=8).report.notes
+    others = ", ".join(repr(name) for name in columns if repr(name) != chosen)
+    assert any(
+        note == f"'metadata.csv': label {chosen}; not used: {others}; choose with "
+        "data.columns={label: ...}"
+        for note in notes
+    )

@@ -185,5 +185,5 @@ def test_names_of_splits():
     assert match_split("dev", ["train", "validation"]) == "validation"
     assert match_split("train", ["train", "train_extra"]) == "train"
     assert match_split("training", ["trainA", "trainB"]) is None
-    assert choose_split("data", ["test", "train"], "TRAIN") == "train"
+    assert choose_split("data", {"test": 1, "train": 2}, "TRAIN") == "train"
     assert find_splits(["a/0.png", "b/0.png"], "") == {}

@@ -12,11 +12,13 @@ from mezzotint.cli.arguments import (
     Batch,
     Channels,
     OptionalBatch,
+    OptionalFile,
     Overrides,
     Preset,
     Size,
     Switch,
 )
+from mezzotint.cli.outputs import check_outside_run
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
 
@@ -181,20 +183,33 @@ def doctor(
     size: Size = None,
     channels: Channels = 3,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs"),
+    samples: OptionalFile = None,
     json: Switch = False,
 ) -> None:
     """Check this machine and your data for half a minute, and list concerns before training.
+
+    Of data it shows how it was understood: source, split, columns, classes in order, captions,
+    files that are ignored, and twelve pictures as one PNG. Splits are listed if you have to choose.
 
     Args:
         data: Source as for train; by default only the machine is checked.
         size: Training size in pixels; by default the largest usual one that half the images reach.
         channels: 1 (grey) or 3 (RGB, the default).
         out: Where runs will be written.
+        samples: PNG of pictures of the data to write, outside of it; doctor-samples.png by default.
         json: Print one JSON object.
     """
     from json import dumps
 
+    from mezzotint.data.splits import SplitError
+    from mezzotint.tools.describe_data import default_samples, render_splits
     from mezzotint.tools.doctor import diagnose, render_diagnosis
 
-    result = diagnose(data, size=size, channels=channels, folder=out)
+    sheet = (samples or default_samples(data)) if data else None
+    check_outside_run(sheet)
+    try:
+        result = diagnose(data, size=size, channels=channels, folder=out, samples=sheet)
+    except SplitError as error:
+        echo(dumps({"splits": error.splits}) if json else render_splits(error.splits))
+        raise
     echo(dumps(result) if json else render_diagnosis(result))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mezzotint.core.files import atomic_open
@@ -108,11 +109,14 @@ def make_grid(
     return grid
 
 
-def save_png(image: Pillow.Image, path: Path) -> None:
-    """Write a PNG atomically; make its folder if needed."""
+def save_png(image: Pillow.Image, path: Path, software: str | None = None) -> None:
+    """Write a PNG atomically; make its folder if needed. It names the `software` that made it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    info = PngInfo()
+    if software is not None:
+        info.add_text("Software", software)
     with atomic_open(path) as file:
-        image.save(file, format="PNG")
+        image.save(file, format="PNG", pnginfo=info)
 
 
 def data_uri(data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,34 @@ class Choice:
             f"columns: {words}; not used, though they may hold the same: {more}; "
             "choose with data.columns={image: ..., label: ..., caption: ...}"
         )
+
+
+class Column(NamedTuple):
+    """A column: the one that it is in, its key in cells of that, see `nested_value`, its type."""
+
+    top: str
+    key: str
+    feature: Any
+
+
+def all_columns(features: Mapping[str, Any]) -> dict[str, Column]:
+    """Return the columns, and as "json.label" the values within columns of mappings."""
+    fields = {name: Column(name, name, feature) for name, feature in features.items()}
+    for name, feature in features.items():
+        if isinstance(feature, dict) and "bytes" not in feature:
+            fields |= {
+                f"{name}.{key}": Column(name, f"{name}\0{key}", inner)
+                for key, inner in feature.items()
+                if f"{name}.{key}" not in fields
+            }
+    return fields
+
+
+def nested_value(cell: Any, column: str) -> Any:
+    """Return the value of a column such as "json.label" in a cell of its first part."""
+    for key in column.split("\0")[1:]:
+        cell = cell.get(key) if isinstance(cell, dict) else None
+    return cell
 
 
 def shown(name: str | None) -> str:

@@ -47,8 +47,8 @@ class SideFiles:
 
     captions: from tables. text_files: image -> its file with a caption. labels: image -> cell.
     label_place: where the labels are, for errors. is_metadata: they come before class folders.
-    files: all that were understood. unknown: those that were not -> the reason.
-    notes: sentences for the report.
+    files: all that were understood. tables: those of many images -> what was taken.
+    unknown: files that were not understood -> the reason. notes: sentences for the report.
     """
 
     captions: dict[str, str] = field(default_factory=dict)
@@ -57,6 +57,7 @@ class SideFiles:
     label_place: str = ""
     is_metadata: bool = False
     files: set[str] = field(default_factory=set)
+    tables: dict[str, str] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -229,6 +230,7 @@ def _take(table: Table, name: str, names: _Names, columns: Columns, found: SideF
     elif rest and label is None and caption is None:
         label, caption = _role_without_header(name, rest[0], table)
     found.files.add(name)
+    found.tables[name] = f"label {shown(label or None)}, caption {shown(caption or None)}"
     _describe(name, images, table.columns[files], more, label, caption, found)
     kept = [caption] if caption else []
     for column in dict.fromkeys(kept + captions):  # rows may differ in keys
@@ -299,7 +301,7 @@ def _describe(
     if more:
         found.notes.append(
             f"{shown(name)}: label {shown(label or None)}; not used: "
-            f"{', '.join(map(shown, more))}; choose with data.columns={label: ...}"
+            f"{', '.join(map(shown, more))}; choose with data.columns={{label: ...}}"
         )
 
 

@@ -24,6 +24,7 @@ from mezzotint.core.registry import suggest
 from mezzotint.data.columns import Columns, caption_text
 from mezzotint.data.decode import IMAGE, decode_image, describe_unread, image_kind
 from mezzotint.data.labels import sort_classes
+from mezzotint.data.layout import Layout, count_ignored
 from mezzotint.data.side_files import choose_labels, labels_from_json, read_side_files
 from mezzotint.data.side_tables import read_text
 from mezzotint.data.splits import choose_split, common_folder, find_splits
@@ -106,7 +107,8 @@ def split_indices(count: int, split: str, is_test: np.ndarray | None) -> np.ndar
 class FileSource:
     """Image files of a folder, zip or tar, with labels and captions.
 
-    captions: by name, from tables. text_files: image -> file with its caption.
+    captions: by name, from tables. text_files: image -> file with its caption. layout: how the
+    files were understood.
     """
 
     store: Store
@@ -117,6 +119,7 @@ class FileSource:
     text_files: dict[str, str] = field(repr=False)
     notes: tuple[str, ...]
     key: str
+    layout: Layout = field(default_factory=Layout, repr=False)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -184,13 +187,20 @@ def open_files(
         raise ValueError(_describe_no_images(where, kinds, listing))
     base = common_folder(names)
     notes: list[str] = []
-    test = None
+    test, origin, counts = None, "class folders", {}
     if f"{base}dataset.json" in sizes or "dataset.json" in sizes:
         prefix = base if f"{base}dataset.json" in sizes else ""
         names, labels, label_names, test = labels_from_json(store, prefix, names, notes)
+        origin = f"{prefix}dataset.json"
         chosen = _choose_indices(where, names, split, test)
     elif splits := find_splits(names, base):
-        names, base, labels, label_names = _open_split(where, splits, split, len(names), notes)
+        counts = {name: len(images) for name, images in splits.items()}
+        if split != "all" or "all" in splits:
+            split = choose_split(where, counts, split)
+            splits = {split: splits[split]}
+        if outside := len(names) - sum(counts.values()):
+            notes.append(f"{outside} images beside the folders of the splits were left out")
+        names, base, labels, label_names = _open_splits(splits, notes)
         chosen = np.arange(len(names))
     else:
         paths = [name[len(base) :] for name in names]
@@ -198,9 +208,22 @@ def open_files(
         chosen = _choose_indices(where, names, split, test)
     images = [name for name, kind in kinds.items() if kind == IMAGE]
     side = read_side_files(store, sizes, sorted(images), columns)
+    own = labels
     labels, label_names = choose_labels(side, names, labels, label_names, columns or {}, notes)
-    others = {name: kind for name, kind in kinds.items() if name not in side.files}
-    notes.extend(_describe_ignored(others, listing))
+    read = side.files | {origin}
+    others = {name: kind for name, kind in kinds.items() if kind != IMAGE and name not in read}
+    ignored = _describe_others([name for name, kind in others.items() if kind is None])
+    notes.extend([*_describe_unread(others), *ignored, *_describe_skipped(listing)])
+    own_files = {f"{len(side.text_files):,} .txt or .caption": "caption"} if side.text_files else {}
+    layout = Layout(
+        kind=type(store).__name__.removesuffix("Store").lower(),
+        split=split,
+        splits=counts,
+        labels=None if labels is None else origin if labels is own else side.label_place,
+        side_files=side.tables | own_files,
+        ignored=count_ignored(others, listing.skipped),
+        notes=tuple(ignored),
+    )
     names = [names[i] for i in chosen]
     labels = None if labels is None else labels[chosen]
     # Relative names: FOLDER:train and FOLDER/train are one data set.
@@ -209,7 +232,9 @@ def open_files(
         + [b"" if labels is None else labels.tobytes()]
     )
     captions, texts = side.captions, side.text_files
-    return FileSource(store, tuple(names), labels, label_names, captions, texts, tuple(notes), key)
+    return FileSource(
+        store, tuple(names), labels, label_names, captions, texts, tuple(notes), key, layout
+    )
 
 
 def _choose_indices(
@@ -226,19 +251,14 @@ def _choose_indices(
     return chosen
 
 
-def _open_split(
-    where: str, splits: dict[str, dict[str, str]], split: str | None, count: int, notes: list[str]
+def _open_splits(
+    splits: dict[str, dict[str, str]], notes: list[str]
 ) -> tuple[list[str], str, np.ndarray | None, tuple[str, ...] | None]:
-    """Return names, their common folder, labels and class names of one split, or of all."""
-    everything = split == "all" and "all" not in splits
-    chosen = list(splits) if everything else [choose_split(where, list(splits), split)]
-    outside = count - sum(map(len, splits.values()))
-    if outside:
-        notes.append(f"{outside} images beside the folders of the splits were left out")
+    """Return names, their common folder, labels and class names of the images of some splits."""
     paths: dict[str, str] = {}
-    for name in chosen:
-        common = common_folder(list(splits[name].values()))
-        paths |= {image: path[len(common) :] for image, path in splits[name].items()}
+    for images in splits.values():
+        common = common_folder(list(images.values()))
+        paths |= {image: path[len(common) :] for image, path in images.items()}
     names = sorted(paths)
     labels, label_names = _labels_from_folders([paths[name] for name in names], notes)
     return names, common_folder(names), labels, label_names
@@ -248,7 +268,7 @@ def _describe_no_images(where: str, kinds: dict[str, str | None], listing: Listi
     """Return the message for a folder or archive without images."""
     others = ", ".join(printable(name) for name in sorted(kinds)[:3])
     content = f"{len(kinds)} files, none of them images ({others}, ...)" if kinds else "no files"
-    found = "".join(f"; {note}" for note in _describe_ignored(kinds, listing, others=False))
+    found = "".join(f"; {note}" for note in (*_describe_unread(kinds), *_describe_skipped(listing)))
     archives = sorted(name for name in kinds if is_archive(PurePosixPath(name)))
     advice = "give a folder or zip of images (.png, .jpg, .webp, .tif, .bmp, .gif)"
     if archives:
@@ -256,26 +276,25 @@ def _describe_no_images(where: str, kinds: dict[str, str | None], listing: Listi
     return f"{where} holds {content}{found}; {advice}"
 
 
-def _describe_ignored(
-    kinds: dict[str, str | None], listing: Listing, *, others: bool = True
-) -> list[str]:
-    """Return sentences on images that cannot be read, other files, and what is never opened.
+def _describe_unread(kinds: dict[str, str | None]) -> list[str]:
+    """Return sentences on images of a kind that is not read; `kinds`: name -> `image_kind`."""
+    return describe_unread(Counter(kind for kind in kinds.values() if kind not in (None, IMAGE)))
 
-    Args:
-        kinds: name -> `image_kind`.
-        others: whether to count files that are no images, by suffix.
-    """
-    unread = Counter(kind for kind in kinds.values() if kind not in (None, IMAGE))
-    notes = describe_unread(unread)
-    ignored = [name for name, kind in kinds.items() if kind is None]
-    if ignored and others:
-        suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in ignored)
-        counts = ", ".join(f"{count:,} {printable(s)}" for s, count in suffixes.most_common(5))
-        notes.append(
-            f"{len(ignored):,} files that are not images were ignored: {counts} "
-            f"({_first_names(ignored)})"
-        )
-    return notes + [
+
+def _describe_others(names: Sequence[str]) -> list[str]:
+    """Return a sentence on files that are no images, counted by suffix."""
+    if not names:
+        return []
+    suffixes = Counter(PurePosixPath(name).suffix.lower() or "no suffix" for name in names)
+    counts = ", ".join(f"{count:,} {printable(s)}" for s, count in suffixes.most_common(5))
+    return [
+        f"{len(names):,} files that are not images were ignored: {counts} ({_first_names(names)})"
+    ]
+
+
+def _describe_skipped(listing: Listing) -> list[str]:
+    """Return sentences on what is never opened."""
+    return [
         f"{len(names):,} {kind} were left out ({_first_names(names)})"
         for kind, names in listing.skipped.items()
     ]

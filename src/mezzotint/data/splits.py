@@ -111,8 +111,21 @@ def match_split(wanted: str, splits: Iterable[str]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
-def choose_split(what: str, splits: Sequence[str], wanted: str | None) -> str:
-    """Return one of the splits' names; ValueError, naming them, if none is chosen or meant."""
+class SplitError(ValueError):
+    """A split that has to be chosen. splits: name -> number of its images."""
+
+    def __init__(self, message: str, splits: Mapping[str, int]):
+        super().__init__(message)
+        self.splits = dict(splits)
+
+
+def choose_split(what: str, counts: Mapping[str, int], wanted: str | None) -> str:
+    """Return one of the splits' names; `SplitError`, naming them, if none is chosen or meant.
+
+    Args:
+        counts: name of each split -> number of its images.
+    """
+    splits = list(counts)
     found = None if wanted is None else match_split(wanted, splits)
     if found is not None:
         return found
@@ -120,12 +133,14 @@ def choose_split(what: str, splits: Sequence[str], wanted: str | None) -> str:
     if wanted is None:
         kinds = split_kinds(splits)
         example = next((name for name in splits if kinds.get(name) == "train"), splits[0])
-        raise ValueError(
+        raise SplitError(
             f"{what} holds the splits {', '.join(shown)}; give one of them, e.g. "
-            f"{what}:{printable(example)}, or {what}:all"
+            f"{what}:{printable(example)}, or {what}:all",
+            counts,
         )
-    raise ValueError(
-        f"{what} has no split {wanted!r}; it has {', '.join(shown)}; {suggest(wanted, shown)}"
+    raise SplitError(
+        f"{what} has no split {wanted!r}; it has {', '.join(shown)}; {suggest(wanted, shown)}",
+        counts,
     )
 
 

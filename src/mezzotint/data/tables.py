@@ -8,9 +8,9 @@ import glob
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,16 +24,20 @@ from mezzotint.data.columns import (
     IMAGE_NAMES,
     SAMPLE_ROWS,
     Choice,
+    Column,
     Columns,
+    all_columns,
     caption_text,
     choose_label,
     given_column,
     named,
+    nested_value,
 )
 from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, decode_image
 from mezzotint.data.labels import NO_LABEL, Labels, read_labels
+from mezzotint.data.layout import Layout
 from mezzotint.data.sources import hash_parts, split_indices
-from mezzotint.data.splits import match_split
+from mezzotint.data.splits import choose_split, match_split
 
 CARD = "mezzotint.json"  # of a prepared folder
 CARD_KEYS = {"count", "channels", "size", "crop", "label_names", "fingerprint", "left_out"}
@@ -152,7 +156,8 @@ class TableSource:
     """A Hugging Face dataset with a column of encoded images, or of paths to image files.
 
     folders: where a path starts. roots: resolved folders that hold all files a cell may name.
-    caption: column of captions, or None; "json.caption" is within a column of mappings.
+    caption: column of captions, or None; "json.caption" is within a column of mappings. layout:
+    how the table was understood.
     """
 
     images: Any  # datasets.Dataset of one column, undecoded
@@ -163,6 +168,7 @@ class TableSource:
     folders: tuple[str, ...]
     roots: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    layout: Layout = field(default_factory=Layout, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -199,7 +205,7 @@ class TableSource:
         """Return the caption; the first if there are several."""
         if self.caption is None:
             return None
-        return caption_text(_nested(next(iter(self.captions[i].values())), self.caption))
+        return caption_text(nested_value(next(iter(self.captions[i].values())), self.caption))
 
     def identity(self) -> str:
         """Return the hash of every row's byte count and label; the bytes may be terabytes."""
@@ -231,13 +237,6 @@ class TableSource:
         return next(iter(self.images[i].values()))
 
 
-def _nested(cell: Any, column: str) -> Any:
-    """Return the value of a column such as "json.label" in a cell of its first part."""
-    for key in column.split("\0")[1:]:
-        cell = cell.get(key) if isinstance(cell, dict) else None
-    return cell
-
-
 def table_source(
     dataset: Any,
     what: str,
@@ -256,13 +255,14 @@ def table_source(
         folders, roots: see `TableSource`; without them a cell of a path is never opened.
     """
     columns = columns or {}
-    fields = _fields(dataset.features)
+    fields = all_columns(dataset.features)
     choice = _choose(dataset, fields, columns, what, has_files=bool(folders))
     from datasets import Image as ImageFeature
 
     images = dataset.select_columns([choice.image])
     images = images.cast_column(choice.image, ImageFeature(decode=False))
     caption, notes = choice.caption, [note for note in [choice.note()] if note]
+    layout = Layout(columns=choice, notes=tuple(notes))
     labels = names = None
     if choice.label is not None:
         labels, names, note = _labels(dataset, others, choice.label, what) or (None, None, "")
@@ -278,32 +278,12 @@ def table_source(
         tuple(map(str, folders)),
         tuple(os.path.realpath(root) for root in roots),
         tuple(notes),
+        layout,
     )
 
 
-class _Field(NamedTuple):
-    """A column: its top column, its key in cells of that one, see `_nested`, and its feature."""
-
-    top: str
-    key: str
-    feature: Any
-
-
-def _fields(features: Mapping[str, Any]) -> dict[str, _Field]:
-    """Return the columns, and as "json.label" the values within columns of mappings."""
-    fields = {name: _Field(name, name, feature) for name, feature in features.items()}
-    for name, feature in features.items():
-        if isinstance(feature, dict) and "bytes" not in feature:
-            fields |= {
-                f"{name}.{key}": _Field(name, f"{name}\0{key}", inner)
-                for key, inner in feature.items()
-                if f"{name}.{key}" not in fields
-            }
-    return fields
-
-
 def _choose(
-    dataset: Any, fields: Mapping[str, _Field], columns: Columns, what: str, has_files: bool
+    dataset: Any, fields: Mapping[str, Column], columns: Columns, what: str, has_files: bool
 ) -> Choice:
     """Choose the columns of a table; ValueError if none holds images."""
     from datasets import ClassLabel
@@ -350,14 +330,14 @@ def _choose(
     return Choice(image, label or None, caption or None, more)
 
 
-def _cells(dataset: Any, column: _Field) -> list[Any]:
+def _cells(dataset: Any, column: Column) -> list[Any]:
     cells = dataset.select_columns([column.top])[:][column.top]
-    return [_nested(cell, column.key) for cell in cells]
+    return [nested_value(cell, column.key) for cell in cells]
 
 
 def _labels(dataset: Any, others: Sequence[Any], column: str, what: str) -> Labels | None:
     """Return the labels of a dataset; of others, the classes count too."""
-    field = _fields(dataset.features)[column]
+    field = all_columns(dataset.features)[column]
     cells = _cells(dataset, field)
     more = [_cells(other, field) for other in others if field.top in other.features]
     cells += [cell for part in more for cell in part]
@@ -401,9 +381,18 @@ def open_table(
             f"{str(error).splitlines()[0]}); give a folder or zip of images, parquet files, or a "
             "Hugging Face dataset as OWNER/NAME"
         ) from error
-    chosen, others = _select_split(parts, split, path)
+    split, chosen, others = _select_split(parts, split, path)
     folders, roots = _file_folders(Path(path), parts)
-    return table_source(chosen, path, columns=columns, others=others, folders=folders, roots=roots)
+    source = table_source(
+        chosen, path, columns=columns, others=others, folders=folders, roots=roots
+    )
+    kind = f"{builder} files" if builder else "Hugging Face dataset"
+    layout = replace(source.layout, kind=kind, split=split, splits=_count_rows(parts))
+    return replace(source, layout=layout)
+
+
+def _count_rows(parts: Any) -> dict[str, int]:
+    return {str(name): len(part) for name, part in parts.items()}
 
 
 def _file_folders(path: Path, parts: Any) -> tuple[list[Path], list[Path]]:
@@ -420,8 +409,11 @@ def _file_folders(path: Path, parts: Any) -> tuple[list[Path], list[Path]]:
     return caches, caches
 
 
-def _select_split(parts: Any, split: str | None, what: str) -> tuple[Any, list[Any]]:
-    """Return a split, and the others; every tenth row tests a dataset with a single split."""
+def _select_split(parts: Any, split: str | None, what: str) -> tuple[str, Any, list[Any]]:
+    """Return a split's name, the split, and the others.
+
+    Every tenth row tests a dataset with a single split.
+    """
     import datasets
 
     split = None if split is None else match_split(split, parts) or split
@@ -431,12 +423,12 @@ def _select_split(parts: Any, split: str | None, what: str) -> tuple[Any, list[A
         len(parts) == 1 and split in ("train", "test") and (split == "train" or split not in parts)
     ):
         (rows,) = parts.values()
-        return _tenths(rows, split), [_tenths(rows, "test" if split == "train" else "train")]
-    if split in parts:
-        return parts[split], [part for name, part in parts.items() if name != split]
-    if split == "all":
-        return datasets.concatenate_datasets(list(parts.values())), []
-    raise ValueError(f"{what} has no split {split!r}; it has {', '.join(parts)}")
+        other = _tenths(rows, "test" if split == "train" else "train")
+        return split, _tenths(rows, split), [other]
+    if split == "all" and "all" not in parts:
+        return split, datasets.concatenate_datasets(list(parts.values())), []
+    split = choose_split(what, _count_rows(parts), split)
+    return split, parts[split], [part for name, part in parts.items() if name != split]
 
 
 def _tenths(dataset: Any, split: str) -> Any:

@@ -24,6 +24,13 @@ from mezzotint.data.image_dataset import DecodedImage, ImageDataset, open_images
 from mezzotint.data.loader import load_batches
 from mezzotint.data.transforms import UnreadableImage
 from mezzotint.tools.benchmark import measure_matmul_flops
+from mezzotint.tools.describe_data import (
+    check_samples,
+    describe_data,
+    render_data,
+    save_samples,
+    stated_notes,
+)
 from mezzotint.tools.rehearsal import check_processes
 
 OPTIONAL_PACKAGES = (
@@ -50,6 +57,7 @@ def diagnose(
     channels: int = 3,
     folder: Path = Path(),
     seconds: float = 10.0,
+    samples: Path | None = None,
 ) -> dict[str, Any]:
     """Check the machine and the data.
 
@@ -58,18 +66,23 @@ def diagnose(
         size, channels: of the images in training; see `choose_size` for the default size.
         folder: where runs will be written.
         seconds: for reading the data; images that could not be read in time are left out.
+        samples: PNG of samples of the data to write; None for none.
 
     Returns:
         JSON-ready; "concerns" lists sentences, empty if nothing is wrong.
+
+    Errors: ValueError for data that cannot be opened, a `SplitError` where a split has to be
+        chosen, and for a place where `samples` may not lie.
     """
+    found = examine_data(data, size, channels, seconds, samples) if data else None
     facts: dict[str, Any] = {
         "environment": describe_environment(),
         "matmul": measure_matmul(),
         "distributed": check_processes(),
         "disk": measure_disk(folder),
-        "data": examine_data(data, size, channels, seconds) if data else None,
+        "data": found,
     }
-    data_concerns = facts["data"]["concerns"] if data else []
+    data_concerns = found["concerns"] if found else []
     return {**facts, "concerns": [*_machine_concerns(facts), *data_concerns]}
 
 
@@ -139,18 +152,24 @@ def measure_disk(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def examine_data(data: str, size: int | None, channels: int, seconds: float) -> dict[str, Any]:
-    """Return an audit of the data, its loading speed, and the log-SNR shift for its resolution.
+def examine_data(
+    data: str, size: int | None, channels: int, seconds: float, samples: Path | None = None
+) -> dict[str, Any]:
+    """Return how the data was understood, an audit, loading speed, and log-SNR shift for its size.
 
     Images are read in a fixed random order until the time is over, so that a part of a dataset
     sorted by class represents the whole. Labels are counted over the whole dataset.
     """
+    if samples is not None:
+        check_samples(samples, data)
     size = size or choose_size(data)
     images = open_images(data, size=size, channels=channels, keep_in_memory=False)
+    drawn = 0 if samples is None else save_samples(images, samples)
     audit = audit_within(images, seconds)
     threads = sorted({1, os.cpu_count() or 1})
     speeds = {str(n): measure_loading(images, n) for n in threads}
-    data_concerns = list_problems(audit)
+    stated = stated_notes(images)
+    data_concerns = [problem for problem in list_problems(audit) if problem not in stated]
     if max(speeds.values()) < MIN_IMAGES_PER_SECOND:
         data_concerns.append(
             f"loading reaches only {max(speeds.values()):.0f} images/s; resize once: "
@@ -160,6 +179,8 @@ def examine_data(data: str, size: int | None, channels: int, seconds: float) -> 
         "source": data,
         "size": size,
         "total": len(images),
+        "layout": describe_data(images),
+        "samples": {"path": str(samples), "count": drawn} if drawn else None,
         "examined": audit["images"] + len(audit["unreadable"]),
         "audit": audit,
         "images_per_second": speeds,
@@ -301,15 +322,18 @@ def render_diagnosis(facts: dict[str, Any]) -> str:
 
 
 def _render_data(data: dict[str, Any]) -> list[str]:
-    size = data["size"]
-    audit = [
-        line for line in describe_audit(data["audit"]).splitlines() if not line.startswith("!")
-    ]
+    size, samples = data["size"], data["samples"]
+    sides = {**data["audit"], "classes": {}, "captions": 0}  # these are told by `render_data`
+    audit = [line for line in describe_audit(sides).splitlines() if not line.startswith("!")]
+    understood = render_data(data["layout"], data["audit"]["captions"], data["audit"]["images"])
+    drawn = [f"samples      {samples['path']}: {samples['count']} of them"] if samples else []
     speeds = [f"{v:,.0f} with {n} thread(s)" for n, v in data["images_per_second"].items()]
     return [
         f"data         {data['source']} at {size} px: "
         f"{data['examined']:,} of {data['total']:,} images read",
         *[f"             {line}" for line in audit],
+        *understood,
+        *drawn,
         f"loading      images/s: {', '.join(speeds)}",
         f"schedule     log-SNR shift for {size} px: 2 log({REFERENCE_SIZE}/{size}) = "
         f"{data['logsnr_shift']:+.2f}; {' '.join(data['overrides'])}",
