@@ -50,7 +50,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """Return the entries, oldest first; none where the file is missing or damaged."""
     try:
         entries = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []
 

@@ -159,10 +159,11 @@ def _read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _images_of_line(line: str) -> float:
-    """Return the images seen at a log line; infinity for a line cut short."""
+    """Return the images seen at a log line; infinity for a line cut short, or of another kind."""
     try:
-        return float(json.loads(line)["images"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        images = json.loads(line)["images"]
+        return float(images) if type(images) in (int, float) else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf
 
 

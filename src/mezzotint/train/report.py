@@ -23,6 +23,7 @@ from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, default_device
 from mezzotint.core.files import atomic_open, check_replaceable, read_json
 from mezzotint.core.image_grid import data_uri
+from mezzotint.core.json_values import first_line
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import build
 from mezzotint.core.svg_plot import COLOURS, Line, svg_plot
@@ -69,24 +70,30 @@ def render_page(run: Path, difference: str) -> str:
     records = log.read(run / "log.jsonl")
     events = log.read(run / "events.jsonl")
     name = html.escape(run.resolve().name)
-    sections = [
-        f"<h1>{name}</h1>",
-        f"<p>{html.escape(describe_progress(run, recipe, records))}</p>",
-        render_latest(recipe, records),
-        render_curves(recipe, records),
-        render_evaluations(recipe, log.read_evaluations(run / "log.jsonl")),
-        render_grids(run),
-        render_table(
-            "Events",
-            [[f"{event['images']:,}", *_event_cells(event)] for event in events],
-            ("images", "event", ""),
-        ),
-        "<h2>Recipe</h2>",
-        f"<pre>{html.escape(difference)}</pre>" if difference else "",
-        "<details><summary>all fields</summary>"
-        f"<pre>{html.escape(config.to_yaml(recipe))}</pre></details>",
-        render_table("Environment", environment_rows(run), ("", "")),
-    ]
+    try:
+        sections = [
+            f"<h1>{name}</h1>",
+            f"<p>{html.escape(describe_progress(run, recipe, records))}</p>",
+            render_latest(recipe, records),
+            render_curves(recipe, records),
+            render_evaluations(recipe, log.read_evaluations(run / "log.jsonl")),
+            render_grids(run),
+            render_table(
+                "Events",
+                [[f"{event['images']:,}", *_event_cells(event)] for event in events],
+                ("images", "event", ""),
+            ),
+            "<h2>Recipe</h2>",
+            f"<pre>{html.escape(difference)}</pre>" if difference else "",
+            "<details><summary>all fields</summary>"
+            f"<pre>{html.escape(config.to_yaml(recipe))}</pre></details>",
+            render_table("Environment", environment_rows(run), ("", "")),
+        ]
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{run}: its recipe, log, events or environment hold values that no run writes "
+            f"({type(error).__name__}: {first_line(error)}); remove the damaged line or file"
+        ) from error
     style = (Path(__file__).parent / "report.css").read_text()
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
