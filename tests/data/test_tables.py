@@ -174,6 +174,9 @@ def test_cells_name_only_regular_files_inside(tmp_path, column, monkeypatch):
     for i in range(len(good), len(source)):
         with pytest.raises(UnreadableImage):
             source.read(i)
+    monkeypatch.setattr("mezzotint.data.tables.MAX_FILE_BYTES", 10)
+    with pytest.raises(UnreadableImage, match="at most 10"):
+        source.read(0)
     with pytest.raises(ValueError, match="no column of images"):  # nowhere to look for files
         table({"file_name": good})
 
