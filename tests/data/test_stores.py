@@ -11,6 +11,7 @@ import stat
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,38 @@ def test_a_webdataset_is_told_from_class_folders(tmp_path, monkeypatch):
         "daisy",
         "rose",
     )
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "labels"),
+    [
+        (["dog", "cat", "dog", ""], ("cat", "dog"), [1, 0, 1, None]),
+        (["dog\n", "7", "dog\r\n", "7"], ("7", "dog"), [1, 0, 1, 0]),
+        (
+            [b"caf\xe9", "a\u0444".encode(), b"caf\xe9", b"\xef\xbb\xbfcat"],
+            ("aф", "café", "cat"),
+            [1, 0, 1, 2],
+        ),
+        (["10", "9\n", "10", "-1"], ("9", "10"), [1, 0, 1, None]),
+        (["1", "0", "1", "1"], ("0", "1"), [1, 0, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_classes_of_a_webdataset_are_words_or_numbers(
+    tmp_path, monkeypatch, cells, names, labels, shards
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    (tmp_path / "set").mkdir()
+    for part in np.array_split(np.arange(4), shards):
+        fields = {f"d/{i}.png": png(i) for i in part} | {f"d/{i}.cls": cells[i] for i in part}
+        fields = dict(sorted(fields.items()))
+        write_tar(tmp_path / "set" / f"x-{part[0]}.tar", fields)
+    path = tmp_path / "set" / ("x-0.tar" if shards == 1 else "")
+    images = open_images(path, size=8)
+    assert images.label_names == names
+    assert [images.label(i) for i in range(4)] == labels
 
 
 @pytest.mark.parametrize("prefix", ["", "flowers\\"])
