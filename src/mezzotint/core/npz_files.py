@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -27,7 +27,7 @@ BOMB_BYTES, BOMB_RATIO = 64 << 20, 100
 @contextmanager
 def open_npy_member(
     file: str | Path, key: str
-) -> Iterator[tuple[zipfile.ZipExtFile, tuple[int, ...], np.dtype[Any], bool]]:
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any], bool]]:
     """Open one array of a .npz as a stream placed after its header.
 
     Returns:

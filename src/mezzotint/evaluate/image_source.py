@@ -209,7 +209,7 @@ def _read(files: FileSource, i: int) -> Image.Image:
         image = load_image(files.read(i))
     except UnreadableImage as error:
         raise ValueError(f"{files.name(i)} cannot be read: {error}") from error
-    if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255:
+    if image.has_transparency_data and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
         raise ValueError(
             f"{files.name(i)} has mode {image.mode} and is transparent; put the images on a "
             "background first (mezzotint prepare takes white)"
