@@ -162,7 +162,7 @@ def test_a_dataset_pickles_without_its_pixels(dataset):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"batch": 5, "world": 2}, "batch 5 .*2 ranks.*try batch 4"),
+        ({"batch": 5, "world": 2}, "batch 5 .*2 ranks.*try batch=4"),
         ({"batch": 0}, "batch 0"),
         ({"batch": 4, "world": 2, "rank": 2}, "rank 2 of 2"),
         ({"batch": 4, "workers": 0}, "workers 0"),

@@ -34,6 +34,16 @@ def write_images(folder: Path) -> None:
             Image.fromarray(pixels).save(folder / label / f"{i}.png")
 
 
+def write_grey_images(folder: Path) -> None:
+    """Write six images of 12 bits in each of two classes, as 16-bit PNGs."""
+    rng = np.random.default_rng(0)
+    for label in ("healthy", "ill"):
+        (folder / label).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 4096, (80, 80), dtype=np.uint16)
+            Image.fromarray(pixels).save(folder / label / f"{i}.png")
+
+
 def shorten(args: list[str]) -> list[str]:
     """Return the same command with fewer images and steps."""
     if args[1] == "train" and "--dry-run" not in args:
@@ -89,6 +99,8 @@ def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     source, expected = WALKS[page]
     write_images(tmp_path / source)
+    if page == "docs/train-on-your-images.md":
+        write_grey_images(tmp_path / "xrays")
     commands = [args for block in read_blocks(ROOT / page) for args in read_commands(block)]
     commands = [args for args in commands if not is_skipped(args)]
     assert len(commands) > 2
