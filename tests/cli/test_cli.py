@@ -1,5 +1,6 @@
 """The command line: help fits a screen, answers come at once, errors name what is allowed."""
 
+import inspect
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from mezzotint import __version__, cli
+from mezzotint.cli import usage
 
 ROWS, COLUMNS = 45, 100
 # Runs a command, then lists on stderr which heavy packages it imported.
@@ -150,3 +152,19 @@ def test_errors_name_the_nearest_choice(args, code, name, monkeypatch, capsys):
         c for c in cli.COMMANDS if c not in (args[0], "plan") and f"mezzotint {c} " in printed.err
     ]
     assert not others, "a wrong option names other commands"
+
+
+@pytest.mark.parametrize(
+    ("given", "gathered"),
+    [
+        ("p a=1 --data x b=2", "p a=1 b=2 --data x"),
+        ("p --data x=y a=1", "p a=1 --data x=y"),
+        ("p --data=x a=1 --dry-run b=2", "p a=1 b=2 --data=x --dry-run"),
+        ("--out o p a=-1 --accept-changed-data", "p a=-1 --out o --accept-changed-data"),
+        ("p --data x", "p --data x"),
+        ("p --data", "p --data"),
+    ],
+)
+def test_fields_may_follow_options(given, gathered):
+    options = inspect.signature(cli.COMMANDS["train"]).parameters
+    assert usage.gather_fields(given.split(), options) == gathered.split()

@@ -107,6 +107,7 @@ def run_command(name: str, *arguments: str) -> None:
         options = inspect.signature(command).parameters
         if wrong := usage.explain_field(arguments, options, of_model=name == "bench"):
             usage.fail(program, wrong)
+        arguments = tuple(usage.gather_fields(arguments, options))
     tyro.cli(usage.checked(command), prog=program, args=arguments)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 from mezzotint.core.console import echo
@@ -38,6 +38,27 @@ def _check(values: dict[str, Any], owner: Callable[..., Any]) -> None:
             _check(fields, type(value))
         else:
             check_ranges(f"--{name.replace('_', '-')}", value, type_hints(owner)[name])
+
+
+def gather_fields(arguments: Sequence[str], options: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Return the arguments with fields that follow an option moved before all options.
+
+    The parser takes positional arguments in one row only.
+
+    Args:
+        options: the command's parameters; those annotated `Switch` take no value.
+    """
+    fields, rest, takes_value = [], [], False
+    for argument in arguments:
+        if takes_value or argument.startswith("-"):
+            rest.append(argument)
+            name = argument.lstrip("-").replace("-", "_")
+            known = "Switch" in str(options[name].annotation) if name in options else False
+            switch = known or name == "list"  # the name of `download`'s switch
+            takes_value = not takes_value and "=" not in argument and not switch
+        else:
+            fields.append(argument)
+    return [*fields, *rest]
 
 
 def explain_field(arguments: Sequence[str], options: Collection[str], of_model: bool) -> str | None:

@@ -137,7 +137,8 @@ def describe_audit(summary: dict[str, Any]) -> str:
         lines.append(f"width {width}, height {height}; modes {modes}")
     if classes := summary["classes"]:
         listed = ", ".join(f"{name} {n:,}" for name, n in list(classes.items())[:MAX_LISTED])
-        lines.append(f"{len(classes)} classes: {listed}{_count_unlisted(classes)}")
+        count = len(classes.keys() - {"no label"})
+        lines.append(f"{count} classes: {listed}{_count_unlisted(classes)}")
     if summary["captions"]:
         lines.append(f"{summary['captions']:,} captions")
     return "\n".join(lines + [f"! {problem}" for problem in list_problems(summary)])
