@@ -294,7 +294,7 @@ def test_size_that_does_not_fit_names_valid_ones(shape):
         ({"width": 130}, "multiple of 4"),
         ({"heads": 3}, "heads 3"),
         ({"depth": 0}, "depth 0"),
-        ({"num_classes": -1}, "num_classes is -1"),
+        ({"num_classes": -1}, "num_classes -1 must be"),
     ],
 )
 def test_config_that_does_not_fit(changes, words):

@@ -1,5 +1,6 @@
 """The command line: help fits a screen, answers come at once, errors name what is allowed."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -67,9 +68,10 @@ def test_answers_at_once_without_torch(command):
 def help_of(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(COLUMNS))
     monkeypatch.setattr(sys, "argv", ["mezzotint", *command, "--help"])
-    with pytest.raises(SystemExit) as end:
+    # The parser ends the process after the help of a command.
+    with pytest.raises(SystemExit) if command else contextlib.nullcontext() as end:
         cli.main()
-    assert not end.value.code
+    assert end is None or not end.value.code
     return capsys.readouterr().out.rstrip().splitlines()
 
 

@@ -258,7 +258,7 @@ def test_damage_to_a_prepared_folder_is_reported(mixed, tmp_path):
             open_images(copy)
 
 
-def test_real_flowers_prepared_are_read_fast(shared, tmp_path):
+def test_real_flowers_prepared_are_those_of_the_zip(shared, tmp_path):
     source = f"{shared('data/flowers128.zip')}:test"
     report = prepare_source(source, tmp_path / "out", 64, progress=False)
     assert report["images"] == 367
@@ -268,10 +268,3 @@ def test_real_flowers_prepared_are_read_fast(shared, tmp_path):
         prepared.batch(range(0, 367, 50))[0],
         open_images(source, size=64).batch(range(0, 367, 50))[0],
     )
-    prepared.batch(range(367))
-    start = time.perf_counter()
-    for _ in range(5):
-        prepared.batch(range(367))
-    assert (
-        5 * 367 / (time.perf_counter() - start) > 3000
-    )  # rows/s; tens of thousands on an idle core

@@ -94,9 +94,11 @@ def test_simple_diffusion_steps_are_even_and_end_clipped():
     assert made.abs().max() <= 1
 
 
-def test_adm_and_edm2_truncate_and_others_round():
+def test_whose_scripts_drop_the_fraction_truncates_and_others_round():
     assert {name for name, p in protocols.PROTOCOLS.items() if p.uint8_rule == "truncate"} == {
         "adm",
+        "diffit-256",
+        "diffit-512",
         "edm2",
     }
     job = SamplingJob(

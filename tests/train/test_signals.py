@@ -107,7 +107,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch, capsys, number):
 
 @pytest.mark.parametrize("number", first_of(*SIGNALS[1:]))
 def test_a_signal_during_the_start_trains_nothing(whole, tmp_path, monkeypatch, capsys, number):
-    opened, sent = setup.open_data, []
+    opened, sent = setup.open_recipe_dataset, []
 
     def open_and_send(*arguments):
         if not sent:
@@ -115,7 +115,7 @@ def test_a_signal_during_the_start_trains_nothing(whole, tmp_path, monkeypatch, 
             send(number)
         return opened(*arguments)
 
-    monkeypatch.setattr(setup, "open_data", open_and_send)
+    monkeypatch.setattr(setup, "open_recipe_dataset", open_and_send)
     stop_and_resume(whole, tmp_path / "run", small(), capsys, at=0)
 
 
@@ -124,7 +124,7 @@ def test_ctrl_c_during_the_start_leaves_at_once(tmp_path, monkeypatch):
         send(signal.SIGINT)
         raise AssertionError("not reached")
 
-    monkeypatch.setattr(setup, "open_data", open_data)
+    monkeypatch.setattr(setup, "open_recipe_dataset", open_data)
     with pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path, quiet=True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

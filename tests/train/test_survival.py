@@ -191,7 +191,7 @@ def test_a_run_stopped_by_a_killed_worker_resumes_with_fewer(whole, stopped, mon
                 worker.join()
 
     monkeypatch.setattr(loop, "update_averages", update)
-    with pytest.raises(RuntimeError, match=r"a data worker process died.*same command"):
+    with pytest.raises(ChildProcessError, match=r"a data worker process died.*same command"):
         train(small("data.workers=1"), folder, quiet=True)
     monkeypatch.undo()
     assert checkpoint.list_checkpoints(folder)[-1].name == "48"

@@ -10,7 +10,7 @@ import urllib.request
 import psutil
 import pytest
 
-from helpers.http import call, fetched, refused, values
+from helpers.studio_requests import call, fetched, refused, values
 
 REFUSED = [
     {"seeds": "0-99999999"},

@@ -97,8 +97,9 @@ def read_npz(
             try:
                 values = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
                 view, done = values.data, 0
-                while count := stream.readinto(view[done : done + CHUNK_BYTES]):
-                    done += count
+                while piece := stream.read(CHUNK_BYTES):
+                    view[done : done + len(piece)] = piece
+                    done += len(piece)
                 order = "F" if fortran_order else "C"
                 arrays[name] = values.view(dtype).reshape(shape, order=order)
             except DAMAGE as error:
