@@ -101,7 +101,7 @@ def trained(tmp_path_factory):
 def repeat_step(run):
     bundle = run / "bundles" / "0"
     names = [path.name for path in bundle.iterdir() if path.name != "manifest.json"]
-    write_manifest(bundle, names)  # whoever changes a bundle writes its hashes too
+    write_manifest(bundle, names)  # as anyone who changes a bundle can
     replay(bundle, device=torch.device("cpu"))
 
 

@@ -96,7 +96,7 @@ def description(whole):
 
 
 def sign(folder):
-    """Make the manifest of a checkpoint fit its files, as whoever changed them can."""
+    """Make the manifest of a checkpoint fit its files, as anyone who changes them can."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for name in manifest["files"]:
         data = (folder / name).read_bytes()

@@ -75,7 +75,7 @@ def _layout(source: object) -> Layout:
     if isinstance(source, FileSource | TableSource):
         return source.layout
     if isinstance(source, PreparedSource):
-        return Layout(kind="folder of mezzotint prepare", split="")  # it is told by the name
+        return Layout(kind="folder of mezzotint prepare", split="")
     return Layout(kind="npz" if isinstance(source, NpzSource) else "built-in", split="")
 
 

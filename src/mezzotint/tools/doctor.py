@@ -323,7 +323,7 @@ def render_diagnosis(facts: dict[str, Any]) -> str:
 
 def _render_data(data: dict[str, Any]) -> list[str]:
     size, samples = data["size"], data["samples"]
-    sides = {**data["audit"], "classes": {}, "captions": 0}  # these are told by `render_data`
+    sides = {**data["audit"], "classes": {}, "captions": 0}  # `render_data` prints these
     audit = [line for line in describe_audit(sides).splitlines() if not line.startswith("!")]
     understood = render_data(data["layout"], data["audit"]["captions"], data["audit"]["images"])
     drawn = [f"samples      {samples['path']}: {samples['count']} of them"] if samples else []

@@ -207,7 +207,7 @@ def refuse_to_restart(run: Path, messages: list[str]) -> None:
     init_from = f" with --init-from {run / models[0]} for its weights" if models else ""
     raise ValueError(
         f"{reasons}. Nothing was changed. Bring its checkpoints back, use another "
-        f"--out{init_from}, or delete {run} to train anew"
+        f"--out{init_from}, or delete {run} to train from the start"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints read without running code, whoever wrote them.
+"""Checkpoints read without running their code.
 
 `torch.distributed.checkpoint` describes its files in a pickle, `.metadata`, and stores every value
 that is no tensor as a pickle too. A pickle can call any function. The description is read here with

@@ -40,7 +40,7 @@ HEADERS = {
     b"cross-origin-opener-policy": b"same-origin",
     b"cross-origin-resource-policy": b"same-origin",
 }
-WRONG_PASSWORD_SECONDS = 1.0  # between two answers to wrong passwords, whoever sends them
+WRONG_PASSWORD_SECONDS = 1.0  # between two answers to wrong passwords, of all visitors
 LONGEST_QUEUE = 16  # passwords waiting to be looked at
 LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
