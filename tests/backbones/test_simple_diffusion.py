@@ -87,7 +87,7 @@ def test_input_transforms(name, transform, patch):
 
 @pytest.mark.parametrize(
     ("transform", "patch"),
-    [("none", 2), ("dwt", 1), ("dwt", 3), ("dwt", 8), ("conv", 1), ("fft", 2)],
+    [("none", 2), ("dwt", 1), ("dwt", 3), ("dwt", 8), ("fft", 2)],
 )
 def test_transforms_that_do_not_exist(transform, patch):
     with pytest.raises(ValueError, match="choose 'none'"):
