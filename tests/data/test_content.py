@@ -1,4 +1,4 @@
-"""The content of a dataset is the same wherever it lies, and any change of it is told."""
+"""The content of a dataset is the same wherever it lies, and any change of it shows."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 def first_of(*numbers):
-    """Parameters of which `make test` tries the first."""
+    """Return parameters; `make test` tries the first alone."""
     return [numbers[0], *(pytest.param(n, marks=pytest.mark.slow) for n in numbers[1:])]
 
 
