@@ -46,7 +46,7 @@ def write_grey_images(folder: Path) -> None:
 
 def shorten(args: list[str]) -> list[str]:
     """Return the same command with fewer images and steps."""
-    if args[1] == "train" and "--dry-run" not in args:
+    if args[1] == "train":
         fields = [i for i, arg in enumerate(args) if "=" in arg and not arg.startswith("--")]
         last = fields[-1] if fields else 2  # else after the preset
         return [*args[: last + 1], *SHORT, *args[last + 1 :]]

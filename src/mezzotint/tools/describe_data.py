@@ -21,6 +21,7 @@ from mezzotint.core.files import check_replaceable, expand_user
 from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.core.text import escape_name
 from mezzotint.data.columns import shown
+from mezzotint.data.decode import decode_image
 from mezzotint.data.image_dataset import ImageDataset, split_source
 from mezzotint.data.layout import Layout
 from mezzotint.data.npz_source import NpzSource
@@ -108,8 +109,7 @@ def check_samples(path: Path, data: str) -> None:
 
 
 def _is_samples(path: Path) -> bool:
-    with Image.open(path, formats=["PNG"]) as image:
-        return image.info.get("Software") == SOFTWARE
+    return decode_image(path.read_bytes(), ("PNG",)).info.get("Software") == SOFTWARE
 
 
 def _data_folder(data: str) -> Path | None:
