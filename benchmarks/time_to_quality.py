@@ -1,0 +1,345 @@
+"""Distance to real images over core-minutes of training: every family, and two public peers.
+
+    OMP_NUM_THREADS=1 python benchmarks/time_to_quality.py eurosat --source eurosat64.zip \\
+        --inception inception_2015_to_mixed7a.safetensors --minutes 10 30
+
+Each entrant trains on the same images with one thread. Its clock is the processor time of its
+training process; it is stopped at each of `--minutes` and judged there. Judged is one set of
+samples by the same sampler, steps, seeds and number, against the same statistics:
+
+- ours: each family's tiny preset with its recipe, at the size of the data;
+- diffusers: UNet2DModel as examples/unconditional_image_generation/train_unconditional.py builds
+  and trains it by default, with the average of the weights that it keeps under --use_ema;
+- lucidrains: Unet(64, (1, 2, 4, 8)) and Trainer of denoising-diffusion-pytorch as its README says,
+  where that package can be imported.
+
+The same command resumes, and more minutes or entrants may be added. Rows are kept in
+OUT.json; OUT.png is distance over core-minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RESULTS, facts, one_thread
+from mezzotint import config
+from mezzotint.backbones import get_backbone
+from mezzotint.backbones.flops import GIGA, count_macs
+from mezzotint.core.registry import Spec
+from mezzotint.data.image_dataset import ImageDataset, open_images
+from mezzotint.evaluate.evaluate import MetricSettings, evaluate
+from mezzotint.evaluate.features import FeatureSet, open_features
+from mezzotint.evaluate.image_source import ImageSource, from_dataset, from_job
+from mezzotint.evaluate.references import Reference, make_reference, read_reference
+from mezzotint.models import create_model, load_model
+from mezzotint.process.denoiser import Model
+from mezzotint.recipes import recipe_for
+from mezzotint.sampling.job import make_job
+from mezzotint.train.loop import train
+from mezzotint.train.validate import eps_mse_by_level
+
+FAMILIES = ("unet-tiny", "uvit-tiny", "sid2-tiny", "diffit-tiny", "dimr-tiny")
+FIRST_IMAGES = 512  # of a new run, to learn its speed
+PIECE_SECONDS = 120.0  # what a kill may cost
+MIN_PIECE = 0.02  # a clock this near to the minutes asked has reached them
+
+
+@dataclass(frozen=True)
+class Data:
+    """One data set: its splits as sources of the library, and the size of its images."""
+
+    train: str
+    held_out: str
+    size: int
+
+
+def open_data(name: str, source: str) -> Data:
+    """Return the splits of a data set by name."""
+    size = {"eurosat": 64, "flowers": 64, "cifar10": 32}[name]
+    return Data(f"{source}:train", f"{source}:test", size)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What judges every entrant: real images and their features, sampler, number of samples."""
+
+    data: Data
+    folder: Path
+    inception: Path | None
+    num_samples: int
+    steps: int
+    real: int
+
+    def features(self) -> list[FeatureSet]:
+        """Open the feature sets: objects first, then the deepest tap of the Inception at hand."""
+        names = ["efficientnet-lite0", *(["inception-768"] if self.inception else [])]
+        return open_features(names, self.inception)
+
+    def images(self, source: str) -> ImageDataset:
+        """Open one split at the size of the data."""
+        return open_images(source, size=self.data.size, channels=3)
+
+    def reference(self, sets: list[FeatureSet]) -> Reference:
+        """Return the statistics and features of `real` training images, made once."""
+        path = self.folder / f"train-{self.real}-{len(sets)}.npz"
+        if not path.exists():
+            images = self.images(self.data.train)
+            real = min(self.real, len(images))
+            make_reference(from_dataset(images, "training images", real), path, sets, keep=real)
+        return read_reference(path)
+
+    def distances(self, source: ImageSource) -> dict[str, float]:
+        """Return every metric of one set of images."""
+        sets = self.features()
+        settings = MetricSettings(subset_size=min(1000, source.num_images // 2))
+        result = evaluate(source, self.reference(sets), sets, settings)
+        return {number.metric: number.value for number in result.numbers}
+
+    def held_out(self) -> dict[str, float]:
+        """Return the metrics of held-out real images, as many as there are samples."""
+        images = self.images(self.data.held_out)
+        return self.distances(from_dataset(images, "held-out images", self.num_samples))
+
+    def judge(self, model: Model, source: ImageSource) -> dict[str, Any]:
+        """Return the metrics of samples, and the error of the noise by log-SNR."""
+        errors = eps_mse_by_level(model, self.images(self.data.held_out), count=256)
+        return {
+            "distances": self.distances(source),
+            "eps_mse": {f"{level:g}": error for level, error in errors.items()},
+        }
+
+
+class Entrant:
+    """A training that can be run for a number of images more, and judged."""
+
+    name: str
+    folder: Path
+
+    def advance(self, images: int) -> None:
+        """Train until `images` have been seen, and save."""
+        raise NotImplementedError
+
+    def judge(self, judge: Judge) -> dict[str, Any]:
+        """Return the metrics of the averaged weights, parameters and GMAC per image."""
+        raise NotImplementedError
+
+    def samples(self, judge: Judge, count: int) -> torch.Tensor:
+        """Return `count` samples of the first seeds, float in [0, 1]."""
+        raise NotImplementedError
+
+
+class Ours(Entrant):
+    """A preset of the library with its recipe, fields of which may be changed."""
+
+    batch = 32
+
+    def __init__(
+        self, preset: str, data: Data, root: Path, changes: tuple[str, ...] = (), name: str = ""
+    ):
+        self.name, self.data = name or preset, data
+        self.folder = root / self.name
+        classes = open_images(data.train, size=data.size, channels=3).num_classes
+        fields = [f"model.size={data.size}", f"model.num_classes={classes}", "model.channels=3"]
+        fields += [f"data.source={data.train!r}", f"batch={self.batch}", "log_every_images=1024"]
+        # Checkpoints only at the end of a piece, and no grids: both would cost time of its clock.
+        fields += ["save.every_images=0", "samples.every_images=0", *changes]
+        self.recipe = config.override(recipe_for(preset), fields)
+
+    def advance(self, images: int) -> None:
+        """Train until `images` have been seen, and save."""
+        batch = self.recipe.batch
+        train(replace(self.recipe, images=images // batch * batch), self.folder, quiet=True)
+
+    def source(self, judge: Judge, count: int) -> ImageSource:
+        """Return samples by DPM-Solver++ 2M, even in log-SNR from -9 to 9, x clipped."""
+        levels = Spec("even_logsnr", {"logsnr_min": -9.0, "logsnr_max": 9.0})
+        changes = {
+            "sampler": Spec("dpmpp_2m"),
+            "discretization": levels,
+            "steps": judge.steps,
+            "clip": Spec("static"),
+            "batch": 50,
+        }
+        return from_job(make_job(self.folder, changes), count)
+
+    def judge(self, judge: Judge) -> dict[str, Any]:
+        """Return the metrics of the averaged weights, parameters and GMAC per image."""
+        model = load_model(self.folder / "model").eval()
+        with torch.device("meta"):
+            empty = get_backbone(create_model(self.recipe.preset, **self.recipe.model))
+            macs = count_macs(empty).computed / GIGA
+        return {
+            "params": sum(p.numel() for p in model.parameters()),
+            "gmac_per_image": macs,
+            **judge.judge(model, self.source(judge, judge.num_samples)),
+        }
+
+    def samples(self, judge: Judge, count: int) -> torch.Tensor:
+        """Return `count` samples of the first seeds, float in [0, 1]."""
+        return torch.cat(list(self.source(judge, count).batches(0, count)))
+
+
+def read_clock(folder: Path) -> tuple[int, float]:
+    """Return images seen and seconds of training; zeros for a new run."""
+    path = folder / "clock.json"
+    if not path.exists():
+        return 0, 0.0
+    clock = json.loads(path.read_text())
+    return clock["images"], clock["seconds"]
+
+
+def train_for(entrant: Entrant, seconds: float, rounding: int) -> tuple[int, float]:
+    """Train until the clock shows `seconds` of processor time; return images and seconds.
+
+    In pieces that end with a checkpoint, so that a kill costs the time since the last one and the
+    clock never counts less than was trained.
+    """
+    images, spent = read_clock(entrant.folder)
+    while spent < seconds * (1 - MIN_PIECE):
+        rest = min(PIECE_SECONDS, seconds - spent)
+        more = int(images / spent * rest) if images else FIRST_IMAGES
+        target = images + max(rounding, more // rounding * rounding)
+        started = time.process_time()
+        entrant.advance(target)
+        images, spent = target, spent + time.process_time() - started
+        temporary = entrant.folder / "clock.json.tmp"
+        temporary.write_text(json.dumps({"images": images, "seconds": spent}))
+        os.replace(temporary, entrant.folder / "clock.json")
+    return images, spent
+
+
+def open_entrants(names: list[str], data: Data, root: Path) -> list[Entrant]:
+    """Return the entrants by name."""
+    from public_trainers import Diffusers, Lucidrains
+
+    peers: dict[str, Callable[[Data, Path], Entrant]] = {
+        Diffusers.name: Diffusers,
+        Lucidrains.name: Lucidrains,
+    }
+    return [peers[n](data, root) if n in peers else Ours(n, data, root) for n in names]
+
+
+def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: float) -> float | None:
+    """Return the core-minutes after which a distance is at most `value`, None if never.
+
+    Between two judgements the logarithms of distance and minutes are joined by a line.
+    """
+    import math
+
+    mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
+    last: dict[str, Any] | None = None
+    for row in mine:
+        distance = row["distances"][metric]
+        if distance <= value:
+            if last is None:
+                return row["minutes"]
+            before = last["distances"][metric]
+            share = math.log(before / value) / math.log(before / distance)
+            return last["minutes"] * (row["minutes"] / last["minutes"]) ** share
+        last = row
+    return None
+
+
+def table(rows: list[dict[str, Any]], metric: str) -> str:
+    """Return core-minutes to each distance, and every judgement, as Markdown."""
+    entrants = list(dict.fromkeys(r["entrant"] for r in rows))
+    values = sorted({float(f"{r['distances'][metric]:.2g}") for r in rows}, reverse=True)
+    lines = [
+        f"| {metric} | " + " | ".join(entrants) + " |",
+        "| ---: |" + " ---: |" * len(entrants),
+    ]
+    for value in values:
+        times = [minutes_to(rows, e, metric, value) for e in entrants]
+        cells = ["–" if t is None else f"{t:.0f}" for t in times]
+        lines.append(f"| {value:g} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], held_out: dict[str, float], metric: str, path: Path) -> None:
+    """Draw distance over core-minutes, one line an entrant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6.5, 4))
+    for entrant in dict.fromkeys(r["entrant"] for r in rows):
+        mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
+        axis.plot(
+            [r["minutes"] for r in mine],
+            [r["distances"][metric] for r in mine],
+            marker="o",
+            label=entrant,
+        )
+    axis.axhline(held_out[metric], color="grey", linestyle=":", label="held-out real images")
+    axis.set(xscale="log", yscale="log", xlabel="core-minutes of training", ylabel=metric)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", choices=("eurosat", "cifar10", "flowers"))
+    parser.add_argument("--source", required=True, help="of the data, without its split")
+    parser.add_argument("--entrants", nargs="+", default=[*FAMILIES, "diffusers", "lucidrains"])
+    parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30, 60, 120])
+    parser.add_argument("--inception", type=Path, help="weights, for its deepest tap too")
+    parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--real", type=int, default=2000, help="training images of the reference")
+    parser.add_argument("--runs", type=Path, default=Path("runs/time-to-quality"))
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    one_thread()
+    data = open_data(args.data, args.source)
+    root = args.runs / args.data
+    root.mkdir(parents=True, exist_ok=True)
+    judge = Judge(data, root, args.inception, args.samples, args.steps, args.real)
+    out = args.out or RESULTS / f"time-to-quality-{args.data}"
+    path = out.with_suffix(".json")
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    rows: list[dict[str, Any]] = done.get("rows", [])
+    held_out: dict[str, float] = done.get("held_out") or judge.held_out()
+    for minutes in sorted(args.minutes):
+        for entrant in open_entrants(args.entrants, data, root):
+            if any(r["entrant"] == entrant.name and r["asked_minutes"] == minutes for r in rows):
+                continue
+            images, seconds = train_for(entrant, 60 * minutes, entrant.batch)
+            row = {"entrant": entrant.name, "asked_minutes": minutes, "minutes": seconds / 60}
+            row |= {"images": images, **facts("cpu"), **entrant.judge(judge)}
+            rows.append(row)
+            content = {
+                "data": f"{Path(args.source).name}, {data.size} px",
+                "samples": args.samples,
+                "sampler": f"dpmpp_2m, {args.steps} steps even in log-SNR -9 ... 9, x clipped",
+                "reference": f"{args.real} training images",
+                "clock": "processor time of the training process, one thread",
+                "held_out": held_out,
+                "rows": rows,
+            }
+            path.write_text(json.dumps(content, indent=1) + "\n")
+            print(entrant.name, f"{seconds / 60:.1f} min", images, row["distances"], flush=True)
+    metric = "FD-EfficientNet-Lite0"
+    plot(rows, held_out, metric, out.with_suffix(".png"))
+    print(table(rows, metric))
+
+
+if __name__ == "__main__":
+    main()
