@@ -43,7 +43,7 @@ def reference(
         out: File to write.
         size: Height and width to crop and resize to; without it, images are taken as stored.
         channels: 3, or 1 for grey.
-        features: Feature sets: inception-2048 (FID), inception-768, dinov2, digits, ...
+        features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
     """
     from mezzotint.core.files import check_replaceable
@@ -87,7 +87,7 @@ def evaluate(
         source: Run or model folder, hub name, folder or .zip of images, prepared dataset, or .npz.
         reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
-        features: Feature sets: inception-2048 (FID), inception-768, dinov2, digits, ...
+        features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
         num_images: Samples of a model; 50,000 by default.
