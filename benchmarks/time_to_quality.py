@@ -197,17 +197,23 @@ def read_clock(folder: Path) -> tuple[int, float]:
     return clock["images"], clock["seconds"]
 
 
-def train_for(entrant: Entrant, seconds: float, rounding: int) -> tuple[int, float]:
+def train_for(
+    entrant: Entrant, seconds: float, rounding: int, most_images: int | None = None
+) -> tuple[int, float]:
     """Train until the clock shows `seconds` of processor time; return images and seconds.
 
-    In pieces that end with a checkpoint, so that a kill costs the time since the last one and the
-    clock never counts less than was trained.
+    Or until `most_images` have been seen.
+
+    It trains in pieces that end with a checkpoint, so that a kill costs the time since the last one
+    and the clock never counts less than was trained.
     """
     images, spent = read_clock(entrant.folder)
-    while spent < seconds * (1 - MIN_PIECE):
+    while spent < seconds * (1 - MIN_PIECE) and images != most_images:
         rest = min(PIECE_SECONDS, seconds - spent)
         more = int(images / spent * rest) if images else FIRST_IMAGES
         target = images + max(rounding, more // rounding * rounding)
+        if most_images is not None:
+            target = min(target, most_images)
         started = time.process_time()
         entrant.advance(target)
         images, spent = target, spent + time.process_time() - started

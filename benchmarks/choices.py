@@ -1,0 +1,147 @@
+"""What each choice of a small recipe buys: one change at a time, at equal minutes and equal GMAC.
+
+    OMP_NUM_THREADS=1 python benchmarks/choices.py --source eurosat64.zip --minutes 3 --gmac 300
+
+Trains every row of CHOICES on EuroSAT at 64 px and measures the error of the predicted noise on
+held-out images by log-SNR: after `--minutes` of processor time of one thread, and after `--gmac`
+(multiply-accumulates of forward passes, in 1e9). `--distances` also draws samples and measures
+their distance to real images, which takes minutes a row. The same command resumes; rows are kept in
+OUT.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import RESULTS, facts, one_thread
+from mezzotint.backbones import get_backbone
+from mezzotint.backbones.flops import GIGA, count_macs
+from mezzotint.models import create_model, load_model
+from mezzotint.train.validate import LEVELS, eps_mse_by_level
+from time_to_quality import Judge, Ours, open_data, read_clock, train_for
+
+CONV = ("model.transform=conv", "model.patch=2", "model.width=32")
+WAVELET = ("model.transform=dwt", "model.patch=2", "model.width=32")
+SIGMOID = (
+    "objective.name=sigmoid",
+    "objective.options.bias=0",
+    "time.loss_measure=logsnr",
+)
+EDM = ("model.prediction=edm", "schedule.name=lognormal", "objective.name=regression")
+
+# preset: {name of the row: fields that differ from the preset's recipe}
+CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
+    "unet-tiny": {
+        "batch 32": ("batch=32",),
+        "batch 16": ("batch=16",),
+        "batch 8": ("batch=8",),
+        "patch of 2, convolution": ("batch=16", *CONV),
+        "patch of 2, wavelet": ("batch=16", *WAVELET),
+        "EDM": ("batch=16", *EDM),
+        "sigmoid weight": ("batch=16", *SIGMOID),
+        "twice the rate": ("batch=16", "optim.lr=4e-3"),
+    },
+}
+
+
+def measure_errors(entrant: Ours, judge: Judge, count: int) -> dict[str, Any]:
+    """Return the held-out error of the averaged weights by log-SNR, and the work so far."""
+    model = load_model(entrant.folder / "model").eval()
+    with torch.device("meta"):
+        network = get_backbone(create_model(entrant.recipe.preset, **entrant.recipe.model))
+        gmac = count_macs(network).computed / GIGA
+    images, seconds = read_clock(entrant.folder)
+    errors = eps_mse_by_level(model, judge.images(judge.data.held_out), count=count)
+    return {
+        "images": images,
+        "minutes": seconds / 60,
+        "gmac": images * gmac,
+        "gmac_per_image": gmac,
+        "params": sum(p.numel() for p in model.parameters()),
+        "eps_mse": {f"{level:g}": error for level, error in errors.items()},
+    }
+
+
+def run_choice(entrant: Ours, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
+    """Train one row and return its measurements at equal GMAC and at equal minutes."""
+    batch = entrant.recipe.batch
+    with torch.device("meta"):
+        network = get_backbone(create_model(entrant.recipe.preset, **entrant.recipe.model))
+        gmac = count_macs(network).computed / GIGA
+    row: dict[str, Any] = {}
+    images, seconds = read_clock(entrant.folder)
+    equal_work = int(args.gmac / gmac) // batch * batch
+    if images <= equal_work:
+        train_for(entrant, float("inf"), batch, most_images=equal_work)
+        row["equal_gmac"] = measure_errors(entrant, judge, args.count)
+    images, seconds = read_clock(entrant.folder)
+    if seconds <= 60 * args.minutes:
+        train_for(entrant, 60 * args.minutes, batch)
+    row["equal_minutes"] = measure_errors(entrant, judge, args.count)
+    if args.distances:
+        source = entrant.source(judge, judge.num_samples)
+        row["equal_minutes"]["distances"] = judge.distances(source)
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown: the geometric mean of the errors, and each level's."""
+    heads = ["preset", "change", "GMAC/image", "images/s", "mean at equal GMAC", "mean"]
+    heads += [f"{level:g}" for level in LEVELS]
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * 2 + "| ---: " * (len(heads) - 2) + "|"]
+    for row in rows:
+        last = row["equal_minutes"]
+        speed = last["images"] / last["minutes"] / 60
+        work = geometric_mean(row["equal_gmac"]["eps_mse"]) if "equal_gmac" in row else None
+        cells = [row["preset"], row["change"], f"{last['gmac_per_image']:.3f}", f"{speed:.1f}"]
+        cells += ["–" if work is None else f"{work:.4f}", f"{geometric_mean(last['eps_mse']):.4f}"]
+        cells += [f"{error:.2g}" for error in last["eps_mse"].values()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def geometric_mean(errors: dict[str, float]) -> float:
+    """Return the geometric mean, which weighs a factor alike at every level."""
+    return float(torch.tensor(list(errors.values()), dtype=torch.float64).log().mean().exp())
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", required=True, help="EuroSAT, without its split")
+    parser.add_argument("--presets", nargs="+", default=list(CHOICES))
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--gmac", type=float, default=300.0)
+    parser.add_argument("--count", type=int, default=192, help="held-out images")
+    parser.add_argument("--distances", action="store_true")
+    parser.add_argument("--runs", type=Path, default=Path("runs/choices"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "choices-eurosat.json")
+    args = parser.parse_args()
+    one_thread()
+    data = open_data("eurosat", args.source)
+    args.runs.mkdir(parents=True, exist_ok=True)
+    judge = Judge(data, args.runs, None, 250, 14, 2000)
+    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+    for preset in args.presets:
+        for change, fields in CHOICES[preset].items():
+            if any((r["preset"], r["change"]) == (preset, change) for r in rows):
+                continue
+            name = f"{preset} {change}".replace(" ", "-").replace(",", "")
+            entrant = Ours(preset, data, args.runs, fields, name)
+            row = {"preset": preset, "change": change, "fields": list(fields)}
+            rows.append(row | facts("cpu") | run_choice(entrant, judge, args))
+            content = {"minutes": args.minutes, "gmac": args.gmac, "held_out_images": args.count}
+            args.out.write_text(json.dumps({**content, "rows": rows}, indent=1) + "\n")
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
