@@ -1,6 +1,7 @@
 """Write the tables of README.md, docs/ and benchmarks/targets.md: `python docs/make_tables.py`.
 
-The numbers come from the library's own counts and from benchmarks/results.
+And `src/mezzotint/tools/time_to_quality.json`, by which `mezzotint train auto` chooses. The numbers
+come from the library's own counts and from benchmarks/results.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mezzotint.tools import summary
+from mezzotint.tools import budget, summary
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -306,6 +307,29 @@ def distances() -> str:
     return f"{first}\n\n{text}\n\n{second}"
 
 
+def time_to_quality() -> dict[str, Any]:
+    """Return what `mezzotint train auto` chooses by: every measured run with a distance."""
+    rows = []
+    for name, data in zip(QUALITY, ("EuroSAT", "CIFAR-10 (JPEG copy)"), strict=True):
+        result = read_result(name)
+        for row in result["rows"]:
+            if "distances" in row:
+                distances = row["distances"]
+                rows.append(
+                    {
+                        "preset": row["preset"],
+                        "data": data,
+                        "size": result["size"],
+                        "images": row["images"],
+                        "core_minutes": row.get("core_minutes"),
+                        "distance": distances[DISTANCES[0]],
+                        "held_out": distances[f"{DISTANCES[0]} of held-out images"],
+                    }
+                )
+    source = " and ".join(f"benchmarks/results/{name}" for name in QUALITY)
+    return {"source": source, "metric": DISTANCES[0], "rows": rows}
+
+
 def replace_between(text: str, name: str, table: str) -> str:
     """Return `text` with `table` between the two comments of `name`."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -335,6 +359,7 @@ def main() -> None:
                 content = f"Not measured yet: benchmarks/results/{missing} is absent."
             text = replace_between(text, table.__name__.replace("_", " "), content)
         page.write_text(text, encoding="utf-8")
+    budget.TABLE.write_text(json.dumps(time_to_quality(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

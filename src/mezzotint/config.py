@@ -20,6 +20,7 @@ from mezzotint.core.registry import Spec, suggest
 MOST_BYTES = 1_000_000  # of a recipe's file
 
 # Ranges that several fields share. They end where a value is a slip of the pen or cannot work.
+Hours = Annotated[float, Range(0, 10_000, "about a year", above=True)]
 Interval = Annotated[int, Range(0, MOST_IMAGES, "images")]
 Positive = Annotated[int, Range(1, MOST_IMAGES, "images")]
 Batch = Annotated[int, Range(1, 1_000_000, "images at a time")]
@@ -253,6 +254,7 @@ class Recipe(Checked):
     label_drop: probability of the null label or empty text in training, for guidance.
     log_every_images: between log lines.
     trackers: get every log line besides log.jsonl; their packages must be installed.
+    hours: the budget by which `train --hours` chose the length and more; kept as a record.
     """
 
     preset: str
@@ -274,6 +276,7 @@ class Recipe(Checked):
     engine: Engine = field(default_factory=Engine)
     nonfinite: NonFinite = field(default_factory=NonFinite)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    hours: Hours | None = None
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -348,11 +351,15 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
     Errors: ValueError for an unknown field, listing near names, or a value of the wrong type.
     """
-    values = to_dict(recipe)
+    values, assignments = to_dict(recipe), list(assignments)
+    if not assignments:
+        return recipe
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r} is not of the form key=value, e.g. optim.lr=3e-4")
+        if path == "hours":
+            raise ValueError(f"{assignment}: a budget is an option of train: --hours {text}")
         keys = path.split(".")
         # Walk down to the dictionary that holds the last key.
         node = values

@@ -23,6 +23,11 @@ NumImages = Annotated[
 ]
 Images = Annotated[int | None, NUMBER, Range(1, MOST_IMAGES, "images")]
 Steps = Annotated[int | None, NUMBER, Range(1, 10_000)]
+Hours = Annotated[
+    float | None,
+    arg(metavar="H", help_behavior_hint=""),
+    Range(0, 10_000, "about a year", above=True),
+]
 Side = Range(1, 16_384, "pixels")
 Size = Annotated[int | None, NUMBER, Side]
 Channels = Annotated[Literal[1, 3], arg(help_behavior_hint="")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from tyro.conf import Positional, arg
 from mezzotint.cli.arguments import (
     NUMBER,
     Data,
+    Hours,
     Images,
     OptionalFile,
     Out,
@@ -20,6 +20,7 @@ from mezzotint.cli.arguments import (
     Switch,
 )
 from mezzotint.cli.outputs import check_outside_run
+from mezzotint.cli.recipe import choose_for_hours, choose_recipe
 from mezzotint.core.console import echo
 from mezzotint.core.fields import MOST_IMAGES, Range
 
@@ -55,6 +56,7 @@ def train(
     *,
     data: Data = "",
     out: Out = None,
+    hours: Hours = None,
     recipe: OptionalFile = None,
     init_from: Annotated[str | None, arg(metavar="MODEL", help_behavior_hint="")] = None,
     dry_run: Switch = False,
@@ -63,10 +65,12 @@ def train(
     """Train a preset on your images. Run the same command again to resume.
 
     Args:
-        preset: Network and recipe, e.g. unet-tiny or uvit-256 (`mezzotint info` lists them).
+        preset: Network and recipe, e.g. unet-tiny (`mezzotint info` lists them), or auto, which
+            chooses them for --hours, your images and this machine.
         overrides: Fields of the recipe, e.g. images=2e6 batch=64 optim.lr=3e-4 model.size=64.
         data: Folder, zip, prepared dataset, parquet, hub name, or built-in "digits" or "shapes:64".
         out: Run folder; runs/PRESET by default.
+        hours: Choose the length for so many hours here, by timing a step; the rate ends at zero.
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model folder; size and classes may differ.
         dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.
@@ -80,8 +84,14 @@ def train(
     from mezzotint.train.dataset import data_notes, describe_data
 
     # First, so that a rank whose command is wrong ends the others, which would wait for it.
-    with distributed.process_group():
-        chosen = distributed.all_ranks(lambda: choose_recipe(preset, overrides, data, recipe))
+    with distributed.process_group() as world:
+        out = out or Path("runs") / preset
+        if hours is None:
+            chosen = distributed.all_ranks(lambda: choose_recipe(preset, overrides, data, recipe))
+        else:
+            chosen = choose_for_hours(
+                hours, preset, overrides, data=data, file=recipe, out=out, world=world
+            )
         if dry_run:
             echo(config.to_yaml(chosen))
             echo(describe_changes(chosen))
@@ -90,7 +100,6 @@ def train(
             from mezzotint.convert.adapt import initialise_from
 
             init_weights = initialise_from(init_from)
-        out = out or Path("runs") / preset
         evaluator = distributed.all_ranks(lambda: make_evaluator(chosen))
         if dry_run:
             start = loop.check(chosen, out, init_weights, evaluator, accept_changed_data)
@@ -108,21 +117,6 @@ def train(
         )
     echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
     echo(f"next: mezzotint sample {folder} -n 16 --out samples.png")
-
-
-def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path | None) -> Recipe:
-    """Return the preset's recipe, or that of a file, with the data and overrides of a command."""
-    from mezzotint import config
-    from mezzotint.recipes import recipe_for
-
-    chosen = config.from_yaml(file) if file else recipe_for(preset)
-    if chosen.preset != preset:
-        raise ValueError(
-            f"{file} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
-        )
-    if data:
-        chosen = replace(chosen, data=replace(chosen.data, source=data))
-    return config.override(chosen, overrides)
 
 
 def print_plan(recipe: Recipe) -> None:

@@ -131,7 +131,8 @@ class BucketedDataset(PixelDataset):
     def _target_size(self, i: int) -> tuple[int, int]:
         return self.shapes[self.bucket[i]]
 
-    def _stored_size(self, i: int) -> tuple[int, ...]:
+    def stored_size(self, i: int) -> tuple[int, ...]:
+        """Return height and width of image i, turned as it is read; () if it is unreadable."""
         size = self._sizes[i]
         if size is None:
             return ()

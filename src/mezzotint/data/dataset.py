@@ -255,7 +255,7 @@ class PixelDataset:
         Of a large dataset, evenly spaced images are looked at.
         """
         looked = np.linspace(0, len(self) - 1, min(len(self), ENLARGED_SAMPLE)).astype(int).tolist()
-        sizes = [(self._stored_size(i), self._target_size(i)) for i in looked]
+        sizes = [(self.stored_size(i), self._target_size(i)) for i in looked]
         small = [pair for pair in sizes if pair[0] and any(map(operator.lt, *pair))]
         if not small:
             return None
@@ -270,7 +270,7 @@ class PixelDataset:
         """Return height and width of image i in the dataset."""
         raise NotImplementedError
 
-    def _stored_size(self, i: int) -> tuple[int, ...]:
+    def stored_size(self, i: int) -> tuple[int, ...]:
         """Return height and width of image i as stored; () if it is unreadable."""
         try:
             stored = self.source.read(i)

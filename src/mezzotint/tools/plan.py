@@ -8,6 +8,7 @@ by real steps where the network is small enough.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from mezzotint.process.denoiser import Model
 from mezzotint.tools.accelerators import GIB, get_accelerator
 from mezzotint.tools.benchmark import (
     BenchmarkSettings,
+    Work,
     make_benchmark_model,
     make_training_step,
     measure_matmul_flops,
@@ -47,7 +49,7 @@ FLOAT = 4  # bytes of a float32: weights, gradients, averages and the optimiser'
 # norms and slow links stay below 0.35.
 EFFICIENCY = 0.35
 # On a CPU: the side of the measured matrices; the fewest images of a timed step, and the seconds
-# that they may take as estimated; the seconds of a step that is long enough to be timed.
+# that they may take; the seconds of a step that is long enough to be timed.
 CPU_MATRIX_SIDE = 768
 TIMED_IMAGES, MOST_SECONDS, STEP_SECONDS = 8, 2.0, 0.3
 # Part of the memory kept free for the CUDA context (about half a GiB), kernels' workspaces and
@@ -99,7 +101,7 @@ def plan(
     """
     chip = get_accelerator(device)
     _check_plan(recipe, gpus, efficiency)
-    precision = _resolve_precision(recipe.engine, device)
+    precision = resolve_precision(recipe.engine, device)
     rank_batch = recipe.batch // gpus
     info = preset_info(recipe.preset, **recipe.model)
     with _countable(info.config.size):
@@ -152,30 +154,55 @@ def plan(
 
 
 def time_step(
-    recipe: Recipe, precision: Precision, images: int, most_images: int
+    recipe: Recipe, precision: Precision, images: int, most_images: int, device: str = "cpu"
 ) -> tuple[int, float]:
-    """Return a number of images and the seconds of one training step on them on this CPU.
+    """Return a number of images and the seconds of one training step on them on this machine.
 
-    `images` double until a step takes `STEP_SECONDS` or has `most_images`, because small networks
-    are slow on few images. By the wall clock, as training logs it.
+    `images` double until a step has `most_images`, is long enough on a CPU, or the next does not
+    fit a GPU: small networks are slow on few images. By the wall clock, as training logs it; the
+    median of three steps.
+
+    Args:
+        device: cpu or cuda.
     """
     settings = BenchmarkSettings(
         preset=recipe.preset,
         overrides=recipe.model,
         precision=precision,
+        device=device,
         checkpointing=recipe.engine.checkpointing,
         objective=recipe.objective,
     )
     model = make_benchmark_model(settings).train()
-    while True:
-        step = make_training_step(model, dataclasses.replace(settings, batch=images))
-        step()  # memory is allocated, and the optimiser's moments
-        start = time.perf_counter()
+
+    def read_seconds(step: Work) -> float:
+        start = _read_wall_clock(device)
         step()
-        seconds = time.perf_counter() - start
-        if images == most_images or seconds > STEP_SECONDS:
-            return images, seconds
+        return _read_wall_clock(device) - start
+
+    step: Work | None = None
+    while True:
+        try:
+            larger = make_training_step(model, dataclasses.replace(settings, batch=images))
+            larger()  # memory is allocated, and the optimiser's moments
+            seconds = read_seconds(larger)
+        except torch.OutOfMemoryError:
+            if step is None:
+                raise
+            images //= 2
+            break
+        step = larger
+        enough = seconds > (STEP_SECONDS if images >= TIMED_IMAGES else MOST_SECONDS)
+        if images == most_images or (device == "cpu" and enough):
+            break
         images = min(2 * images, most_images)
+    return images, statistics.median(read_seconds(step) for _ in range(3))
+
+
+def _read_wall_clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _check_plan(recipe: Recipe, gpus: int, efficiency: float | None) -> None:
@@ -204,7 +231,7 @@ def _layouts(engine: Engine, gpus: int, compare: bool) -> list[tuple[str, Checkp
     return [(s, checkpointing) for s in strategies for checkpointing in get_args(Checkpointing)]
 
 
-def _resolve_precision(engine: Engine, device: str) -> Precision:
+def resolve_precision(engine: Engine, device: str) -> Precision:
     """Replace "auto" by bf16, but by float32 on a CPU where bf16 is slow."""
     if engine.precision != "auto":
         return engine.precision

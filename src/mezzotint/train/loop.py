@@ -137,12 +137,17 @@ def check(
 
 def check_extras(recipe: Recipe, evaluator: Evaluator | None) -> None:
     """Raise ValueError for missing data or trackers, or an evaluator too few or too many."""
+    check_data_given(recipe)
+    trackers.check_installed(recipe.trackers)
+    evaluation.check_evaluator(recipe, evaluator)
+
+
+def check_data_given(recipe: Recipe) -> None:
+    """Raise ValueError for a recipe without data."""
     if not recipe.data.source:
         raise ValueError(
             "no data given; add --data FOLDER, a zip, a hub name, or the built-in --data digits"
         )
-    trackers.check_installed(recipe.trackers)
-    evaluation.check_evaluator(recipe, evaluator)
 
 
 def loop(

@@ -1,0 +1,121 @@
+"""The recipe of a `train` command: that of a preset or file, or one chosen for a time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mezzotint.core.console import echo
+
+if TYPE_CHECKING:
+    from mezzotint.config import Recipe
+    from mezzotint.core.distributed import World
+
+AUTO = "auto"  # instead of a preset: choose it
+
+
+def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path | None) -> Recipe:
+    """Return the preset's recipe, or that of a file, with the data and overrides of a command."""
+    from mezzotint import config
+    from mezzotint.recipes import recipe_for
+
+    if preset == AUTO:
+        raise ValueError("auto chooses a network for a time: add --hours H, e.g. --hours 8")
+    chosen = config.from_yaml(file) if file else recipe_for(preset)
+    if chosen.preset != preset:
+        raise ValueError(
+            f"{file} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
+        )
+    return with_changes(chosen, data, overrides)
+
+
+def with_changes(recipe: Recipe, data: str, overrides: tuple[str, ...]) -> Recipe:
+    """Return a recipe with the data and overrides of a command."""
+    from mezzotint import config
+
+    if data:
+        recipe = replace(recipe, data=replace(recipe.data, source=data))
+    return config.override(recipe, overrides)
+
+
+def choose_for_hours(
+    hours: float,
+    preset: str,
+    overrides: tuple[str, ...],
+    *,
+    data: str,
+    file: Path | None,
+    out: Path,
+    world: World,
+) -> Recipe:
+    """Return the recipe for a time, of a run that has begun its own; all ranks call it together.
+
+    Rank 0 chooses and prints the reasons.
+    """
+    from mezzotint.core.distributed import on_rank0
+
+    def choose() -> Recipe:
+        if length := [a for a in overrides if a.startswith("images=")]:
+            raise ValueError(f"--hours {hours:g} and {length[0]} both set the length; give one")
+        if preset == AUTO and file:
+            raise ValueError(f"auto chooses the recipe; leave --recipe {file} out")
+        kept = recall_choice(hours, preset, out)
+        return kept or choose_anew(hours, preset, overrides, data, file, out, world)
+
+    # Each rank's own data and fields, which are compared when training starts.
+    return with_changes(on_rank0(choose, world), data, overrides)
+
+
+def recall_choice(hours: float, preset: str, folder: Path) -> Recipe | None:
+    """Return the recipe of a run that has begun with these hours; None where none has begun.
+
+    Errors: ValueError for a run of other hours or of another preset.
+    """
+    from mezzotint import config
+    from mezzotint.train.run_folder import RECIPE, has_started
+
+    if not ((folder / RECIPE).is_file() and has_started(folder)):
+        return None
+    kept = config.from_yaml(folder / RECIPE)
+    if kept.hours != hours:
+        begun = "without --hours" if kept.hours is None else f"with --hours {kept.hours:g}"
+        raise ValueError(
+            f"{folder} began {begun} and goes on to its {kept.images:,} images; start it as it "
+            f"began, or give another --out for --hours {hours:g}"
+        )
+    if preset not in (AUTO, kept.preset):
+        raise ValueError(f"{folder} trains {kept.preset}, not {preset}; give another --out")
+    echo(f"{folder} goes on: {kept.preset}, {kept.images:,} images, as --hours {hours:g} chose")
+    return kept
+
+
+def choose_anew(
+    hours: float,
+    preset: str,
+    overrides: tuple[str, ...],
+    data: str,
+    file: Path | None,
+    out: Path,
+    world: World,
+) -> Recipe:
+    """Look at the data and the machine, choose, and print the reasons."""
+    from mezzotint.tools import budget, budget_facts
+    from mezzotint.train.loop import check_data_given
+    from mezzotint.train.run_folder import check_run_folder
+
+    auto = preset == AUTO
+    named = choose_recipe(budget.measured_presets()[0] if auto else preset, overrides, data, file)
+    check_data_given(named)
+    check_run_folder(out, named.data.source)
+    device = budget_facts.describe_device(named, world)
+    measure = budget_facts.make_speed_meter(world)
+    if auto:
+        asked = budget.size_of(named) if "size" in named.model else 0
+        facts = budget_facts.examine_images(named, asked)
+        choice = budget.choose_run(hours, facts, device, measure, overrides)
+    else:
+        facts = budget_facts.examine_data(named, world)
+        choice = budget.fit_run(hours, named, facts, device, measure, overrides)
+    echo(budget.render_choice(choice))
+    return choice.recipe

@@ -1,0 +1,442 @@
+"""Choose the run that makes most of some hours: network, size, batch, length and learning rate.
+
+`choose_run` and `fit_run` are functions of facts: the data, the device, and the seconds that a
+network takes for an image here; `tools.budget_facts` finds them. They return an ordinary recipe,
+and training knows nothing of hours. The family is chosen by measurements, the rows of
+`time_to_quality.json`, which `python docs/make_tables.py` writes from benchmarks/results. The
+constants below are our choice where nothing is measured, each with its reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mezzotint import config
+from mezzotint.config import Recipe, SampleGrid
+from mezzotint.models import preset_info, presets
+from mezzotint.recipes import recipe_for
+from mezzotint.tools.summary import format_count, read_summary
+
+TABLE = Path(__file__).with_name("time_to_quality.json")
+
+SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
+NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
+GROWTH = ("tiny", "small", "base")  # sizes of a family, as its presets are named
+# Fewest images seen that justify 64 pixels: half the length of a tiny preset's recipe. Four times
+# as many for four times the pixels.
+LEAST_IMAGES = 100_000
+# Fewest images seen per parameter that justify a larger network. Published runs see 2 to 17 (EDM on
+# CIFAR-10 3.6, DiT-XL 2.7), and are trained far beyond the point where a smaller one was better.
+IMAGES_PER_PARAMETER = 0.5
+# Fewest steps of a run: a twentieth of them, the warm-up, is one step.
+LEAST_STEPS = 20
+# `choose_run` halves the batch until a run has that many steps, but not below the smallest batch.
+BATCH_STEPS, SMALLEST_BATCH = 2_000, 16
+# Parts of the time: for the start, checkpoints and what a timed step leaves out; for sample grids.
+MARGIN, GRIDS = 0.1, 0.05
+MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
+LOG_SECONDS = 5  # at least, between log lines
+# Warm-up, at most, and half-life of the average, at most (EDM's, arXiv 2206.00364 table 7), as
+# parts of the run.
+WARMUP, HALF_LIFE = 0.05, 0.05
+# The fewer images, the sooner a network repeats them (arXiv 2310.02664).
+FEW_IMAGES, HUNDREDS = 5_000, 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a choice depends on in the data.
+
+    sides: shorter side of each image of a sample, in pixels; () for latents.
+    largest: of all images; None for images that are drawn, and for latents.
+    fixed_size: the only size in which the images come, if there is one.
+    """
+
+    source: str
+    count: int
+    num_classes: int
+    sides: tuple[int, ...]
+    largest: int | None
+    fixed_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """One rank's device, the precision of its passes, and the number of ranks."""
+
+    name: str
+    precision: str
+    ranks: int = 1
+
+
+class Speed(NamedTuple):
+    """Seconds per image on one rank, and images per pass where its whole share does not fit."""
+
+    seconds: float
+    microbatch: int | None = None
+
+
+MeasureSpeed = Callable[[Recipe], Speed]  # ValueError for a network that cannot be built
+
+
+class Choice(NamedTuple):
+    """A recipe, the reasons by what they are for, and what to know before the start."""
+
+    recipe: Recipe
+    reasons: dict[str, str]
+    warnings: list[str]
+
+
+@cache
+def read_table() -> dict[str, Any]:
+    """Return the measured qualities: metric, source and rows.
+
+    A row has preset, data, size in pixels, images seen, core_minutes (None if not recorded),
+    distance, and held_out, the distance of real images.
+    """
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def rows_of(preset: str, size: int) -> list[dict[str, Any]]:
+    """Return a preset's rows at the measured size nearest to `size`, by images seen."""
+    rows = [row for row in read_table()["rows"] if row["preset"] == preset]
+    near = min((row["size"] for row in rows), key=lambda s: abs(math.log(s / size)), default=0)
+    return sorted((row for row in rows if row["size"] == near), key=lambda row: row["images"])
+
+
+def expect_distance(preset: str, size: int, images: float) -> float:
+    """Return the distance after `images`: log-log between measured rows, that of the end beyond."""
+    rows = rows_of(preset, size)
+    seen, distances = ([row[key] for row in rows] for key in ("images", "distance"))
+    return float(np.exp(np.interp(np.log(images), np.log(seen), np.log(distances))))
+
+
+def is_measured(preset: str, size: int, images: float) -> bool:
+    """Return whether the rows of a preset reach `images`."""
+    return any(images <= row["images"] for row in rows_of(preset, size))
+
+
+def least_images(preset: str, size: int) -> float:
+    """Return the fewest images that justify a size and a network larger than its family's tiny."""
+    by_size = LEAST_IMAGES * (size / NETWORK_SIZE) ** 2
+    if preset.endswith(GROWTH[0]):
+        return by_size
+    return max(by_size, IMAGES_PER_PARAMETER * read_summary(preset)["params"])
+
+
+def choose_run(
+    hours: float,
+    data: DataFacts,
+    device: DeviceFacts,
+    measure: MeasureSpeed,
+    overrides: Sequence[str] = (),
+) -> Choice:
+    """Choose network, size, batch and length for a budget.
+
+    Args:
+        measure: returns the speed of a recipe's network here.
+        overrides: fields of the recipe that are fixed already, as for `config.override`.
+
+    Errors: ValueError for fewer than two images, for a size above every image, and as `fit_run`.
+    """
+    if data.count < 2:
+        raise ValueError(
+            f"{data.source} holds {data.count} image, which a model can only repeat; give some "
+            "hundreds at least"
+        )
+    recipe, reasons = _choose_network(hours, data, device, measure, overrides)
+    images = images_within(hours, measure(recipe), device)
+    batch = recipe.batch
+    while images < BATCH_STEPS * batch and batch >= 2 * SMALLEST_BATCH:
+        batch //= 2
+    batch = max(1, batch // device.ranks) * device.ranks
+    recipe = config.override(replace(recipe, batch=batch), overrides)
+    choice = fit_run(hours, recipe, data, device, measure, overrides)
+    return choice._replace(reasons={**reasons, **choice.reasons})
+
+
+def images_within(hours: float, speed: Speed, device: DeviceFacts) -> float:
+    """Return about how many images all ranks train on in a budget."""
+    return (1 - MARGIN - GRIDS) * 3600 * hours * device.ranks / speed.seconds
+
+
+def _choose_network(
+    hours: float,
+    data: DataFacts,
+    device: DeviceFacts,
+    measure: MeasureSpeed,
+    overrides: Sequence[str],
+) -> tuple[Recipe, dict[str, str]]:
+    """Choose family, network and size, in this order."""
+
+    @cache
+    def draft(preset: str, size: int) -> Recipe:
+        recipe = recipe_for(preset)
+        model = {"size": size, "num_classes": data.num_classes}
+        source = replace(recipe.data, source=data.source)
+        return config.override(replace(recipe, model=model, data=source), overrides)
+
+    @cache
+    def images(preset: str, size: int) -> float:
+        try:
+            return images_within(hours, measure(draft(preset, size)), device)
+        except ValueError:  # no network of this size
+            return 0.0
+
+    fixed = any(assignment.startswith("model.size=") for assignment in overrides)
+    first = measured_presets()[0]
+    sizes = [size_of(draft(first, NETWORK_SIZE))] if fixed else _usual_sizes(data)
+    check_size(sizes[-1], data)
+    size = max((s for s in sizes if s <= NETWORK_SIZE), default=sizes[0])
+    if not any(images(preset, size) for preset in measured_presets()):
+        measure(draft(first, size))  # raises what is wrong
+    preset, family = _choose_family(images, size)
+    preset, network = _grow_network(images, preset, size)
+    if fixed:
+        chosen, reason = size, "as asked"
+    else:
+        chosen, reason = _choose_size(images, preset, size, sizes)
+    reasons = {"network": f"{family}; {network}" if network else family}
+    return draft(preset, chosen), {**reasons, "size": f"{chosen} px, {reason}"}
+
+
+_Images = Callable[[str, int], float]  # images that a preset sees at a size; 0 without a network
+
+
+def _choose_family(images: _Images, size: int) -> tuple[str, str]:
+    """Return the tiny preset of least expected distance after the images that it sees here."""
+    expected = {
+        preset: expect_distance(preset, size, seen)
+        for preset in measured_presets()
+        if (seen := images(preset, size))
+    }
+    ranking = sorted(expected, key=lambda preset: expected[preset])
+    row = rows_of(ranking[0], size)[-1]
+    values = ", ".join(f"{preset} {expected[preset]:.2g}" for preset in ranking)
+    return ranking[0], (
+        f"{ranking[0]}, nearest to real images of those measured on {row['data']} at "
+        f"{row['size']} px ({read_table()['metric']}: {values})"
+    )
+
+
+def measured_presets() -> list[str]:
+    """Return the measured tiny presets."""
+    names = dict.fromkeys(row["preset"] for row in read_table()["rows"])
+    return [name for name in names if name in presets() and name.endswith(GROWTH[0])]
+
+
+def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
+    """Return the largest preset of the family that sees enough images, and why."""
+    reasons = []
+    for word in GROWTH[1:]:
+        larger = f"{preset.rpartition('-')[0]}-{word}"
+        if larger not in presets():
+            continue
+        seen, least = images(preset, size), least_images(larger, size)
+        if is_measured(preset, size, seen) and is_measured(larger, size, images(larger, size)):
+            distance = expect_distance(larger, size, images(larger, size))
+            better = distance < expect_distance(preset, size, seen)
+            reasons.append(f"{larger} {'is nearer' if better else 'is not nearer'} in this time")
+        else:
+            # A larger network is no faster: it is timed only where the smaller one sees enough.
+            better = seen >= least and images(larger, size) >= least
+            reasons.append(
+                f"{larger} ({format_count(read_summary(larger)['params'])} parameters) "
+                f"{'sees' if better else 'would not see'} the {least:,.0f} images that it needs"
+            )
+        if not better:
+            break
+        preset = larger
+    return preset, "; ".join(reasons)
+
+
+def _choose_size(images: _Images, preset: str, size: int, sizes: list[int]) -> tuple[int, str]:
+    """Return the largest of `sizes`, from `size` up or down, that is seen often enough, and why."""
+
+    def enough(size: int) -> bool:
+        return images(preset, size) >= least_images(preset, size)
+
+    at = sizes.index(size)
+    while at + 1 < len(sizes) and enough(sizes[at + 1]):
+        at += 1
+    while at > 0 and not enough(sizes[at]):
+        at -= 1
+    if at + 1 == len(sizes):
+        return sizes[at], "the largest usual size that half of the images reach"
+    least = least_images(preset, sizes[at + 1])
+    return sizes[at], f"because {sizes[at + 1]} px would need {least:,.0f} images seen"
+
+
+def _usual_sizes(data: DataFacts) -> list[int]:
+    """Return the usual sizes that half of the images reach, from 32 pixels on if they reach it."""
+    if data.fixed_size is not None:
+        return [data.fixed_size]
+    reached = [size for size in SIZES if size <= median(data.sides)]
+    return [size for size in reached if size >= 32] or reached[-1:] or [SIZES[0]]
+
+
+def size_of(recipe: Recipe) -> int:
+    """Return the size of a recipe's network; ValueError for a preset or field that is none."""
+    return preset_info(recipe.preset, **recipe.model).config.size
+
+
+def check_size(size: int, data: DataFacts) -> None:
+    """Raise ValueError where every image is smaller than `size`."""
+    if data.largest is not None and size > data.largest:
+        raise ValueError(
+            f"model.size={size} is above every image of {data.source}: the shorter side of the "
+            f"largest is {data.largest} pixels; set model.size to that or less"
+        )
+
+
+def fit_run(
+    hours: float,
+    recipe: Recipe,
+    data: DataFacts,
+    device: DeviceFacts,
+    measure: MeasureSpeed,
+    overrides: Sequence[str] = (),
+) -> Choice:
+    """Choose the length of a recipe for a budget, and all that follows from it.
+
+    Warm-up and average get their part of the length, and the rate decays to zero at its end.
+    Sample grids, checkpoints and log lines come at even times.
+
+    Args:
+        overrides: see `choose_run`.
+
+    Errors: ValueError for a budget that ends inside the warm-up.
+    """
+    check_size(size_of(recipe), data)
+    speed = measure(recipe)
+    seconds = speed.seconds / device.ranks
+    samples, grids = _fit_grids(recipe.samples, seconds, 3600 * hours)
+    grid_seconds = grids * samples.count * _seconds_per_sample(samples, seconds)
+    steps = int(((1 - MARGIN) * 3600 * hours - grid_seconds) / (seconds * recipe.batch))
+    if steps < LEAST_STEPS:
+        needed = LEAST_STEPS * recipe.batch * seconds / (3600 * (1 - MARGIN - GRIDS))
+        raise ValueError(
+            f"--hours {hours:g} ends inside the warm-up: it is enough for {max(steps, 0)} steps of "
+            f"batch {recipe.batch} at {1 / seconds:,.3g} images/s; give at least "
+            f"--hours {_round_up(needed)}, or take a smaller batch, network or size"
+        )
+    images = steps * recipe.batch
+
+    def every(parts: float) -> int:
+        return math.ceil(steps / max(1, parts)) * recipe.batch
+
+    optim, ema = recipe.optim, recipe.ema
+    warmup = min(optim.warmup_images, int(WARMUP * images))
+    half_life = min(ema.half_life_images, HALF_LIFE * images)
+    checkpoints = hours * CHECKPOINTS_PER_HOUR
+    fitted = replace(
+        recipe,
+        hours=hours,
+        images=images,
+        optim=replace(optim, warmup_images=warmup, decay="cosine"),
+        ema=replace(ema, half_life_images=half_life),
+        log_every_images=every(min(max(LOG_LINES, checkpoints), 3600 * hours / LOG_SECONDS)),
+        samples=replace(samples, every_images=every(grids) if grids else 0),
+        save=replace(recipe.save, every_images=every(checkpoints)),
+        engine=replace(recipe.engine, microbatch=recipe.engine.microbatch or speed.microbatch),
+    )
+    fitted = config.override(fitted, overrides)
+    if fitted.optim.warmup_images >= images:
+        raise ValueError(
+            f"--hours {hours:g} is enough for {images:,} images and ends inside the warm-up of "
+            f"optim.warmup_images={fitted.optim.warmup_images}; leave that out, or give more hours"
+        )
+    sides = f", half of them of {median(data.sides):g} px or more" if data.sides else ""
+    reasons = {
+        "data": f"{data.source}: {data.count:,} images, "
+        f"{f'{data.num_classes:,} classes' if data.num_classes else 'no labels'}{sides}",
+        "device": f"{device.name}: {1 / seconds:,.3g} images/s in {device.precision}, by a step "
+        f"timed now{f', times {device.ranks} processes' if device.ranks > 1 else ''}",
+        "length": f"{images:,} images in batches of {fitted.batch}: each image about "
+        f"{images / data.count:,.3g} times; sample grids: {grids}; the rate decays to zero",
+        "expect": describe_comparable(fitted),
+    }
+    return Choice(
+        fitted, reasons, [*_warn_of_length(fitted, seconds), *_warn_of_data(fitted, data)]
+    )
+
+
+def _seconds_per_sample(samples: SampleGrid, seconds: float) -> float:
+    """Return the seconds of a sample: a network evaluation is a third of a training step."""
+    return samples.steps * seconds / 3 * (1 if samples.guidance is None else 2)
+
+
+def _fit_grids(samples: SampleGrid, seconds: float, budget: float) -> tuple[SampleGrid, int]:
+    """Return the grid with as many samples as time allows, and the number of grids."""
+    if not (samples.count and samples.every_images):
+        return samples, 0
+    affordable = GRIDS * budget / _seconds_per_sample(samples, seconds)
+    count = max(1, min(samples.count, int(affordable)))
+    return replace(samples, count=count), max(1, min(MOST_GRIDS, int(affordable / count)))
+
+
+def _round_up(hours: float) -> str:
+    """Return hours with two significant digits, rounded up."""
+    unit = 10.0 ** (math.floor(math.log10(hours)) - 1)
+    return f"{math.ceil(hours / unit) * unit:.2g}"
+
+
+def describe_comparable(recipe: Recipe) -> str:
+    """Return a sentence about the measured run that is most like a recipe's."""
+    size, images = size_of(recipe), recipe.images
+    family, _, word = recipe.preset.rpartition("-")
+    names = [recipe.preset, f"{family}-{GROWTH[0]}"] if word in GROWTH else [recipe.preset]
+    rows = next(filter(None, (rows_of(name, size) for name in names)), None)
+    if not rows:
+        return f"no comparable run is measured for {recipe.preset}"
+    row = min(rows, key=lambda r: abs(math.log(r["images"] / images)))
+    minutes = row["core_minutes"]
+    picture = f"; picture: {row['picture']}" if row.get("picture") else ""
+    return (
+        f"{row['preset']} on {row['data']} at {row['size']} px after {row['images']:,} images"
+        f"{f' ({minutes:,.0f} core-minutes)' if minutes else ''}: {read_table()['metric']} "
+        f"{row['distance']:.2g}, held-out real images {row['held_out']:.2g}{picture}"
+    )
+
+
+def _warn_of_length(recipe: Recipe, seconds: float) -> list[str]:
+    """Say that a run is too short to be good, and what would be long enough."""
+    least = least_images(GROWTH[0], size_of(recipe))
+    if recipe.images >= least:
+        return []
+    hours = least * seconds / (3600 * (1 - MARGIN - GRIDS))
+    return [
+        f"little time for {size_of(recipe)} px: expect colours and rough shapes; {least:,.0f} "
+        f"images take --hours {_round_up(hours)}"
+    ]
+
+
+def _warn_of_data(recipe: Recipe, data: DataFacts) -> list[str]:
+    """Say that few images are repeated, and how to see it."""
+    if data.count >= FEW_IMAGES:
+        return []
+    what = (
+        "are too few to generalise from: samples will be blurs, and later copies"
+        if data.count < HUNDREDS
+        else "are few: samples may copy them"
+    )
+    return [
+        f"{data.count:,} images {what}; some thousands are better. mezzotint evaluate shows the "
+        "nearest training image of each sample (--train-images)"
+    ]
+
+
+def render_choice(choice: Choice) -> str:
+    """Lay out a choice as text, warnings last."""
+    order = ("data", "device", "network", "size", "length", "expect")
+    lines = [f"{name:8} {choice.reasons[name]}" for name in order if name in choice.reasons]
+    return "\n".join([*lines, *(f"! {warning}" for warning in choice.warnings)])
