@@ -9,7 +9,6 @@ import pytest
 from helpers.image_files import png, write_folder
 from helpers.runs import assert_same_run
 from mezzotint import cli, config
-from mezzotint.core.distributed import World
 from mezzotint.tools import budget_facts
 from mezzotint.tools.budget import Speed
 from mezzotint.train import loop
@@ -55,6 +54,7 @@ def run(monkeypatch, *args):
 
 def refused(monkeypatch, capsys, *args):
     """Return the sentence that the command prints before it ends."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         run(monkeypatch, *args)
     assert end.value.code == 1
@@ -67,34 +67,106 @@ def refused(monkeypatch, capsys, *args):
 def test_auto_trains_a_folder_and_a_resumed_run_keeps_its_length(
     photos, speed, tmp_path, monkeypatch, capsys
 ):
-    """The run stops at its first sample grid; the same command goes on as if it never had."""
+    """A run that stopped at its first sample grid goes on as if it never had."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
     command = ("train", "auto", *FIELDS, "--data", photos, "--hours", "0.003", "--out")
-    run(monkeypatch, *command, tmp_path / "whole")
+    run(monkeypatch, *command, whole)
     printed = capsys.readouterr().out
     assert "12 images, 2 classes" in printed
     assert "network  unet-tiny" in printed
     assert "! 12 images are too few" in printed
-    recipe = config.from_yaml(tmp_path / "whole" / "recipe.yaml")
+    recipe = config.from_yaml(whole / "recipe.yaml")
     assert (recipe.preset, recipe.hours, recipe.model["num_classes"]) == ("unet-tiny", 0.003, 2)
-    assert recipe.images == 48  # 10.8 s, nine tenths of them, at 0.2 s an image
+    assert recipe.images == 44  # of 10.8 s, nine tenths less two grids, at 0.2 s an image
     assert recipe.optim.decay == "cosine"
+    assert [p.name for p in sorted((whole / "samples").iterdir())] == [
+        f"{images:012}.png" for images in (22, 44)
+    ]
 
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "draw_grid", fail)
+        broken.setattr(loop, "draw_grid", stop)
         with pytest.raises(RuntimeError, match="power cut"):
-            run(broken, *command, tmp_path / "cut", "save.every_images=8", "samples.every_images=24")
+            run(broken, *command, cut, "save.every_images=8")
     speed(None)
     capsys.readouterr()
-    run(monkeypatch, *command, tmp_path / "cut", "save.every_images=8", "samples.every_images=48")
-    assert "goes on: unet-tiny, 48 images, as --hours 0.003 chose" in capsys.readouterr().out
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    run(monkeypatch, *command, cut, "save.every_images=8")
+    assert "goes on: unet-tiny, 44 images, as --hours 0.003 chose" in capsys.readouterr().out
+    assert_same_run(whole, cut)
 
-    out = (*command[:-2], "0.006", "--out", tmp_path / "cut")
-    out = tuple("0.006" if a == "0.003" else a for a in command)
-    assert "began with --hours 0.003 and goes on to its 48 images" in refused(
-        monkeypatch, capsys, *out, tmp_path / "cut"
-    )
+    for words, *changed in (
+        ("began with --hours 0.003 and goes on to its 44 images", "train", "auto", "0.006"),
+        ("trains unet-tiny, not uvit-tiny", "train", "uvit-tiny", "0.003"),
+    ):
+        name, preset, hours = changed
+        error = refused(
+            monkeypatch, capsys, name, preset, "--data", photos, "--hours", hours, "--out", cut
+        )
+        assert words in error
 
 
-def fail(*_):
+def stop(*_):
     raise RuntimeError("power cut")
+
+
+def test_a_run_without_hours_is_not_given_any(photos, speed, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    run(
+        monkeypatch, "train", "unet-tiny", *FIELDS, "images=4", "samples.count=0",
+        "model.num_classes=2", "--data", photos, "--out", folder,
+    )  # fmt: skip
+    error = refused(
+        monkeypatch, capsys,
+        "train", "unet-tiny", "--data", photos, "--hours", "1", "--out", folder,
+    )  # fmt: skip
+    assert "began without --hours and goes on to its 4 images" in error
+
+
+def test_a_dry_run_prints_the_choice_and_writes_nothing(
+    photos, speed, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    run(
+        monkeypatch, "train", "unet-tiny", *FIELDS, "model.num_classes=2", "--data", photos,
+        "--hours", "1", "--out", out, "--dry-run",
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "length   15," in printed
+    assert "optim.decay: constant -> cosine" in printed
+    assert "hours: None -> 1.0" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("auto --data PHOTOS", "add --hours H, e.g. --hours 8"),
+        ("auto --data PHOTOS --hours 0", "--hours 0.0 must be above 0"),
+        ("auto --data PHOTOS --hours -3", "--hours -3.0 must be above 0"),
+        ("auto --data PHOTOS --hours nan", "--hours nan must be above 0"),
+        ("auto --data PHOTOS --hours inf", "--hours inf must be above 0 and at most 10,000"),
+        ("auto --data PHOTOS --hours 1e9", "at most 10,000"),
+        ("unet-tiny images=64 --data PHOTOS --hours 1", "--hours 1 and images=64 both set"),
+        ("unet-tiny hours=3 --data PHOTOS", "hours=3: a budget is an option of train: --hours 3"),
+        ("auto --hours 1", "no data given; add --data FOLDER"),
+        ("auto --data EMPTY --hours 1", "holds no images"),
+        ("auto --data ONE --hours 1", "holds 1 image, which a model can only repeat"),
+        ("auto --data NOWHERE --hours 1", "no data at"),
+        ("auto --data PHOTOS --hours 1", "model.size=16 is above every image"),
+        ("unet-tiny model.size=64 --data PHOTOS --hours 1", "is above every image"),
+        ("auto --data PHOTOS --hours 1 --recipe x.yaml", "leave --recipe x.yaml out"),
+        ("auto model.size=8 --data PHOTOS --hours 1e-4", "ends inside the warm-up"),
+        (
+            "unet-tiny model.size=8 optim.warmup_images=1e6 --data PHOTOS --hours 1",
+            "ends inside the warm-up of optim.warmup_images=1000000",
+        ),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_writes_nothing(
+    args, words, speed, tmp_path, monkeypatch, capsys
+):
+    write_folder(tmp_path / "PHOTOS", {f"{i}.png": png(i) for i in range(3)})
+    write_folder(tmp_path / "ONE", {"a.png": png(0, (40, 40))})
+    (tmp_path / "EMPTY").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert words in refused(monkeypatch, capsys, "train", *args.split(), "--out", "run")
+    assert not (tmp_path / "run").exists()
