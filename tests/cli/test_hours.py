@@ -130,7 +130,7 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         "--hours", "1", "--out", out, "--dry-run",
     )  # fmt: skip
     printed = capsys.readouterr().out
-    assert "length   15," in printed
+    assert "length   16,178 images" in printed
     assert "optim.decay: constant -> cosine" in printed
     assert "hours: None -> 1.0" in printed
     assert not out.exists()
@@ -148,7 +148,7 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         ("unet-tiny images=64 --data PHOTOS --hours 1", "--hours 1 and images=64 both set"),
         ("unet-tiny hours=3 --data PHOTOS", "hours=3: a budget is an option of train: --hours 3"),
         ("auto --hours 1", "no data given; add --data FOLDER"),
-        ("auto --data EMPTY --hours 1", "holds no images"),
+        ("auto --data EMPTY --hours 1", "EMPTY holds no files"),
         ("auto --data ONE --hours 1", "holds 1 image, which a model can only repeat"),
         ("auto --data NOWHERE --hours 1", "no data at"),
         ("auto --data PHOTOS --hours 1", "model.size=16 is above every image"),
