@@ -48,6 +48,26 @@ def test_held_out_images_are_as_close_as_held_out_images():
     assert result.closer == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize(
+    ("copies", "noise", "wanted"),
+    [
+        (0, 0, "no sign of copying: "),
+        (150, 1e-3, "the model copies training images: "),
+        (40, 1e-3, "the model copies training images: "),
+        (300, 0.6, "the model does not copy outright "),
+    ],
+)
+def test_a_sentence_says_whether_the_model_copies(copies, noise, wanted):
+    train, heldout, new, other = np.random.default_rng(1).normal(size=(4, 300, 8))
+    samples = np.concatenate([train[:copies] + noise * other[:copies], new[copies:]])
+    if wanted.startswith("the model does not"):  # halfway between the two sets, none very near
+        samples = 0.8 * new
+    result = measure_memorization(samples, train, heldout, quantile=0.01)
+    assert result.verdict.startswith(wanted)
+    assert f"{result.copy_rate:.1%} of 300 samples" in result.verdict
+    assert "than 99% of the held-out images are (1% without copying)" in result.verdict
+
+
 @pytest.mark.parametrize(("quantile", "named"), [(0.001, "1000"), (0, "quantile 0 ")])
 def test_bad_quantiles_are_refused(quantile, named):
     samples, train, heldout = np.random.default_rng(0).normal(size=(3, 300, 8))

@@ -99,3 +99,23 @@ def test_a_split_batch_keeps_its_rows_together(digits):
         assert torch.equal(condition(batch)[i], torch.cat([condition(p)[i] for p in parts]))
     (only,) = batch.split(None)
     assert only.image_numbers == batch.image_numbers
+
+
+@pytest.mark.parametrize("augment", [0.12, 1.0])
+def test_the_network_is_told_how_its_images_are_augmented(digits, augment):
+    loaded = loaded_batch(40, 60)
+    loaded = loaded._replace(inputs=torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8))
+    plain, batch = (
+        make_batch(small("data.flip=false", f"data.augment={p}"), digits, CLASSES, loaded, CPU)
+        for p in (0, augment)
+    )
+    assert plain.cond.augment is None
+    assert batch.cond.augment is not None
+    told = batch.cond.augment.any(1)
+    assert torch.equal(told, (batch.x != plain.x).flatten(1).any(1))
+    assert told.any()
+    # All else that is drawn stays as it was.
+    assert torch.equal(batch.eps, plain.eps)
+    assert torch.equal(batch.u, plain.u)
+    parts = list(batch.split(16))
+    assert torch.equal(torch.cat([p.cond.augment for p in parts]), batch.cond.augment)

@@ -20,8 +20,8 @@ network; gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as
 where channels change; skips between encoder and decoder concatenated, one per resolution, after
 up-sampling; down-sampling by a 3x3 convolution of stride 2; up-sampling by nearest neighbour and a
 3x3 convolution; dropout (off by default; EDM trains with 0.13 and 0.05) between Swish and
-convolution, where EDM has it; no augmentation label (EDM has one); labels added to the time vector,
-as in the latent network. Projections that end a residual branch, and the head, start at zero.
+convolution, where EDM has it; labels, and EDM's augmentation label through a linear map without
+bias, added to the time vector. Projections that end a residual branch, and the head, start at zero.
 
 No checkpoint needs the temporal key W_kt, which softmax cancels (see `diffit.py`), so it is left
 out. EDM's preconditioning is the family's `Parameterisation`, at the end of this file.
@@ -43,6 +43,7 @@ from mezzotint.backbones import Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
 from mezzotint.backbones.inputs import check_input, check_sides, label_rows
+from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.backbones.sizes import (
     Channels,
     CheckedConfig,
@@ -76,6 +77,7 @@ class DiffiTImageConfig(CheckedConfig):
     window: pixels per side of an attention window. heads: of attention.
     mlp_ratio: hidden width of the MLP over the cell's width.
     time_width: of the time vector. dropout: probability before each cell's convolution.
+    augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
     size: Size = 64
@@ -91,6 +93,7 @@ class DiffiTImageConfig(CheckedConfig):
     mlp_ratio: Ratio = 4.0
     time_width: Width = 512
     dropout: Dropout = 0.0
+    augment_label: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,6 +180,7 @@ class DiffiTImage(Backbone):
         first = [c.width, *widths[:-1]]  # channels of the input of each encoder stage
         self.time = TimeMLP(c.time_width)
         self.label = nn.Embedding(c.num_classes + 1, c.time_width) if c.num_classes else None
+        self.augment = AugmentEmbedding(c.time_width) if c.augment_label else None
         self.tokenizer = nn.Conv2d(c.channels, c.width, 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv2d(w, w, 3, stride=2, padding=1) for w in widths[:-1])
         self.encoder = nn.ModuleList(Stage(i, w, c) for i, w in zip(first, widths, strict=True))
@@ -195,8 +199,9 @@ class DiffiTImage(Backbone):
             nn.init.normal_(self.label.weight, std=0.02)
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
-        """Return c = MLP(sin-cos(noise)) + Emb(label); no label is the null label."""
+        """Return c = MLP(sin-cos(noise)) + Emb(label) + W augment; no label is the null label."""
         c = self.time(noise)
+        c = c if self.augment is None else c + self.augment(cond, len(c))
         if cond.text is not None:
             raise ValueError("DiffiT takes labels, not text")
         label = label_rows(cond.label, self.config.num_classes, noise.shape[0], noise.device)
@@ -263,7 +268,9 @@ registry.add(
         schedule=schedule,
         presets={
             "diffit-cifar10": Preset(
-                config=DiffiTImageConfig(size=32, multipliers=(1, 2, 2), window=4),
+                config=DiffiTImageConfig(
+                    size=32, multipliers=(1, 2, 2), window=4, augment_label=True
+                ),
                 paper="DiffiT (arXiv 2312.02139), CIFAR-10 32x32, unconditional",
                 fid="1.95",
                 protocol="FID-50K against the training set; "
@@ -272,7 +279,9 @@ registry.add(
                 "see backbones/diffit_image.py.",
             ),
             "diffit-ffhq64": Preset(
-                config=DiffiTImageConfig(size=64, multipliers=(1, 2, 2, 2), window=8),
+                config=DiffiTImageConfig(
+                    size=64, multipliers=(1, 2, 2, 2), window=8, augment_label=True
+                ),
                 paper="DiffiT (arXiv 2312.02139), FFHQ 64x64, unconditional",
                 fid="2.22",
                 protocol="FID-50K against the training set; "

@@ -31,6 +31,7 @@ from mezzotint.backbones.dimr_blocks import (
 )
 from mezzotint.backbones.dimr_cascade import Cascade
 from mezzotint.backbones.dimr_config import DiMRConfig
+from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
 from mezzotint.process.prediction import named
@@ -61,6 +62,7 @@ class Branch(nn.Module):
         self.patch = nn.Conv2d(config.channels, dim, kernel, stride=kernel)
         self.positions = nn.Parameter(torch.empty(self.size**2, dim))
         self.classes = nn.Parameter(torch.empty(config.rows, dim)) if self.transformer else None
+        self.augment = AugmentEmbedding(dim) if config.augment_label else None
         self.cascade = None
         if i > 0:
             count = config.depths[i - 1] + 1
@@ -114,6 +116,7 @@ class Branch(nn.Module):
         z: Tensor,
         features: Sequence[Tensor],
         label: Tensor | None,
+        cond: Cond,
         time: Sequence[Tensor],
         checkpointing: Checkpointing,
     ) -> tuple[list[Tensor], Tensor]:
@@ -122,11 +125,14 @@ class Branch(nn.Module):
         Args:
             z: the noisy image at full resolution. features: of the coarser branch.
             label: (b,) rows of the class embedding.
+            cond: its augmentation label is added to every cell (our choice; DiMR has none).
             time: this branch's time-dependent vectors, (b, d) each.
             checkpointing: of the blocks, see `run_block`.
         """
         maps = iter([v.to(z.dtype)[:, None, None] for v in time])
         x = self.embed(z)
+        if self.augment is not None:
+            x = x + self.augment(cond, len(x))[:, None, None]
         if self.cascade is not None:
             x = x + self.cascade(features, list(islice(maps, 4)))
         _, h, w, _ = x.shape
@@ -188,7 +194,7 @@ class DiMR(Backbone):
         outputs = []
         for branch, count in zip(self.branches, self.counts, strict=True):
             features, out = branch(
-                z, features, label, list(islice(time, count)), self.checkpointing
+                z, features, label, cond, list(islice(time, count)), self.checkpointing
             )
             outputs.append(out)
         return outputs

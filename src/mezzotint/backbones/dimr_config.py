@@ -37,6 +37,7 @@ class DiMRConfig(CheckedConfig):
     time: the process whose step n = 1 ... 1000 is the network's noise level: "scaled_linear"
         (latent models: Stable Diffusion's table) or "linear_vp" (pixel models, after U-ViT: the
         variance-preserving SDE).
+    augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
     size: Size = 64
@@ -54,6 +55,7 @@ class DiMRConfig(CheckedConfig):
     norm: str = "TDRMSN"
     time: str = "linear_vp"
     prediction: str = "eps"
+    augment_label: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,6 +54,25 @@ def sinusoidal_embedding(position: Tensor, dim: int, max_period: float = 10_000.
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
+class AugmentEmbedding(nn.Module):
+    """Linear map of EDM's 9 augmentation numbers to (b, dim), see `Cond.augment`.
+
+    It has no bias, so that images that are not augmented, and samples, get exactly zero. The
+    weights start at zero: our choice, with which the option changes no network at initialisation.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(dim, 9))
+
+    def forward(self, cond: Cond, batch: int) -> Tensor:
+        """Return (batch, dim); zero where the condition has no `augment`."""
+        numbers = cond.augment
+        if numbers is None:  # a product all the same: every parameter needs a gradient
+            numbers = self.weight.new_zeros(batch, 9)
+        return F.linear(numbers.to(self.weight), self.weight)
+
+
 class Conditioning(nn.Module):
     """The vector that every FiLM reads (section 6): swish(MLP(noise) + embedding(label)).
 
@@ -62,9 +81,10 @@ class Conditioning(nn.Module):
     Args:
         width: dimension of the sinusoidal embedding. emb_dim: dimension of the vector.
         num_classes: number of labels, 0 for none; the null label has a row of its own.
+        augment_label: whether to add an `AugmentEmbedding`.
     """
 
-    def __init__(self, width: int, emb_dim: int, num_classes: int):
+    def __init__(self, width: int, emb_dim: int, num_classes: int, augment_label: bool = False):
         super().__init__()
         self.width = width
         self.num_classes = num_classes
@@ -74,6 +94,7 @@ class Conditioning(nn.Module):
         self.label = nn.Embedding(num_classes + 1, emb_dim) if num_classes else None
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
+        self.augment = AugmentEmbedding(emb_dim) if augment_label else None
 
     def forward(self, logsnr: Tensor, cond: Cond, pooled: Tensor | None = None) -> Tensor:
         """(b,) log-SNR and conditions to (b, emb_dim); `pooled` (b, emb_dim) is the pooled text."""
@@ -87,6 +108,7 @@ class Conditioning(nn.Module):
         out = self.noise(position.to(next(self.noise.parameters()).dtype))
         index = label_rows(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
         out = out if self.label is None else out + self.label(index)
+        out = out if self.augment is None else out + self.augment(cond, len(out))
         return F.silu(out if pooled is None else out + pooled)
 
 

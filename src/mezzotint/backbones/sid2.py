@@ -54,6 +54,7 @@ class SiD2Config(CheckedConfig):
     heads: of every transformer block (4 or 8 in the paper: [?]).
     dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
+    augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
     size: Size
@@ -71,6 +72,7 @@ class SiD2Config(CheckedConfig):
     dropout_from: Annotated[int, Range(0, 16_384)] = 32
     transform: str = "none"
     patch: Patch = 1
+    augment_label: bool = False
 
 
 class SiD2(Backbone):
@@ -109,7 +111,7 @@ class SiD2(Backbone):
                 TransformerBlock(widths[i], c.emb_dim, c.heads, dropout[i]) for _ in range(count)
             )
 
-        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes, c.augment_label)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.positions = nn.ModuleList(
             PositionEmbedding(widths[i], sides[i]) if c.kinds[i] == "transformer" else nn.Identity()

@@ -44,6 +44,7 @@ class UNetConfig(CheckedConfig):
     attention: per level, whether self-attention follows each ResBlock. heads: of that attention.
     dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
+    augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
     size: Size
@@ -60,6 +61,7 @@ class UNetConfig(CheckedConfig):
     dropout_from: Annotated[int, Range(0, 16_384)] = 16
     transform: str = "none"
     patch: Patch = 1
+    augment_label: bool = False
 
 
 class Block(nn.Module):
@@ -98,7 +100,7 @@ class UNet(Backbone):
                 Attention(widths[level], c.heads) if attention else None,
             )
 
-        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes, c.augment_label)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(
             nn.ModuleList(block(i, False, c.attention[i]) for _ in range(c.blocks[i]))

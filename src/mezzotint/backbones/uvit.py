@@ -56,6 +56,7 @@ class UViTConfig(CheckedConfig):
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     text_dim: width of the text embeddings (T5-XXL: 4096), 0 for none; see `TextConditioning`.
     position_std: standard deviation of the positions at initialisation (section 6: 0.01).
+    augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
     size: Size
@@ -74,6 +75,7 @@ class UViTConfig(CheckedConfig):
     patch: Patch = 1
     text_dim: Annotated[int, Range(0, 65_536)] = 0
     position_std: Annotated[float, Range(0, 100)] = 0.01
+    augment_label: bool = False
 
 
 class UViT(Backbone):
@@ -105,7 +107,7 @@ class UViT(Backbone):
                 ResBlock(widths[i], c.emb_dim, dropout[i], skip) for _ in range(count)
             )
 
-        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes)
+        self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes, c.augment_label)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(res(i, c.blocks[i], False) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))

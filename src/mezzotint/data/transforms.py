@@ -50,10 +50,10 @@ def to_uint8(x: Float[Tensor, "..."], rule: str = "round") -> UInt8[Tensor, "...
     return (scaled.round() if rule == "round" else scaled).to(torch.uint8)
 
 
-def flip(images: Tensor, mask: Bool[Tensor, " b"]) -> Tensor:
-    """Return images (b, ..., w), those where `mask` is True mirrored left to right."""
+def flip(images: Tensor, mask: Bool[Tensor, " b"], dim: int = -1) -> Tensor:
+    """Return images (b, ..., h, w), those where `mask` is True mirrored along `dim`."""
     mask = mask.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
-    return torch.where(mask, images.flip(-1), images)
+    return torch.where(mask, images.flip(dim), images)
 
 
 def draw_flips(seed: int, image_numbers: list[int]) -> Bool[Tensor, " b"]:

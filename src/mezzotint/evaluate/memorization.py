@@ -26,6 +26,7 @@ class Memorization:
     closer: probability that a sample is nearer to the training set than a held-out image is; 1/2
         without copying (Meehan, Chaudhuri, Dasgupta 2020, section 3).
     distance, index: of the k nearest training images of each sample, (n, k), nearest first.
+    num_heldout: held-out images.
     """
 
     copy_rate: float
@@ -33,6 +34,26 @@ class Memorization:
     quantile: float
     distance: Float[Tensor, "n k"]
     index: Int[Tensor, "n k"]
+    num_heldout: int
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that says whether the model copies, beyond three standard errors."""
+        n, h, q = len(self.distance), self.num_heldout, self.quantile
+        compared = (
+            f"{self.copy_rate:.1%} of {n:,} samples are nearer to a training image than "
+            f"{1 - q:.0%} of the held-out images are ({q:.0%} without copying)"
+        )
+        # The variance of a share q of n samples, and of the quantile estimated from h images.
+        if self.copy_rate - q > 3 * (q * (1 - q) * (1 / n + 1 / h)) ** 0.5:
+            return f"the model copies training images: {compared}"
+        # The variance of the Mann-Whitney statistic over n h where both sets are alike.
+        if self.closer - 0.5 > 3 * ((n + h + 1) / (12 * n * h)) ** 0.5:
+            return (
+                f"the model does not copy outright ({compared}), but its samples lie closer to the "
+                "training images than held-out images do"
+            )
+        return f"no sign of copying: {compared}"
 
 
 def measure_memorization(
@@ -60,7 +81,7 @@ def measure_memorization(
     below = torch.searchsorted(baseline, nearest)
     not_above = torch.searchsorted(baseline, nearest, right=True)
     closer = 1 - ((below + not_above).double() / (2 * len(baseline))).mean().item()
-    return Memorization(copy_rate, closer, quantile, distance, index)
+    return Memorization(copy_rate, closer, quantile, distance, index, len(baseline))
 
 
 def save_neighbour_sheet(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,11 +25,13 @@ class Cond:
 
     label: class index; `num_classes` of the backbone is the null label (no class).
     text: token embeddings; text_mask: True where a token is real, not padding.
+    augment: how a training image was augmented (`data.augmentation`); None is not at all.
     """
 
     label: Int[Tensor, " b"] | None = None
     text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
+    augment: Float[Tensor, "b 9"] | None = None
 
     def __getitem__(self, rows: slice | Tensor) -> Cond:
         """Return the condition of some images of the batch: a slice, or indices or a mask."""
@@ -36,7 +39,7 @@ class Cond:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
         """Return the same condition with `function` applied to every tensor present."""
-        fields = {"label": self.label, "text": self.text, "text_mask": self.text_mask}
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return replace(self, **{k: function(t) for k, t in fields.items() if t is not None})
 
 

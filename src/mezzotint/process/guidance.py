@@ -91,7 +91,7 @@ def null_label(num_classes: int) -> Null:
     def null(cond: Cond) -> Cond:
         if cond.label is None:
             raise ValueError("guidance needs a label for each image; none was given")
-        return Cond(label=torch.full_like(cond.label, num_classes))
+        return Cond(label=torch.full_like(cond.label, num_classes), augment=cond.augment)
 
     return null
 
@@ -170,6 +170,7 @@ def _join(first: Cond, second: Cond) -> Cond:
         label=join(first.label, second.label),
         text=join(first.text, second.text),
         text_mask=join(first.text_mask, second.text_mask),
+        augment=join(first.augment, second.augment),
     )
 
 

@@ -87,6 +87,7 @@ class CudaGraphDenoiser:
             "label": cond.label,
             "text": cond.text,
             "text_mask": cond.text_mask,
+            "augment": cond.augment,
         }
         present = {name: t for name, t in inputs.items() if t is not None}
         key = tuple((name, t.shape, t.dtype) for name, t in present.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -44,6 +45,7 @@ def open_recipe_dataset(
     Errors: ValueError where the data do not fit the network's space, size or channels.
     """
     source, config = source or recipe.data.source, info.config
+    _check_augment(recipe, config, recipe.data.codec or info.codec)
     if recipe.data.buckets:
         dataset: Dataset = _open_buckets(recipe, info, source)
     elif recipe.data.portrait:
@@ -64,7 +66,23 @@ def open_recipe_dataset(
             full_scale=recipe.data.full_scale,
         )
         _check_codec(recipe, dataset, source)
+        _check_augment(recipe, config, dataset.codec_name)
     return dataset
+
+
+def _check_augment(recipe: Recipe, config: Any, codec: str) -> None:
+    """Raise ValueError where images are to be augmented and the network cannot be told."""
+    asked = f"data.augment {recipe.data.augment:g}"
+    if recipe.data.augment and not (codec == "pixels" and hasattr(config, "augment_label")):
+        raise ValueError(
+            f"{asked} needs a network on pixels that reads the augmentation label, and "
+            f"{recipe.preset} works on {codec}; leave data.augment out"
+        )
+    if recipe.data.augment and recipe.model.get("augment_label") is False:
+        raise ValueError(
+            f"{asked} needs a network that reads the augmentation label; leave "
+            "model.augment_label out, or set data.augment=0"
+        )
 
 
 def _columns(recipe: Recipe) -> dict[str, str]:
@@ -146,7 +164,7 @@ def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | Non
 
 
 def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
-    """Fill in classes, schedule, precision, label names and codec from the data and the machine.
+    """Fill in classes, schedule, precision and more from the data, the recipe and the machine.
 
     Errors: ValueError where the dataset's labels do not fit the network.
     """
@@ -154,6 +172,9 @@ def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, 
     if dataset.num_classes and "num_classes" not in model and not text_width(config):
         model["num_classes"] = dataset.num_classes
         config = dataclasses.replace(config, num_classes=dataset.num_classes)
+    if recipe.data.augment:
+        model["augment_label"] = True
+        config = dataclasses.replace(config, augment_label=True)
     wanted = config.num_classes
     if wanted and not dataset.num_classes:
         raise ValueError(

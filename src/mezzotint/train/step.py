@@ -16,6 +16,7 @@ from mezzotint.config import Recipe, Time
 from mezzotint.core import rng
 from mezzotint.core.distributed import World, sum_over_ranks
 from mezzotint.data import loader
+from mezzotint.data.augmentation import augment, augmentation_label, draw_augmentations
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.process.denoiser import Cond
@@ -32,7 +33,7 @@ class Batch:
     x: images in the model's range, (b, c, h, w).
     eps: noise, (b, c, h, w).
     u: position in the schedule, (b,) float64.
-    cond: label and text; the null label or no text where they were dropped.
+    cond: label and text, the null label or no text where they were dropped; and how x is augmented.
     image_numbers: number of each image in the run, 0 for the first image seen.
     """
 
@@ -103,7 +104,9 @@ def make_batch(
     loaded: loader.LoadedBatch,
     device: torch.device,
 ) -> Batch:
-    """Draw noise, times, flips and dropped conditions; each depends on (seed, image number) alone.
+    """Draw noise, times, augmentation and dropped conditions.
+
+    Each depends on (seed, image number) alone.
 
     Args:
         dataset: that `loaded` comes from.
@@ -126,11 +129,15 @@ def make_batch(
     if loaded.text is not None and loaded.text_mask is not None:
         # A caption without a single token is the empty condition.
         text, text_mask = send(loaded.text), send(loaded.text_mask & ~dropped[:, None])
+    augmentation = None
+    if recipe.data.augment:
+        drawn = draw_augmentations(seed, image_numbers, recipe.data.augment)
+        x, augmentation = augment(x, drawn), send(augmentation_label(drawn))
     return Batch(
         x=x,
         eps=send(rng.normal("noise", seed, image_numbers, tuple(x.shape[1:]))),
         u=send(draw_times(recipe.time, seed, image_numbers, recipe.batch)),
-        cond=Cond(label=label, text=text, text_mask=text_mask),
+        cond=Cond(label=label, text=text, text_mask=text_mask, augment=augmentation),
         image_numbers=image_numbers,
     )
 
