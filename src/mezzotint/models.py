@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import mezzotint.backbones as backbones
+from mezzotint.core.boxed import boxed_folder, refuse_boxed, suggest_boxed
 from mezzotint.core.distributed import default_device
 from mezzotint.core.fields import parse, parse_options, shorten
 from mezzotint.core.file_hashes import HASHES, add_hashes, check_hashes
@@ -107,11 +108,6 @@ class ModelInfo:
         return info
 
 
-def _parse_fields(what: str, kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return fields of a config dataclass in their types; ValueError for a bad name or value."""
-    return parse_options("model.", kind, check_options(what, kind, values))
-
-
 def presets() -> list[str]:
     """Return the names of all presets."""
     return list(backbones.presets())
@@ -120,13 +116,13 @@ def presets() -> list[str]:
 def preset_info(name: str, **overrides: Any) -> ModelInfo:
     """Return the info of a preset, with fields of its config replaced, e.g. num_classes=10."""
     known = backbones.presets()
+    refuse_boxed(name)
     if name not in known:
         raise ValueError(f"unknown preset {name!r}; {suggest(name, known)}")
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
-    config = dataclasses.replace(
-        preset.config, **_parse_fields(f"preset {name}", entry.config, overrides)
-    )
+    fields = check_options(f"preset {name}", entry.config, overrides)
+    config = dataclasses.replace(preset.config, **parse_options("model.", entry.config, fields))
     return ModelInfo(
         backbone=backbone,
         config=config,
@@ -358,7 +354,7 @@ def readme(
 
 
 def load_model(folder_or_repo: str | Path) -> Model:
-    """Load a model of `save_model` from a folder or the Hugging Face hub, on the CPU.
+    """Load a model of `save_model` from a folder, the box or the Hugging Face hub, on the CPU.
 
     No code is loaded. Names, shapes, dtypes and sizes are compared with what config.json implies
     before anything is allocated, then both files with their SHA-256. Weights in float16 or
@@ -370,7 +366,7 @@ def load_model(folder_or_repo: str | Path) -> Model:
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
-        folder = _download(str(folder_or_repo))
+        folder = boxed_folder(folder_or_repo) or _download(str(folder_or_repo))
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
@@ -424,7 +420,7 @@ def _download(repo: str) -> Path:
     if not is_hub_name(repo):
         raise ValueError(
             f"{explain_path(repo, 'a model folder')}; give a run folder, a model folder, or the "
-            "name of a hub repository (owner/name)"
+            f"name of a hub repository (owner/name){suggest_boxed(repo)}"
         )
     try:
         return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))
@@ -439,7 +435,7 @@ def open_model(source: str | Path) -> Model:
     """Load a model in eval mode on the default device, of a run its averaged weights.
 
     Args:
-        source: run folder, model folder or hub repository.
+        source: run folder, model folder, model in the box or hub repository.
     """
     folder = Path(source)
     if not (folder / "model").exists() and any(

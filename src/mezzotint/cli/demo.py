@@ -13,12 +13,15 @@ from rich.table import Table
 from mezzotint import config
 from mezzotint.cli.outputs import RUN_PARTS
 from mezzotint.config import Recipe
+from mezzotint.core.boxed import boxed_models
 from mezzotint.core.console import open_console
 from mezzotint.core.image_grid import make_grid, save_png
+from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.transforms import to_uint8
 from mezzotint.models import create_model, load_model
 from mezzotint.recipes import recipe_for
+from mezzotint.sampling.job import make_job
 from mezzotint.sampling.sample import sample
 from mezzotint.train.loop import train
 from mezzotint.train.run_folder import run_lock
@@ -28,6 +31,7 @@ SIZE = 16  # pixels; the digits themselves are 8 x 8
 NUM_SAMPLES = 500  # images that the classifier reads
 STEPS = 25
 SHEET = "digits.png"
+BOXED_IMAGES, BOXED_STEPS = 16, 20  # of each model in the box
 
 
 def demo_recipe(images: int | None, seed: int) -> Recipe:
@@ -71,7 +75,7 @@ def remove_demo(out: Path) -> None:
                 f"{out} is a run of {found.preset} on {found.data.source} and no demo; choose "
                 "another --out"
             )
-        for name in (*RUN_PARTS, SHEET):
+        for name in (*RUN_PARTS, SHEET, *(f"{model}.png" for model in boxed_models())):
             path = out / name
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -121,6 +125,9 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
         f"the classifier reads {classifier.accuracy:.1%} of real held-out digits"
     )
     console.print(f"image grid: {out / SHEET} (rows are the digits 0 to 9)")
+    for name in boxed_models():
+        save_boxed_grid(name, out / f"{name}.png")
+        console.print(f"image grid: {out / name}.png (a model that comes with mezzotint: {name})")
     console.print(
         "\nOn your own folder of images:\n"
         "  mezzotint prepare FOLDER my-images --size 64\n"
@@ -128,6 +135,12 @@ def run_demo(out: Path, images: int | None = None, seed: int = 0) -> None:
         "  mezzotint sample runs/mine -n 16 --out samples.png",
         highlight=False,
     )
+
+
+def save_boxed_grid(name: str, path: Path) -> None:
+    """Sample a model in the box, its classes in turn, into a grid."""
+    job = make_job(name, {"sampler": Spec("dpmpp_2m"), "steps": BOXED_STEPS})
+    save_png(make_grid(job.draw(list(range(BOXED_IMAGES)))), path)
 
 
 def _render_errors(errors: dict[str, dict[float, float]]) -> Table:

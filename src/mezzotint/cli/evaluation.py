@@ -84,7 +84,7 @@ def evaluate(
     """Evaluate a model, a folder of images or an .npz against a reference.
 
     Args:
-        source: Run or model folder, hub name, folder or .zip of images, prepared dataset, or .npz.
+        source: Run or model folder, eurosat-64, hub name, folder or .zip of images, or .npz.
         reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
         features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
@@ -130,6 +130,7 @@ def evaluate(
         result = evaluate.evaluate_memorization(images, train, unseen, sets[0], sheet)
         echo(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
         echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
+        echo(result.verdict)
         echo(f"nearest training images: {sheet}")
 
 
@@ -143,6 +144,7 @@ def _open_images_or_model(
     guidance: str | None,
 ) -> ImageSource:
     """Return the images at `source`, or samples of the model there."""
+    from mezzotint.core.boxed import boxed_folder
     from mezzotint.core.paths import is_hub_name
     from mezzotint.evaluate.image_source import from_job, open_image_source
     from mezzotint.sampling import parse
@@ -150,7 +152,7 @@ def _open_images_or_model(
 
     path = Path(source)
     is_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
-    if not is_model and not is_hub_name(source):
+    if not is_model and boxed_folder(source) is None and not is_hub_name(source):
         return open_image_source(source, channels)
     changes = {
         "steps": steps,

@@ -58,7 +58,7 @@ def export(
     The denoiser is (z, logsnr, label) -> (x, eps).
 
     Args:
-        model: Run folder, model folder or hub name.
+        model: Run folder, model folder, eurosat-64 or hub name.
         out: Folder (diffusers), .pt2 file (torch) or .onnx file.
         to: Format; a torch or onnx file is read back and its outputs are compared.
         size: Height and width of z in a torch or onnx file; by default the network's own.

@@ -26,7 +26,9 @@ from mezzotint.core.fields import Range
 if TYPE_CHECKING:
     from mezzotint.sampling.job import SamplingJob
 
-MODEL = arg(metavar="MODEL", help_behavior_hint="", help="Run folder, model folder or hub name.")
+MODEL = arg(
+    metavar="MODEL", help_behavior_hint="", help="Run folder, model folder, eurosat-64 or hub name."
+)
 PromptArgs = tyro.conf.UseAppendAction[
     Annotated[tuple[str, ...], arg(metavar="PROMPT", help_behavior_hint="")]
 ]
@@ -245,7 +247,8 @@ def serve(
     """Open the studio, a web page on 127.0.0.1: sample, watch runs, look inside models, compare.
 
     Args:
-        sources: Run folders, model folders or hub names.
+        sources: Run folders, model folders, eurosat-64 or hub names; by default the models that
+            come with mezzotint.
         port: By default a free one from 7860 upwards.
         auth: Name that visitors must give, with the password in $MEZZOTINT_STUDIO_PASSWORD or asked
             for here; or name:password, which other users of this machine can see.

@@ -28,31 +28,40 @@ NO_HINT = arg(help_behavior_hint="")
 
 
 def info(
-    preset: Positional[Annotated[str, arg(metavar="[PRESET]", help_behavior_hint="")]] = "",
+    preset: Positional[Annotated[str, arg(metavar="[NAME]", help_behavior_hint="")]] = "",
     /,
     *,
     json: Switch = False,
 ) -> None:
-    """List the presets with their parameters and multiply-accumulates, counted and as published.
+    """List the presets with their parameters and multiply-accumulates, and the trained models.
+
+    Counted, and as published. The trained models come with mezzotint.
 
     Args:
-        preset: Show the layers of this preset by resolution instead.
-        json: Print one JSON object per preset.
+        preset: Show the layers of this preset by resolution, or the card of this trained model.
+        json: Print one JSON object per preset, or that of the one named.
     """
+    from mezzotint.core.boxed import boxed_models, read_boxed
     from mezzotint.tools import summary
 
+    is_boxed = preset in boxed_models()
     if json:
         from json import dumps
 
-        for row in [summary.read_summary(preset)] if preset else summary.read_summaries():
+        read = read_boxed if is_boxed else summary.read_summary
+        for row in [read(preset)] if preset else summary.read_summaries():
             echo(dumps(row))
         return
     from mezzotint.core.console import open_console
 
-    if preset:
+    if is_boxed:
+        open_console().print(summary.render_boxed([read_boxed(preset)]))
+    elif preset:
         open_console().print(summary.render_layers(preset, summary.read_layers(preset)))
     else:
         open_console().print(summary.render_presets(summary.read_summaries()))
+        if boxed := boxed_models():
+            open_console().print(summary.render_boxed([read_boxed(name) for name in boxed]))
 
 
 def plan(

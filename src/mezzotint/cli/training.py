@@ -72,7 +72,7 @@ def train(
         out: Run folder; runs/PRESET by default.
         hours: Choose the length for so many hours here, by timing a step; the rate ends at zero.
         recipe: Use this recipe.yaml instead of the preset's recipe.
-        init_from: Start from the weights of this model folder; size and classes may differ.
+        init_from: Start from the weights of this model; size and classes may differ.
         dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.
         accept_changed_data: Resume on other data; every class keeps its number by its name.
     """

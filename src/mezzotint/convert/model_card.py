@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from mezzotint import config
 from mezzotint.config import Recipe
+from mezzotint.core.boxed import boxed_folder
 from mezzotint.core.files import atomic_write, check_replaceable, read_json
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.core.text import (
@@ -72,6 +73,8 @@ def write_card(
         evaluation, and a samples.png that no card has written.
     """
     folder = Path(source)
+    if boxed_folder(source) is not None:
+        raise ValueError(f"{source} is in the box and has its card; give a run or model folder")
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a run folder or a model folder")
     run = folder if (folder / "recipe.yaml").exists() else None
@@ -146,12 +149,17 @@ def card_text(
     records: Sequence[dict[str, Any]] = (),
     evaluations: Sequence[Evaluation] = (),
     licence: str | None = None,
+    source: str | None = None,
 ) -> str:
-    """Return the card: `mezzotint.models.readme` with images, training and evaluations added."""
+    """Return the card: `mezzotint.models.readme` with images, training and evaluations added.
+
+    Args:
+        source: what a reader loads; by default OWNER/name, as on the hub.
+    """
     return readme(
         model,
         name=name,
-        source=f"OWNER/{name}",
+        source=source or f"OWNER/{name}",
         licence=licence,
         header=_hub_metadata(model, name, recipe, evaluations, licence),
         introduction=[f"![samples]({GRID})", "", caption, ""],

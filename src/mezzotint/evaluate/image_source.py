@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mezzotint.core.boxed import suggest_boxed
 from mezzotint.core.files import expand_user, read_json, sha256_of_file
 from mezzotint.core.npz_files import DAMAGE, open_npy_member
 from mezzotint.core.paths import explain_path
@@ -158,7 +159,7 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     if found is None:
         raise ValueError(
             f"no images at {folder}: {explain_path(base, 'a set of images')}; give a folder, .zip "
-            "or .tar of images, a .npz with arr_0, or a model"
+            f"or .tar of images, a .npz with arr_0, or a model{suggest_boxed(base)}"
         )
     files = open_files(found[0], split or "all", below=found[1])
     if len(files) < 2:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from mezzotint import config
 from mezzotint.config import Ema, Recipe
+from mezzotint.core.boxed import refuse_boxed
 from mezzotint.core.registry import Registry
 
 registry: Registry[Callable[[], Recipe]] = Registry("preset", __name__)
@@ -19,6 +20,7 @@ recipe = registry.register
 
 def recipe_for(preset: str) -> Recipe:
     """Return the recipe of a preset; ValueError lists near names."""
+    refuse_boxed(preset)
     return registry[preset]()
 
 

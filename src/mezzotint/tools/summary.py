@@ -97,6 +97,17 @@ def render_presets(rows: list[dict[str, Any]]) -> RenderableType:
     )
 
 
+def render_boxed(rows: list[dict[str, Any]]) -> RenderableType:
+    """Lay out `core.boxed.read_boxed()` of some models for a terminal."""
+    lines = [
+        f"{r['name']}: {r['network']}, {r['input']}, {r['megabytes']:.1f} MB; {r['data']}; "
+        f"licence {r['licence']}; {r['images']:,} training images; {r['distance']}\n"
+        f"  card: {r['card']}"
+        for r in rows
+    ]
+    return Group("trained models in the box, e.g. mezzotint sample " + rows[0]["name"], *lines)
+
+
 def render_layers(preset: str, rows: list[dict[str, Any]]) -> RenderableType:
     """Lay out `read_layers(preset)` for a terminal, one section per resolution."""
     title = f"{preset}: layers in order of execution"

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.boxed import boxed_models
 from mezzotint.core.console import echo
 from mezzotint.web import compare_tab, generate_tab, guard, understand_tab, watch_tab
 from mezzotint.web.studio import Studio, open_studio
@@ -147,13 +148,14 @@ def serve(sources: Sequence[str], port: int | None = None, auth: str = "") -> No
     """Open the runs and models, print the page's address, and serve until interrupted.
 
     Args:
+        sources: see `studio.open_studio`; the models in the box by default.
         port: see `open_socket`. auth: see `guard.read_credentials`.
     """
     import_gradio()
     import uvicorn  # comes with gradio
 
     credentials = guard.read_credentials(auth)
-    studio = open_studio(sources)
+    studio = open_studio(sources or boxed_models())
     with open_socket(port) as listening:
         app = make_app(studio, credentials)
         models, runs = (", ".join(names) or "none" for names in (studio.models, studio.runs))

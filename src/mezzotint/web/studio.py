@@ -99,7 +99,7 @@ class Studio:
 
 
 def open_studio(sources: Sequence[str], limits: Limits | None = None) -> Studio:
-    """Return the studio of run folders, model folders and hub names.
+    """Return the studio of run folders, model folders, models in the box and hub names.
 
     A run that has saved no model yet can be watched; restart the studio to sample from it.
 
