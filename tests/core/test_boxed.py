@@ -154,8 +154,9 @@ def test_a_card_is_written_for_runs_and_folders_alone():
 
 
 def test_it_exports(tmp_path):
-    export_model(HOME, tmp_path / "x.pt2", "torch")
-    assert (tmp_path / "x.pt2").stat().st_size > 100_000
+    pytest.importorskip("diffusers")
+    export_model(HOME, tmp_path / "pipeline", "diffusers")
+    assert mz.load_model(tmp_path / "pipeline" / "network").info == mz.load_model(HOME).info
 
 
 def test_it_is_evaluated_as_a_model():
@@ -192,7 +193,8 @@ def test_the_studio_opens_with_it(monkeypatch, given, opened):
     assert not shown[0].runs
 
 
-def test_the_demo_draws_it_and_cleans_it_up(tmp_path):
+def test_the_demo_draws_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "BOXED_STEPS", 2)
     demo.save_boxed_grid(HOME, tmp_path / f"{HOME}.png")
     with Image.open(tmp_path / f"{HOME}.png") as image:
         assert min(image.size) >= 4 * 64
