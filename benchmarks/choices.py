@@ -40,11 +40,12 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "batch 32": ("batch=32",),
         "batch 16": ("batch=16",),
         "batch 8": ("batch=8",),
-        "patch of 2, convolution": ("batch=16", *CONV),
-        "patch of 2, wavelet": ("batch=16", *WAVELET),
-        "EDM": ("batch=16", *EDM),
-        "sigmoid weight": ("batch=16", *SIGMOID),
-        "twice the rate": ("batch=16", "optim.lr=4e-3"),
+        "twice the rate": ("batch=8", "optim.lr=4e-3"),
+        "short warm-up": ("batch=8", "optim.warmup_images=500"),
+        "patch of 2, convolution": ("batch=8", *CONV),
+        "EDM": ("batch=8", *EDM),
+        "sigmoid weight": ("batch=8", *SIGMOID),
+        "patch of 2, wavelet": ("batch=8", *WAVELET),
     },
 }
 
@@ -69,7 +70,7 @@ def measure_errors(entrant: Ours, judge: Judge, count: int) -> dict[str, Any]:
 
 def run_choice(entrant: Ours, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
     """Train one row and return its measurements at equal GMAC and at equal minutes."""
-    batch = entrant.recipe.batch
+    batch = entrant.batch
     with torch.device("meta"):
         network = get_backbone(create_model(entrant.recipe.preset, **entrant.recipe.model))
         gmac = count_macs(network).computed / GIGA
@@ -77,11 +78,11 @@ def run_choice(entrant: Ours, judge: Judge, args: argparse.Namespace) -> dict[st
     images, seconds = read_clock(entrant.folder)
     equal_work = int(args.gmac / gmac) // batch * batch
     if images <= equal_work:
-        train_for(entrant, float("inf"), batch, most_images=equal_work)
+        train_for(entrant, float("inf"), most_images=equal_work)
         row["equal_gmac"] = measure_errors(entrant, judge, args.count)
     images, seconds = read_clock(entrant.folder)
     if seconds <= 60 * args.minutes:
-        train_for(entrant, 60 * args.minutes, batch)
+        train_for(entrant, 60 * args.minutes)
     row["equal_minutes"] = measure_errors(entrant, judge, args.count)
     if args.distances:
         source = entrant.source(judge, judge.num_samples)

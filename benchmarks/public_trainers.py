@@ -46,7 +46,7 @@ class _Called(nn.Module):
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
         """The prediction, in a list."""
-        out = self.net(z, noise)
+        out = self.net(z, noise.float())
         return [out if isinstance(out, Tensor) else out.sample]
 
 
@@ -89,7 +89,7 @@ class Peer(Entrant):
             x = model(z, logsnr, cond).x.clamp(-1, 1)
             return Denoised(x, x)  # this sampler reads x alone
 
-        z = rng.normal("start", 0, seeds, (3, self.data.size, self.data.size))
+        z = rng.normal("latent", 0, seeds, (3, self.data.size, self.data.size))
         with torch.no_grad():
             return to_uint8(dpmpp_2m(clipped, z, grid, Cond()))
 

@@ -48,7 +48,6 @@ from mezzotint.train.loop import train
 from mezzotint.train.validate import eps_mse_by_level
 
 FAMILIES = ("unet-tiny", "uvit-tiny", "sid2-tiny", "diffit-tiny", "dimr-tiny")
-FIRST_IMAGES = 512  # of a new run, to learn its speed
 PIECE_SECONDS = 120.0  # what a kill may cost
 MIN_PIECE = 0.02  # a clock this near to the minutes asked has reached them
 
@@ -119,10 +118,15 @@ class Judge:
 
 
 class Entrant:
-    """A training that can be run for a number of images more, and judged."""
+    """A training that can be run for a number of images more, and judged.
+
+    first_images: of a new run, from which its speed is learnt.
+    """
 
     name: str
     folder: Path
+    batch: int
+    first_images = 32
 
     def advance(self, images: int) -> None:
         """Train until `images` have been seen, and save."""
@@ -140,7 +144,7 @@ class Entrant:
 class Ours(Entrant):
     """A preset of the library with its recipe, fields of which may be changed."""
 
-    batch = 32
+    first_images = 512
 
     def __init__(
         self, preset: str, data: Data, root: Path, changes: tuple[str, ...] = (), name: str = ""
@@ -149,15 +153,17 @@ class Ours(Entrant):
         self.folder = root / self.name
         classes = open_images(data.train, size=data.size, channels=3).num_classes
         fields = [f"model.size={data.size}", f"model.num_classes={classes}", "model.channels=3"]
-        fields += [f"data.source={data.train!r}", f"batch={self.batch}", "log_every_images=1024"]
+        fields += [f"data.source={data.train!r}", "log_every_images=1024"]
         # Checkpoints only at the end of a piece, and no grids: both would cost time of its clock.
         fields += ["save.every_images=0", "samples.every_images=0", *changes]
         self.recipe = config.override(recipe_for(preset), fields)
+        self.batch = self.recipe.batch
 
     def advance(self, images: int) -> None:
         """Train until `images` have been seen, and save."""
-        batch = self.recipe.batch
-        train(replace(self.recipe, images=images // batch * batch), self.folder, quiet=True)
+        train(
+            replace(self.recipe, images=images // self.batch * self.batch), self.folder, quiet=True
+        )
 
     def source(self, judge: Judge, count: int) -> ImageSource:
         """Return samples by DPM-Solver++ 2M, even in log-SNR from -9 to 9, x clipped."""
@@ -198,7 +204,7 @@ def read_clock(folder: Path) -> tuple[int, float]:
 
 
 def train_for(
-    entrant: Entrant, seconds: float, rounding: int, most_images: int | None = None
+    entrant: Entrant, seconds: float, most_images: int | None = None
 ) -> tuple[int, float]:
     """Train until the clock shows `seconds` of processor time; return images and seconds.
 
@@ -210,8 +216,8 @@ def train_for(
     images, spent = read_clock(entrant.folder)
     while spent < seconds * (1 - MIN_PIECE) and images != most_images:
         rest = min(PIECE_SECONDS, seconds - spent)
-        more = int(images / spent * rest) if images else FIRST_IMAGES
-        target = images + max(rounding, more // rounding * rounding)
+        more = int(images / spent * rest) if images else entrant.first_images
+        target = images + max(entrant.batch, more // entrant.batch * entrant.batch)
         if most_images is not None:
             target = min(target, most_images)
         started = time.process_time()
@@ -327,7 +333,7 @@ def main() -> None:
         for entrant in open_entrants(args.entrants, data, root):
             if any(r["entrant"] == entrant.name and r["asked_minutes"] == minutes for r in rows):
                 continue
-            images, seconds = train_for(entrant, 60 * minutes, entrant.batch)
+            images, seconds = train_for(entrant, 60 * minutes)
             row = {"entrant": entrant.name, "asked_minutes": minutes, "minutes": seconds / 60}
             row |= {"images": images, **facts("cpu"), **entrant.judge(judge)}
             rows.append(row)
