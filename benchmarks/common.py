@@ -30,8 +30,10 @@ def commit() -> str:
 
 def facts(device: str) -> dict[str, Any]:
     """Return the command, the versions and the machine of a result."""
+    # Of a path outside of the repository only the name says something to others.
+    arguments = [Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv[1:]]
     return {
-        "command": " ".join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),
         "mezzotint": mezzotint.__version__,
         "commit": commit(),
         **describe_machine(device),

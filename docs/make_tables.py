@@ -7,8 +7,10 @@ come from the library's own counts and from benchmarks/results.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mezzotint.models import presets
@@ -313,6 +315,34 @@ def distances() -> str:
     return f"{first}\n\n{text}\n\n{second}"
 
 
+def choices() -> str:
+    """Return what each change of a tiny recipe bought, best first."""
+    result = read_result("choices-eurosat.json")
+    rows = []
+    for row in sorted(result["rows"], key=lambda r: geometric_mean(r["equal_minutes"])):
+        last = row["equal_minutes"]
+        speed = last["images"] / last["minutes"] / 60
+        work = f"{geometric_mean(row['equal_gmac']):.4f}" if "equal_gmac" in row else "–"
+        errors = [f"{error:.2g}" for error in last["eps_mse"].values()]
+        fields = " ".join(f"`{field}`" for field in row["fields"])
+        cells = [f"`{row['preset']}`", row["change"], fields, f"{speed:.1f}", work]
+        rows.append([*cells, f"{geometric_mean(last):.4f}", *errors])
+    levels = [f"log-SNR {level}" for level in result["rows"][0]["equal_minutes"]["eps_mse"]]
+    minutes = f"mean after {result['minutes']:g} min"
+    head = ["preset", "change", "fields", "images/s", f"mean after {result['gmac']:g} GMAC"]
+    return "\n\n".join(
+        [
+            how_measured(result["rows"][-1]),
+            markdown_table([*head, minutes, *levels], rows, left=3),
+        ]
+    )
+
+
+def geometric_mean(row: dict[str, Any]) -> float:
+    """Return the geometric mean of a row's errors, which weighs a factor alike at every level."""
+    return math.exp(fmean(map(math.log, row["eps_mse"].values())))
+
+
 def time_to_quality() -> dict[str, Any]:
     """Return what `mezzotint train auto` chooses by: every measured run with a distance.
 
@@ -372,7 +402,7 @@ def replace_between(text: str, name: str, table: str) -> str:
 
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
-    "docs/backbones.md": (cost, quality),
+    "docs/backbones.md": (cost, quality, choices),
     "docs/evaluation.md": (distances,),
     "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
