@@ -117,6 +117,7 @@ def test_module_is_run_as_the_program():
         (["train", "unet-tiny", "--label-drop"], 2, "without dashes: label_drop=VALUE;"),
         (["plan", "unet-tiny", "--steps=9"], 2, "samples.steps=9 or evaluate.steps=9;"),
         (["bench", "unet-tiny", "--size", "64"], 2, "without dashes: size=64;"),
+        (["plan", "unet-tiny", "--hours", "8"], 2, "Unrecognized.*--hours"),
         (["sample", "x", "--stepz", "3"], 2, "--steps"),
         # Options out of range.
         (["plan", "unet-tiny", "--gpus", "0"], 1, "--gpus 0 must be at least 1"),

@@ -153,6 +153,10 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         ("auto --data NOWHERE --hours 1", "no data at"),
         ("auto --data PHOTOS --hours 1", "model.size=16 is above every image"),
         ("unet-tiny model.size=64 --data PHOTOS --hours 1", "is above every image"),
+        (
+            "diffit-latent-tiny data.augment=0.1 --data PHOTOS --hours 1",
+            "data.augment 0.1 needs a network on pixels",
+        ),
         ("auto --data PHOTOS --hours 1 --recipe x.yaml", "leave --recipe x.yaml out"),
         ("auto model.size=8 --data PHOTOS --hours 1e-4", "ends inside the warm-up"),
         (

@@ -282,6 +282,18 @@ def test_few_images_are_warned_of(count, words):
     assert chosen(8, flowers(count=5_000))[1].warnings == []
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "augment"), [(300, 32, 0.12), (4_999, 64, 0.15), (5_000, 64, 0.0)]
+)
+def test_few_images_are_augmented(count, size, augment):
+    fixed = (f"model.size={size}",)
+    recipe, choice = chosen(1, flowers(count=count), overrides=fixed)
+    assert recipe.data.augment == augment
+    assert ("augment" in choice.reasons) == (augment > 0)
+    recipe, _ = chosen(1, flowers(count=count), overrides=(*fixed, "data.augment=0.3"))
+    assert recipe.data.augment == 0.3
+
+
 def test_too_little_time_is_said_with_what_would_be_enough():
     _, choice = chosen(0.01)
     (warning,) = choice.warnings

@@ -93,7 +93,7 @@ def find_fields(name: str, of_model: bool = False) -> list[str]:
         return [leaf] if any(leaf in type_hints(config) for config in configs) else []
     from mezzotint.config import Recipe
 
-    paths = _paths(Recipe, "")
+    paths = [path for path in _paths(Recipe, "") if path != "hours"]  # an option of train alone
     outer, _, inner = name.partition(".")
     open_ended = inner and (outer == "model" or inner.startswith("options."))
     if name in paths or (open_ended and outer in ("model", "schedule", "objective")):

@@ -50,6 +50,9 @@ LOG_SECONDS = 5  # at least, between log lines
 WARMUP, HALF_LIFE = 0.05, 0.05
 # The fewer images, the sooner a network repeats them (arXiv 2310.02664).
 FEW_IMAGES, HUNDREDS = 5_000, 500
+# Probability of augmentation for few images, up to 32 pixels and above: EDM's on CIFAR-10 and FFHQ
+# (arXiv 2206.00364 appendix F.2).
+AUGMENT_SMALL, AUGMENT = 0.12, 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +162,12 @@ def choose_run(
     while images < BATCH_STEPS * batch and batch >= 2 * SMALLEST_BATCH:
         batch //= 2
     batch = max(1, batch // device.ranks) * device.ranks
+    if data.count < FEW_IMAGES:
+        augment = AUGMENT_SMALL if size_of(recipe) <= 32 else AUGMENT
+        recipe = replace(recipe, data=replace(recipe.data, augment=augment))
     recipe = config.override(replace(recipe, batch=batch), overrides)
+    if recipe.data.augment:
+        reasons["augment"] = f"{recipe.data.augment:g} of EDM's augmentations, for few images"
     choice = fit_run(hours, recipe, data, device, measure, overrides)
     return choice._replace(reasons={**reasons, **choice.reasons})
 
@@ -437,6 +445,6 @@ def _warn_of_data(recipe: Recipe, data: DataFacts) -> list[str]:
 
 def render_choice(choice: Choice) -> str:
     """Lay out a choice as text, warnings last."""
-    order = ("data", "device", "network", "size", "length", "expect")
+    order = ("data", "device", "network", "size", "augment", "length", "expect")
     lines = [f"{name:8} {choice.reasons[name]}" for name in order if name in choice.reasons]
     return "\n".join([*lines, *(f"! {warning}" for warning in choice.warnings)])
