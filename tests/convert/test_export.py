@@ -70,6 +70,17 @@ LARGER = [
 ]
 
 
+@pytest.mark.parametrize("preset", ["unet-tiny", *LARGER[:2]])
+@pytest.mark.usefixtures("traceable")
+def test_a_network_with_an_augmentation_label_is_exported_without_it(preset, tmp_path):
+    model = trained(preset, augment_label=True)
+    assert export.save_torch(model, tmp_path / "denoiser.pt2") < 1e-5
+    back = torch.export.load(tmp_path / "denoiser.pt2").module()
+    inputs = export.example_inputs(model, 5)
+    ours = model(inputs[0], inputs[1], mz.Cond(label=inputs[2] if len(inputs) == 3 else None))
+    assert torch.allclose(ours.x, back(*inputs)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize("preset", ["unet-tiny", *LARGER])
 @pytest.mark.usefixtures("traceable")
 def test_torch_export_gives_the_same_numbers_at_any_batch(preset, tmp_path):

@@ -201,7 +201,7 @@ class DiffiTImage(Backbone):
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """Return c = MLP(sin-cos(noise)) + Emb(label) + W augment; no label is the null label."""
         c = self.time(noise)
-        c = c if self.augment is None else c + self.augment(cond, len(c))
+        c = c if self.augment is None else c + self.augment(cond, c.shape[0])
         if cond.text is not None:
             raise ValueError("DiffiT takes labels, not text")
         label = label_rows(cond.label, self.config.num_classes, noise.shape[0], noise.device)

@@ -132,7 +132,7 @@ class Branch(nn.Module):
         maps = iter([v.to(z.dtype)[:, None, None] for v in time])
         x = self.embed(z)
         if self.augment is not None:
-            x = x + self.augment(cond, len(x))[:, None, None]
+            x = x + self.augment(cond, x.shape[0])[:, None, None]
         if self.cascade is not None:
             x = x + self.cascade(features, list(islice(maps, 4)))
         _, h, w, _ = x.shape

@@ -108,7 +108,7 @@ class Conditioning(nn.Module):
         out = self.noise(position.to(next(self.noise.parameters()).dtype))
         index = label_rows(cond.label, self.num_classes, logsnr.shape[0], logsnr.device)
         out = out if self.label is None else out + self.label(index)
-        out = out if self.augment is None else out + self.augment(cond, len(out))
+        out = out if self.augment is None else out + self.augment(cond, out.shape[0])
         return F.silu(out if pooled is None else out + pooled)
 
 
