@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mezzotint.backbones as backbones
-from mezzotint.core.boxed import boxed_folder, refuse_boxed, suggest_boxed
+from mezzotint.core.boxed import boxed_folder, boxed_models, refuse_boxed, suggest_boxed
 from mezzotint.core.distributed import default_device
 from mezzotint.core.fields import parse, parse_options, shorten
 from mezzotint.core.file_hashes import HASHES, add_hashes, check_hashes
@@ -118,7 +118,7 @@ def preset_info(name: str, **overrides: Any) -> ModelInfo:
     known = backbones.presets()
     refuse_boxed(name)
     if name not in known:
-        raise ValueError(f"unknown preset {name!r}; {suggest(name, known)}")
+        raise ValueError(f"unknown preset {name!r}; {suggest(name, [*known, *boxed_models()])}")
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
     fields = check_options(f"preset {name}", entry.config, overrides)

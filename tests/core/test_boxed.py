@@ -131,8 +131,9 @@ def test_what_is_no_model_is_not_replaced_by_the_box(tmp_path, kind):
 
 @pytest.mark.parametrize("name", ["eurosat64", "eurosat", "EuroSAT-64"])
 def test_a_name_that_is_nearly_it_is_told(name):
-    with pytest.raises(ValueError, match=f"did you mean {HOME}"):
-        mz.load_model(name)
+    for use in (mz.load_model, preset_info):  # preset_info: of `mezzotint info`
+        with pytest.raises(ValueError, match=f"did you mean {HOME}"):
+            use(name)
 
 
 def test_any_other_unknown_name_is_told_what_is_there():

@@ -105,7 +105,8 @@ def render_boxed(rows: list[dict[str, Any]]) -> RenderableType:
         f"  card: {r['card']}"
         for r in rows
     ]
-    return Group("trained models in the box, e.g. mezzotint sample " + rows[0]["name"], *lines)
+    title = f"trained models in the box, e.g. mezzotint sample {rows[0]['name']}"
+    return Group("", title, *lines)
 
 
 def render_layers(preset: str, rows: list[dict[str, Any]]) -> RenderableType:
