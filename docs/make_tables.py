@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from mezzotint.models import presets
+from mezzotint.recipes import recipe_for
 from mezzotint.tools import budget, summary
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,40 @@ def cost() -> str:
         rows.append([f"`{r['name']}`", shape + codec, params, gmac, fid, r["paper"]])
     head = ["preset", "input", "parameters", "GMAC", "FID in the paper", "source"]
     return markdown_table(head, rows, left=2).replace("---: |\n", "--- |\n", 1)
+
+
+def sizes() -> str:
+    """Return one row per preset for one's own images: cost, and what its recipe makes of it."""
+    rows = []
+    for r in summary.read_summaries():
+        if r["name"].endswith(("-small", "-base")):
+            recipe = recipe_for(r["name"])
+            cells = [f"`{r['name']}`", summary.format_count(r["params"]), f"{r['gmac']:.1f}"]
+            rows.append([*cells, f"{recipe.optim.lr:.2g}", f"{recipe.batch}", f"{recipe.images:,}"])
+    head = ["preset", "parameters", "GMAC at 64 pixels", "learning rate", "batch", "images"]
+    return markdown_table(head, rows)
+
+
+def width_transfer() -> str:
+    """Return the lowest error, and where it is, of every width."""
+    result = read_result("width-transfer.json")
+    rows = []
+    for best in result["best"]:
+        key = {k: best[k] for k in ("preset", "width")}
+        curve = [r for r in result["rows"] if key.items() <= r.items()]
+        errors = {r["rate"]: r["error"] for r in curve}
+        rate = f"{best['rate']:.2g}" if best["rate"] else f"{min(errors, key=errors.__getitem__)}"
+        cells = [f"`{best['preset']}`", str(best["width"]), rate, f"{min(errors.values()):.4f}"]
+        rows.append([*cells, " ".join(f"{e:.4f}" for _, e in sorted(errors.items()))])
+    rates = " ".join(f"{rate:g}" for rate in sorted({r["rate"] for r in result["rows"]}))
+    head = ["preset", "width", "best rate x width / 16", "error", f"error at {rates}"]
+    text = (
+        f"Mean squared error of the predicted noise on {result['held_out']}, after "
+        f"{result['images']:,} images of {result['data']} at {result['size']} pixels, batch "
+        f"{result['batch']}. "
+        f"{how_measured(result)}"
+    )
+    return f"{text}\n\n{markdown_table(head, rows)}"
 
 
 def quality() -> str:
@@ -402,7 +437,7 @@ def replace_between(text: str, name: str, table: str) -> str:
 
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
-    "docs/backbones.md": (cost, quality, choices),
+    "docs/backbones.md": (sizes, width_transfer, cost, quality, choices),
     "docs/evaluation.md": (distances,),
     "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
     "benchmarks/targets.md": (speed_targets, gpu_targets),

@@ -103,6 +103,11 @@ def dummy_condition(config: Any, z: Tensor) -> Cond:
     )
 
 
+# `Preset.paper` of the sizes for one's own images.
+SMALL = "none: for one consumer GPU, or a CPU over a weekend; 64 to 256 pixels"
+BASE = "none: for one or several GPUs over days; 64 to 256 pixels"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Preset:
     """A published size, or one that trains on a laptop.
@@ -113,6 +118,7 @@ class Preset:
     params, gmac: as the paper prints them, None where it does not.
     fid: the FID the paper claims. protocol: how the paper measured it.
     note: why counted and claimed figures differ.
+    at_size: fields of the config that follow another size, e.g. the patch; None for none.
     """
 
     config: Any
@@ -123,6 +129,7 @@ class Preset:
     fid: str | None = None
     protocol: str | None = None
     note: str = ""
+    at_size: Callable[[int], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -39,10 +39,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.diffit import Block, TimeMLP, relative_index
-from mezzotint.backbones.inputs import check_input, check_sides, label_rows
+from mezzotint.backbones.inputs import (
+    check_input,
+    check_sides,
+    depth_to_space,
+    label_rows,
+    patch_at,
+    space_to_depth,
+)
 from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.backbones.sizes import (
     Channels,
@@ -52,6 +59,7 @@ from mezzotint.backbones.sizes import (
     Dropout,
     Heads,
     Multiplier,
+    Patch,
     Ratio,
     Size,
     Width,
@@ -78,6 +86,7 @@ class DiffiTImageConfig(CheckedConfig):
     mlp_ratio: hidden width of the MLP over the cell's width.
     time_width: of the time vector. dropout: probability before each cell's convolution.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
+    patch: side of the blocks of pixels that are the network's cells; 1 in the paper.
     """
 
     size: Size = 64
@@ -94,6 +103,7 @@ class DiffiTImageConfig(CheckedConfig):
     time_width: Width = 512
     dropout: Dropout = 0.0
     augment_label: bool = False
+    patch: Patch = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -108,7 +118,7 @@ class DiffiTImageConfig(CheckedConfig):
     @property
     def tile(self) -> int:
         """What the sides of the image must be multiples of: the window at the coarsest stage."""
-        return self.window * 2 ** (len(self.multipliers) - 1)
+        return self.patch * self.window * 2 ** (len(self.multipliers) - 1)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -181,7 +191,7 @@ class DiffiTImage(Backbone):
         self.time = TimeMLP(c.time_width)
         self.label = nn.Embedding(c.num_classes + 1, c.time_width) if c.num_classes else None
         self.augment = AugmentEmbedding(c.time_width) if c.augment_label else None
-        self.tokenizer = nn.Conv2d(c.channels, c.width, 3, padding=1)
+        self.tokenizer = nn.Conv2d(c.channels * c.patch**2, c.width, 3, padding=1)
         self.downs = nn.ModuleList(nn.Conv2d(w, w, 3, stride=2, padding=1) for w in widths[:-1])
         self.encoder = nn.ModuleList(Stage(i, w, c) for i, w in zip(first, widths, strict=True))
         self.ups = nn.ModuleList(nn.Conv2d(w, w, 3, padding=1) for w in widths[:0:-1])
@@ -189,7 +199,7 @@ class DiffiTImage(Backbone):
             Stage(below + w, w, c) for below, w in zip(widths[:0:-1], widths[-2::-1], strict=True)
         )
         self.head_norm = group_norm(widths[0])
-        self.head = nn.Conv2d(widths[0], c.channels, 3, padding=1)
+        self.head = nn.Conv2d(widths[0], c.channels * c.patch**2, 3, padding=1)
         # q_t and v_t of every cell in one product, in the order encoder, decoder.
         self.terms = [w for w in widths + widths[-2::-1] for _ in range(c.blocks)]
         self.temporal = nn.Linear(c.time_width, 2 * sum(self.terms))
@@ -213,7 +223,7 @@ class DiffiTImage(Backbone):
         """Return [prediction], of z's shape.
 
         Args:
-            z: height and width multiples of window * 2^(stages - 1).
+            z: height and width multiples of patch * window * 2^(stages - 1).
             noise: ln(sigma/alpha) / 4.
             cond: labels in 0...num_classes, or none; none for an unconditional network.
         """
@@ -223,7 +233,8 @@ class DiffiTImage(Backbone):
         )
         index = relative_index(self.config.window, self.config.window, z.device)
 
-        x = self.tokenizer(z.contiguous(memory_format=torch.channels_last))
+        cells = space_to_depth(z, self.config.patch)
+        x = self.tokenizer(cells.contiguous(memory_format=torch.channels_last))
         skips = []
         x = self.encoder[0](x, terms, index, self.checkpointing)
         for down, stage in zip(self.downs, self.encoder[1:], strict=True):
@@ -232,7 +243,7 @@ class DiffiTImage(Backbone):
         for up, stage in zip(self.ups, self.decoder, strict=True):
             x = up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = stage(torch.cat([x, skips.pop()], dim=1), terms, index, self.checkpointing)
-        return [self.head(F.silu(self.head_norm(x)))]
+        return [depth_to_space(self.head(F.silu(self.head_norm(x))), self.config.patch)]
 
 
 def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
@@ -255,8 +266,34 @@ def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
 
 
 def schedule(config: DiffiTImageConfig) -> Spec:
-    """EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5)."""
-    return Spec("lognormal", {"mean": -1.2, "std": 1.2})
+    """EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5).
+
+    Above the paper's 64 pixels the log-SNR falls by simple diffusion's shift, 2 ln(size / 64)
+    (specs/simple-diffusion.md section 1).
+    """
+    return Spec("lognormal", {"mean": -1.2 + math.log(max(1.0, config.size / 64)), "std": 1.2})
+
+
+def patch_and_window_at(size: int) -> dict[str, object]:
+    """Return the patch of `patch_at`, and windows of an eighth of the grid as fields of a config.
+
+    The coarsest of four stages is then one window, as the paper's is at 64 pixels.
+    """
+    patch = patch_at(size)
+    return {"patch": patch, "window": max(1, size // patch // 8)}
+
+
+_TINY = DiffiTImageConfig(
+    size=32,
+    num_classes=10,
+    width=32,
+    multipliers=(1, 2, 2),
+    blocks=2,
+    window=4,
+    heads=2,
+    time_width=128,
+)
+_LARGER = replace(_TINY, size=64, multipliers=(1, 2, 4, 4), window=8, heads=4)
 
 
 registry.add(
@@ -290,17 +327,19 @@ registry.add(
                 "see backbones/diffit_image.py.",
             ),
             "diffit-tiny": Preset(
-                config=DiffiTImageConfig(
-                    size=32,
-                    num_classes=10,
-                    width=32,
-                    multipliers=(1, 2, 2),
-                    blocks=2,
-                    window=4,
-                    heads=2,
-                    time_width=128,
-                ),
+                config=_TINY,
+                at_size=lambda size: {"patch": patch_at(size)},
                 paper="none: image-space DiffiT that trains on a laptop",
+            ),
+            "diffit-small": Preset(
+                config=replace(_LARGER, width=64, time_width=256, blocks=3),
+                at_size=patch_and_window_at,
+                paper=SMALL,
+            ),
+            "diffit-base": Preset(
+                config=replace(_LARGER, width=128, time_width=512, blocks=4),
+                at_size=patch_and_window_at,
+                paper=BASE,
             ),
         },
     ),

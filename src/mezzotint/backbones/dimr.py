@@ -11,6 +11,7 @@ time-dependent RMS norm, and a config of 20 blocks builds 21. "Spec" is specs/di
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import Checkpointing, run_block
 from mezzotint.backbones.dimr_blocks import (
     ClassRMSNorm,
@@ -31,6 +32,7 @@ from mezzotint.backbones.dimr_blocks import (
 )
 from mezzotint.backbones.dimr_cascade import Cascade
 from mezzotint.backbones.dimr_config import DiMRConfig
+from mezzotint.backbones.inputs import depth_to_space, patch_at
 from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -81,7 +83,8 @@ class Branch(nn.Module):
         self.per_block = len(blocks[0].vectors)
         vectors += [(dim, value) for block in blocks for value in block.vectors]
         self.skips = nn.ModuleList(LongSkip(dim) for _ in range(self.pairs))
-        self.head = nn.Conv2d(dim, config.channels, 3, padding=1)
+        self.pixels = config.patches[-1]  # sides of the block that a cell predicts
+        self.head = nn.Conv2d(dim, config.channels * self.pixels**2, 3, padding=1)
         vectors += [(dim, 1.0), (dim, 0.0)]
 
     def embed(self, z: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ class Branch(nn.Module):
                 stack.append(x)
             features.append(as_map(x))
         out = self.head(time_layer_norm(features[-1], *maps).permute(0, 3, 1, 2))
-        return features, out.contiguous()
+        return features, depth_to_space(out, self.pixels).contiguous()
 
 
 class DiMR(Backbone):
@@ -277,7 +280,13 @@ def parameterisation(config: DiMRConfig) -> Parameterisation:
 
 
 def schedule(config: DiMRConfig) -> Spec:
-    """The process it is trained on: Stable Diffusion's table, or the VP SDE for pixels."""
+    """The process it is trained on: Stable Diffusion's table, or the VP SDE for pixels.
+
+    Above the paper's 64 pixels the log-SNR of the latter falls by simple diffusion's shift,
+    2 ln(size / 64) (specs/simple-diffusion.md section 1).
+    """
+    if config.time == "linear_vp" and config.size > 64:
+        return Spec("linear_vp", {"shift": 2 * math.log(64 / config.size)})
     return Spec(config.time)
 
 
@@ -315,6 +324,24 @@ FROM_COUNTS = (
     "Heads are not stated (16 as in the released sizes); "
     "widths and depths are those that give the counts. "
 )
+
+_TINY = replace(
+    published_config(32, (4, 2, 1), 128, (5, 3, 3), pixels=True), num_classes=10, heads=4
+)
+
+
+def _larger(width: int, depths: tuple[int, ...], heads: int) -> DiMRConfig:
+    """Return dimr-tiny's config at 64 pixels with other widths, depths and heads."""
+    sizes = published_config(64, (4, 2, 1), width, depths, pixels=True)
+    return replace(
+        _TINY, size=64, dims=sizes.dims, hidden_dims=sizes.hidden_dims, depths=depths, heads=heads
+    )
+
+
+def _patches_at(size: int) -> dict[str, object]:
+    """Return the patches of three branches, the finest with at most 64 cells on a side."""
+    return {"patches": tuple(patch_at(size) * p for p in (4, 2, 1))}
+
 
 registry.add(
     "dimr",
@@ -370,12 +397,15 @@ registry.add(
                 note=FROM_COUNTS + "The paper's 524.8 M is that of the RMSN block norm.",
             ),
             "dimr-tiny": Preset(
-                config=replace(
-                    published_config(32, (4, 2, 1), 128, (5, 3, 3), pixels=True),
-                    num_classes=10,
-                    heads=4,
-                ),
+                config=_TINY,
+                at_size=_patches_at,
                 paper="none: DiMR that trains on a laptop, 32 or 64 pixels",
+            ),
+            "dimr-small": Preset(
+                config=_larger(384, (9, 5, 5), heads=6), at_size=_patches_at, paper=SMALL
+            ),
+            "dimr-base": Preset(
+                config=_larger(768, (13, 5, 5), heads=12), at_size=_patches_at, paper=BASE
             ),
             "dimr-latent-tiny": Preset(
                 config=replace(

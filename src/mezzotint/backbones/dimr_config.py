@@ -25,8 +25,8 @@ class DiMRConfig(CheckedConfig):
 
     size, channels: of the input. num_classes: real classes.
     null_label: whether the class embedding has one more row for "no class".
-    patches: side of the image under one cell of the branch, each a multiple of the next, the last
-        usually 1.
+    patches: side of the image under one cell of the branch, each a multiple of the next. The last
+        is 1 in the paper; a larger one is the side of the block of pixels that a cell predicts.
     image_input_ratio: how much of each patch is averaged before it is embedded, a divisor of it;
         empty is 1 for every branch, as in the released configs (specs/dimr.md 2.3).
     dims: widths. hidden_dims: widths of the GEGLU.

@@ -1,4 +1,4 @@
-"""Checks of a network's input: height and width, channels, class labels, input transforms."""
+"""A network's input: checks of sides, channels and labels, input transforms, blocks of pixels."""
 
 from __future__ import annotations
 
@@ -48,6 +48,53 @@ def label_rows(label: Tensor | None, num_classes: int, batch: int, device: torch
             f"0...{num_classes - 1} are classes, {num_classes} is the null label"
         )
     return label.to(device)
+
+
+GRID = 64  # cells per side at which the `-small` and `-base` presets work, whatever the size
+
+
+def patch_at(size: int) -> int:
+    """Return the smallest power of 2 that leaves at most `GRID` cells on a side of `size` pixels.
+
+    simple diffusion (arXiv 2301.11093) keeps its grid, and so its cost, from 128 to 512 pixels.
+    """
+    return 1 << ((size - 1) // GRID).bit_length()
+
+
+def wavelet_at(size: int) -> dict[str, object]:
+    """Return fields of a config: the patch of `patch_at`, by the wavelet up to 4 (256 pixels).
+
+    simple diffusion's choice at 256 and 512 pixels.
+    """
+    patch = patch_at(size)
+    return {"transform": "none" if patch == 1 else "dwt" if patch <= 4 else "conv", "patch": patch}
+
+
+def convolution_at(size: int) -> dict[str, object]:
+    """Return fields of a config: the patch of `patch_at`, by a convolution of that stride.
+
+    SiD2's choice at 256 and 512 pixels.
+    """
+    patch = patch_at(size)
+    return {"transform": "none" if patch == 1 else "conv", "patch": patch}
+
+
+def space_to_depth(z: Tensor, patch: int) -> Tensor:
+    """(b, c, h, w) to (b, patch² c, h/patch, w/patch); channels are (row, column, channel)."""
+    if patch == 1:
+        return z
+    b, c, h, w = z.shape
+    cells = z.view(b, c, h // patch, patch, w // patch, patch).permute(0, 3, 5, 1, 2, 4)
+    return cells.reshape(b, patch**2 * c, h // patch, w // patch)
+
+
+def depth_to_space(h: Tensor, patch: int) -> Tensor:
+    """Undo `space_to_depth`: (b, patch² c, h/patch, w/patch) to (b, c, h, w)."""
+    if patch == 1:
+        return h
+    b, c, rows, columns = h.shape
+    cells = h.view(b, patch, patch, c // patch**2, rows, columns).permute(0, 3, 4, 1, 5, 2)
+    return cells.reshape(b, c // patch**2, rows * patch, columns * patch)
 
 
 def wavelet_levels(transform: str, patch: int) -> int:

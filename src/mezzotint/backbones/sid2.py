@@ -5,14 +5,14 @@ One long residual per down-sampling instead of a skip per block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, input_factor
+from mezzotint.backbones.inputs import check_input, convolution_at, input_factor
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
@@ -185,6 +185,19 @@ def _published(
     )
 
 
+_TINY = SiD2Config(
+    size=32,
+    num_classes=10,
+    width=16,
+    emb_dim=128,
+    multipliers=(1, 4, 8),
+    kinds=("res", "transformer", "transformer"),
+    blocks=(1, 1),
+    depth=3,
+    dropout=0.0,
+)
+_LARGER = replace(_TINY, size=64, blocks=(2, 2))
+
 registry.add(
     "sid2",
     Family(
@@ -201,18 +214,19 @@ registry.add(
             "sid2-256-flop": _published(256, "none", 1, "653", "1.38"),
             "sid2-512-flop": _published(512, "conv", 2, "653", "1.48"),
             "sid2-tiny": Preset(
-                config=SiD2Config(
-                    size=32,
-                    num_classes=10,
-                    width=16,
-                    emb_dim=128,
-                    multipliers=(1, 4, 8),
-                    kinds=("res", "transformer", "transformer"),
-                    blocks=(1, 1),
-                    depth=3,
-                    dropout=0.0,
-                ),
+                config=_TINY,
+                at_size=convolution_at,
                 paper="laptop size of the same network; 16 to 64 pixels in minutes on a CPU",
+            ),
+            "sid2-small": Preset(
+                config=replace(_LARGER, width=48, emb_dim=256, depth=6, heads=6),
+                at_size=convolution_at,
+                paper=SMALL,
+            ),
+            "sid2-base": Preset(
+                config=replace(_LARGER, width=96, emb_dim=512, depth=10, heads=12),
+                at_size=convolution_at,
+                paper=BASE,
             ),
         },
     ),

@@ -7,14 +7,14 @@ ResBlock of a level that has it and between the two ResBlocks of the middle.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, input_factor
+from mezzotint.backbones.inputs import check_input, input_factor, wavelet_at
 from mezzotint.backbones.layers import Attention, Conditioning, Down, Head, ResBlock, Stem, Up
 from mezzotint.backbones.sizes import (
     Blocks,
@@ -168,6 +168,25 @@ _NOTE = (
     "it prints neither parameters nor GMAC of the U-Nets"
 )
 
+_TINY = UNetConfig(
+    size=32,
+    num_classes=10,
+    width=16,
+    emb_dim=128,
+    multipliers=(1, 2, 4),
+    blocks=(1, 1, 1),
+    attention=(False, False, True),
+    heads=4,
+    dropout=0.0,
+)
+_LARGER = replace(
+    _TINY,
+    size=64,
+    multipliers=(1, 2, 4, 4),
+    blocks=(1, 2, 3, 3),
+    attention=(False, False, True, True),
+)
+
 registry.add(
     "unet",
     Family(
@@ -199,19 +218,18 @@ registry.add(
                 "the least certain",
             ),
             "unet-tiny": Preset(
-                config=UNetConfig(
-                    size=32,
-                    num_classes=10,
-                    width=16,
-                    emb_dim=128,
-                    multipliers=(1, 2, 4),
-                    blocks=(1, 1, 1),
-                    attention=(False, False, True),
-                    heads=4,
-                    dropout=0.0,
-                ),
+                config=_TINY,
+                at_size=wavelet_at,
                 paper="laptop size of the same network; "
                 "digits of 16 to 64 pixels in minutes on a CPU",
+            ),
+            "unet-small": Preset(
+                config=replace(_LARGER, width=64, emb_dim=256), at_size=wavelet_at, paper=SMALL
+            ),
+            "unet-base": Preset(
+                config=replace(_LARGER, width=128, emb_dim=512, heads=8),
+                at_size=wavelet_at,
+                paper=BASE,
             ),
         },
     ),

@@ -5,14 +5,14 @@ Convolutions down to 16x16, a transformer there, a skip per block on the convolu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import Backbone, Family, Preset, registry
+from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
 from mezzotint.backbones.checkpointing import run_block
-from mezzotint.backbones.inputs import check_input, input_factor
+from mezzotint.backbones.inputs import check_input, input_factor, wavelet_at
 from mezzotint.backbones.layers import (
     Conditioning,
     Down,
@@ -181,6 +181,17 @@ def _published(size: int, transform: str, patch: int, fid: str, against: str) ->
     )
 
 
+_TINY = UViTConfig(
+    size=32,
+    num_classes=10,
+    width=16,
+    emb_dim=128,
+    multipliers=(1, 2, 8),
+    blocks=(1, 1),
+    depth=3,
+    dropout=0.0,
+)
+
 registry.add(
     "uvit",
     Family(
@@ -193,17 +204,21 @@ registry.add(
             "uvit-256": _published(256, "dwt", 2, "2.77", "training"),
             "uvit-512": _published(512, "dwt", 4, "4.53", "validation"),
             "uvit-tiny": Preset(
-                config=UViTConfig(
-                    size=32,
-                    num_classes=10,
-                    width=16,
-                    emb_dim=128,
-                    multipliers=(1, 2, 8),
-                    blocks=(1, 1),
-                    depth=3,
-                    dropout=0.0,
-                ),
+                config=_TINY,
+                at_size=wavelet_at,
                 paper="laptop size of the same network; 16 to 64 pixels in minutes on a CPU",
+            ),
+            "uvit-small": Preset(
+                config=replace(_TINY, size=64, width=64, emb_dim=256, depth=6, heads=8),
+                at_size=wavelet_at,
+                paper=SMALL,
+            ),
+            "uvit-base": Preset(
+                config=replace(
+                    _TINY, size=64, width=96, emb_dim=512, blocks=(2, 2), depth=12, heads=12
+                ),
+                at_size=wavelet_at,
+                paper=BASE,
             ),
             "uvit-text-tiny": Preset(
                 config=UViTConfig(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from mezzotint import config
 from mezzotint.config import Ema, Recipe
@@ -27,6 +28,43 @@ def recipe_for(preset: str) -> Recipe:
 def ema_from_decay(decay: float, batch: int) -> Ema:
     """Return the average of a paper's per-step decay: decay^(half_life_images / batch) = 1/2."""
     return Ema(half_life_images=batch * math.log(0.5) / math.log(decay), rampup=None)
+
+
+def small(tiny: Recipe, width: float) -> Recipe:
+    """Return the recipe of a family's `-small`: one consumer GPU, or a CPU over a weekend.
+
+    Args:
+        tiny: recipe of the family's `-tiny`, which chooses all but rate and length.
+        width: of the widest layer, over that of `-tiny`.
+    """
+    return _enlarge(tiny, "small", width, images=5_000_000, batch=64, save_every=100_000)
+
+
+def base(tiny: Recipe, width: float) -> Recipe:
+    """Return the recipe of a family's `-base`: one or several GPUs over days; see `small`."""
+    return _enlarge(tiny, "base", width, images=50_000_000, batch=256, save_every=1_000_000)
+
+
+def _enlarge(
+    tiny: Recipe, size: str, width: float, images: int, batch: int, save_every: int
+) -> Recipe:
+    optim = replace(
+        tiny.optim,
+        # Yang et al. (arXiv 2203.03466), table 3: Adam's rate of hidden weights ~ 1 / fan-in. Most
+        # weights are hidden, so the one rate follows them (benchmarks/width_transfer.py).
+        lr=tiny.optim.lr / width,
+        warmup_images=tiny.optim.warmup_images * images // tiny.images,
+    )
+    return replace(
+        tiny,
+        preset=f"{tiny.preset.removesuffix('tiny')}{size}",
+        optim=optim,
+        images=images,
+        batch=batch,
+        log_every_images=100 * batch,
+        samples=replace(tiny.samples, every_images=save_every),
+        save=replace(tiny.save, every_images=save_every),
+    )
 
 
 def describe_changes(changed: Recipe) -> str:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_from_decay, recipe
+from mezzotint.recipes import base, ema_from_decay, recipe, small
 
 # The paper trains for "200000" iterations; EDM, whose recipe it follows, counts in kimg.
 EDM_IMAGES = 200_000_000
@@ -115,3 +115,15 @@ def diffit_latent_tiny() -> Recipe:
         samples=SampleGrid(every_images=50_000, count=40, steps=50),
         save=Save(every_images=50_000),
     )
+
+
+@recipe("diffit-small")
+def diffit_small() -> Recipe:
+    """For one consumer GPU, or a CPU over a weekend; no published number."""
+    return small(diffit_tiny(), width=4)
+
+
+@recipe("diffit-base")
+def diffit_base() -> Recipe:
+    """For one or several GPUs over days; no published number."""
+    return base(diffit_tiny(), width=8)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Ema, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_from_decay, recipe
+from mezzotint.recipes import base, ema_from_decay, recipe, small
 
 BATCH = 1024
 
@@ -83,3 +83,15 @@ def dimr_tiny() -> Recipe:
 def dimr_latent_tiny() -> Recipe:
     """For a laptop, on latents of a small autoencoder; no published number."""
     return replace(dimr_tiny(), preset="dimr-latent-tiny", data=Data(flip=True))
+
+
+@recipe("dimr-small")
+def dimr_small() -> Recipe:
+    """For one consumer GPU, or a CPU over a weekend; no published number."""
+    return small(dimr_tiny(), width=3)
+
+
+@recipe("dimr-base")
+def dimr_base() -> Recipe:
+    """For one or several GPUs over days; no published number."""
+    return base(dimr_tiny(), width=6)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from mezzotint.config import Data, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.registry import Spec
-from mezzotint.recipes import ema_from_decay, recipe
+from mezzotint.recipes import base, ema_from_decay, recipe, small
 
 IMAGENET = Data(source="", crop="adm", flip=True)
 
@@ -143,3 +143,39 @@ def sid2_tiny() -> Recipe:
         objective=Spec("sigmoid", {"bias": 0.0}),
         time=Time(sampling="stratified", loss_measure="logsnr"),
     )
+
+
+@recipe("unet-small")
+def unet_small() -> Recipe:
+    """For one consumer GPU, or a CPU over a weekend; no published number."""
+    return small(unet_tiny(), width=4)
+
+
+@recipe("unet-base")
+def unet_base() -> Recipe:
+    """For one or several GPUs over days; no published number."""
+    return base(unet_tiny(), width=8)
+
+
+@recipe("uvit-small")
+def uvit_small() -> Recipe:
+    """For one consumer GPU, or a CPU over a weekend; no published number."""
+    return small(uvit_tiny(), width=4)
+
+
+@recipe("uvit-base")
+def uvit_base() -> Recipe:
+    """For one or several GPUs over days; no published number."""
+    return base(uvit_tiny(), width=6)
+
+
+@recipe("sid2-small")
+def sid2_small() -> Recipe:
+    """For one consumer GPU, or a CPU over a weekend; no published number."""
+    return small(sid2_tiny(), width=3)
+
+
+@recipe("sid2-base")
+def sid2_base() -> Recipe:
+    """For one or several GPUs over days; no published number."""
+    return base(sid2_tiny(), width=6)

@@ -136,7 +136,7 @@ def branches(studio: Studio, name: Any, seed: Any, steps: Any) -> Iterator[handl
         return results
 
     config = job.model.info.config
-    names = [f"{config.size // patch}²" for patch in config.patches]
+    names = [f"{config.size * config.patches[-1] // patch}²" for patch in config.patches]
     updates = stream(work, studio.limits.seconds)
     yield from stream_rows(updates, names, "x-hat of every branch")
 

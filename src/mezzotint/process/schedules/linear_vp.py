@@ -25,11 +25,13 @@ def _check(beta_min: float, beta_max: float) -> None:
 def linear_vp(
     beta_min: Annotated[float, Range(1e-6, 1000)] = 0.1,
     beta_max: Annotated[float, Range(1e-6, 1000)] = 20.0,
+    shift: Annotated[float, Range(-1000, 1000, "added to the log-SNR")] = 0.0,
 ) -> Schedule:
     """Return the schedule of dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw, u = t in [0, 1].
 
     beta(t) = beta_min + t (beta_max - beta_min). The log-SNR is +inf at t = 0, and about
-    -(beta_min + beta_max) / 2 at t = 1.
+    -(beta_min + beta_max) / 2 at t = 1. To both comes `shift`, e.g. simple diffusion's
+    2 ln(reference / size) for an image larger than the reference.
     """
     _check(beta_min, beta_max)
 
@@ -38,7 +40,7 @@ def linear_vp(
         # Score SDE eq. 33: alpha^2 = exp(-B) with B the integral of beta, so alpha^2 / sigma^2 = 1
         # / (e^B - 1).
         integral = beta_min * u + (beta_max - beta_min) * u**2 / 2
-        return -torch.log(torch.expm1(integral))
+        return shift - torch.log(torch.expm1(integral))
 
     return logsnr
 
