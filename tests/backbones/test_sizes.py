@@ -18,7 +18,9 @@ from mezzotint.backbones.inputs import (
     space_to_depth,
     wavelet_at,
 )
+from mezzotint.core.registry import build
 from mezzotint.models import meta_model, preset_info
+from mezzotint.process import schedules
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.tools.summary import read_summary
@@ -121,7 +123,7 @@ def test_the_schedule_shifts_with_the_size(family):
     """Twice the side lowers the log-SNR by 2 ln 2; SiD2's does so at its noisy end."""
     u = torch.tensor(0.999 if family == "sid2" else 0.5, dtype=torch.float64)
     levels = [
-        mz.get_schedule(meta_model(preset_info(f"{family}-small", size=size)))(u).item()
+        build(schedules.registry, preset_info(f"{family}-small", size=size).schedule)(u).item()
         for size in (64, 128, 256)
     ]
     steps = [a - b for a, b in pairwise(levels)]
