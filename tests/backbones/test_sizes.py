@@ -70,6 +70,7 @@ def test_a_patch_leaves_at_most_64_cells(size, patch):
     assert patch_at(size) == patch
     assert size / patch <= 64 < size / (patch / 2) or patch == 1
     assert convolution_at(size) == {"transform": "conv" if patch > 1 else "none", "patch": patch}
+    assert patch_at(size, cells=32) == patch_at(2 * size)
     kind = {1: "none", 2: "dwt", 4: "dwt", 8: "conv"}[patch]
     assert wavelet_at(size) == {"transform": kind, "patch": patch}
 

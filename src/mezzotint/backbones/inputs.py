@@ -53,29 +53,29 @@ def label_rows(label: Tensor | None, num_classes: int, batch: int, device: torch
 GRID = 64  # cells per side at which the `-small` and `-base` presets work, whatever the size
 
 
-def patch_at(size: int) -> int:
-    """Return the smallest power of 2 that leaves at most `GRID` cells on a side of `size` pixels.
+def patch_at(size: int, cells: int = GRID) -> int:
+    """Return the smallest power of 2 that leaves at most `cells` on a side of `size` pixels.
 
     simple diffusion (arXiv 2301.11093) keeps its grid, and so its cost, from 128 to 512 pixels.
     """
-    return 1 << ((size - 1) // GRID).bit_length()
+    return 1 << ((size - 1) // cells).bit_length()
 
 
-def wavelet_at(size: int) -> dict[str, object]:
+def wavelet_at(size: int, cells: int = GRID) -> dict[str, object]:
     """Return fields of a config: the patch of `patch_at`, by the wavelet up to 4 (256 pixels).
 
     simple diffusion's choice at 256 and 512 pixels.
     """
-    patch = patch_at(size)
+    patch = patch_at(size, cells)
     return {"transform": "none" if patch == 1 else "dwt" if patch <= 4 else "conv", "patch": patch}
 
 
-def convolution_at(size: int) -> dict[str, object]:
+def convolution_at(size: int, cells: int = GRID) -> dict[str, object]:
     """Return fields of a config: the patch of `patch_at`, by a convolution of that stride.
 
     SiD2's choice at 256 and 512 pixels.
     """
-    patch = patch_at(size)
+    patch = patch_at(size, cells)
     return {"transform": "none" if patch == 1 else "conv", "patch": patch}
 
 
