@@ -34,11 +34,14 @@ def flowers(**changes):
 
 
 def at(factor=1.0, speeds=TINY):
-    """A machine `factor` times as fast as the laptop; the cost grows with the pixels."""
+    """A machine `factor` times as fast as the laptop; the cost grows with the pixels.
+
+    Networks without a speed take too long for every budget.
+    """
 
     def measure(recipe):
         size = recipe.model.get("size", 32)
-        return Speed(speeds[recipe.preset] / factor * (size / 64) ** 2)
+        return Speed(speeds.get(recipe.preset, 1000) / factor * (size / 64) ** 2)
 
     return measure
 

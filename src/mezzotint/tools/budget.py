@@ -250,7 +250,8 @@ def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
         if larger not in presets():
             continue
         seen, least = images(preset, size), least_images(larger, size)
-        if is_measured(preset, size, seen) and is_measured(larger, size, images(larger, size)):
+        measured = rows_of(larger, size) and is_measured(preset, size, seen)
+        if measured and is_measured(larger, size, images(larger, size)):
             distance = expect_distance(larger, size, images(larger, size))
             better = distance < expect_distance(preset, size, seen)
             reasons.append(f"{larger} {'is nearer' if better else 'is not nearer'} in this time")
