@@ -114,10 +114,7 @@ def presets() -> list[str]:
 
 
 def preset_info(name: str, **overrides: Any) -> ModelInfo:
-    """Return the info of a preset, with fields of its config replaced, e.g. num_classes=10.
-
-    With another size the fields of its `at_size` follow, unless one of them is given too.
-    """
+    """Return the info of a preset, with fields of its config changed, e.g. num_classes=10."""
     known = backbones.presets()
     refuse_boxed(name)
     if name not in known:
@@ -125,11 +122,7 @@ def preset_info(name: str, **overrides: Any) -> ModelInfo:
     backbone, preset = known[name]
     entry = backbones.registry[backbone]
     fields = check_options(f"preset {name}", entry.config, overrides)
-    fields = parse_options("model.", entry.config, fields)
-    if preset.at_size and "size" in fields:
-        following = preset.at_size(fields["size"])
-        fields = fields if following.keys() & fields.keys() else following | fields
-    config = dataclasses.replace(preset.config, **fields)
+    config = preset.change(parse_options("model.", entry.config, fields))
     return ModelInfo(
         backbone=backbone,
         config=config,

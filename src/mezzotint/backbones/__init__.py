@@ -8,7 +8,7 @@ returns a list of outputs, coarse to fine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -130,6 +130,16 @@ class Preset:
     protocol: str | None = None
     note: str = ""
     at_size: Callable[[int], dict[str, Any]] | None = None
+
+    def change(self, fields: dict[str, Any]) -> Any:
+        """Return the config with other values of some fields.
+
+        With a size the fields of `at_size` follow it, unless one of them is given too.
+        """
+        if self.at_size and "size" in fields:
+            following = self.at_size(fields["size"])
+            fields = fields if following.keys() & fields.keys() else following | fields
+        return replace(self.config, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)
