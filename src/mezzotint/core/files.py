@@ -171,6 +171,19 @@ def no_follow(path: str, flags: int) -> int:
     raise OSError(f"{path} is a link or no regular file, and is not written to; remove it")
 
 
+def open_regular(path: str | Path) -> IO[bytes]:
+    """Open a file for reading; OSError for a device, pipe or socket, which is never waited for."""
+
+    def opener(path: str, flags: int) -> int:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return descriptor
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is a folder, device, pipe or socket, no file", path)
+
+    return open(path, "rb", opener=opener)
+
+
 def check_new_or_empty(folder: Path, what: str) -> None:
     """Raise ValueError where a folder holds files; hidden ones do not count."""
     names = sorted(os.listdir(folder)) if folder.exists() else []
@@ -286,7 +299,7 @@ def read_json(path: Path, advice: str = "write it again") -> dict[str, Any]:
     Errors: ValueError, ending in `advice`, where there is no such file or no object in it.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             values = parse_json(file.read(JSON_LIMIT + 1))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; {advice}") from None
@@ -310,7 +323,7 @@ def expand_user(path: str | Path) -> Path:
 def sha256_of_file(path: str | Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal; ValueError if it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from mezzotint.core.files import CHUNK_BYTES, atomic_open
+from mezzotint.core.files import CHUNK_BYTES, atomic_open, open_regular
 
 # What zipfile and numpy raise for a damaged archive.
 DAMAGE = (
@@ -38,7 +38,8 @@ def open_npy_member(
     """
     with ExitStack() as stack:
         try:
-            archive = stack.enter_context(zipfile.ZipFile(file))
+            opened = stack.enter_context(open_regular(file))
+            archive = stack.enter_context(zipfile.ZipFile(opened))
             member = archive.getinfo(f"{key}.npy")
             stream = stack.enter_context(archive.open(member))
             version = np.lib.format.read_magic(stream)
@@ -69,7 +70,7 @@ def open_npy_member(
 def npz_names(file: str | Path) -> list[str]:
     """Return the names of the arrays in a .npz, sorted."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_regular(file) as opened, zipfile.ZipFile(opened) as archive:
             return sorted(name.removesuffix(".npy") for name in archive.namelist())
     except DAMAGE as error:
         raise ValueError(f"{file} is not a complete .npz file ({error})") from error
@@ -105,6 +106,15 @@ def read_npz(
             except DAMAGE as error:
                 raise ValueError(f"{file}: array {name!r} is damaged ({error})") from error
     return arrays
+
+
+def load_npy(path: Path, mmap: bool = False) -> np.ndarray:
+    """Load the array of a .npy, or map it into memory; nothing is unpickled.
+
+    Errors: numpy's OSError, ValueError and EOFError; OSError for a device, pipe or socket.
+    """
+    open_regular(path).close()
+    return np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mezzotint.core.fields import shorten
-from mezzotint.core.files import atomic_replace, format_bytes
+from mezzotint.core.files import atomic_replace, format_bytes, open_regular
 from mezzotint.core.json_values import check_fields, parse_json
 from mezzotint.core.pickle_scan import scan_pickle
 from mezzotint.core.text import escape_name
@@ -96,8 +96,8 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str
     Format: 8 bytes length N (little endian), N bytes JSON {name: {dtype, shape, data_offsets}},
     then the data without gaps (huggingface/safetensors, README).
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(HEADER_LIMIT, size - 8):
             raise ValueError(
@@ -174,6 +174,7 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
     Args:
         choose: returns the state dict among the file's contents.
     """
+    open_regular(path).close()
     size = path.stat().st_size
     try:
         _scan_torch_file(path)

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float16
 from torch import Tensor
 
 from mezzotint.core.files import atomic_folder, cache_dir, read_json, write_json
+from mezzotint.core.npz_files import load_npy
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.sources import hash_parts
 from mezzotint.data.text_encoder import (
@@ -64,8 +65,8 @@ class CaptionEmbeddings:
 @functools.lru_cache(maxsize=8)
 def _map_tokens(folder: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     try:
-        tokens = np.load(Path(folder) / "tokens.npy", mmap_mode="r", allow_pickle=False)
-        starts = np.load(Path(folder) / "starts.npy", allow_pickle=False)
+        tokens = load_npy(Path(folder) / "tokens.npy", mmap=True)
+        starts = load_npy(Path(folder) / "starts.npy")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"embedded captions in {folder} are damaged: {error}; remove the folder"

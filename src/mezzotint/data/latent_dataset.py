@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mezzotint.core import rng
 from mezzotint.core.files import expand_user, read_json
+from mezzotint.core.npz_files import load_npy
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.columns import Columns
@@ -293,7 +294,7 @@ def piece_path(folder: Path, piece: int, suffix: str) -> Path:
 @functools.lru_cache(maxsize=4096)
 def _map_moments(folder: str, piece: int, key: str) -> np.ndarray:
     try:
-        return np.load(piece_path(Path(folder), piece, "npy"), mmap_mode="r", allow_pickle=False)
+        return load_npy(piece_path(Path(folder), piece, "npy"), mmap=True)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder} is damaged: piece {piece}: {error}; {ADVICE}") from None
 
@@ -305,7 +306,7 @@ def _read_facts(folder: str, piece: int, key: str) -> dict[str, Any]:
 
 def _read_labels(folder: Path) -> np.ndarray:
     try:
-        return np.load(folder / LABELS, allow_pickle=False)
+        return load_npy(folder / LABELS)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder} is damaged: {LABELS}: {error}; {ADVICE}") from None
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mezzotint.core.fields import shorten
+from mezzotint.core.files import open_regular
 from mezzotint.core.json_values import first_line
 from mezzotint.core.pickle_scan import EXPANDED_LIMIT, scan_pickle
 
@@ -118,7 +119,7 @@ def load_arrays(path: str | Path) -> Any:
         for a large number of values.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             if scan_pickle(file) > EXPANDED_LIMIT:
                 raise ValueError(f"it stands for more than {EXPANDED_LIMIT:,} values")
             file.seek(0)

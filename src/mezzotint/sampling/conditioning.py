@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.backbones import needs_label, text_width
+from mezzotint.core.files import open_regular
 from mezzotint.data.labels import find_class
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
@@ -100,7 +101,8 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Errors: ValueError for a file that cannot be read or has no prompt.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        with open_regular(path) as file:
+            lines = file.read().decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts {path} cannot be read: {error}") from None
     prompts = tuple(line.strip() for line in lines if line.strip())

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mezzotint.core.files import atomic_open, read_json, write_json
+from mezzotint.core.npz_files import load_npy
 from mezzotint.data.content import ROW, Changes, Content, compare
 from mezzotint.train.run_folder import has_started
 
@@ -66,7 +66,7 @@ def read_record(folder: Path) -> DataRecord | None:
 
 def _read_model_labels(folder: Path) -> DataRecord | None:
     try:
-        labels = json.loads((folder / "model" / "config.json").read_text("utf-8"))["labels"]
+        labels = read_json(folder / "model" / "config.json")["labels"]
         return DataRecord(tuple(map(str, labels)), tuple(map(str, labels))) if labels else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -74,7 +74,7 @@ def _read_model_labels(folder: Path) -> DataRecord | None:
 
 def _read_images(path: Path, label_names: tuple[str, ...]) -> Content | None:
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = load_npy(path, mmap=True)
     except (OSError, ValueError, EOFError):
         return None
     if rows.dtype != ROW or rows.ndim != 1:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mezzotint.core.distributed import gather_from_ranks
-from mezzotint.core.files import write_json
+from mezzotint.core.files import open_regular, write_json
 from mezzotint.core.machine import describe_machine
 from mezzotint.train.setup import Run
 
@@ -49,7 +49,8 @@ def record(run: Run) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """Return the entries, oldest first; none where the file is missing or damaged."""
     try:
-        entries = json.loads(path.read_text("utf-8"))
+        with open_regular(path) as file:
+            entries = json.load(file)
     except (OSError, ValueError, RecursionError):
         return []
     return [e for e in entries if isinstance(e, dict)] if isinstance(entries, list) else []

@@ -115,8 +115,10 @@ class Log:
 
     def __init__(self, path: Path, images: int, check_folder: Callable[[], None] = lambda: None):
         self.path, self.check_folder, self.waiting = path, check_folder, ""
-        if path.is_symlink():
-            raise ValueError(f"{path} is a link; a log is a file of its run folder. Remove it")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise ValueError(
+                f"{path} is a link or no file; a log is a file of its run folder. Remove it"
+            )
         text = path.read_text("utf-8", "replace") if path.exists() else ""
         kept = "".join(f"{line}\n" for line in text.splitlines() if _images_of_line(line) <= images)
         if kept != text:
@@ -174,7 +176,7 @@ def append_unreadable(path: Path, reasons: dict[str, str]) -> int:
         reasons: by name of the image; each line of the file holds a name, a tab and a reason, with
             backslash escapes for bytes that are no UTF-8 and for control characters.
     """
-    text = path.read_text("utf-8", "replace") if path.exists() else ""
+    text = path.read_text("utf-8", "replace") if path.is_file() else ""
     lines = [line for line in text.split("\n") if line]
     listed = {line.partition("\t")[0] for line in lines}
     named = {

@@ -6,13 +6,13 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from mezzotint import config
 from mezzotint.config import Recipe
-from mezzotint.core.files import atomic_write, expand_user, no_follow
+from mezzotint.core.files import atomic_write, expand_user, is_special, no_follow
 from mezzotint.data.image_dataset import split_source
 
 RECIPE = "recipe.yaml"
@@ -33,8 +33,8 @@ def data_folder(source: str) -> str:
 def check_run_folder(folder: Path, source: str) -> None:
     """Check that a run may start in `folder`, and change nothing.
 
-    Errors: ValueError for a folder inside the data folder, one that holds other files, and one
-        where another process trains; OSError where it cannot be written.
+    Errors: ValueError for a folder inside the data folder, one that holds other files, devices or
+        pipes, and one where another process trains; OSError where it cannot be written.
     """
     base = data_folder(source)
     data = expand_user(base)
@@ -51,6 +51,9 @@ def check_run_folder(folder: Path, source: str) -> None:
             raise ValueError(
                 f"{folder} is no run folder and holds {listing}; use an --out that is new or empty"
             )
+    # What is read and written in the run would wait for whoever is at the other end.
+    if special := [p for p in (folder.iterdir() if folder.is_dir() else ()) if is_special(p)]:
+        raise ValueError(f"{special[0]} is a device, pipe or socket; remove it from the run folder")
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not existing.is_dir():
         raise _unwritable(folder, NotADirectoryError(f"{existing} is no folder"))
@@ -78,6 +81,8 @@ def _lock(folder: Path, file: IO[Any]) -> None:
 def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
     """Make the run folder and keep other processes out of it; the lock ends with the process.
 
+    A folder that is still empty after an error is removed, and so are those made for it.
+
     Args:
         source: of the data, see `check_run_folder`.
 
@@ -87,6 +92,7 @@ def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
         OSError where the folder cannot be written.
     """
     check_run_folder(folder, source)
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w+b", buffering=0, opener=no_follow)  # noqa: SIM115
@@ -108,7 +114,15 @@ def run_lock(folder: Path, source: str = "") -> Iterator[Callable[[], None]]:
                     "and run the command again"
                 )
 
-        yield check
+        try:
+            yield check
+        except BaseException:
+            with suppress(OSError):  # it was moved, or others use it by now
+                if os.listdir(folder) == [".lock"]:
+                    (folder / ".lock").unlink()
+                    for path in made:
+                        path.rmdir()
+            raise
 
 
 def has_started(folder: Path) -> bool:
