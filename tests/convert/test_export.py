@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import types
@@ -81,10 +82,18 @@ def test_a_network_with_an_augmentation_label_is_exported_without_it(preset, tmp
     assert torch.allclose(ours.x, back(*inputs)[0], atol=1e-5)
 
 
+FEW_BLOCKS = {
+    "unet-tiny": {
+        "width": 8, "emb_dim": 16, "multipliers": (1, 1), "blocks": (1, 1),
+        "attention": (False, True),
+    }
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("preset", ["unet-tiny", *LARGER])
 @pytest.mark.usefixtures("traceable")
 def test_torch_export_gives_the_same_numbers_at_any_batch(preset, tmp_path):
-    model = trained(preset)
+    model = trained(preset, **FEW_BLOCKS.get(preset, {}))
     assert export.save_torch(model, tmp_path / "denoiser.pt2") < 1e-5
     with (tmp_path / "denoiser.pt2").open("rb") as file:
         kept = {"config.json": ""}
@@ -103,7 +112,7 @@ def test_torch_export_gives_the_same_numbers_at_any_batch(preset, tmp_path):
 def test_onnx_gives_the_same_numbers(preset, tmp_path):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    model = trained(preset)
+    model = trained(preset, **FEW_BLOCKS.get(preset, {}))
     assert export.save_onnx(model, tmp_path / "denoiser.onnx") < 1e-5
     graph = onnx.load(tmp_path / "denoiser.onnx")
     inputs, outputs = export.tensor_names(model)
@@ -383,6 +392,26 @@ def test_push_sends_the_model_and_nothing_else(folder):
         ("create", "someone/flowers", True, True),
         ("upload", "someone/flowers", folder, files),
     ]
+
+
+@pytest.mark.parametrize("codec", ["vae", "deep/er/vae", "{}/vae", r"C:\data\vae"])
+def test_push_publishes_no_local_folder(unet, codec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = {"encoder": str(tmp_path / "t5"), "encoder_hash": "0", "max_tokens": 8}
+    info = dataclasses.replace(unet.info, codec=codec.format(tmp_path), extra={"text": text})
+    mz.save_model(mz.Model(unet.backbone, unet.parameterisation, info), tmp_path / "model")
+    before = (tmp_path / "model" / "config.json").read_bytes()
+
+    class ReadingHub(Hub):
+        def upload_folder(self, *, folder_path, **_):
+            loaded = mz.load_model(folder_path).info  # the hashes fit
+            self.calls.append((loaded.codec, loaded.extra["text"]["encoder"]))
+            return types.SimpleNamespace(commit_url="")
+
+    hub = ReadingHub()
+    model_card.push_to_hub(tmp_path / "model", "someone/flowers", hub=hub)
+    assert hub.calls[1] == ("vae", "t5")
+    assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
 def test_a_failed_push_is_a_value_error(folder, tmp_path):

@@ -93,6 +93,26 @@ def checked(text):
     return text
 
 
+def test_no_local_path_is_shown(run):
+    recipe = config.override(
+        config.from_yaml(run / "recipe.yaml"),
+        ["data.source=/home/alice/pets", "data.codec=/home/alice/vae", "evaluate.weights=~/w.pth",
+         "evaluate.reference=/home/alice/ref.npz"],
+    )  # fmt: skip
+    (run / "recipe.yaml").write_text(config.to_yaml(recipe))
+    with (run / "log.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"images": 9600, "evaluation": {"FID": 1.0}}) + "\n")
+    event = {"images": 6400, "event": "evaluation failed", "why": "/home/alice/ref.npz is damaged"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n")
+    start = {"images": 0, "command": "python -m mezzotint train unet-tiny --out /home/alice/run"}
+    (run / "environment.json").write_text(json.dumps([start]))
+    text = render_page(run, describe_changes(recipe))
+    assert "alice" not in text
+    assert all(
+        name in text for name in ("on pets", "ref.npz is damaged", "--out run", "codec: vae")
+    )
+
+
 def test_a_killed_run(run):
     text = checked(render_page(run, describe_changes(config.from_yaml(run / "recipe.yaml"))))
     assert "run &lt;1&gt;" in text

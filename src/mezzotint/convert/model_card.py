@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Sequence
-from contextlib import nullcontext
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from mezzotint import config
 from mezzotint.config import Recipe
 from mezzotint.core.boxed import boxed_folder
+from mezzotint.core.file_hashes import HASHES, add_hashes
 from mezzotint.core.files import atomic_write, check_replaceable, read_json
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.core.text import (
@@ -18,6 +22,7 @@ from mezzotint.core.text import (
     escape_name,
     fence,
     hide_folders,
+    hide_local,
     last_component,
 )
 from mezzotint.data.autoencoder import open_codec
@@ -27,6 +32,7 @@ from mezzotint.models import CONFIG, README, WEIGHTS, open_model, readme
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling.sample import sample
 from mezzotint.train import log
+from mezzotint.train.report import public_recipe
 from mezzotint.train.run_folder import run_lock
 
 GRID = "samples.png"
@@ -92,9 +98,10 @@ def _write_card(
     model = open_model(folder)
     target = folder / "model" if run else folder
     paths = (*_find_evaluations(run, model.info.images), *evaluations)
+    numbers = [load_evaluation(path) for path in paths]
     recipe = config.from_yaml(run / "recipe.yaml") if run else None
     records = log.read(run / "log.jsonl") if run and (run / "log.jsonl").exists() else []
-    grids = sorted((run / "samples").glob("*.png")) if run else []
+    grids = sorted(p for p in (run / "samples").glob("*.png") if p.is_file()) if run else []
     check_replaceable(target / GRID, lambda path: _is_grid(path, grids), "a grid of a card")
     if grids and not fresh:
         atomic_write(target / GRID, grids[-1].read_bytes())
@@ -107,7 +114,7 @@ def _write_card(
         caption,
         recipe,
         records,
-        [load_evaluation(path) for path in paths],
+        numbers,
         licence,
     )
     atomic_write(target / README, text)
@@ -127,7 +134,7 @@ def _find_evaluations(run: Path | None, images: int) -> list[Path]:
         return []
     at_the_end = run / "evaluations" / f"{images}.json"
     files = [*sorted(run.glob("*.json")), *([at_the_end] if at_the_end.exists() else [])]
-    return [p for p in files if b'"mezzotint_evaluation"' in p.read_bytes()]
+    return [p for p in files if p.is_file() and b'"mezzotint_evaluation"' in p.read_bytes()]
 
 
 def save_sample_grid(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:
@@ -196,23 +203,6 @@ def _training_section(recipe: Recipe | None, records: Sequence[dict[str, Any]]) 
         "</details>",
         "",
     ]
-
-
-def public_recipe(recipe: Recipe) -> str:
-    """Return the recipe as YAML without local paths: of a path, its last component.
-
-    The source of the data is left out; its name stands above.
-    """
-    values = hide_folders(config.to_dict(recipe))
-    values["data"]["source"] = ""
-    for key in ("reference", "weights", "prompts"):
-        if values["evaluate"][key]:
-            values["evaluate"][key] = last_component(values["evaluate"][key])
-    for key in ("codec", "text_encoder"):  # a relative folder, or OWNER/NAME of the hub
-        name = values["data"][key]
-        if name.count("/") != 1 or Path(name).exists():
-            values["data"][key] = last_component(name)
-    return config.to_yaml(config.from_dict(values)).rstrip()
 
 
 def _evaluation_section(evaluations: Sequence[Evaluation]) -> list[str]:
@@ -289,6 +279,30 @@ def _hub_metadata(
     return values.to_yaml()
 
 
+@contextmanager
+def _without_local_paths(folder: Path) -> Iterator[Path]:
+    """Yield the folder, or a copy whose config.json has last components of local codec and encoder.
+
+    The copy links to the other files.
+    """
+    values = read_json(folder / CONFIG)
+    public: dict[str, Any] = copy.deepcopy(values)
+    hashes = public.pop(HASHES, {"files": {}})
+    public["codec"] = hide_local(public.get("codec", "pixels"))
+    if text := public.get("extra", {}).get("text"):
+        text["encoder"] = hide_local(text["encoder"])
+    if public == {k: v for k, v in values.items() if k != HASHES}:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in (WEIGHTS, README, GRID):
+            if (folder / name).is_file():
+                (Path(temporary) / name).symlink_to((folder / name).resolve())
+        text = json.dumps(add_hashes(public, hashes["files"]), indent=2)
+        (Path(temporary) / CONFIG).write_text(text + "\n")
+        yield Path(temporary)
+
+
 def push_to_hub(
     folder: str | Path, repo: str, private: bool = False, hub: Hub | None = None
 ) -> str:
@@ -325,12 +339,13 @@ def push_to_hub(
         validate_repo_id(repo)
         hub = hub or HfApi()
         hub.create_repo(repo, private=private, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message="Weights and card, by mezzotint",
-            allow_patterns=list(FILES),
-        )
+        with _without_local_paths(folder) as public:
+            commit = hub.upload_folder(
+                repo_id=repo,
+                folder_path=public,
+                commit_message="Weights and card, by mezzotint",
+                allow_patterns=list(FILES),
+            )
     except HFValidationError as error:
         raise ValueError(f"{repo!r} is not a valid repository name: {error}") from None
     except LocalTokenNotFoundError:

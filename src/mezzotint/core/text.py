@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping
-from pathlib import PureWindowsPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 # Control characters, formatting characters such as bidirectional overrides, lone surrogates (bytes
@@ -69,6 +69,12 @@ def fence(text: str, language: str = "") -> list[str]:
 def last_component(path: object) -> str:
     """Return the last component of a path of any system."""
     return PureWindowsPath(str(path)).name
+
+
+def hide_local(name: str) -> str:
+    """Return the last component of a local folder; a name of the hub or of ours as it is."""
+    is_local = name.count("/") != 1 or Path(name).exists()
+    return last_component(name) if is_local else name
 
 
 def hide_folders(value: Any) -> Any:

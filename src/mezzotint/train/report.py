@@ -27,6 +27,7 @@ from mezzotint.core.json_values import first_line
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import build
 from mezzotint.core.svg_plot import COLOURS, Line, svg_plot
+from mezzotint.core.text import hide_folders, hide_local, last_component
 from mezzotint.data.decode import open_image_file
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives, schedules
@@ -73,7 +74,7 @@ def render_page(run: Path, difference: str) -> str:
     try:
         sections = [
             f"<h1>{name}</h1>",
-            f"<p>{html.escape(describe_progress(run, recipe, records))}</p>",
+            f"<p>{html.escape(hide_folders(describe_progress(run, recipe, records)))}</p>",
             render_latest(recipe, records),
             render_curves(recipe, records),
             render_evaluations(recipe, log.read_evaluations(run / "log.jsonl")),
@@ -84,9 +85,9 @@ def render_page(run: Path, difference: str) -> str:
                 ("images", "event", ""),
             ),
             "<h2>Recipe</h2>",
-            f"<pre>{html.escape(difference)}</pre>" if difference else "",
+            f"<pre>{html.escape(hide_folders(difference))}</pre>" if difference else "",
             "<details><summary>all fields</summary>"
-            f"<pre>{html.escape(config.to_yaml(recipe))}</pre></details>",
+            f"<pre>{html.escape(public_recipe(recipe))}</pre></details>",
             render_table("Environment", environment_rows(run), ("", "")),
         ]
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -105,9 +106,24 @@ def render_page(run: Path, difference: str) -> str:
     )
 
 
+def public_recipe(recipe: Recipe) -> str:
+    """Return the recipe as YAML without local paths: of a path, its last component.
+
+    The source of the data is left out.
+    """
+    values = hide_folders(config.to_dict(recipe))
+    values["data"]["source"] = ""
+    for key in ("reference", "weights", "prompts"):
+        if values["evaluate"][key]:
+            values["evaluate"][key] = last_component(values["evaluate"][key])
+    for key in ("codec", "text_encoder"):
+        values["data"][key] = hide_local(values["data"][key])
+    return config.to_yaml(config.from_dict(values)).rstrip()
+
+
 def _event_cells(event: dict[str, Any]) -> tuple[str, str]:
     facts = ", ".join(f"{k} {v}" for k, v in event.items() if k not in ("images", "event"))
-    return str(event.get("event", "")), facts
+    return str(event.get("event", "")), hide_folders(facts)
 
 
 def describe_progress(run: Path, recipe: Recipe, records: list[dict[str, Any]]) -> str:
@@ -230,7 +246,8 @@ def render_evaluations(recipe: Recipe, evaluations: list[dict[str, Any]]) -> str
     settings = recipe.evaluate
     note = (
         f"{settings.num_images:,} samples of the averaged weights, {settings.sampler}, "
-        f"{settings.steps} steps, against {settings.reference}; details are in evaluations/."
+        f"{settings.steps} steps, against {last_component(settings.reference)}; details are in "
+        "evaluations/."
     )
     plots = render_plots(evaluation_plots(evaluations), {})
     return f"<h2>Evaluations</h2><p>{html.escape(note)}</p>{plots}"
@@ -318,7 +335,8 @@ def zero_output_loss(recipe: Recipe, levels: int = 256, batch: int = 16) -> dict
 
 def find_grids(run: Path) -> list[Path]:
     """Return the run's sample grids, oldest first; a file's name is the number of images seen."""
-    return sorted(path for path in (run / "samples").glob("*.png") if path.stem.isdigit())
+    paths = (run / "samples").glob("*.png")
+    return sorted(path for path in paths if path.stem.isdigit() and path.is_file())
 
 
 def render_grids(run: Path) -> str:
@@ -357,7 +375,9 @@ def environment_rows(run: Path) -> list[list[str]]:
                 continue
             is_dict = isinstance(value, dict)
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if is_dict else str(value)
-            rows.append(["images seen at the start" if key == "images" else key, text])
+            rows.append(
+                ["images seen at the start" if key == "images" else key, hide_folders(text)]
+            )
     paths = [p for p in (run / "checkpoints").glob("*/manifest.json") if p.parent.name.isdigit()]
     for path in sorted(paths, key=lambda p: int(p.parent.name))[-1:]:
         try:
