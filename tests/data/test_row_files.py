@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from helpers.image_files import png, write_folder
+from helpers.image_files import png, write_folder, write_tar
 from mezzotint.data.image_dataset import open_images
 
 
@@ -71,3 +71,17 @@ def test_images_beside_tables_are_read_as_files(tmp_path):
     root = clone(tmp_path / "clone", {"extra/rows.parquet": 2})
     write_folder(root, {"ant/0.png": png(0), "bee/1.png": png(1)})
     assert open_images(root, size=8).label_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("in_folder", [False, True])
+@pytest.mark.parametrize("missing", [0, 3, 6])
+def test_a_sample_of_a_webdataset_may_lack_its_class(tmp_path, missing, in_folder):
+    members = {f"{i}.{kind}": content for i in range(8)
+               for kind, content in (("cls", "ab"[i % 2]), ("png", png(i)))}  # fmt: skip
+    del members[f"{missing}.cls"]
+    (tmp_path / "set").mkdir()
+    write_tar(tmp_path / "set" / "train-00000-of-00001.tar", members)
+    images = open_images(tmp_path / "set" if in_folder else next(tmp_path.rglob("*.tar")), size=8)
+    assert (len(images), images.label_names) == (8, ("a", "b"))
+    labels = [images.label(i) for i in range(8)]
+    assert labels == [None if i == missing else i % 2 for i in range(8)]

@@ -182,7 +182,7 @@ def test_train_and_its_dry_run_print_the_notes_of_the_data(tmp_path, capsys, mak
     fields = ["model.num_classes=0"] if make is grey_and_heic else []
     train(small(f"data.source={str(source)!r}", *TINY, *fields), tmp_path / "run")
     printed = "".join(capsys.readouterr())
-    assert [words for words in told if words not in printed] == []
+    assert [words for words in told if printed.count(words) != 1] == []
     fields = (*fields, "model.size=8", "images=64")
     training.train("unet-tiny", fields, data=str(source), out=tmp_path / "b", dry_run=True)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("! ")]

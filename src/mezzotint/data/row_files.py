@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import PurePosixPath
+from typing import Any
+from unittest.mock import patch
 
 from mezzotint.core.files import expand_user
 from mezzotint.core.paths import printable
 from mezzotint.data.decode import image_suffixes
+from mezzotint.data.side_tables import decode_text
 from mezzotint.data.splits import split_kinds
 from mezzotint.data.stores import Listing
 
@@ -33,6 +38,27 @@ def is_webdataset(names: Iterable[str]) -> bool:
         if str(image.parent / f"{image.name.partition('.')[0]}{suffix}") in members
     }
     return ".cls" in fields or (".json" in fields and len({image.parent for image in images}) == 1)
+
+
+@contextmanager
+def patched_webdataset() -> Iterator[None]:
+    """Let `datasets` read a .cls that is a name, and samples without one of the fields."""
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    read = WebDataset._get_pipeline_from_tar
+
+    def read_complete(cls: type, path: str, members: Any) -> Iterator[dict[str, Any]]:
+        samples = read(path, members)
+        first = list(islice(samples, WebDataset.NUM_EXAMPLES_FOR_FEATURES_INFERENCE))
+        fields = dict.fromkeys(field for sample in first for field in sample)
+        for sample in chain(first, samples):
+            yield dict.fromkeys(fields) | sample
+
+    with (
+        patch.dict(WebDataset.DECODERS, cls=decode_text),
+        patch.object(WebDataset, "_get_pipeline_from_tar", classmethod(read_complete)),
+    ):
+        yield
 
 
 def find_row_files(folder: str, listing: Listing) -> tuple[str, dict[str, list[str]]] | None:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 from PIL import Image
@@ -37,7 +36,7 @@ from mezzotint.data.columns import (
 from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, decode_image
 from mezzotint.data.labels import NO_LABEL, Labels, read_labels
 from mezzotint.data.layout import Layout
-from mezzotint.data.side_tables import decode_text
+from mezzotint.data.row_files import patched_webdataset
 from mezzotint.data.sources import hash_parts, split_indices
 from mezzotint.data.splits import choose_split, match_split
 
@@ -366,13 +365,12 @@ def open_table(
         columns: see `table_source`.
     """
     import datasets
-    from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     exact = {name: [glob.escape(file) for file in of] for name, of in (files or {}).items()}
     pattern = glob.escape(path) if os.path.exists(path) else path
     on_disk = any((Path(path) / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
-        with patch.dict(WebDataset.DECODERS, cls=decode_text):  # its own takes numbers alone
+        with patched_webdataset():
             if builder is not None:
                 parts = datasets.load_dataset(builder, data_files=exact or {"train": pattern})
             elif on_disk:

@@ -305,6 +305,31 @@ class SaveError(OSError):
     """A part of a save could not be written."""
 
 
+def run_tasks(
+    folder: Path,
+    check_folder: Callable[[], None],
+    images: int,
+    tasks: Iterable[Callable[[], object]],
+) -> None:
+    """Run the tasks of a save one after the other; OSError in a sentence where one fails.
+
+    Args:
+        check_folder: raises OSError where `folder` is no longer the run's.
+    """
+    for task in tasks:
+        check_folder()
+        try:
+            task()
+        except SaveError:
+            raise
+        except Exception as error:
+            check_folder()
+            raise SaveError(
+                f"{folder} could not be written at {images} images: {one_line(error)}; its "
+                "checkpoints are intact, and the same command goes on from the newest"
+            ) from error
+
+
 def _write_error(images: int, run: Path, reason: BaseException) -> SaveError:
     return SaveError(
         f"the checkpoint at {images} images could not be written to {run}: {one_line(reason)}; "

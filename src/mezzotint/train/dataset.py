@@ -229,9 +229,9 @@ def data_notes(info: ModelInfo, dataset: Dataset) -> list[str]:
     """Return what a user should know of the data: its report's notes, no label, too small."""
     notes, unlabelled = list(dataset.report.notes), dataset.count_unlabelled()
     if info.config.num_classes and unlabelled:
-        notes.append(
-            f"{unlabelled:,} of {len(dataset):,} images have no label and train the null label"
-        )
+        missing = f"{unlabelled:,} of {len(dataset):,} images have no label"
+        notes = [note for note in notes if not note.startswith(missing)]
+        notes.append(f"{missing} and train the null label")
     return [*notes, *filter(None, [dataset.describe_enlarged()])]
 
 

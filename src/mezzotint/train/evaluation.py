@@ -15,7 +15,6 @@ import torch
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import any_rank, broadcast_from_rank0, raise_on_all_ranks
 from mezzotint.process.denoiser import Model
-from mezzotint.sampling.parse import parse_sampler
 from mezzotint.train import log
 from mezzotint.train.setup import Run, averaged_model
 
@@ -26,7 +25,7 @@ Evaluator = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
 
 
 def check_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> None:
-    """Raise ValueError for an evaluator too few or too many, or an unknown sampler."""
+    """Raise ValueError for an evaluator too few or too many."""
     every = recipe.evaluate.every_images
     if every > 0 and evaluator is None:
         raise ValueError(
@@ -37,10 +36,6 @@ def check_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> None:
         raise ValueError(
             "evaluate.every_images=0 and an evaluator; set evaluate.every_images or leave it out"
         )
-    try:
-        parse_sampler(recipe.evaluate.sampler)
-    except ValueError as error:
-        raise ValueError(f"evaluate.sampler={recipe.evaluate.sampler}: {error}") from None
 
 
 def is_recorded(run: Run) -> bool:

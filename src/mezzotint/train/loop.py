@@ -379,23 +379,8 @@ def save(
             tasks.append(partial(save_model, model, run.folder / "model"))
             tasks.append(partial(save_model, raw, run.folder / "model-raw"))
     if tasks:
-        run.writer.start(partial(run_tasks, run, images, tasks))
-
-
-def run_tasks(run: Run, images: int, tasks: Sequence[Callable[[], object]]) -> None:
-    """Run the tasks of a save one after the other; OSError in a sentence where one fails."""
-    for task in tasks:
-        run.check_folder()
-        try:
-            task()
-        except checkpoint.SaveError:
-            raise
-        except Exception as error:
-            raise checkpoint.SaveError(
-                f"{run.folder} could not be written at {images} images: "
-                f"{checkpoint.one_line(error)}; its checkpoints are intact, and the same command "
-                "goes on from the newest"
-            ) from error
+        write = partial(checkpoint.run_tasks, run.folder, run.check_folder, images, tasks)
+        run.writer.start(write)
 
 
 def draw_grid(run: Run, progress: ProgressDisplay) -> None:

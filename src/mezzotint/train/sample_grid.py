@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from mezzotint.config import SampleGrid
+from mezzotint.config import Evaluate, SampleGrid
 from mezzotint.core.distributed import World, gather_from_ranks, raise_on_all_ranks
 from mezzotint.core.files import atomic_write
 from mezzotint.core.image_grid import class_captions, make_grid, save_png
+from mezzotint.core.registry import Spec
 from mezzotint.data import autoencoder
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.transforms import to_uint8
@@ -70,6 +71,27 @@ def check_sample_grid(grid: SampleGrid, model: Model) -> None:
             count_network_calls(model, settings)
         except ValueError as error:
             raise ValueError(f"samples.* cannot be sampled from this network: {error}") from None
+    else:
+        _check_options("samples", settings.sampler, grid.steps, model)
+
+
+def check_evaluation_sampler(settings: Evaluate, model: Model) -> None:
+    """Raise ValueError for an unknown sampler or an option out of range, used or not."""
+    try:
+        sampler = parse_sampler(settings.sampler)
+    except ValueError as error:
+        raise ValueError(f"evaluate.sampler={settings.sampler}: {error}") from None
+    _check_options("evaluate", sampler, settings.steps, model)
+
+
+def _check_options(name: str, sampler: Spec, steps: int, model: Model) -> None:
+    """Raise ValueError where the sampler refuses its options; without options it cannot."""
+    if not sampler.options:
+        return
+    try:
+        count_network_calls(model, SamplingSettings(sampler=sampler, steps=steps))
+    except ValueError as error:
+        raise ValueError(f"{name}.sampler={sampler}: {error}") from None
 
 
 def grid_path(folder: Path, images: int) -> Path:

@@ -160,6 +160,7 @@ def _build_network(
 
     check_objective(recipe, model, objective, schedule)
     sample_grid.check_sample_grid(recipe.samples, on_meta)
+    sample_grid.check_evaluation_sampler(recipe.evaluate, on_meta)
     for std in recipe.ema.power_stds:
         ema.power_gamma(std)
 
