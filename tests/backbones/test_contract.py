@@ -244,6 +244,7 @@ def test_channels_last_changes_nothing(name):
 
 COMPILE = """
 import json, sys, torch
+from helpers.tiny_models import SMALL
 from mezzotint.backbones import text_width
 from mezzotint.models import create_model
 from mezzotint.process.denoiser import Cond
@@ -251,7 +252,7 @@ from mezzotint.process.denoiser import Cond
 problems = {}
 for name in sys.argv[1:]:
     torch.manual_seed(0)
-    model = create_model(name).eval()
+    model = create_model(name, **SMALL.get(name, {})).eval()
     c = model.info.config
     z = torch.randn(2, c.channels, c.size, c.size)
     noise = model.parameterisation.noise(torch.tensor([-4.0, 3.0]))

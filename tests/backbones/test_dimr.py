@@ -381,7 +381,13 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+# Of each number of resolutions one is enough for every change.
+OTHERS = ("dimr-g-2r-256", "dimr-xl-3r-512", "dimr-l-3r-64")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in OTHERS)) for n in PARAMETERS]
+)
 def test_parameters_and_gmac(name):
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -20,7 +20,7 @@ from PIL import Image
 from docs.test_commands import ROOT, read_blocks, read_commands
 from mezzotint import cli
 
-SHORT = ["images=32", "batch=16", "samples.count=4", "samples.steps=2"]
+SHORT = ["images=16", "batch=8", "samples.count=2", "samples.steps=2"]
 SKIPPED = {"serve", "demo", "evaluate", "reference", "--push", "--tyro-print-completion"}
 
 

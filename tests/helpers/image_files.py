@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import io
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+PICTURE = Image.effect_mandelbrot((64, 48), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    """Return an image as a file's content; options as of Pillow's save."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def chunk(kind: bytes, content: bytes, crc: int | None = None) -> bytes:
+    """Return a chunk of a PNG; by default with the right checksum."""
+    crc = zlib.crc32(kind + content) if crc is None else crc
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", crc)
 
 
 def png(seed: int, size: tuple[int, int] = (12, 10)) -> bytes:

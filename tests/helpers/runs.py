@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 
 import torch
 from safetensors.torch import load_file
@@ -54,12 +56,17 @@ def events(folder) -> list[dict]:
 
 def last_state(folder) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint by its path: weights, moments, averages, log window."""
+    newest = checkpoint.list_checkpoints(folder)[-1]
+    return _state(newest, (newest / "manifest.json").stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=2)  # one of two compared runs is often that of earlier tests
+def _state(folder, modified) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    flat = folder / "state.pth"
-    dcp_to_torch_save(checkpoint.list_checkpoints(folder)[-1], flat)
-    state = torch.load(flat, weights_only=True)
-    flat.unlink()
+    with tempfile.TemporaryDirectory() as flat:
+        dcp_to_torch_save(folder, f"{flat}/state.pth")
+        state = torch.load(f"{flat}/state.pth", weights_only=True)
     return dict(_walk_tensors(state, ""))
 
 

@@ -44,16 +44,10 @@ def earlier(tmp_path_factory):
     return train(small("images=96"), tmp_path_factory.mktemp("earlier") / "run", quiet=True)
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        "nothing",
-        "the averaged model",
-        "older models",
-        "new weights under an old config",
-        "no weights",
-    ],
-)
+@pytest.mark.parametrize("left", [
+    "nothing", "the averaged model", "older models", "new weights under an old config",
+    "no weights",
+])  # fmt: skip
 def test_models_of_the_final_state_are_written_at_the_next_start(whole, stopped, earlier, left):
     """Killed after the last checkpoint got its name, at several points of writing the models."""
     folder = stopped(160)

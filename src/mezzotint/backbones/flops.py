@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,11 +32,22 @@ class MacCount:
         return self.computed + self.skipped
 
 
+_COUNTED: dict[tuple[type[Backbone], Any], MacCount] = {}
+
+
 def count_macs(backbone: Backbone) -> MacCount:
     """Count one forward pass of one image of the native size, without text.
 
-    Nothing is allocated: a backbone that holds weights is built again on the meta device.
+    Nothing is allocated: a backbone that holds weights is built again on the meta device. The count
+    of a config is remembered.
     """
+    key = type(backbone), backbone.config
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(backbone)
+    return _COUNTED[key]
+
+
+def _count(backbone: Backbone) -> MacCount:
     config = backbone.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         on_meta = all(p.is_meta for p in backbone.parameters())

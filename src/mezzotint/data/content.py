@@ -16,6 +16,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 
@@ -87,8 +88,10 @@ def read_content(dataset: Dataset, *, captions: bool) -> Content:
         except (UnreadableImage, OSError):
             return 0
 
+    parts = [chosen[i : i + 64].tolist() for i in range(0, len(chosen), 64)]
     with ThreadPoolExecutor(16) as pool:  # network disks answer many readers at once
-        rows["checksum"][chosen] = list(pool.map(checksum, chosen.tolist(), chunksize=64))
+        found = pool.map(lambda part: [checksum(i) for i in part], parts)
+        rows["checksum"][chosen] = list(chain.from_iterable(found))
     return Content(rows, dataset.label_names or ())
 
 
