@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -171,7 +172,7 @@ def no_follow(path: str, flags: int) -> int:
     raise OSError(f"{path} is a link or no regular file, and is not written to; remove it")
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading; OSError for a device, pipe or socket, which is never waited for."""
 
     def opener(path: str, flags: int) -> int:
