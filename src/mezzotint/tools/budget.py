@@ -37,8 +37,7 @@ LEAST_IMAGES = 100_000
 # Fewest images seen per parameter that justify a larger network. Published runs see 2 to 17 (EDM on
 # CIFAR-10 3.6, DiT-XL 2.7), and are trained far beyond the point where a smaller one was better.
 IMAGES_PER_PARAMETER = 0.5
-# Fewest steps of a run: a twentieth of them, the warm-up, is one step.
-LEAST_STEPS = 20
+LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
 # `choose_run` halves the batch until a run has that many steps, but not below the smallest batch.
 BATCH_STEPS, SMALLEST_BATCH = 2_000, 16
 # Parts of the time: for the start, checkpoints and what a timed step leaves out; for sample grids.
