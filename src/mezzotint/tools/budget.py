@@ -38,8 +38,10 @@ LEAST_IMAGES = 100_000
 # CIFAR-10 3.6, DiT-XL 2.7), and are trained far beyond the point where a smaller one was better.
 IMAGES_PER_PARAMETER = 0.5
 LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
-# `choose_run` halves the batch until a run has that many steps, but not below the smallest batch.
-BATCH_STEPS, SMALLEST_BATCH = 2_000, 16
+# `choose_run` halves the batch until a run has that many steps, but not below the smallest that is
+# measured: in three minutes a batch of 8 was better than 16, and 16 than 32
+# (benchmarks/results/choices-eurosat.json).
+BATCH_STEPS, SMALLEST_BATCH = 2_000, 8
 # Parts of the time: for the start, checkpoints and what a timed step leaves out; for sample grids.
 MARGIN, GRIDS = 0.1, 0.05
 MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
@@ -331,7 +333,9 @@ def fit_run(
     grid_seconds = grids * samples.count * _seconds_per_sample(samples, seconds)
     steps = int(((1 - MARGIN) * 3600 * hours - grid_seconds) / (seconds * recipe.batch))
     if steps < LEAST_STEPS:
-        needed = LEAST_STEPS * recipe.batch * seconds / (3600 * (1 - MARGIN - GRIDS))
+        least = LEAST_STEPS * recipe.batch * seconds
+        one = _seconds_per_sample(samples, seconds) if grids else 0.0  # a grid has one at least
+        needed = max(least / (1 - MARGIN - GRIDS), (least + one) / (1 - MARGIN)) / 3600
         raise ValueError(
             f"--hours {hours:g} ends inside the warm-up: it is enough for {max(steps, 0)} steps of "
             f"batch {recipe.batch} at {1 / seconds:,.3g} images/s; give at least "
