@@ -31,23 +31,20 @@ TABLE = Path(__file__).with_name("time_to_quality.json")
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
 NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
 GROWTH = ("tiny", "small", "base")  # sizes of a family, as its presets are named
-# Fewest images seen that justify 64 pixels: half the length of a tiny preset's recipe. Four times
-# as many for four times the pixels.
+# Fewest images seen that justify 64 pixels, half of a tiny recipe's; in proportion to the pixels.
 LEAST_IMAGES = 100_000
 # Fewest images seen per parameter that justify a larger network. Published runs see 2 to 17 (EDM on
-# CIFAR-10 3.6, DiT-XL 2.7), and are trained far beyond the point where a smaller one was better.
+# CIFAR-10 3.6, DiT-XL 2.7), long after a smaller one was better.
 IMAGES_PER_PARAMETER = 0.5
 LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
-# `choose_run` halves the batch until a run has that many steps, but not below the smallest that is
-# measured: in three minutes a batch of 8 was better than 16, and 16 than 32
-# (benchmarks/results/choices-eurosat.json).
+# `choose_run` halves the batch until a run has that many steps; in minutes, 8 was better than 16,
+# and 16 than 32 (benchmarks/results/choices-eurosat.json).
 BATCH_STEPS, SMALLEST_BATCH = 2_000, 8
 # Parts of the time: for the start, checkpoints and what a timed step leaves out; for sample grids.
 MARGIN, GRIDS = 0.1, 0.05
 MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
 LOG_SECONDS = 5  # at least, between log lines
-# Warm-up, at most, and half-life of the average, at most (EDM's, arXiv 2206.00364 table 7), as
-# parts of the run.
+# Most of warm-up and of the average's half-life (EDM's, arXiv 2206.00364 table 7), in runs.
 WARMUP, HALF_LIFE = 0.05, 0.05
 # The fewer images, the sooner a network repeats them (arXiv 2310.02664).
 FEW_IMAGES, HUNDREDS = 5_000, 500
