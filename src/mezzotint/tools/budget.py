@@ -33,8 +33,7 @@ NETWORK_SIZE = 64  # the network is chosen at this size, that of most measuremen
 GROWTH = ("tiny", "small", "base")  # sizes of a family, as its presets are named
 # Fewest images seen that justify 64 pixels, half of a tiny recipe's; in proportion to the pixels.
 LEAST_IMAGES = 100_000
-# Fewest images seen per parameter that justify a larger network. Published runs see 2 to 17 (EDM on
-# CIFAR-10 3.6, DiT-XL 2.7), long after a smaller one was better.
+# Fewest images seen per parameter that justify a larger network; published runs see 2 to 17.
 IMAGES_PER_PARAMETER = 0.5
 LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
 # `choose_run` halves the batch until a run has that many steps; in minutes, 8 was better than 16,
