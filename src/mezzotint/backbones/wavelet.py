@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from mezzotint.backbones.inputs import depth_to_space, space_to_depth
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,24 +30,6 @@ def _merge(low: Tensor, high: Tensor) -> Tensor:
     even = low - (torch.cat([high[..., :1], high[..., :-1]], -1) + high) / 4
     odd = high + (even + torch.cat([even[..., 1:], even[..., -1:]], -1)) / 2
     return torch.stack([even, odd], -1).flatten(-2)
-
-
-def _space_to_depth(x: Tensor, factor: int) -> Tensor:
-    """(b, c, h, w) -> (b, c factor², h/factor, w/factor).
-
-    The new channel index is (dy factor + dx) c + channel.
-    """
-    # torch orders the new channels as (channel, dy, dx); here the channel is the fastest.
-    return (
-        pixel_unshuffle(x, factor)
-        .unflatten(1, (x.shape[1], factor**2))
-        .transpose(1, 2)
-        .flatten(1, 2)
-    )
-
-
-def _depth_to_space(x: Tensor, factor: int) -> Tensor:
-    return pixel_shuffle(x.unflatten(1, (factor**2, -1)).transpose(1, 2).flatten(1, 2), factor)
 
 
 def dwt53(
@@ -76,7 +59,7 @@ def dwt53(
     ]
     # First letter along h, though w was split first; without rounding the order does not matter.
     ll, hl, lh, hh = bands
-    details = [_space_to_depth(band, 2 ** (levels - 1)) for band in (lh, hl, hh)]
+    details = [space_to_depth(band, 2 ** (levels - 1)) for band in (lh, hl, hh)]
     return torch.cat([dwt53(ll, levels - 1), *details], 1)
 
 
@@ -97,7 +80,7 @@ def idwt53(
         return y
     coarse, *details = y.chunk(4, 1)
     ll = idwt53(coarse, levels - 1)
-    lh, hl, hh = (_depth_to_space(band, 2 ** (levels - 1)) for band in details)
+    lh, hl, hh = (depth_to_space(band, 2 ** (levels - 1)) for band in details)
     low = _merge(ll.transpose(-1, -2), hl.transpose(-1, -2)).transpose(-1, -2)
     high = _merge(lh.transpose(-1, -2), hh.transpose(-1, -2)).transpose(-1, -2)
     return _merge(low, high)
