@@ -19,7 +19,7 @@ from mezzotint.core.registry import Spec, suggest
 
 MOST_BYTES = 1_000_000  # of a recipe's file
 
-# Ranges that several fields share. They end where a value is a slip of the pen or cannot work.
+# Ranges that several fields share. They end where a value is a typing error or cannot work.
 Hours = Annotated[float, Range(0, 10_000, "about a year", above=True)]
 Interval = Annotated[int, Range(0, MOST_IMAGES, "images")]
 Positive = Annotated[int, Range(1, MOST_IMAGES, "images")]
@@ -50,8 +50,8 @@ class Data(Checked):
     source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
-    augment: probability of EDM's non-leaky augmentations, for a few thousand images or less (EDM:
-        0.12 on CIFAR-10, 0.15 on FFHQ); networks on pixels only, which get a label of them.
+    augment: probability of each of EDM's non-leaky augmentations (EDM: 0.12 on CIFAR-10, 0.15 on
+        FFHQ), which condition the network; for few images, and networks on pixels only.
     columns: of images, labels and captions, e.g. {image: photo, label: species}.
     codec: autoencoder of a latent network, by name or folder; the preset's or dataset's by default.
     text_encoder: T5 encoder of a network that reads captions, by name or folder.
@@ -257,7 +257,7 @@ class Recipe(Checked):
     label_drop: probability of the null label or empty text in training, for guidance.
     log_every_images: between log lines.
     trackers: get every log line besides log.jsonl; their packages must be installed.
-    hours: the budget by which `train --hours` chose the length and more; kept as a record.
+    hours: the budget for which `train --hours` chose the length; a record, not read in training.
     """
 
     preset: str

@@ -118,7 +118,7 @@ class Preset:
     params, gmac: as the paper prints them, None where it does not.
     fid: the FID the paper claims. protocol: how the paper measured it.
     note: why counted and claimed figures differ.
-    at_size: fields of the config that follow another size, e.g. the patch; None for none.
+    at_size: returns the fields of the config that follow from a size in pixels, e.g. the patch.
     """
 
     config: Any
@@ -132,9 +132,9 @@ class Preset:
     at_size: Callable[[int], dict[str, Any]] | None = None
 
     def change(self, fields: dict[str, Any]) -> Any:
-        """Return the config with other values of some fields.
+        """Return the config with some fields replaced.
 
-        With a size the fields of `at_size` follow it, unless one of them is given too.
+        A given size sets the fields of `at_size` too, unless one of them is given.
         """
         if self.at_size and "size" in fields:
             following = self.at_size(fields["size"])

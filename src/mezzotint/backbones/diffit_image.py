@@ -86,7 +86,7 @@ class DiffiTImageConfig(CheckedConfig):
     mlp_ratio: hidden width of the MLP over the cell's width.
     time_width: of the time vector. dropout: probability before each cell's convolution.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
-    patch: side of the blocks of pixels that are the network's cells; 1 in the paper.
+    patch: pixels per side of a cell of the network's grid; 1 in the paper.
     """
 
     size: Size = 64
@@ -266,18 +266,18 @@ def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
 
 
 def schedule(config: DiffiTImageConfig) -> Spec:
-    """EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5).
+    """Return EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5).
 
-    Above the paper's 64 pixels the log-SNR falls by simple diffusion's shift, 2 ln(size / 64)
-    (specs/simple-diffusion.md section 1).
+    Above the paper's 64 pixels the log-SNR falls by 2 ln(size / 64), simple diffusion's shift.
     """
+    # simple diffusion, arXiv 2301.11093, section 2; ln(sigma/alpha) is minus half the log-SNR.
     return Spec("lognormal", {"mean": -1.2 + math.log(max(1.0, config.size / 64)), "std": 1.2})
 
 
 def patch_and_window_at(size: int) -> dict[str, object]:
-    """Return the patch of `patch_at`, and windows of an eighth of the grid as fields of a config.
+    """Return config fields: the patch of `patch_at`, and a window of an eighth of the grid.
 
-    The coarsest of four stages is then one window, as the paper's is at 64 pixels.
+    The coarsest of four stages is then one window, as in the paper at 64 pixels.
     """
     patch = patch_at(size)
     return {"patch": patch, "window": max(1, size // patch // 8)}

@@ -83,7 +83,7 @@ class Branch(nn.Module):
         self.per_block = len(blocks[0].vectors)
         vectors += [(dim, value) for block in blocks for value in block.vectors]
         self.skips = nn.ModuleList(LongSkip(dim) for _ in range(self.pairs))
-        self.pixels = config.patches[-1]  # sides of the block that a cell predicts
+        self.pixels = config.patches[-1]  # per side of the block that a cell predicts
         self.head = nn.Conv2d(dim, config.channels * self.pixels**2, 3, padding=1)
         vectors += [(dim, 1.0), (dim, 0.0)]
 
@@ -280,11 +280,11 @@ def parameterisation(config: DiMRConfig) -> Parameterisation:
 
 
 def schedule(config: DiMRConfig) -> Spec:
-    """The process it is trained on: Stable Diffusion's table, or the VP SDE for pixels.
+    """Return the schedule in training: Stable Diffusion's table, or the VP SDE for pixels.
 
-    Above the paper's 64 pixels the log-SNR of the latter falls by simple diffusion's shift,
-    2 ln(size / 64) (specs/simple-diffusion.md section 1).
+    Above the paper's 64 pixels the log-SNR of the latter falls by 2 ln(size / 64).
     """
+    # simple diffusion's shift (arXiv 2301.11093, section 2).
     if config.time == "linear_vp" and config.size > 64:
         return Spec("linear_vp", {"shift": 2 * math.log(64 / config.size)})
     return Spec(config.time)

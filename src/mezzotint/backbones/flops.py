@@ -38,8 +38,8 @@ _COUNTED: dict[tuple[type[Backbone], Any], MacCount] = {}
 def count_macs(backbone: Backbone) -> MacCount:
     """Count one forward pass of one image of the native size, without text.
 
-    Nothing is allocated: a backbone that holds weights is built again on the meta device. The count
-    of a config is remembered.
+    Nothing is allocated: a backbone that holds weights is built again on the meta device. Counts
+    are cached by config.
     """
     key = type(backbone), backbone.config
     if key not in _COUNTED:

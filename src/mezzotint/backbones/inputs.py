@@ -1,4 +1,4 @@
-"""A network's input: checks of sides, channels and labels, input transforms, blocks of pixels."""
+"""A network's input: checks of sides, channels and labels; input transforms; space to depth."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def label_rows(label: Tensor | None, num_classes: int, batch: int, device: torch
     return label.to(device)
 
 
-GRID = 64  # cells per side at which the `-small` and `-base` presets work, whatever the size
+GRID = 64  # most cells per side of the `-tiny`, `-small` and `-base` presets, whatever the size
 
 
 def patch_at(size: int, cells: int = GRID) -> int:
@@ -62,25 +62,28 @@ def patch_at(size: int, cells: int = GRID) -> int:
 
 
 def wavelet_at(size: int, cells: int = GRID) -> dict[str, object]:
-    """Return fields of a config: the patch of `patch_at`, by the wavelet up to 4 (256 pixels).
+    """Return config fields: the patch of `patch_at`, by the wavelet up to a patch of 4.
 
-    simple diffusion's choice at 256 and 512 pixels.
+    simple diffusion uses the wavelet at 256 and 512 pixels.
     """
     patch = patch_at(size, cells)
     return {"transform": "none" if patch == 1 else "dwt" if patch <= 4 else "conv", "patch": patch}
 
 
 def convolution_at(size: int, cells: int = GRID) -> dict[str, object]:
-    """Return fields of a config: the patch of `patch_at`, by a convolution of that stride.
+    """Return config fields: the patch of `patch_at`, by a convolution of that stride.
 
-    SiD2's choice at 256 and 512 pixels.
+    SiD2 uses the convolution at 256 and 512 pixels.
     """
     patch = patch_at(size, cells)
     return {"transform": "none" if patch == 1 else "conv", "patch": patch}
 
 
 def space_to_depth(z: Tensor, patch: int) -> Tensor:
-    """(b, c, h, w) to (b, patch² c, h/patch, w/patch); channels are (row, column, channel)."""
+    """Move blocks of pixels to channels: (b, c, h, w) to (b, patch² c, h/patch, w/patch).
+
+    The new channels are in the order row, column, channel.
+    """
     if patch == 1:
         return z
     b, c, h, w = z.shape

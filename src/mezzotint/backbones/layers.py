@@ -57,8 +57,8 @@ def sinusoidal_embedding(position: Tensor, dim: int, max_period: float = 10_000.
 class AugmentEmbedding(nn.Module):
     """Linear map of EDM's 9 augmentation numbers to (b, dim), see `Cond.augment`.
 
-    It has no bias, so that images that are not augmented, and samples, get exactly zero. The
-    weights start at zero: our choice, with which the option changes no network at initialisation.
+    Without a bias, samples and images that are not augmented get exactly zero. The weights start at
+    zero (our choice), so the option changes no network at initialisation.
     """
 
     def __init__(self, dim: int):
@@ -68,7 +68,7 @@ class AugmentEmbedding(nn.Module):
     def forward(self, cond: Cond, batch: int) -> Tensor:
         """Return (batch, dim); zero where the condition has no `augment`."""
         numbers = cond.augment
-        if numbers is None:  # a product all the same: every parameter needs a gradient
+        if numbers is None:  # zeros, so that the weight still gets a gradient
             numbers = self.weight.new_zeros(batch, 9)
         return F.linear(numbers.to(self.weight), self.weight)
 

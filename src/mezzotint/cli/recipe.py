@@ -1,4 +1,4 @@
-"""The recipe of a `train` command: that of a preset or file, or one chosen for a time."""
+"""The recipe of a `train` command: that of a preset or file, or one chosen for a budget."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mezzotint.config import Recipe
     from mezzotint.core.distributed import World
 
-AUTO = "auto"  # instead of a preset: choose it
+AUTO = "auto"  # given in place of a preset
 
 
 def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path | None) -> Recipe:
@@ -27,11 +27,11 @@ def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path
         raise ValueError(
             f"{file} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
         )
-    return with_changes(chosen, data, overrides)
+    return apply_changes(chosen, data, overrides)
 
 
-def with_changes(recipe: Recipe, data: str, overrides: tuple[str, ...]) -> Recipe:
-    """Return a recipe with the data and overrides of a command."""
+def apply_changes(recipe: Recipe, data: str, overrides: tuple[str, ...]) -> Recipe:
+    """Return a recipe with the data and overrides of a command applied."""
     from mezzotint import config
 
     if data:
@@ -49,9 +49,11 @@ def choose_for_hours(
     out: Path,
     world: World,
 ) -> Recipe:
-    """Return the recipe for a time, of a run that has begun its own; all ranks call it together.
+    """Return the recipe for a budget in hours; a run that has begun keeps its own.
 
-    Rank 0 chooses and prints the reasons.
+    All ranks call it together; rank 0 chooses and prints the reasons.
+
+    Errors: ValueError for a given length, for auto with a file, and as `recall_choice`.
     """
     from mezzotint.core.distributed import on_rank0
 
@@ -61,10 +63,10 @@ def choose_for_hours(
         if preset == AUTO and file:
             raise ValueError(f"auto chooses the recipe; leave --recipe {file} out")
         kept = recall_choice(hours, preset, out)
-        return kept or choose_anew(hours, preset, overrides, data, file, out, world)
+        return kept or choose_fitting_recipe(hours, preset, overrides, data, file, out, world)
 
-    # Each rank's own data and fields, which are compared when training starts.
-    return with_changes(on_rank0(choose, world), data, overrides)
+    # Each rank applies its own data and fields; training compares them at its start.
+    return apply_changes(on_rank0(choose, world), data, overrides)
 
 
 def recall_choice(hours: float, preset: str, folder: Path) -> Recipe | None:
@@ -90,7 +92,7 @@ def recall_choice(hours: float, preset: str, folder: Path) -> Recipe | None:
     return kept
 
 
-def choose_anew(
+def choose_fitting_recipe(
     hours: float,
     preset: str,
     overrides: tuple[str, ...],
@@ -99,7 +101,7 @@ def choose_anew(
     out: Path,
     world: World,
 ) -> Recipe:
-    """Look at the data and the machine, choose, and print the reasons."""
+    """Return the recipe that fits the data, the machine and the budget; print the reasons."""
     from mezzotint.tools import budget, budget_facts
     from mezzotint.train.loop import check_data_given
     from mezzotint.train.run_folder import check_run_folder

@@ -35,7 +35,7 @@ def info(
 ) -> None:
     """List the presets with their parameters and multiply-accumulates, and the trained models.
 
-    Counted, and as published. The trained models come with mezzotint.
+    Figures are counted, and as published. The trained models come with mezzotint.
 
     Args:
         preset: Show the layers of this preset by resolution, or the card of this trained model.

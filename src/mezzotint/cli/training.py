@@ -70,7 +70,7 @@ def train(
         overrides: Fields of the recipe, e.g. images=2e6 batch=64 optim.lr=3e-4 model.size=64.
         data: Folder, zip, prepared dataset, parquet, hub name, or built-in "digits" or "shapes:64".
         out: Run folder; runs/PRESET by default.
-        hours: Choose the length for so many hours here, by timing a step; the rate ends at zero.
+        hours: Train for about so many hours on this machine; the learning rate decays to zero.
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model; size and classes may differ.
         dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.

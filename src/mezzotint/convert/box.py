@@ -43,7 +43,7 @@ def box_model(
 
     Args:
         run: Run folder, with its recipe and log.
-        name: What a user types.
+        name: By which users load it.
         data: Name, authors, year and licence of the training images.
         licence: Of the weights, as the hub names it, e.g. mit.
         evaluation: Files of `mezzotint evaluate`; the first number of the first is the distance.

@@ -281,9 +281,9 @@ def _hub_metadata(
 
 @contextmanager
 def _without_local_paths(folder: Path) -> Iterator[Path]:
-    """Yield the folder, or a copy whose config.json has last components of local codec and encoder.
+    """Yield the folder, or a copy if its config.json names a local codec or text encoder.
 
-    The copy links to the other files.
+    In the copy only the last component of their paths is left; it links to the other files.
     """
     values = read_json(folder / CONFIG)
     public: dict[str, Any] = copy.deepcopy(values)

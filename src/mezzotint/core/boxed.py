@@ -30,7 +30,7 @@ def boxed_folder(name: str | Path) -> Path | None:
 
 
 def suggest_boxed(name: str | Path) -> str:
-    """Return the end of an error about an unknown model: what the box has, if it has anything."""
+    """Return the end of an error about an unknown model: names in the box; empty for none."""
     names = boxed_models()
     return f"; {suggest(str(name), names)}".replace("known:", "in the box:") if names else ""
 

@@ -173,7 +173,7 @@ def no_follow(path: str, flags: int) -> int:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Open a file for reading; OSError for a device, pipe or socket, which is never waited for."""
+    """Open a file for reading; OSError at once for a folder, device, pipe or socket."""
 
     def opener(path: str, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)

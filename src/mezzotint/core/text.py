@@ -72,7 +72,7 @@ def last_component(path: object) -> str:
 
 
 def hide_local(name: str) -> str:
-    """Return the last component of a local folder; a name of the hub or of ours as it is."""
+    """Return the last component of a local path; a name of a hub repository unchanged."""
     is_local = name.count("/") != 1 or Path(name).exists()
     return last_component(name) if is_local else name
 

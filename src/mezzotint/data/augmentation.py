@@ -1,12 +1,12 @@
 """EDM's non-leaky augmentation of training images (arXiv 2206.00364, appendix F.2, table 6).
 
-Eight random numbers a0 ... a7 per image turn, stretch and move it. Nine numbers made of them are
-the network's condition, so that it knows which images are augmented. They are zero for an untouched
-image, and zero when sampling, so that samples are not augmented.
+Eight random numbers a0 ... a7 flip, scale, rotate, stretch and translate an image. Nine numbers
+made of them condition the network. These are zero for an image that is not augmented, and in
+sampling, so that samples are not augmented.
 
 Flips are exact. All else is one bicubic interpolation with reflected borders, clamped to -1...1;
-the authors' code interpolates linearly between two wavelet filters. An image whose label is zero is
-untouched bit by bit.
+the authors' code interpolates linearly between two wavelet filters. An image whose nine numbers are
+zero keeps every bit.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def draw_augmentations(
 ) -> Float64[Tensor, "b 8"]:
     """Draw a0 ... a7 of table 6 for each image number of a run.
 
-    The horizontal flip is always drawn; each of the others is zero except with `probability`.
+    The horizontal flip has probability 1/2. Each other transformation has `probability`, else its
+    numbers are zero.
     """
     rows = []
     for n in image_numbers:
@@ -53,7 +54,7 @@ def augmentation_label(a: Float64[Tensor, "b 8"]) -> Float[Tensor, "b 9"]:
 
 
 def augment(images: Float[Tensor, "b c h w"], a: Float64[Tensor, "b 8"]) -> Tensor:
-    """Return images of -1...1, each flipped, then scaled, rotated, stretched and moved.
+    """Return images of -1...1, each flipped, then scaled, rotated, stretched and translated.
 
     Args:
         images: on any device. a: of `draw_augmentations`, on the CPU.

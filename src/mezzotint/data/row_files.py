@@ -42,7 +42,7 @@ def is_webdataset(names: Iterable[str]) -> bool:
 
 @contextmanager
 def patched_webdataset() -> Iterator[None]:
-    """Let `datasets` read a .cls that is a name, and samples without one of the fields."""
+    """Let `datasets` read a .cls that holds a name, and samples that lack a field."""
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     read = WebDataset._get_pipeline_from_tar

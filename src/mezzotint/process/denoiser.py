@@ -25,7 +25,7 @@ class Cond:
 
     label: class index; `num_classes` of the backbone is the null label (no class).
     text: token embeddings; text_mask: True where a token is real, not padding.
-    augment: how a training image was augmented (`data.augmentation`); None is not at all.
+    augment: EDM's augmentation label of a training image (`data.augmentation`); None for none.
     """
 
     label: Int[Tensor, " b"] | None = None

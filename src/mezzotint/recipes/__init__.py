@@ -31,17 +31,17 @@ def ema_from_decay(decay: float, batch: int) -> Ema:
 
 
 def small(tiny: Recipe, width: float) -> Recipe:
-    """Return the recipe of a family's `-small`: one consumer GPU, or a CPU over a weekend.
+    """Return the recipe of a family's `-small`, for one consumer GPU or a CPU over a weekend.
 
     Args:
-        tiny: recipe of the family's `-tiny`, which chooses all but rate and length.
+        tiny: recipe of the family's `-tiny`; only rate, warm-up, batch and length differ.
         width: of the widest layer, over that of `-tiny`.
     """
     return _enlarge(tiny, "small", width, images=5_000_000, batch=64, save_every=100_000)
 
 
 def base(tiny: Recipe, width: float) -> Recipe:
-    """Return the recipe of a family's `-base`: one or several GPUs over days; see `small`."""
+    """Return the recipe of a family's `-base`, for one or several GPUs over days; see `small`."""
     return _enlarge(tiny, "base", width, images=50_000_000, batch=256, save_every=1_000_000)
 
 
@@ -51,7 +51,7 @@ def _enlarge(
     optim = replace(
         tiny.optim,
         # Yang et al. (arXiv 2203.03466), table 3: Adam's rate of hidden weights ~ 1 / fan-in. Most
-        # weights are hidden, so the one rate follows them (benchmarks/width_transfer.py).
+        # weights are hidden, so all share that rate (benchmarks/width_transfer.py).
         lr=tiny.optim.lr / width,
         warmup_images=tiny.optim.warmup_images * images // tiny.images,
     )

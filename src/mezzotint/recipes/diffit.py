@@ -22,7 +22,7 @@ def _edm(
 ) -> Recipe:
     """Return EDM's recipe: log-normal noise, weight 1 in F-space, Adam, warm-up, ramped average.
 
-    The paper does not mention EDM's augmentations, nor how their label enters the network; they are
+    The paper does not mention EDM's augmentations, nor how their label enters the network. They are
     part of the recipe that it follows, and include the flip.
     """
     return Recipe(

@@ -1,10 +1,9 @@
-"""Choose the run that makes most of some hours: network, size, batch, length and learning rate.
+"""Choose the run for a budget in hours: network, size, batch, length and learning rate.
 
-`choose_run` and `fit_run` are functions of facts: the data, the device, and the seconds that a
-network takes for an image here; `tools.budget_facts` finds them. They return an ordinary recipe,
-and training knows nothing of hours. The family is chosen by measurements, the rows of
-`time_to_quality.json`, which `python docs/make_tables.py` writes from benchmarks/results. The
-constants below are our choice where nothing is measured, each with its reason.
+`choose_run` and `fit_run` are functions of facts that `tools.budget_facts` finds: the data, the
+device, and a network's seconds per image. Their recipe is an ordinary one, its length in images.
+Measurements decide the family: the rows of `time_to_quality.json`, which docs/make_tables.py writes
+from benchmarks/results. The constants below are our choice where nothing is measured.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ TABLE = Path(__file__).with_name("time_to_quality.json")
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
 NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
 GROWTH = ("tiny", "small", "base")  # sizes of a family, as its presets are named
-# Fewest images seen that justify 64 pixels, half of a tiny recipe's; in proportion to the pixels.
+# Fewest images seen that justify 64 pixels, half of a tiny recipe's; proportional to the pixels.
 LEAST_IMAGES = 100_000
 # Fewest images seen per parameter that justify a larger network; published runs see 2 to 17.
 IMAGES_PER_PARAMETER = 0.5
 LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
-# `choose_run` halves the batch until a run has that many steps; in minutes, 8 was better than 16,
-# and 16 than 32 (benchmarks/results/choices-eurosat.json).
+# `choose_run` halves the batch until a run has that many steps. After 3 minutes 8 was better than
+# 16, and 16 than 32 (benchmarks/results/choices-eurosat.json).
 BATCH_STEPS, SMALLEST_BATCH = 2_000, 8
-# Parts of the time: for the start, checkpoints and what a timed step leaves out; for sample grids.
+# Parts of the time for the start, checkpoints and what a timed step leaves out, and for grids.
 MARGIN, GRIDS = 0.1, 0.05
 MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
 LOG_SECONDS = 5  # at least, between log lines
-# Most of warm-up and of the average's half-life (EDM's, arXiv 2206.00364 table 7), in runs.
+# Longest warm-up and half-life of the average, as parts of a run (EDM: arXiv 2206.00364 table 7).
 WARMUP, HALF_LIFE = 0.05, 0.05
 # The fewer images, the sooner a network repeats them (arXiv 2310.02664).
 FEW_IMAGES, HUNDREDS = 5_000, 500
@@ -89,7 +88,7 @@ MeasureSpeed = Callable[[Recipe], Speed]  # ValueError for a network that cannot
 
 
 class Choice(NamedTuple):
-    """A recipe, the reasons by what they are for, and what to know before the start."""
+    """A recipe, the reason for each choice by its name, and warnings."""
 
     recipe: Recipe
     reasons: dict[str, str]
@@ -114,7 +113,7 @@ def rows_of(preset: str, size: int) -> list[dict[str, Any]]:
 
 
 def expect_distance(preset: str, size: int, images: float) -> float:
-    """Return the distance after `images`: log-log between measured rows, that of the end beyond."""
+    """Return the distance after `images`: log-log between rows, constant beyond the ends."""
     rows = rows_of(preset, size)
     seen, distances = ([row[key] for row in rows] for key in ("images", "distance"))
     return float(np.exp(np.interp(np.log(images), np.log(seen), np.log(distances))))
@@ -126,7 +125,7 @@ def is_measured(preset: str, size: int, images: float) -> bool:
 
 
 def least_images(preset: str, size: int) -> float:
-    """Return the fewest images that justify a size and a network larger than its family's tiny."""
+    """Return the fewest images that justify a size, and a network above its family's tiny."""
     by_size = LEAST_IMAGES * (size / NETWORK_SIZE) ** 2
     if preset.endswith(GROWTH[0]):
         return by_size
@@ -283,7 +282,7 @@ def _choose_size(images: _Images, preset: str, size: int, sizes: list[int]) -> t
 
 
 def _usual_sizes(data: DataFacts) -> list[int]:
-    """Return the usual sizes that half of the images reach, from 32 pixels on if they reach it."""
+    """Return the usual sizes that half of the images reach; 16 and 28 only below 32 pixels."""
     if data.fixed_size is not None:
         return [data.fixed_size]
     reached = [size for size in SIZES if size <= median(data.sides)]
@@ -312,10 +311,10 @@ def fit_run(
     measure: MeasureSpeed,
     overrides: Sequence[str] = (),
 ) -> Choice:
-    """Choose the length of a recipe for a budget, and all that follows from it.
+    """Choose the length of a recipe for a budget, and what follows from the length.
 
-    Warm-up and average get their part of the length, and the rate decays to zero at its end.
-    Sample grids, checkpoints and log lines come at even times.
+    Warm-up and half-life are parts of the length, and the rate decays to zero at its end. Sample
+    grids, checkpoints and log lines are evenly spaced.
 
     Args:
         overrides: see `choose_run`.
@@ -379,7 +378,8 @@ def fit_run(
 
 
 def _seconds_per_sample(samples: SampleGrid, seconds: float) -> float:
-    """Return the seconds of a sample: a network evaluation is a third of a training step."""
+    """Return the seconds of a sample, from those of a training step per image."""
+    # A forward pass is a third of a training step (Kaplan et al., arXiv 2001.08361, section 2.1).
     return samples.steps * seconds / 3 * (1 if samples.guidance is None else 2)
 
 
@@ -399,7 +399,7 @@ def _round_up(hours: float) -> str:
 
 
 def describe_comparable(recipe: Recipe) -> str:
-    """Return a sentence about the measured run that is most like a recipe's."""
+    """Return a sentence about the measured run that is nearest to a recipe's."""
     size, images = size_of(recipe), recipe.images
     family, _, word = recipe.preset.rpartition("-")
     names = [recipe.preset, f"{family}-{GROWTH[0]}"] if word in GROWTH else [recipe.preset]
@@ -417,7 +417,7 @@ def describe_comparable(recipe: Recipe) -> str:
 
 
 def _warn_of_length(recipe: Recipe, seconds: float) -> list[str]:
-    """Say that a run is too short to be good, and what would be long enough."""
+    """Warn of a run too short for its size, with the hours that would suffice."""
     least = least_images(GROWTH[0], size_of(recipe))
     if recipe.images >= least:
         return []
@@ -429,7 +429,7 @@ def _warn_of_length(recipe: Recipe, seconds: float) -> list[str]:
 
 
 def _warn_of_data(recipe: Recipe, data: DataFacts) -> list[str]:
-    """Say that few images are repeated, and how to see it."""
+    """Warn that a model may copy few images, and say how to check."""
     if data.count >= FEW_IMAGES:
         return []
     what = (

@@ -1,4 +1,4 @@
-"""Find the facts that a choice for a budget depends on: the data, the device, its speed."""
+"""Find the facts on which the choice for a budget depends: data, device and speed."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ ANY_SIZE = 32  # for data that comes in any size
 
 
 def examine_images(recipe: Recipe, size: int = 0) -> DataFacts:
-    """Return the facts of a recipe's images, whatever its network; ValueError without any.
+    """Return the facts of a recipe's images, whatever its network; ValueError without images.
 
     Args:
-        size: where it is above the whole sample, all images are looked at.
+        size: in pixels; if it exceeds every side of the sample, all images are read.
     """
     source = recipe.data.source
     images, own_size = _open_images(recipe)
@@ -55,7 +55,7 @@ def examine_images(recipe: Recipe, size: int = 0) -> DataFacts:
 
 
 def _open_images(recipe: Recipe) -> tuple[ImageDataset, bool]:
-    """Open the images in their own size, else in any; return them and whether it is their own."""
+    """Return the images, and whether they are open in their own size or in ANY_SIZE."""
     data = recipe.data
     options: dict[str, Any] = {
         "columns": {k: v for k, v in dataclasses.asdict(data.columns).items() if v is not None},

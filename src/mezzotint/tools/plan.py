@@ -158,9 +158,9 @@ def time_step(
 ) -> tuple[int, float]:
     """Return a number of images and the seconds of one training step on them on this machine.
 
-    `images` double until a step has `most_images`, is long enough on a CPU, or the next does not
-    fit a GPU: small networks are slow on few images. By the wall clock, as training logs it; the
-    median of three steps.
+    `images` double until they are `most_images`, a step on a CPU is long enough, or a GPU's memory
+    is full: small networks are slow on few images. The time is the median of three steps by the
+    wall clock, as training logs it.
 
     Args:
         device: cpu or cuda.
@@ -200,6 +200,7 @@ def time_step(
 
 
 def _read_wall_clock(device: str) -> float:
+    """Return the seconds of the wall clock after all work on the device is done."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -71,7 +71,7 @@ def open_recipe_dataset(
 
 
 def _check_augment(recipe: Recipe, config: Any, codec: str) -> None:
-    """Raise ValueError where images are to be augmented and the network cannot be told."""
+    """Raise ValueError where data.augment is set and the network reads no augmentation label."""
     asked = f"data.augment {recipe.data.augment:g}"
     if recipe.data.augment and not (codec == "pixels" and hasattr(config, "augment_label")):
         raise ValueError(
@@ -164,7 +164,9 @@ def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | Non
 
 
 def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
-    """Fill in classes, schedule, precision and more from the data, the recipe and the machine.
+    """Fill in what recipe and info leave to the data and the machine.
+
+    That is classes, label names, codec, augmentation label, schedule and precision.
 
     Errors: ValueError where the dataset's labels do not fit the network.
     """

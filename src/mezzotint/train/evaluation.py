@@ -25,7 +25,7 @@ Evaluator = Callable[[Model, Path, Callable[[], bool]], dict[str, float]]
 
 
 def check_evaluator(recipe: Recipe, evaluator: Evaluator | None) -> None:
-    """Raise ValueError for an evaluator too few or too many."""
+    """Raise ValueError where an evaluator is missing or has no use."""
     every = recipe.evaluate.every_images
     if every > 0 and evaluator is None:
         raise ValueError(

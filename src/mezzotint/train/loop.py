@@ -136,7 +136,7 @@ def check(
 
 
 def check_extras(recipe: Recipe, evaluator: Evaluator | None) -> None:
-    """Raise ValueError for missing data or trackers, or an evaluator too few or too many."""
+    """Raise ValueError for missing data or trackers, or an evaluator missing or without use."""
     check_data_given(recipe)
     trackers.check_installed(recipe.trackers)
     evaluation.check_evaluator(recipe, evaluator)

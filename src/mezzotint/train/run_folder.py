@@ -51,7 +51,7 @@ def check_run_folder(folder: Path, source: str) -> None:
             raise ValueError(
                 f"{folder} is no run folder and holds {listing}; use an --out that is new or empty"
             )
-    # What is read and written in the run would wait for whoever is at the other end.
+    # To open a pipe blocks until its other end is open.
     if special := [p for p in (folder.iterdir() if folder.is_dir() else ()) if is_special(p)]:
         raise ValueError(f"{special[0]} is a device, pipe or socket; remove it from the run folder")
     existing = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))

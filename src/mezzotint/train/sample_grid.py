@@ -85,7 +85,7 @@ def check_evaluation_sampler(settings: Evaluate, model: Model) -> None:
 
 
 def _check_options(name: str, sampler: Spec, steps: int, model: Model) -> None:
-    """Raise ValueError where the sampler refuses its options; without options it cannot."""
+    """Raise ValueError where the sampler refuses its options; no options are always valid."""
     if not sampler.options:
         return
     try:

@@ -33,7 +33,7 @@ class Batch:
     x: images in the model's range, (b, c, h, w).
     eps: noise, (b, c, h, w).
     u: position in the schedule, (b,) float64.
-    cond: label and text, the null label or no text where they were dropped; and how x is augmented.
+    cond: label and text (null label, no text where dropped), and x's augmentation label.
     image_numbers: number of each image in the run, 0 for the first image seen.
     """
 
@@ -104,9 +104,7 @@ def make_batch(
     loaded: loader.LoadedBatch,
     device: torch.device,
 ) -> Batch:
-    """Draw noise, times, augmentation and dropped conditions.
-
-    Each depends on (seed, image number) alone.
+    """Draw noise, times, augmentation and dropped conditions, each by seed and image number alone.
 
     Args:
         dataset: that `loaded` comes from.

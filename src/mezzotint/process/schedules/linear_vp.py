@@ -30,8 +30,8 @@ def linear_vp(
     """Return the schedule of dz = -beta(t) z / 2 dt + sqrt(beta(t)) dw, u = t in [0, 1].
 
     beta(t) = beta_min + t (beta_max - beta_min). The log-SNR is +inf at t = 0, and about
-    -(beta_min + beta_max) / 2 at t = 1. To both comes `shift`, e.g. simple diffusion's
-    2 ln(reference / size) for an image larger than the reference.
+    -(beta_min + beta_max) / 2 at t = 1, before `shift` is added. simple diffusion's shift for an
+    image larger than the reference is 2 ln(reference / size).
     """
     _check(beta_min, beta_max)
 
