@@ -1,12 +1,11 @@
-"""What each choice of a small recipe buys: one change at a time, at equal minutes and equal GMAC.
+"""Measure each choice of a tiny recipe, one change at a time, at equal minutes and equal GMAC.
 
     OMP_NUM_THREADS=1 python benchmarks/choices.py --source eurosat64.zip --minutes 3 --gmac 300
 
 Trains every row of CHOICES on EuroSAT at 64 px and measures the error of the predicted noise on
 held-out images by log-SNR: after `--minutes` of processor time of one thread, and after `--gmac`
-(multiply-accumulates of forward passes, in 1e9). `--distances` also draws samples and measures
-their distance to real images, which takes minutes a row. The same command resumes; rows are kept in
-OUT.json.
+(1e9 multiply-accumulates of forward passes). `--distances` also measures the distance of samples to
+real images, which takes minutes per row. The same command resumes. Writes OUT.json.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
-import torch
-
 from common import RESULTS, facts, one_thread
-from mezzotint.backbones import get_backbone
-from mezzotint.backbones.flops import GIGA, count_macs
-from mezzotint.models import create_model, load_model
+from mezzotint.models import load_model
 from mezzotint.train.validate import LEVELS, eps_mse_by_level
-from time_to_quality import Judge, Ours, open_data, read_clock, train_for
+from time_to_quality import Judge, Ours, count_gmac, open_data, read_clock, train_for
 
 CONV = ("model.transform=conv", "model.patch=2", "model.width=32")
 WAVELET = ("model.transform=dwt", "model.patch=2", "model.width=32")
@@ -53,9 +49,7 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
 def measure_errors(entrant: Ours, judge: Judge, count: int) -> dict[str, Any]:
     """Return the held-out error of the averaged weights by log-SNR, and the work so far."""
     model = load_model(entrant.folder / "model").eval()
-    with torch.device("meta"):
-        network = get_backbone(create_model(entrant.recipe.preset, **entrant.recipe.model))
-        gmac = count_macs(network).computed / GIGA
+    gmac = count_gmac(entrant.recipe)
     images, seconds = read_clock(entrant.folder)
     errors = eps_mse_by_level(model, judge.images(judge.data.held_out), count=count)
     return {
@@ -71,9 +65,7 @@ def measure_errors(entrant: Ours, judge: Judge, count: int) -> dict[str, Any]:
 def run_choice(entrant: Ours, judge: Judge, args: argparse.Namespace) -> dict[str, Any]:
     """Train one row and return its measurements at equal GMAC and at equal minutes."""
     batch = entrant.batch
-    with torch.device("meta"):
-        network = get_backbone(create_model(entrant.recipe.preset, **entrant.recipe.model))
-        gmac = count_macs(network).computed / GIGA
+    gmac = count_gmac(entrant.recipe)
     row: dict[str, Any] = {}
     images, seconds = read_clock(entrant.folder)
     equal_work = int(args.gmac / gmac) // batch * batch
@@ -98,17 +90,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         last = row["equal_minutes"]
         speed = last["images"] / last["minutes"] / 60
-        work = geometric_mean(row["equal_gmac"]["eps_mse"]) if "equal_gmac" in row else None
+        work = mean_error(row["equal_gmac"]) if "equal_gmac" in row else None
         cells = [row["preset"], row["change"], f"{last['gmac_per_image']:.3f}", f"{speed:.1f}"]
-        cells += ["–" if work is None else f"{work:.4f}", f"{geometric_mean(last['eps_mse']):.4f}"]
+        cells += ["–" if work is None else f"{work:.4f}", f"{mean_error(last):.4f}"]
         cells += [f"{error:.2g}" for error in last["eps_mse"].values()]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def geometric_mean(errors: dict[str, float]) -> float:
-    """Return the geometric mean, which weighs a factor alike at every level."""
-    return float(torch.tensor(list(errors.values()), dtype=torch.float64).log().mean().exp())
+def mean_error(measured: dict[str, Any]) -> float:
+    """Return the geometric mean over log-SNRs: a ratio counts equally at every level."""
+    return geometric_mean(measured["eps_mse"].values())
 
 
 def main() -> None:
@@ -128,7 +120,7 @@ def main() -> None:
     one_thread()
     data = open_data("eurosat", args.source)
     args.runs.mkdir(parents=True, exist_ok=True)
-    judge = Judge(data, args.runs, None, 250, 14, 2000)
+    judge = Judge(data, args.runs, inception=None, num_samples=250, steps=14, real=2000)
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for preset in args.presets:
         for change, fields in CHOICES[preset].items():

@@ -30,7 +30,7 @@ def commit() -> str:
 
 def facts(device: str) -> dict[str, Any]:
     """Return the command, the versions and the machine of a result."""
-    # Of a path outside of the repository only the name says something to others.
+    # Keep only the last component of a path outside the repository.
     arguments = [Path(a).name if a.startswith(("/", "..")) else a for a in sys.argv[1:]]
     return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *arguments]),

@@ -1,9 +1,9 @@
 """Two public trainers as entrants of time_to_quality.py: diffusers' script and lucidrains' Trainer.
 
-Both train without labels. Their samples are drawn by our DPM-Solver++ 2M from their averaged
-weights, with as many steps as ours.
+Both train without labels. Our DPM-Solver++ 2M samples from their averaged weights, with as many
+steps as ours.
 
-lucidrains' package needs torchvision, which our environment never has. Install both beside it,
+lucidrains' package needs torchvision, which the library does not. Install both in a folder PEERS,
 
     pip install --no-deps --target PEERS denoising-diffusion-pytorch==2.3.4 ema-pytorch==0.8.3 \\
         accelerate==1.15.0 pytorch-fid==0.3.0 einops==0.8.2 torchvision==0.28.0
@@ -38,27 +38,27 @@ SAMPLE_BATCH = 25
 
 
 class _Called(nn.Module):
-    """A public network called as ours are: (z, index, cond) -> [output]."""
+    """A public network with our signature: (z, index, cond) -> [output]."""
 
     def __init__(self, net: nn.Module):
         super().__init__()
         self.net = net
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
-        """The prediction, in a list."""
+        """Return [prediction], of z's shape."""
         out = self.net(z, noise.float())
         return [out if isinstance(out, Tensor) else out.sample]
 
 
 class _Info:
-    """What `eps_mse_by_level` asks of a model: it reads no label."""
+    """The part of `ModelInfo` that `eps_mse_by_level` reads: the network has no classes."""
 
     class config:
         num_classes = 0
 
 
 class Peer(Entrant):
-    """A public trainer: saves network, average, optimiser and images in one file."""
+    """A public trainer. row: its prediction, eps or v."""
 
     row: str
 
@@ -71,7 +71,7 @@ class Peer(Entrant):
         raise NotImplementedError
 
     def table(self) -> Table:
-        """Return the table of its noise."""
+        """Return its table of noise levels."""
         raise NotImplementedError
 
     def model(self) -> Model:
@@ -80,7 +80,7 @@ class Peer(Entrant):
         return Model(_Called(self.averaged()), parameterisation, info=_Info()).eval()
 
     def draw(self, model: Model, steps: int, seeds: list[int]) -> Tensor:
-        """Sample (b, 3, size, size) uint8 with the sampler of every entrant, x clipped."""
+        """Sample (b, 3, size, size) uint8 by every entrant's sampler, with x clipped."""
         table = self.table()
         low, high = max(-9.0, float(table.logsnr[-1])), min(9.0, float(table.logsnr[0]))
         grid = even_logsnr(table, steps, logsnr_min=low, logsnr_max=high)
@@ -118,13 +118,9 @@ class Peer(Entrant):
             **judge.judge(model, self.source(judge, judge.num_samples)),
         }
 
-    def samples(self, judge: Judge, count: int) -> Tensor:
-        """Return `count` samples of the first seeds, float in [0, 1]."""
-        return torch.cat(list(self.source(judge, count).batches(0, count))) / 255
-
 
 def shuffled_batches(images: ImageDataset, batch: int, seed: int) -> Iterator[Tensor]:
-    """Yield float images in [-1, 1] (batch, 3, h, w), reshuffled every epoch, for ever."""
+    """Yield float images in [-1, 1] (batch, 3, h, w) without end, reshuffled every epoch."""
     for epoch in itertools.count():
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(images), generator=generator).tolist()
@@ -229,7 +225,7 @@ class Diffusers(Peer):
 def import_lucidrains() -> Any:
     """Import denoising_diffusion_pytorch, also where torchvision lacks its compiled operators.
 
-    torchvision's CUDA build cannot register them on a CPU build of torch. None of them is called.
+    torchvision's CUDA build cannot register them on a CPU build of torch. No entrant calls them.
     """
     real = torch.library.register_fake
 
@@ -249,9 +245,9 @@ def import_lucidrains() -> Any:
 class Lucidrains(Peer):
     """Unet(64, (1, 2, 4, 8)) and Trainer of denoising-diffusion-pytorch as its README says.
 
-    Its Trainer runs unmodified: batches of 32, two of which make a step; Adam of rate 8e-5; average
-    0.995 every ten steps; v by its sigmoid table; flips. Float32, since its amp is of a GPU; its
-    own FID and samples are off. Its decoding processes are not on the clock.
+    Its Trainer runs unmodified: two batches of 32 per step; Adam with rate 8e-5; average 0.995
+    every ten steps; v over its sigmoid table; flips. It runs in float32, because its amp needs a
+    GPU, and without its own FID and samples. The clock leaves out its decoding processes.
     """
 
     name, row = "lucidrains", "v"
@@ -294,7 +290,7 @@ class Lucidrains(Peer):
         return folder
 
     def table(self) -> Table:
-        """Return its table of noise."""
+        """Return its table of noise levels."""
         table = ddpm(self.trainer().model.betas.double())
         assert isinstance(table, Table)
         return table

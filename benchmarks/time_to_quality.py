@@ -1,26 +1,27 @@
-"""Distance to real images over core-minutes of training: every family, and two public peers.
+"""Measure distance to real images over core-minutes of training: our families, two public peers.
 
     OMP_NUM_THREADS=1 python benchmarks/time_to_quality.py eurosat --source eurosat64.zip \\
         --inception inception_2015_to_mixed7a.safetensors --minutes 10 30
 
 Each entrant trains on the same images with one thread. Its clock is the processor time of its
-training process; it is stopped at each of `--minutes` and judged there. Judged is one set of
-samples by the same sampler, steps, seeds and number, against the same statistics:
+training process. At each of `--minutes` the clock stops, and one set of samples is compared with
+the same statistics, by the same sampler, steps, seeds and number:
 
 - ours: each family's tiny preset with its recipe, at the size of the data;
 - diffusers: UNet2DModel as examples/unconditional_image_generation/train_unconditional.py builds
-  and trains it by default, with the average of the weights that it keeps under --use_ema;
+  and trains it by default, with the averaged weights of its --use_ema;
 - lucidrains: Unet(64, (1, 2, 4, 8)) and Trainer of denoising-diffusion-pytorch as its README says,
   where that package can be imported.
 
-The same command resumes, and more minutes or entrants may be added. Rows are kept in
-OUT.json; OUT.png is distance over core-minutes.
+The same command resumes, also with more minutes or entrants. Writes OUT.json, and OUT.png, which
+shows distance over core-minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from common import RESULTS, facts, one_thread
 from mezzotint import config
 from mezzotint.backbones import get_backbone
 from mezzotint.backbones.flops import GIGA, count_macs
+from mezzotint.config import Recipe
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.evaluate.evaluate import MetricSettings, evaluate
@@ -48,8 +50,8 @@ from mezzotint.train.loop import train
 from mezzotint.train.validate import eps_mse_by_level
 
 FAMILIES = ("unet-tiny", "uvit-tiny", "sid2-tiny", "diffit-tiny", "dimr-tiny")
-PIECE_SECONDS = 120.0  # what a kill may cost
-MIN_PIECE = 0.02  # a clock this near to the minutes asked has reached them
+PIECE_SECONDS = 120.0  # between checkpoints: the most that a kill costs
+MIN_PIECE = 0.02  # part of the asked minutes that may be missing at the end
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def open_data(name: str, source: str) -> Data:
 
 @dataclass(frozen=True)
 class Judge:
-    """What judges every entrant: real images and their features, sampler, number of samples."""
+    """The protocol of every evaluation: real images and their features, sampler, sample count."""
 
     data: Data
     folder: Path
@@ -79,7 +81,7 @@ class Judge:
     real: int
 
     def features(self) -> list[FeatureSet]:
-        """Open the feature sets: objects first, then the deepest tap of the Inception at hand."""
+        """Open EfficientNet-Lite0, and Inception's deepest features where its weights are given."""
         names = ["efficientnet-lite0", *(["inception-768"] if self.inception else [])]
         return open_features(names, self.inception)
 
@@ -109,7 +111,7 @@ class Judge:
         return self.distances(from_dataset(images, "held-out images", self.num_samples))
 
     def judge(self, model: Model, source: ImageSource) -> dict[str, Any]:
-        """Return the metrics of samples, and the error of the noise by log-SNR."""
+        """Return the metrics of samples, and the mean squared error of the noise by log-SNR."""
         errors = eps_mse_by_level(model, self.images(self.data.held_out), count=256)
         return {
             "distances": self.distances(source),
@@ -118,9 +120,9 @@ class Judge:
 
 
 class Entrant:
-    """A training that can be run for a number of images more, and judged.
+    """A trainer that can train further, and be evaluated.
 
-    first_images: of a new run, from which its speed is learnt.
+    first_images: the first piece of a new run, which gives its speed.
     """
 
     name: str
@@ -136,13 +138,9 @@ class Entrant:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
         raise NotImplementedError
 
-    def samples(self, judge: Judge, count: int) -> torch.Tensor:
-        """Return `count` samples of the first seeds, float in [0, 1]."""
-        raise NotImplementedError
-
 
 class Ours(Entrant):
-    """A preset of the library with its recipe, fields of which may be changed."""
+    """A preset of the library with its recipe; `changes` are fields of it, as key=value."""
 
     first_images = 512
 
@@ -154,7 +152,7 @@ class Ours(Entrant):
         classes = open_images(data.train, size=data.size, channels=3).num_classes
         fields = [f"model.size={data.size}", f"model.num_classes={classes}", "model.channels=3"]
         fields += [f"data.source={data.train!r}", "log_every_images=1024"]
-        # Checkpoints only at the end of a piece, and no grids: both would cost time of its clock.
+        # Checkpoints only at the end of a piece, and no grids: both would run on the clock.
         fields += ["save.every_images=0", "samples.every_images=0", *changes]
         self.recipe = config.override(recipe_for(preset), fields)
         self.batch = self.recipe.batch
@@ -180,18 +178,18 @@ class Ours(Entrant):
     def judge(self, judge: Judge) -> dict[str, Any]:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
         model = load_model(self.folder / "model").eval()
-        with torch.device("meta"):
-            empty = get_backbone(create_model(self.recipe.preset, **self.recipe.model))
-            macs = count_macs(empty).computed / GIGA
         return {
             "params": sum(p.numel() for p in model.parameters()),
-            "gmac_per_image": macs,
+            "gmac_per_image": count_gmac(self.recipe),
             **judge.judge(model, self.source(judge, judge.num_samples)),
         }
 
-    def samples(self, judge: Judge, count: int) -> torch.Tensor:
-        """Return `count` samples of the first seeds, float in [0, 1]."""
-        return torch.cat(list(self.source(judge, count).batches(0, count)))
+
+def count_gmac(recipe: Recipe) -> float:
+    """Return the GMAC of one forward pass of one image by a recipe's network."""
+    with torch.device("meta"):
+        network = get_backbone(create_model(recipe.preset, **recipe.model))
+    return count_macs(network).computed / GIGA
 
 
 def read_clock(folder: Path) -> tuple[int, float]:
@@ -206,12 +204,10 @@ def read_clock(folder: Path) -> tuple[int, float]:
 def train_for(
     entrant: Entrant, seconds: float, most_images: int | None = None
 ) -> tuple[int, float]:
-    """Train until the clock shows `seconds` of processor time; return images and seconds.
+    """Train until the clock shows `seconds`, or `most_images` are seen; return both counts.
 
-    Or until `most_images` have been seen.
-
-    It trains in pieces that end with a checkpoint, so that a kill costs the time since the last one
-    and the clock never counts less than was trained.
+    It trains in pieces that end with a checkpoint: a kill costs the piece, and the clock counts all
+    training that is kept.
     """
     images, spent = read_clock(entrant.folder)
     while spent < seconds * (1 - MIN_PIECE) and images != most_images:
@@ -243,10 +239,8 @@ def open_entrants(names: list[str], data: Data, root: Path) -> list[Entrant]:
 def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: float) -> float | None:
     """Return the core-minutes after which a distance is at most `value`, None if never.
 
-    Between two judgements the logarithms of distance and minutes are joined by a line.
+    The interpolation is linear in log distance and log minutes.
     """
-    import math
-
     mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
     last: dict[str, Any] | None = None
     for row in mine:
@@ -262,7 +256,7 @@ def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: flo
 
 
 def table(rows: list[dict[str, Any]], metric: str) -> str:
-    """Return core-minutes to each distance, and every judgement, as Markdown."""
+    """Return the core-minutes to each distance as Markdown, one column per entrant."""
     entrants = list(dict.fromkeys(r["entrant"] for r in rows))
     values = sorted({float(f"{r['distances'][metric]:.2g}") for r in rows}, reverse=True)
     lines = [
@@ -277,7 +271,7 @@ def table(rows: list[dict[str, Any]], metric: str) -> str:
 
 
 def plot(rows: list[dict[str, Any]], held_out: dict[str, float], metric: str, path: Path) -> None:
-    """Draw distance over core-minutes, one line an entrant."""
+    """Draw distance over core-minutes, one line per entrant."""
     import matplotlib
 
     matplotlib.use("Agg")

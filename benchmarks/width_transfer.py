@@ -1,12 +1,12 @@
-"""Does one learning rate per unit of width serve networks of several widths?
+"""Test whether one learning rate per unit of width serves networks of several widths.
 
     python benchmarks/width_transfer.py --data eurosat64.zip:train --held-out eurosat64.zip:test
 
-The tiny presets, narrower and wider, train briefly on the same images in the same order, each at a
-grid of rates. The rule under test is that of the recipes of `-small` and `-base`: rate ∝ 1 / width.
-`--rates` are those at the width of the preset itself; a network m times as wide trains at rate / m.
-A rule that transfers puts the lowest error of every width at the same rate. The error is that of
-the noise on held-out images, the mean over fixed log-SNRs. The same command resumes. Writes
+Trains tiny presets at several widths and learning rates, briefly, on the same images in the same
+order. The rule under test is that of the recipes of `-small` and `-base`: rate ∝ 1 / width.
+`--rates` hold at the preset's own width; a network m times as wide trains at rate / m. If the rule
+holds, every width has its lowest error at the same rate. The error is the mean squared error of the
+predicted noise on held-out images, averaged over fixed log-SNRs. The same command resumes. Writes
 OUT.json and OUT.png.
 """
 
@@ -41,7 +41,7 @@ HEADS = {"unet-tiny": {8: 4, 16: 4, 32: 4}, "uvit-tiny": {8: 2, 16: 4, 32: 8}}
 
 @dataclass
 class Images:
-    """What every run trains on and is judged by: x in [-1, 1], labels, the held-out set."""
+    """Images of every run: x in [-1, 1] (n, c, h, w) and labels (n,) to train on; held-out ones."""
 
     x: Tensor
     label: Tensor
@@ -105,6 +105,7 @@ def best_rate(rows: list[dict[str, Any]]) -> float | None:
         return None
     (xa, a), (xb, b), (xc, c) = ((math.log(r["rate"]), r["error"]) for r in rows[i - 1 : i + 2])
     left, right = (xb - xa) * (b - c), (xb - xc) * (b - a)
+    # Press et al., Numerical Recipes, third edition, eq. 10.3.1.
     return math.exp(xb - ((xb - xa) * left - (xb - xc) * right) / (2 * (left - right)))
 
 

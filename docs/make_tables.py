@@ -1,16 +1,15 @@
 """Write the tables of README.md, docs/ and benchmarks/targets.md: `python docs/make_tables.py`.
 
-And `src/mezzotint/tools/time_to_quality.json`, by which `mezzotint train auto` chooses. The numbers
-come from the library's own counts and from benchmarks/results.
+It also writes `src/mezzotint/tools/time_to_quality.json`, which `mezzotint train auto` reads. The
+numbers come from the library's own counts and from benchmarks/results.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from statistics import fmean
+from statistics import geometric_mean
 from typing import Any
 
 from mezzotint.models import presets
@@ -67,7 +66,7 @@ def cost() -> str:
 
 
 def sizes() -> str:
-    """Return one row per preset for one's own images: cost, and what its recipe makes of it."""
+    """Return one row per `-small` and `-base` preset: its cost, and its recipe."""
     rows = []
     for r in summary.read_summaries():
         if r["name"].endswith(("-small", "-base")):
@@ -79,13 +78,12 @@ def sizes() -> str:
 
 
 def width_transfer() -> str:
-    """Return the lowest error, and where it is, of every width."""
+    """Return the lowest error and the best rate of every width."""
     result = read_result("width-transfer.json")
     rows = []
     for best in result["best"]:
-        key = {k: best[k] for k in ("preset", "width")}
-        curve = [r for r in result["rows"] if key.items() <= r.items()]
-        errors = {r["rate"]: r["error"] for r in curve}
+        key = {k: best[k] for k in ("preset", "width")}.items()
+        errors = {r["rate"]: r["error"] for r in result["rows"] if key <= r.items()}
         rate = f"{best['rate']:.2g}" if best["rate"] else f"{min(errors, key=errors.__getitem__)}"
         cells = [f"`{best['preset']}`", str(best["width"]), rate, f"{min(errors.values()):.4f}"]
         rows.append([*cells, " ".join(f"{e:.4f}" for _, e in sorted(errors.items()))])
@@ -94,8 +92,7 @@ def width_transfer() -> str:
     text = (
         f"Mean squared error of the predicted noise on {result['held_out']}, after "
         f"{result['images']:,} images of {result['data']} at {result['size']} pixels, batch "
-        f"{result['batch']}. "
-        f"{how_measured(result)}"
+        f"{result['batch']}. {how_measured(result)}"
     )
     return f"{text}\n\n{markdown_table(head, rows)}"
 
@@ -351,61 +348,50 @@ def distances() -> str:
 
 
 def choices() -> str:
-    """Return what each change of a tiny recipe bought, best first."""
+    """Return one row per change of a tiny recipe, lowest error after equal minutes first."""
     result = read_result("choices-eurosat.json")
     rows = []
-    for row in sorted(result["rows"], key=lambda r: geometric_mean(r["equal_minutes"])):
+    for row in sorted(result["rows"], key=lambda r: mean_error(r["equal_minutes"])):
         last = row["equal_minutes"]
         speed = last["images"] / last["minutes"] / 60
-        work = f"{geometric_mean(row['equal_gmac']):.4f}" if "equal_gmac" in row else "–"
+        work = f"{mean_error(row['equal_gmac']):.4f}" if "equal_gmac" in row else "–"
         errors = [f"{error:.2g}" for error in last["eps_mse"].values()]
         fields = " ".join(f"`{field}`" for field in row["fields"])
         cells = [f"`{row['preset']}`", row["change"], fields, f"{speed:.1f}", work]
-        rows.append([*cells, f"{geometric_mean(last):.4f}", *errors])
+        rows.append([*cells, f"{mean_error(last):.4f}", *errors])
     levels = [f"log-SNR {level}" for level in result["rows"][0]["equal_minutes"]["eps_mse"]]
-    minutes = f"mean after {result['minutes']:g} min"
     head = ["preset", "change", "fields", "images/s", f"mean after {result['gmac']:g} GMAC"]
-    return "\n\n".join(
-        [
-            how_measured(result["rows"][-1]),
-            markdown_table([*head, minutes, *levels], rows, left=3),
-        ]
-    )
+    table = markdown_table([*head, f"mean after {result['minutes']:g} min", *levels], rows, left=3)
+    return f"{how_measured(result['rows'][-1])}\n\n{table}"
 
 
-def geometric_mean(row: dict[str, Any]) -> float:
-    """Return the geometric mean of a row's errors, which weighs a factor alike at every level."""
-    return math.exp(fmean(map(math.log, row["eps_mse"].values())))
+def mean_error(measured: dict[str, Any]) -> float:
+    """Return the geometric mean over log-SNRs: a ratio counts equally at every level."""
+    return geometric_mean(measured["eps_mse"].values())
 
 
 def time_to_quality() -> dict[str, Any]:
-    """Return what `mezzotint train auto` chooses by: every measured run with a distance.
+    """Return the measurements of `mezzotint train auto`: every run with a distance.
 
-    Of benchmarks/time_to_quality.py, or until there is one of it, of benchmarks/quality.py.
+    They are of benchmarks/time_to_quality.py or, without its results, of benchmarks/quality.py.
     """
     metric, rows = "FD-EfficientNet-Lite0", []
     found = sorted(RESULTS.glob("time-to-quality-*.json"))
     for result in (read_result(path.name) for path in found):
         data, size = result["data"].split(", ")  # "eurosat64.zip, 64 px"
+        side, held_out = int(size.split()[0]), result["held_out"][metric]
         rows += [
-            measured_run(
-                row["entrant"], data, int(size.split()[0]), row, result["held_out"][metric], metric
-            )
+            measured_run(row["entrant"], data, side, row, held_out, metric)
             for row in result["rows"]
             if row["entrant"] in presets()
         ]
     if not rows:
         metric, found = DISTANCES[0], [RESULTS / name for name in QUALITY]
+        key = f"{metric} of held-out images"
         for result in (read_result(path.name) for path in found):
+            data, side = result["data"].partition(":")[0], result["size"]
             rows += [
-                measured_run(
-                    row["preset"],
-                    result["data"].partition(":")[0],
-                    result["size"],
-                    row,
-                    row["distances"][f"{metric} of held-out images"],
-                    metric,
-                )
+                measured_run(row["preset"], data, side, row, row["distances"][key], metric)
                 for row in result["rows"]
                 if "distances" in row
             ]
