@@ -319,6 +319,9 @@ def test_the_comparable_run_is_the_nearest():
         budget.describe_comparable(recipe)
     )
     assert "CIFAR-10" in budget.describe_comparable(config.override(recipe, ["model.size=32"]))
+    assert budget.describe_comparable(recipe).startswith("unet-tiny")
+    short = config.override(recipe, ["images=900"])
+    assert budget.describe_comparable(short).startswith("worse than unet-tiny on EuroSAT")
     assert "no comparable run" in budget.describe_comparable(recipe_for("uvit-128"))
 
 

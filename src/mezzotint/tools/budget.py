@@ -407,10 +407,10 @@ def describe_comparable(recipe: Recipe) -> str:
     if not rows:
         return f"no comparable run is measured for {recipe.preset}"
     row = min(rows, key=lambda r: abs(math.log(r["images"] / images)))
-    minutes = row["core_minutes"]
+    minutes, far = row["core_minutes"], "worse than " if 2 * images < row["images"] else ""
     picture = f"; picture: {row['picture']}" if row.get("picture") else ""
     return (
-        f"{row['preset']} on {row['data']} at {row['size']} px after {row['images']:,} images"
+        f"{far}{row['preset']} on {row['data']} at {row['size']} px after {row['images']:,} images"
         f"{f' ({minutes:,.0f} core-minutes)' if minutes else ''}: {read_table()['metric']} "
         f"{row['distance']:.2g}, held-out real images {row['held_out']:.2g}{picture}"
     )
