@@ -181,6 +181,8 @@ def test_time_follows_from_flop_rate_and_efficiency():
     assert a["seconds_per_step"] == pytest.approx(64 * 6 * a["gmac"] * 1e9 / (0.35 * 790e12))
     assert a["days"] * 86400 * a["images_per_second"] == pytest.approx(1e6)
     assert b["days"] == pytest.approx(a["days"] / 2)
+    for days, words in [(2.5, "2.5 days"), (0.5, "12 hours"), (0.000987, "1.42 minutes")]:
+        assert f"images take {words} and" in text({**a, "days": days})
     full = plan(
         config.override(recipe, ["engine.checkpointing=full"]), device="h200", compare=False
     )

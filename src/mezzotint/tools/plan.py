@@ -412,9 +412,16 @@ def render_plan(result: dict[str, Any]) -> RenderableType:
         f"{r['efficiency']:.2g} of it reached by a step ({r['timed']})",
         f"batch {r['batch']:,} ({r['per_rank_batch']:,} per rank): "
         f"{r['seconds_per_step']:.3g} s per step, {r['images_per_second']:,.4g} images/s",
-        f"{r['images']:,} images take {r['days']:,.3g} days and {r['flop']:.3g} FLOP",
+        f"{r['images']:,} images take {_format_days(r['days'])} and {r['flop']:.3g} FLOP",
         *r["advice"],
     )
+
+
+def _format_days(days: float) -> str:
+    """Return a duration in days, or below one in hours or minutes."""
+    if days >= 1:
+        return f"{days:,.3g} days"
+    return f"{days * 24:.3g} hours" if days * 24 >= 1 else f"{days * 1440:.3g} minutes"
 
 
 def _format_gib(count: int) -> str:
