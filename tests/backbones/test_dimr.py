@@ -251,7 +251,7 @@ VARIANTS = {
     "RMSN": replace(BASE, norm="RMSN", kernel_size=5),
     "ADARMSN": replace(BASE, norm="ADARMSN"),
     "one branch": replace(
-        BASE, patches=(2,), dims=(24,), hidden_dims=(48,), depths=(5,), stages=("transformer",)
+        BASE, patches=(1,), dims=(24,), hidden_dims=(48,), depths=(5,), stages=("transformer",)
     ),
     "latent, convnext first": replace(
         BASE,

@@ -127,7 +127,6 @@ READ = {
                                      "1.txt": PICKLED}),
 }  # fmt: skip
 REFUSED = {
-    "webdataset with scripts": (webdataset({}), r"w\.tar"),
     "webdataset of .pth": (webdataset({"pth": pickle_in_zip("a/data.pkl")}), r"w\.tar"),
     "webdataset of .npy": (webdataset({"npy": object_npy()}), r"w\.tar"),
     "webdataset of .json": (webdataset({"json": PICKLED}), r"w\.tar"),

@@ -21,7 +21,7 @@ from docs.test_commands import ROOT, read_blocks, read_commands
 from mezzotint import cli
 
 SHORT = ["images=16", "batch=8", "samples.count=2", "samples.steps=2"]
-SKIPPED = {"serve", "demo", "evaluate", "reference", "--push", "--tyro-print-completion"}
+SKIPPED = {"--hours", "serve", "demo", "evaluate", "reference", "--push", "--tyro-print-completion"}
 
 
 def write_images(folder: Path) -> None:
