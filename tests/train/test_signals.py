@@ -128,7 +128,7 @@ def test_ctrl_c_during_the_start_leaves_at_once(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path, quiet=True)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert [p.name for p in tmp_path.iterdir()] == [".lock"]
+    assert [p.name for p in tmp_path.iterdir()] == []
 
 
 def test_ctrl_c_while_a_checkpoint_is_read_leaves_at_once(whole, stopped, monkeypatch):
