@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,13 @@ class Peer(Entrant):
         self.data, self.folder = data, root / self.name
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    @abstractmethod
     def averaged(self) -> nn.Module:
         """Return the averaged network of the last save."""
-        raise NotImplementedError
 
+    @abstractmethod
     def table(self) -> Table:
         """Return its table of noise levels."""
-        raise NotImplementedError
 
     def model(self) -> Model:
         """Return the averaged network as a model of ours."""

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +120,7 @@ class Judge:
         }
 
 
-class Entrant:
+class Entrant(ABC):
     """A trainer that can train further, and be evaluated.
 
     first_images: the first piece of a new run, which gives its speed.
@@ -130,13 +131,13 @@ class Entrant:
     batch: int
     first_images = 32
 
+    @abstractmethod
     def advance(self, images: int) -> None:
         """Train until `images` have been seen, and save."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, judge: Judge) -> dict[str, Any]:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
-        raise NotImplementedError
 
 
 class Ours(Entrant):

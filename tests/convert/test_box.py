@@ -51,7 +51,7 @@ def test_weights_facts_and_card(run, tmp_path, monkeypatch):
     monkeypatch.setattr(boxed, "BOX", tmp_path)
     assert boxed.boxed_models() == ["digits-8"]
     row = boxed.read_boxed("digits-8")
-    assert row["distance"] == "FD 12.35 on inception-64, 5,000 samples"
+    assert row["distance"] == "FD 12.35 of 5,000 samples"
     assert (row["data"], row["licence"], row["images"]) == (DATA, "cc-by-4.0", 32)
     assert [p.name for p in tmp_path.glob(".*")] == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +31,7 @@ class MacCount:
         return self.computed + self.skipped
 
 
-_COUNTED: dict[tuple[type[Backbone], Any], MacCount] = {}
+_COUNTED: dict[tuple[type[Backbone], str], MacCount] = {}
 
 
 def count_macs(backbone: Backbone) -> MacCount:
@@ -41,7 +40,7 @@ def count_macs(backbone: Backbone) -> MacCount:
     Nothing is allocated: a backbone that holds weights is built again on the meta device. Counts
     are cached by config.
     """
-    key = type(backbone), backbone.config
+    key = type(backbone), repr(backbone.config)  # a config need not be hashable
     if key not in _COUNTED:
         _COUNTED[key] = _count(backbone)
     return _COUNTED[key]

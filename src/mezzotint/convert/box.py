@@ -81,14 +81,11 @@ def box_model(
 
 
 def _describe_distance(evaluations: list[Evaluation]) -> str:
-    """Return the first number with its features and count of samples."""
+    """Return the first number and the count of samples."""
     if not evaluations:
         return "not evaluated"
     number, protocol = evaluations[0].numbers[0], evaluations[0].protocol
-    return (
-        f"{number.metric} {number.value:.4g} on {number.features.get('name', '')}, "
-        f"{protocol.num_images:,} samples"
-    )
+    return f"{number.metric} {number.value:.4g} of {protocol.num_images:,} samples"
 
 
 if __name__ == "__main__":
