@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 from helpers.runs import small
 from mezzotint.convert import box
 from mezzotint.convert.box import box_model
+from mezzotint.convert.model_card import save_sample_grid
 from mezzotint.core import boxed
 from mezzotint.evaluate.results import Evaluation, Number, Protocol
 from mezzotint.models import load_model
@@ -23,6 +25,11 @@ DATA = "digits (Alpaydin, Kaynak 1998), CC BY 4.0"
 def run(tmp_path_factory):
     recipe = small("images=32", "samples.count=0", "save.every_images=0")
     return train(recipe, tmp_path_factory.mktemp("box") / "run", quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def _short_sampling(monkeypatch):
+    monkeypatch.setattr(box, "save_sample_grid", partial(save_sample_grid, count=4, steps=2))
 
 
 def evaluation(path):
