@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
+import unicodedata
 import zipfile
 from pathlib import Path
 
@@ -77,6 +79,9 @@ LINES = "\n".join(json.dumps(dict(zip(HEADER, row, strict=True))) for row in ROW
         ("metadata.tsv", as_csv([HEADER, *ROWS], "\t")),
         ("train.csv", as_csv([("image", "caption", "species"), *ROWS])),
         ("METADATA.CSV", as_csv([HEADER, *ROWS])),
+        ("metadata.csv", "sep=;\r\n" + as_csv([HEADER, *ROWS], ";")),  # Excel's
+        ("metadata.csv", ("sep=\t\r\n" + as_csv([HEADER, *ROWS], "\t")).encode("utf-16-le")),
+        ("results.csv", as_csv([("image_name", " comment", " label"), *ROWS], "|")),
         ("metadata.jsonl", LINES),
         ("metadata.jsonl", LINES.replace("\n", "\r\n").encode("utf-8-sig")),
         ("metadata.jsonl", LINES.encode("utf-16")),
@@ -104,6 +109,8 @@ def test_tables_of_captions_and_labels(tmp_path, name, content):
         ("train.csv", "id,breed\n0,b\n1,a\n2,b\n3,a\n"),
         ("labels.txt", "0.png b\n1.png a\n2.png b\n3.png a\n"),
         ("list.txt", "0.png\tb\r\n1.png\ta\r\n2.png\tb\r\n3.png\ta\r\n"),
+        ("_classes.csv", "filename, a, b\n0.png, 0, 1\n1.png, 1, 0\n2.png, 0, 1\n3.png, 1, 0\n"),
+        ("onehot.csv", "id,b,a\n0,1.0,0.0\n1,0.0,1.0\n2,1.0,0.0\n3,0.0,1.0\n"),
         ("labels.json", '{"0.png": "b", "1.png": "a", "2.png": "b", "3.png": "a"}'),
     ],
 )
@@ -121,6 +128,57 @@ def test_names_of_images_as_other_systems_write_them(tmp_path, spelling):
     content = "\n".join(map(json.dumps, rows))
     for images in sources(tmp_path, {"in/metadata.jsonl": content}, folder="in/"):
         assert texts(images) == [f"no. {i}" for i in range(NUM_IMAGES)]
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    ["/home/me/set/in/{}.png", "C:\\My data\\set\\{}.png", "set/in/{}.png", "../images/{}.png"],
+)
+@pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv", "captions.csv"])
+def test_folders_that_all_rows_share_are_left_out(tmp_path, spelling, table):
+    rows = [("image_path", "text"), *((spelling.format(i), f"no. {i}") for i in range(NUM_IMAGES))]
+    content = "\n".join(json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows[1:])
+    content = as_csv(rows) if table.endswith(".csv") else content
+    other = {"out/0.png": png(5), "out/1.png": png(5)}
+    for images in sources(tmp_path, {table: content}, folder="in/"):
+        assert texts(images) == [f"no. {i}" for i in range(NUM_IMAGES)]
+    if "in/" in spelling:  # names that two folders have
+        for images in sources(tmp_path / "two", {table: content} | other, folder="in/"):
+            assert texts(images) == [f"no. {i}" for i in range(NUM_IMAGES)]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("name", ["caf\u00e9", "\u30ac\u30e9\u30b9", "\u00c5NGSTR\u00d6M"])
+def test_both_forms_of_an_accent_are_one_name(tmp_path, forms, name):
+    image, written = (unicodedata.normalize(form, name) for form in forms)
+    table = json.dumps({"file_name": f"{written}.png", "text": "in a table"})
+    for side in ({"metadata.jsonl": table}, {f"{written}.txt": "in a file"}):
+        for images in sources(tmp_path, {f"{image}.png": png(1)} | side):
+            assert any("in a" in (images.text(i) or "") for i in range(len(images)))
+        shutil.rmtree(tmp_path / "set")
+
+
+def test_text_with_an_unquoted_separator_stays_whole(tmp_path):
+    lines = "file_name,text\n0.png,a red, big cat\n1.png,dog\n2.png,x,\n3.png,a;b\n"
+    for images in sources(tmp_path, {"metadata.csv": lines}):
+        assert texts(images) == ["a red, big cat", "dog", "x", "a;b"]
+        assert "1 of 4 rows have more cells than the header" in " ".join(images.report.notes)
+
+
+@pytest.mark.parametrize(("encoding", "is_guess"), [("shift-jis", True), ("cp1251", True),
+    ("cp1252", True), ("utf-8", False), ("utf-16", False)])  # fmt: skip
+def test_a_guessed_encoding_is_said(tmp_path, encoding, is_guess):
+    word = {"shift-jis": "\u65e5\u672c", "cp1251": "\u043a\u043e\u0442"}.get(encoding, "caf\u00e9")
+    content = f"file_name,text\n0.png,{word}\n1.png,b\n".encode(encoding)
+    for images in sources(tmp_path, {"metadata.csv": content}):
+        notes = " ".join(images.report.notes)
+        assert ("'metadata.csv': it is not UTF-8 and was read as Windows-1252" in notes) is is_guess
+
+
+def test_columns_of_zeros_and_ones_that_are_not_one_hot_are_no_classes(tmp_path):
+    for rows in ("0.png,1,1\n1.png,0,1\n", "0.png,0,0\n1.png,0,1\n", "0.png,2,0\n1.png,0,1\n"):
+        for images in sources(tmp_path, {"attributes.csv": "image_id,a,b\n" + rows}):
+            assert images.labels is None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +238,7 @@ def test_webdataset_fields_beside_images(tmp_path):
 def test_text_that_is_no_text():
     big, little = "a ü".encode("utf-16-be"), "a ü".encode("utf-32-le")
     assert decode_text(b"\xfe\xff" + big) == decode_text(b"\xff\xfe\0\0" + little) == "a ü"
-    for data in (b"\x81\x8d", b"a\0b\0", b"\xff\xfea"):
+    for data in (b"\x81\x8d", b"a\0\0b", b"a\0b", b"\xff\xfea"):
         with pytest.raises(ValueError, match="no text"):
             decode_text(data)
 

@@ -23,7 +23,16 @@ LABEL_SYNONYMS = (
     "target", "y", "class_id", "label_id", "category_id", "diagnosis", "genre", "style",
 )  # fmt: skip
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt")
-CAPTION_SYNONYMS = ("description", "title", "alt_text", "alt", "sentence", "sentences", "raw")
+CAPTION_SYNONYMS = (
+    "description",
+    "title",
+    "alt_text",
+    "alt",
+    "sentence",
+    "sentences",
+    "raw",
+    "comment",
+)
 # Columns of words that repeat and are no classes.
 NOT_CLASSES = ("split", "license", "licence", "source", "language", "lang", "url", "format", "mode")
 PLAIN_CLASSES = 100  # up to which the words of a column of any name may be classes

@@ -19,17 +19,20 @@ from mezzotint.data.columns import (
     CAPTION_NAMES,
     CAPTION_SYNONYMS,
     FILE_NAMES,
+    LABEL_NAMES,
     Columns,
     caption_text,
     choose_label,
     named,
     shown,
 )
+from mezzotint.data.image_names import ImageNames, loose_key
 from mezzotint.data.labels import NO_LABEL, Labels, read_labels
 from mezzotint.data.side_tables import (
     TABLE_SUFFIXES,
     Store,
     Table,
+    join_one_hot,
     parse_json,
     read_table,
     read_text,
@@ -105,7 +108,7 @@ def read_side_files(
 
     Errors: ValueError, with the file, where a metadata.* cannot be read or a column is not there.
     """
-    found, names, columns = SideFiles(), _Names(images), columns or {}
+    found, names, columns = SideFiles(), ImageNames(images), columns or {}
     taken = set(images)
     others = [name for name in files if name not in taken]
     _pair_files(store, others, images, found)
@@ -147,15 +150,15 @@ def _pair_files(
     """Find the files that belong to one image each: a.txt, a.png.txt, a.caption, a.cls, a.json."""
     suffixes = (*CAPTION_SUFFIXES, ".cls", ".json")
     exact = {name for name in others if PurePosixPath(name).suffix.lower() in suffixes}
-    lower = {name.lower(): name for name in sorted(exact, reverse=True)}
+    lower = {loose_key(name): name for name in sorted(exact, reverse=True)}
     if not exact:
         return
 
     def partner(image: str, suffix: str) -> str | None:
         for base in (str(PurePosixPath(image).with_suffix("")), image):
             name = base + suffix
-            if name in exact or name.lower() in lower:
-                return name if name in exact else lower[name.lower()]
+            if name in exact or loose_key(name) in lower:
+                return name if name in exact else lower[loose_key(name)]
         return None
 
     for image in images:
@@ -190,11 +193,11 @@ def _take_json(store: Store, name: str, image: str, found: SideFiles) -> None:
         found.captions |= {} if text is None else {image: text}
 
 
-def _read(store: Store, name: str, names: _Names, found: SideFiles) -> Table | None:
+def _read(store: Store, name: str, names: ImageNames, found: SideFiles) -> Table | None:
     """Read a table; one that cannot be read is named in a note, metadata.* is an error."""
     folder = name.rpartition("/")[0]
     try:
-        table = read_table(store, name, lambda cell: names.find(cell, folder) is not None)
+        table = read_table(store, name, lambda cell: names.may_name(cell, folder))
         if table is not None:
             return table
         reason = "its rows name no images of this dataset"
@@ -206,12 +209,15 @@ def _read(store: Store, name: str, names: _Names, found: SideFiles) -> Table | N
     return None
 
 
-def _take(table: Table, name: str, names: _Names, columns: Columns, found: SideFiles) -> None:
+def _take(table: Table, name: str, names: ImageNames, columns: Columns, found: SideFiles) -> None:
     """Take labels and captions from the rows of a table."""
-    known, folder = list(table.columns), name.rpartition("/")[0]
+    folder = name.rpartition("/")[0]
     files = _file_column(table, columns, names, folder)
-    images = [names.find(cell, folder) for cell in table.columns[files]]
-    rest = [column for column in known if column != files]
+    images = names.find_all(table.columns[files], folder)
+    rest = [column for column in table.columns if column != files]
+    if table.has_header and "label" not in columns and not named(rest, LABEL_NAMES):
+        table, rest = join_one_hot(table, rest)
+    found.notes += [f"{shown(name)}: {note}" for note in table.notes]
     words = [c for c in rest if any(isinstance(cell, str) for cell in table.columns[c][:100])]
     label = columns["label"] if columns.get("label", None) in ("", *rest) else None
     caption = columns["caption"] if columns.get("caption", None) in ("", *rest) else None
@@ -247,14 +253,14 @@ def _take(table: Table, name: str, names: _Names, columns: Columns, found: SideF
                 found.labels.setdefault(image, cell)
 
 
-def _file_column(table: Table, columns: Columns, names: _Names, folder: str) -> str:
+def _file_column(table: Table, columns: Columns, names: ImageNames, folder: str) -> str:
     """Return the column that names images: the chosen one, else of the usual name, else any."""
     if columns.get("image") in table.columns:
         return columns["image"]
     order = [*named(table.columns, FILE_NAMES), *table.columns]
 
     def hits(column: str) -> int:
-        return sum(names.find(cell, folder) is not None for cell in table.columns[column][:1000])
+        return sum(names.may_name(cell, folder) for cell in table.columns[column][:1000])
 
     return max(dict.fromkeys(order), key=hits)
 
@@ -305,57 +311,6 @@ def _describe(
         )
 
 
-class _Names:
-    """Finds the image that a cell names: by path, else by a name or stem that only one has."""
-
-    def __init__(self, images: Sequence[str]):
-        self.exact = set(images)
-        self.images = images
-        self._loose: dict[str, str | None] | None = None
-
-    def find(self, cell: Any, folder: str) -> str | None:
-        """Return the image that a cell of a file in `folder` names, or None."""
-        if isinstance(cell, bool) or not isinstance(cell, str | int):
-            return None
-        text = str(cell).strip()
-        plain = text.replace("\\", "/")
-        if len(text) > 4096 or plain.startswith("/") or re.match(r"[A-Za-z]:/|[a-z]+://", plain):
-            return None
-        for base in dict.fromkeys((folder, "")):
-            for path in (text, plain):
-                if (name := _normal(f"{base}/{path}" if base else path)) in self.exact:
-                    return name
-        if _normal(plain) is None or not plain:
-            return None
-        return self._loosely().get(plain.removeprefix("./").lower())
-
-    def _loosely(self) -> dict[str, str | None]:
-        """Return image by lower-case path, name and stem; None for what several have."""
-        if self._loose is None:
-            self._loose = {}
-            for image in self.images:
-                path = PurePosixPath(image.lower())
-                keys = {str(path), path.name, path.stem, str(path.with_suffix(""))}
-                parts = path.parts
-                keys |= {"/".join(parts[i:]) for i in range(1, len(parts) - 1)}
-                for key in keys:
-                    self._loose[key] = None if key in self._loose else image
-        return self._loose
-
-
-def _normal(path: str) -> str | None:
-    """Return a path without "." and ".."; None if it leads out of the dataset."""
-    parts: list[str] = []
-    for part in path.split("/"):
-        if part == "..":
-            if not parts:
-                return None
-            parts.pop()
-        elif part not in ("", "."):
-            parts.append(part)
-    return "/".join(parts)
-
-
 def choose_labels(
     side: SideFiles,
     names: Sequence[str],
@@ -400,7 +355,7 @@ def labels_from_json(
     Its form: {"labels": [[name, label], ...]}, optionally with "classes" and a list "test".
     """
     where = f"{store.root}/{prefix}{DATASET_JSON}"
-    found, folder = _Names(names), prefix.rstrip("/")
+    found, folder = ImageNames(names), prefix.rstrip("/")
 
     def resolve(name: object) -> str:
         return found.find(name, folder) or prefix + str(name)
