@@ -28,9 +28,19 @@ SIGMOID = (
     "objective.options.bias=0",
     "time.loss_measure=logsnr",
 )
+COARSE = (
+    "model.patches=[8,4,2]",
+    "model.dims=[192,96,48]",
+    "model.hidden_dims=[384,192,96]",
+)
+PYRAMID = ("model.width=16", "model.multipliers=[1,2,4,8]", "model.blocks=1", "model.window=4")
+SHALLOW = ("model.width=32", "model.multipliers=[1,4]", "model.blocks=[1]")
 EDM = ("model.prediction=edm", "schedule.name=lognormal", "objective.name=regression")
 
-# preset: {name of the row: fields that differ from the preset's recipe}
+SHORT = ("batch=8", "optim.warmup_images=500")
+COSINE = ("schedule.name=cosine", "schedule.options.image_d=64", "schedule.options.noise_d=64")
+
+# preset: {name of the row: fields that differ from the recipe that the preset had at the time}
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "unet-tiny": {
         "batch 32": ("batch=32",),
@@ -42,6 +52,35 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "EDM": ("batch=8", *EDM),
         "sigmoid weight": ("batch=8", *SIGMOID),
         "patch of 2, wavelet": ("batch=8", *WAVELET),
+    },
+    "dimr-tiny": {
+        "batch 64": (),
+        "batch 8, short warm-up": SHORT,
+        "twice the rate": (*SHORT, "optim.lr=2e-3"),
+        "v": (*SHORT, "model.prediction=v"),
+        "x": (*SHORT, "model.prediction=x"),
+        "v, patches 8, 4, 2": (*SHORT, "model.prediction=v", *COARSE),
+        "v, patches 8, 4, 2, width 128": (*SHORT, "model.prediction=v", "model.patches=[8,4,2]"),
+        "v, patches 8, 4, 2, cosine": (*SHORT, "model.prediction=v", *COARSE, *COSINE),
+    },
+    "diffit-tiny": {
+        "batch 8, short warm-up": SHORT,
+        "width 16, four levels": (*SHORT, *PYRAMID),
+        "patch of 2": (*SHORT, "model.patch=2"),
+    },
+    "uvit-tiny": {
+        "batch 8, short warm-up": SHORT,
+        "patch of 2, wavelet": (*SHORT, "model.transform=dwt", "model.patch=2", *SHALLOW),
+    },
+    "sid2-tiny": {
+        "batch 8, short warm-up": SHORT,
+        "eps-MSE": (
+            *SHORT,
+            "objective.name=eps_mse",
+            "objective.options={}",
+            "time.loss_measure=u",
+        ),
+        "patch of 2": (*SHORT, "model.transform=conv", "model.patch=2"),
     },
 }
 

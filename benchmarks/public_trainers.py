@@ -106,7 +106,7 @@ class Peer(Entrant):
             channels=3,
         )
 
-    def judge(self, judge: Judge) -> dict[str, Any]:
+    def judge(self, judge: Judge, picture: Path) -> dict[str, Any]:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
         from torch.utils.flop_counter import FlopCounterMode
 
@@ -116,7 +116,7 @@ class Peer(Entrant):
         return {
             "params": sum(p.numel() for p in model.parameters()),
             "gmac_per_image": counter.get_total_flops() / 2e9,
-            **judge.judge(model, self.source(judge, judge.num_samples)),
+            **judge.judge(model, self.source(judge, judge.num_samples), picture),
         }
 
 

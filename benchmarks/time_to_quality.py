@@ -13,8 +13,9 @@ the same statistics, by the same sampler, steps, seeds and number:
 - lucidrains: Unet(64, (1, 2, 4, 8)) and Trainer of denoising-diffusion-pytorch as its README says,
   where that package can be imported.
 
-The same command resumes, also with more minutes or entrants. Writes OUT.json, and OUT.png, which
-shows distance over core-minutes.
+The same command resumes, also with more minutes or entrants. Writes OUT.json, OUT.png, which shows
+distance over core-minutes, and the first samples of each entrant, at its latest checkpoint, to
+PICTURES/DATA-ENTRANT.png.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from mezzotint import config
 from mezzotint.backbones import get_backbone
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.config import Recipe
+from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.evaluate.evaluate import MetricSettings, evaluate
@@ -52,6 +54,9 @@ from mezzotint.train.validate import eps_mse_by_level
 
 FAMILIES = ("unet-tiny", "uvit-tiny", "sid2-tiny", "diffit-tiny", "dimr-tiny")
 PIECE_SECONDS = 120.0  # between checkpoints: the most that a kill costs
+PICTURES = Path(__file__).parents[1] / "docs" / "images" / "time-to-quality"
+PICTURE_IMAGES = 16
+ERROR_IMAGES = 128  # held-out images of the error of the predicted noise
 MIN_PIECE = 0.02  # part of the asked minutes that may be missing at the end
 
 
@@ -111,11 +116,23 @@ class Judge:
         images = self.images(self.data.held_out)
         return self.distances(from_dataset(images, "held-out images", self.num_samples))
 
-    def judge(self, model: Model, source: ImageSource) -> dict[str, Any]:
-        """Return the metrics of samples, and the mean squared error of the noise by log-SNR."""
-        errors = eps_mse_by_level(model, self.images(self.data.held_out), count=256)
+    def judge(self, model: Model, source: ImageSource, picture: Path) -> dict[str, Any]:
+        """Return the metrics of samples, and the mean squared error of the noise by log-SNR.
+
+        picture: PNG file for the first samples.
+        """
+        errors = eps_mse_by_level(model, self.images(self.data.held_out), count=ERROR_IMAGES)
+        first: list[torch.Tensor] = []
+
+        def batches(start: int, stop: int) -> Iterable[torch.Tensor]:
+            for images in source.batches(start, stop):
+                first.extend(images[: PICTURE_IMAGES - len(first)])
+                yield images
+
+        distances = self.distances(replace(source, batches=batches))
+        save_png(make_grid(torch.stack(first), columns=PICTURE_IMAGES // 2), picture)
         return {
-            "distances": self.distances(source),
+            "distances": distances,
             "eps_mse": {f"{level:g}": error for level, error in errors.items()},
         }
 
@@ -136,7 +153,7 @@ class Entrant(ABC):
         """Train until `images` have been seen, and save."""
 
     @abstractmethod
-    def judge(self, judge: Judge) -> dict[str, Any]:
+    def judge(self, judge: Judge, picture: Path) -> dict[str, Any]:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
 
 
@@ -176,13 +193,13 @@ class Ours(Entrant):
         }
         return from_job(make_job(self.folder, changes), count)
 
-    def judge(self, judge: Judge) -> dict[str, Any]:
+    def judge(self, judge: Judge, picture: Path) -> dict[str, Any]:
         """Return the metrics of the averaged weights, parameters and GMAC per image."""
         model = load_model(self.folder / "model").eval()
         return {
             "params": sum(p.numel() for p in model.parameters()),
             "gmac_per_image": count_gmac(self.recipe),
-            **judge.judge(model, self.source(judge, judge.num_samples)),
+            **judge.judge(model, self.source(judge, judge.num_samples), picture),
         }
 
 
@@ -308,10 +325,11 @@ def main() -> None:
     parser.add_argument("--entrants", nargs="+", default=[*FAMILIES, "diffusers", "lucidrains"])
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30, 60, 120])
     parser.add_argument("--inception", type=Path, help="weights, for its deepest tap too")
-    parser.add_argument("--samples", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--real", type=int, default=2000, help="training images of the reference")
     parser.add_argument("--runs", type=Path, default=Path("runs/time-to-quality"))
+    parser.add_argument("--pictures", type=Path, default=PICTURES)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     one_thread()
@@ -330,7 +348,8 @@ def main() -> None:
                 continue
             images, seconds = train_for(entrant, 60 * minutes)
             row = {"entrant": entrant.name, "asked_minutes": minutes, "minutes": seconds / 60}
-            row |= {"images": images, **facts("cpu"), **entrant.judge(judge)}
+            picture = args.pictures / f"{args.data}-{entrant.name}.png"
+            row |= {"images": images, **facts("cpu"), **entrant.judge(judge, picture)}
             rows.append(row)
             content = {
                 "data": f"{Path(args.source).name}, {data.size} px",

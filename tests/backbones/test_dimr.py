@@ -352,9 +352,8 @@ def test_positions_beyond_the_table_are_interpolated():
 
 
 def test_noise_level_is_the_published_one():
-    latent, pixels = (
-        mz.create_model("dimr-tiny", time="scaled_linear"),
-        mz.create_model("dimr-tiny"),
+    latent, pixels, own = (
+        mz.create_model("dimr-tiny", time=time) for time in ("scaled_linear", "linear_vp", "cosine")
     )
     n = torch.arange(1, 1001, dtype=torch.float64)
     told = latent.parameterisation.noise(scaled_linear()(n / 1000))
@@ -370,6 +369,9 @@ def test_noise_level_is_the_published_one():
     )
     assert latent.info.schedule.name == "scaled_linear"
     assert pixels.info.schedule.name == "linear_vp"
+    assert own.info.schedule.name == "cosine"
+    levels = torch.linspace(-12, 20, 9)
+    assert torch.equal(own.parameterisation.noise(levels), pixels.parameterisation.noise(levels))
 
 
 PARAMETERS = {

@@ -92,7 +92,9 @@ def test_the_input_transform_follows_the_size(family, scale):
         config = preset_info(f"{family}-{scale}", size=size).config
         values = [getattr(config, f) for f in FIELDS.get(family, ("transform", "patch"))]
         if (family, scale) == ("diffit", "tiny"):
-            expected = (4, expected[1])  # its three stages keep their window
+            expected = (4, expected[1])  # its stages keep their window
+        if (family, scale) == ("dimr", "tiny"):
+            expected = tuple(2 * patch for patch in expected)  # 32 cells on a side
         assert tuple(values[0] if family == "dimr" else values) == expected
         assert config.size == size
 
@@ -132,12 +134,13 @@ def test_the_schedule_shifts_with_the_size(family):
 
 
 def test_at_the_sizes_of_the_papers_nothing_shifts():
-    """DiffiT and DiMR state one schedule for 32 and 64 pixels."""
+    """DiffiT states one schedule for 32 and 64 pixels; DiMR's cosine has 64 as its reference."""
     for size in (16, 32, 64):
         spec = preset_info("diffit-tiny", size=size).schedule
         assert (spec.name, spec.options) == ("lognormal", {"mean": -1.2, "std": 1.2})
+        assert preset_info("dimr-m-3r-64", size=size).schedule.options == {}
         spec = preset_info("dimr-tiny", size=size).schedule
-        assert (spec.name, spec.options) == ("linear_vp", {})
+        assert (spec.name, spec.options) == ("cosine", {"image_d": size, "noise_d": size})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -186,9 +189,7 @@ def test_larger_recipes_are_the_tiny_one_with_another_rate_and_length(family):
         ratio = widest(config) / widest(presets()[f"{family}-tiny"][1].config)
         assert recipe.optim.lr == pytest.approx(tiny.optim.lr / ratio)
         assert recipe.images >= least
-        assert recipe.optim.warmup_images / recipe.images == pytest.approx(
-            tiny.optim.warmup_images / tiny.images
-        )
+        assert recipe.optim.warmup_images / recipe.images == pytest.approx(0.015)
         for field in ("model", "objective", "schedule", "time", "data", "ema", "label_drop"):
             assert getattr(recipe, field) == getattr(tiny, field)
         for field in ("name", "betas", "eps", "weight_decay", "decay", "clip"):

@@ -283,12 +283,20 @@ def patch_and_window_at(size: int) -> dict[str, object]:
     return {"patch": patch, "window": max(1, size // patch // 8)}
 
 
+def levels_at(size: int) -> dict[str, object]:
+    """Return config fields: the patch of `patch_at`, and as many stages as the windows allow."""
+    patch = patch_at(size)
+    return {"patch": patch, "multipliers": (1, 2, 4, 8)[: 4 if size // patch % 32 == 0 else 3]}
+
+
+# A narrow finest stage and a wide coarse one: after three minutes the error is 0.6 of that at width
+# 32 with multipliers (1, 2, 2) (benchmarks/results/choices-eurosat.json).
 _TINY = DiffiTImageConfig(
     size=32,
     num_classes=10,
-    width=32,
-    multipliers=(1, 2, 2),
-    blocks=2,
+    width=16,
+    multipliers=(1, 2, 4, 8),
+    blocks=1,
     window=4,
     heads=2,
     time_width=128,
@@ -328,7 +336,7 @@ registry.add(
             ),
             "diffit-tiny": Preset(
                 config=_TINY,
-                at_size=lambda size: {"patch": patch_at(size)},
+                at_size=levels_at,
                 paper="none: image-space DiffiT that trains on a laptop",
             ),
             "diffit-small": Preset(

@@ -36,7 +36,8 @@ class DiMRConfig(CheckedConfig):
     norm: of the blocks: TDRMSN (released models), LN (the paper's text), RMSN, ADARMSN.
     time: the process whose step n = 1 ... 1000 is the network's noise level: "scaled_linear"
         (latent models: Stable Diffusion's table) or "linear_vp" (pixel models, after U-ViT: the
-        variance-preserving SDE).
+        variance-preserving SDE). "cosine" has the steps of "linear_vp" and is trained by the
+        cosine schedule; no published model has it.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
@@ -107,8 +108,8 @@ class DiMRConfig(CheckedConfig):
             raise ValueError(f"kernel_size {self.kernel_size} must be odd")
         if self.norm not in NORMS:
             raise ValueError(f"unknown norm {self.norm!r}; known: {', '.join(NORMS)}")
-        if self.time not in ("scaled_linear", "linear_vp"):
-            raise ValueError(f"time {self.time!r} must be scaled_linear or linear_vp")
+        if self.time not in ("scaled_linear", "linear_vp", "cosine"):
+            raise ValueError(f"time {self.time!r} must be scaled_linear, linear_vp or cosine")
 
     @property
     def needs_label(self) -> bool:

@@ -45,6 +45,8 @@ def demo_recipe(images: int | None, seed: int) -> Recipe:
             "data.source=digits",
             f"images={images or 90_000}",
             f"seed={seed}",
+            "batch=64",
+            "optim.warmup_images=3000",
             "optim.decay=cosine",
             "samples.every_images=1000000000",
             "log_every_images=6400",

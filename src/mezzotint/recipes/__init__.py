@@ -18,6 +18,8 @@ from mezzotint.core.registry import Registry
 registry: Registry[Callable[[], Recipe]] = Registry("preset", __name__)
 recipe = registry.register
 
+WARMUP = 0.015  # of a `-small` or `-base` run; our choice
+
 
 def recipe_for(preset: str) -> Recipe:
     """Return the recipe of a preset; ValueError lists near names."""
@@ -53,7 +55,7 @@ def _enlarge(
         # Yang et al. (arXiv 2203.03466), table 3: Adam's rate of hidden weights ~ 1 / fan-in. Most
         # weights are hidden, so all share that rate (benchmarks/width_transfer.py).
         lr=tiny.optim.lr / width,
-        warmup_images=tiny.optim.warmup_images * images // tiny.images,
+        warmup_images=int(WARMUP * images),
     )
     return replace(
         tiny,

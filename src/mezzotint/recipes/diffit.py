@@ -92,8 +92,8 @@ def diffit_512() -> Recipe:
 def diffit_tiny() -> Recipe:
     """For a laptop: EDM's noise, preconditioning and loss; no published number."""
     return replace(
-        _edm("diffit-tiny", 1e-3, 64, 18),
-        optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_images=3_000, clip=1.0),
+        _edm("diffit-tiny", 1e-3, 8, 18),
+        optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_images=500, clip=1.0),
         time=Time(sampling="stratified"),
         label_drop=0.1,
         images=200_000,
@@ -120,10 +120,10 @@ def diffit_latent_tiny() -> Recipe:
 @recipe("diffit-small")
 def diffit_small() -> Recipe:
     """For one consumer GPU, or a CPU over a weekend; no published number."""
-    return small(diffit_tiny(), width=4)
+    return small(diffit_tiny(), width=2)
 
 
 @recipe("diffit-base")
 def diffit_base() -> Recipe:
     """For one or several GPUs over days; no published number."""
-    return base(diffit_tiny(), width=8)
+    return base(diffit_tiny(), width=4)

@@ -35,15 +35,15 @@ LEAST_IMAGES = 100_000
 # Fewest images seen per parameter that justify a larger network; published runs see 2 to 17.
 IMAGES_PER_PARAMETER = 0.5
 LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
-# `choose_run` halves the batch until a run has that many steps. After 3 minutes 8 was better than
+# Steps and batches between which `choose_run` stays. After 3 minutes a batch of 8 was better than
 # 16, and 16 than 32 (benchmarks/results/choices-eurosat.json).
-BATCH_STEPS, SMALLEST_BATCH = 2_000, 8
+FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 2_000, 20_000, 8, 64
 # Parts of the time for the start, checkpoints and what a timed step leaves out, and for grids.
 MARGIN, GRIDS = 0.1, 0.05
 MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
 LOG_SECONDS = 5  # at least, between log lines
 # Longest warm-up and half-life of the average, as parts of a run (EDM: arXiv 2206.00364 table 7).
-WARMUP, HALF_LIFE = 0.05, 0.05
+WARMUP = HALF_LIFE = 0.05
 # The fewer images, the sooner a network repeats them (arXiv 2310.02664).
 FEW_IMAGES, HUNDREDS = 5_000, 500
 # Probability of augmentation for few images, up to 32 pixels and above: EDM's on CIFAR-10 and FFHQ
@@ -99,8 +99,7 @@ class Choice(NamedTuple):
 def read_table() -> dict[str, Any]:
     """Return the measured qualities: metric, source and rows.
 
-    A row has preset, data, size in pixels, images seen, core_minutes (None if not recorded),
-    distance, and held_out, the distance of real images.
+    A row has preset, data, size in pixels, images, core_minutes or None, distance, and held_out.
     """
     return json.loads(TABLE.read_text(encoding="utf-8"))
 
@@ -155,8 +154,10 @@ def choose_run(
     recipe, reasons = _choose_network(hours, data, device, measure, overrides)
     images = images_within(hours, measure(recipe), device)
     batch = recipe.batch
-    while images < BATCH_STEPS * batch and batch >= 2 * SMALLEST_BATCH:
+    while images < FEWEST_STEPS * batch and batch // 2 >= SMALLEST_BATCH:
         batch //= 2
+    while images > MOST_STEPS * batch and 2 * batch <= LARGEST_BATCH:
+        batch *= 2
     batch = max(1, batch // device.ranks) * device.ranks
     if data.count < FEW_IMAGES:
         augment = AUGMENT_SMALL if size_of(recipe) <= 32 else AUGMENT
@@ -379,7 +380,7 @@ def fit_run(
 
 def _seconds_per_sample(samples: SampleGrid, seconds: float) -> float:
     """Return the seconds of a sample, from those of a training step per image."""
-    # A forward pass is a third of a training step (Kaplan et al., arXiv 2001.08361, section 2.1).
+    # A forward pass is a third of a step (Kaplan et al., arXiv 2001.08361, section 2.1).
     return samples.steps * seconds / 3 * (1 if samples.guidance is None else 2)
 
 

@@ -14,7 +14,13 @@ from mezzotint.core.distributed import World
 from mezzotint.core.machine import describe_machine
 from mezzotint.data.image_dataset import BUILTIN, ImageDataset, open_images, split_source
 from mezzotint.models import meta_model, preset_info
-from mezzotint.tools.budget import DataFacts, DeviceFacts, MeasureSpeed, Speed
+from mezzotint.tools.budget import (
+    LARGEST_BATCH,
+    DataFacts,
+    DeviceFacts,
+    MeasureSpeed,
+    Speed,
+)
 from mezzotint.tools.plan import resolve_precision, time_step
 from mezzotint.train.dataset import open_recipe_dataset
 from mezzotint.train.setup import check_memory
@@ -108,7 +114,8 @@ def make_speed_meter(world: World) -> MeasureSpeed:
         key = repr((recipe.preset, recipe.model, recipe.engine, recipe.objective))
         if key not in known:
             check_memory(recipe, meta_model(preset_info(recipe.preset, **recipe.model)), world)
-            share = max(1, recipe.batch // world.size)
+            batch = recipe.batch if device == "cpu" else max(recipe.batch, LARGEST_BATCH)
+            share = max(1, batch // world.size)
             most = min(recipe.engine.microbatch or share, share)
             precision = resolve_precision(recipe.engine, device)
             images, seconds = time_step(recipe, precision, 1, most, device)
