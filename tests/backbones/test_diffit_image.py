@@ -182,7 +182,7 @@ def test_any_channel_multipliers(multipliers):
 @pytest.mark.parametrize("shape", [(40, 32), (32, 8)])
 def test_size_that_does_not_fit_names_valid_ones(shape):
     with pytest.raises(ValueError, match="multiples of 16; nearest: "):
-        create_model("diffit-tiny")(torch.zeros(1, 3, *shape), torch.zeros(1), Cond())
+        create_model("diffit-tiny", size=16)(torch.zeros(1, 3, *shape), torch.zeros(1), Cond())
 
 
 @pytest.mark.parametrize(

@@ -414,7 +414,7 @@ def test_parameters_and_gmac(name):
         ({"stages": ("convnext",) * 3}, "num_classes must be 0"),
         ({"num_classes": 0, "null_label": False}, "null_label=True"),
         ({"kernel_size": 4}, "odd"),
-        ({"time": "edm"}, "scaled_linear or linear_vp"),
+        ({"time": "edm"}, "scaled_linear, linear_vp or cosine"),
     ],
 )
 def test_config_errors(changes, words):

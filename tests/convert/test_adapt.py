@@ -210,7 +210,7 @@ def test_diffit_at_another_size_has_the_positions_that_it_had_there(side, larger
 
 @torch.no_grad()
 def test_positions_of_odd_grids_are_cells_too():
-    dimr = mz.create_model("dimr-tiny", size=36)  # 9 x 9 tokens
+    dimr = mz.create_model("dimr-tiny", size=36, patches=(4, 2, 1))  # 9 x 9 tokens
     dimr.backbone.branches[0].positions.data = (
         torch.arange(9.0).repeat_interleave(9)[:, None].expand(81, 128).clone()
     )

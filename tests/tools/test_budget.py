@@ -206,8 +206,8 @@ def test_measurements_count_more_than_parameters(sizes, measured, distance, pres
     assert chosen(1, machine=at(speeds={**TINY, "unet-small": 0.1}))[0].preset == preset
 
 
-@pytest.mark.parametrize(("hours", "batch"), [(0.1, 8), (0.5, 32), (8, 64)])
-def test_a_short_run_takes_smaller_batches(hours, batch):
+@pytest.mark.parametrize(("hours", "batch"), [(0.1, 8), (0.5, 8), (2, 16), (8, 64)])
+def test_a_longer_run_takes_larger_batches(hours, batch):
     assert chosen(hours, overrides=("model.size=64",))[0].batch == batch
 
 
