@@ -34,53 +34,54 @@ COARSE = (
     "model.hidden_dims=[384,192,96]",
 )
 PYRAMID = ("model.width=16", "model.multipliers=[1,2,4,8]", "model.blocks=1", "model.window=4")
-SHALLOW = ("model.width=32", "model.multipliers=[1,4]", "model.blocks=[1]")
 EDM = ("model.prediction=edm", "schedule.name=lognormal", "objective.name=regression")
 
-SHORT = ("batch=8", "optim.warmup_images=500")
 COSINE = ("schedule.name=cosine", "schedule.options.image_d=64", "schedule.options.noise_d=64")
+LONG = ("batch=64", "optim.warmup_images=3000")
+SHORT = ("batch=8", "optim.warmup_images=500")
+B8 = ("batch=8", "optim.warmup_images=3000")
+# What the tiny presets of DiMR and DiffiT were before these measurements.
+EPS = ("model.prediction=eps", "model.time=linear_vp")
+V = ("model.prediction=v", "model.time=linear_vp")
+FINE = ("model.patches=[4,2,1]",)
+THREE = ("model.width=32", "model.multipliers=[1,2,2]", "model.blocks=2")
 
-# preset: {name of the row: fields that differ from the recipe that the preset had at the time}
+# preset: {name of the row: fields of the recipe}
 CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "unet-tiny": {
-        "batch 32": ("batch=32",),
-        "batch 16": ("batch=16",),
-        "batch 8": ("batch=8",),
-        "twice the rate": ("batch=8", "optim.lr=4e-3"),
-        "short warm-up": ("batch=8", "optim.warmup_images=500"),
-        "patch of 2, convolution": ("batch=8", *CONV),
-        "EDM": ("batch=8", *EDM),
-        "sigmoid weight": ("batch=8", *SIGMOID),
-        "patch of 2, wavelet": ("batch=8", *WAVELET),
-    },
-    "dimr-tiny": {
-        "batch 64": (),
-        "batch 8, short warm-up": SHORT,
-        "twice the rate": (*SHORT, "optim.lr=2e-3"),
-        "v": (*SHORT, "model.prediction=v"),
-        "x": (*SHORT, "model.prediction=x"),
-        "v, patches 8, 4, 2": (*SHORT, "model.prediction=v", *COARSE),
-        "v, patches 8, 4, 2, width 128": (*SHORT, "model.prediction=v", "model.patches=[8,4,2]"),
-        "v, patches 8, 4, 2, cosine": (*SHORT, "model.prediction=v", *COARSE, *COSINE),
-    },
-    "diffit-tiny": {
-        "batch 8, short warm-up": SHORT,
-        "width 16, four levels": (*SHORT, *PYRAMID),
-        "patch of 2": (*SHORT, "model.patch=2"),
+        "batch 32": ("batch=32", "optim.warmup_images=3000"),
+        "batch 16": ("batch=16", "optim.warmup_images=3000"),
+        "batch 8": B8,
+        "twice the rate": (*B8, "optim.lr=4e-3"),
+        "short warm-up": SHORT,
+        "patch of 2, convolution": (*B8, *CONV),
+        "EDM": (*B8, *EDM),
+        "sigmoid weight": (*B8, *SIGMOID),
+        "patch of 2, wavelet": (*B8, *WAVELET),
     },
     "uvit-tiny": {
+        "batch 64": LONG,
         "batch 8, short warm-up": SHORT,
-        "patch of 2, wavelet": (*SHORT, "model.transform=dwt", "model.patch=2", *SHALLOW),
+        "EDM": (*SHORT, *EDM),
     },
     "sid2-tiny": {
         "batch 8, short warm-up": SHORT,
-        "eps-MSE": (
-            *SHORT,
-            "objective.name=eps_mse",
-            "objective.options={}",
-            "time.loss_measure=u",
-        ),
         "patch of 2": (*SHORT, "model.transform=conv", "model.patch=2"),
+    },
+    "diffit-tiny": {
+        "batch 8, short warm-up": (*SHORT, *THREE),
+        "width 16, four levels": (*SHORT, *PYRAMID),
+        "patch of 2": (*SHORT, *THREE, "model.patch=2"),
+    },
+    "dimr-tiny": {
+        "batch 64": (*LONG, *EPS, *FINE),
+        "batch 8, short warm-up": (*SHORT, *EPS, *FINE),
+        "twice the rate": (*SHORT, *EPS, *FINE, "optim.lr=2e-3"),
+        "v": (*SHORT, *V, *FINE),
+        "x": (*SHORT, "model.prediction=x", "model.time=linear_vp", *FINE),
+        "v, patches 8, 4, 2, width 192": (*SHORT, *V, *COARSE),
+        "v, patches 8, 4, 2, width 192, cosine": (*SHORT, *V, *COARSE, *COSINE),
+        "v, patches 8, 4, 2": (*SHORT, *V, "model.patches=[8,4,2]"),
     },
 }
 
