@@ -144,7 +144,9 @@ def test_largest_batch_fits_and_a_larger_one_does_not():
 
 
 def test_fsdp_shards_what_ddp_repeats():
-    recipe = make_recipe("unet-tiny", *SMALL, "engine.precision=float32", "ema.power_stds=[0.05]")
+    recipe = make_recipe(
+        "unet-tiny", *SMALL, "batch=64", "engine.precision=float32", "ema.power_stds=[0.05]"
+    )
     model = meta_model(recipe)
     count = sum(p.numel() for p in model.parameters())
     result = json.loads(json.dumps(plan(recipe, gpus=4, device="a100")))
@@ -216,7 +218,7 @@ def test_muon_keeps_one_moment_of_its_matrices():
 
 
 def test_errors_name_the_value_and_an_allowed_one():
-    recipe = make_recipe("unet-tiny")
+    recipe = make_recipe("unet-tiny", "batch=64")
     with pytest.raises(ValueError, match=r"h20.*h200"):
         plan(recipe, device="h20")
     with pytest.raises(ValueError, match="batch=63"):
