@@ -241,7 +241,7 @@ def test_the_length_takes_the_time(hours):
 def test_warm_up_and_average_follow_the_length_and_the_rate_ends_at_zero():
     short, long = chosen(0.05, overrides=("model.size=64",))[0], chosen(100)[0]
     assert short.optim.warmup_images == int(0.05 * short.images)
-    assert short.ema.half_life_images == pytest.approx(0.05 * short.images)
+    assert short.ema.half_life_images == pytest.approx(0.05 * short.images, abs=0.5)
     assert long.optim.warmup_images == recipe_for("unet-tiny").optim.warmup_images
     for recipe in (short, long):
         rates = [learning_rate(recipe.optim, n, recipe.images) for n in (0, 1, recipe.images)]

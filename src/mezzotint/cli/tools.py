@@ -61,6 +61,7 @@ def info(
     else:
         open_console().print(summary.render_presets(summary.read_summaries()))
         if boxed := boxed_models():
+            open_console().print()
             open_console().print(summary.render_boxed([read_boxed(name) for name in boxed]))
 
 

@@ -344,7 +344,7 @@ def fit_run(
 
     optim, ema = recipe.optim, recipe.ema
     warmup = min(optim.warmup_images, int(WARMUP * images))
-    half_life = min(ema.half_life_images, HALF_LIFE * images)
+    half_life = min(ema.half_life_images, round(HALF_LIFE * images))
     checkpoints = hours * CHECKPOINTS_PER_HOUR
     fitted = replace(
         recipe,

@@ -106,7 +106,7 @@ def render_boxed(rows: list[dict[str, Any]]) -> RenderableType:
         for r in rows
     ]
     title = f"trained models in the box, e.g. mezzotint sample {rows[0]['name']}"
-    return Group("", title, *lines)
+    return Group(title, *lines)
 
 
 def render_layers(preset: str, rows: list[dict[str, Any]]) -> RenderableType:
