@@ -65,6 +65,12 @@ def traceable():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+FEW_BLOCKS = {
+    "unet-tiny": {
+        "width": 8, "emb_dim": 16, "multipliers": (1, 1), "blocks": (1, 1),
+        "attention": (False, True),
+    }
+}  # fmt: skip
 LARGER = [
     pytest.param(name, marks=pytest.mark.slow)
     for name in ("dimr-tiny", "diffit-tiny", "diffit-latent-tiny")
@@ -74,20 +80,12 @@ LARGER = [
 @pytest.mark.parametrize("preset", ["unet-tiny", *LARGER[:2]])
 @pytest.mark.usefixtures("traceable")
 def test_a_network_with_an_augmentation_label_is_exported_without_it(preset, tmp_path):
-    model = trained(preset, augment_label=True)
+    model = trained(preset, **FEW_BLOCKS.get(preset, {}), augment_label=True)
     assert export.save_torch(model, tmp_path / "denoiser.pt2") < 1e-5
     back = torch.export.load(tmp_path / "denoiser.pt2").module()
     inputs = export.example_inputs(model, 5)
     ours = model(inputs[0], inputs[1], mz.Cond(label=inputs[2] if len(inputs) == 3 else None))
     assert torch.allclose(ours.x, back(*inputs)[0], atol=1e-5)
-
-
-FEW_BLOCKS = {
-    "unet-tiny": {
-        "width": 8, "emb_dim": 16, "multipliers": (1, 1), "blocks": (1, 1),
-        "attention": (False, True),
-    }
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", ["unet-tiny", *LARGER])

@@ -1,8 +1,8 @@
-"""The commands of the first pages run in their order, with few and short images.
+"""The commands of the first pages run in their order, with few images and a narrow network.
 
-Only lengths and counts are reduced. Three kinds of commands are skipped: those that do not return
-(serve), need Inception's weights (evaluate, reference) or publish (--push). `test_commands` parses
-them.
+Only lengths, counts and widths are reduced. Three kinds of commands are skipped: those that do not
+return (serve), need Inception's weights (evaluate, reference) or publish (--push). `test_commands`
+parses them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ from docs.test_commands import ROOT, read_blocks, read_commands
 from mezzotint import cli
 
 SHORT = ["images=16", "batch=8", "samples.count=2", "samples.steps=2"]
+NARROW = {
+    "unet-tiny": [
+        "model.width=8", "model.emb_dim=16", "model.multipliers=[1,1]", "model.blocks=[1,1]",
+        "model.attention=[false,true]",
+    ]
+}  # fmt: skip
 SKIPPED = {"--hours", "serve", "demo", "evaluate", "reference", "--push", "--tyro-print-completion"}
 
 
@@ -45,11 +51,11 @@ def write_grey_images(folder: Path) -> None:
 
 
 def shorten(args: list[str]) -> list[str]:
-    """Return the same command with fewer images and steps."""
+    """Return the same command with fewer images and steps, and a narrower network."""
     if args[1] == "train":
         fields = [i for i, arg in enumerate(args) if "=" in arg and not arg.startswith("--")]
         last = fields[-1] if fields else 2  # else after the preset
-        return [*args[: last + 1], *SHORT, *args[last + 1 :]]
+        return [*args[: last + 1], *SHORT, *NARROW.get(args[2], []), *args[last + 1 :]]
     if args[1] == "sample":
         i = args.index("--num-images") + 1
         steps = [] if "--steps" in args else ["--steps", "2"]
@@ -64,7 +70,8 @@ def is_skipped(args: list[str]) -> bool:
 
 def test_shorten_and_skip():
     train = ["mezzotint", "train", "unet-tiny", "--data", "a", "x=1", "--out", "b"]
-    assert shorten(train) == [*train[:6], *SHORT, *train[6:]]
+    assert shorten(train) == [*train[:6], *SHORT, *NARROW["unet-tiny"], *train[6:]]
+    assert shorten(["mezzotint", "train", "auto", "x=1"])[4:] == SHORT
     sample = ["mezzotint", "sample", "runs/a", "--num-images", "16"]
     assert shorten(sample) == [*sample[:4], "2", "--steps", "2"]
     assert is_skipped(["mezzotint", "train", "unet-tiny", "evaluate.num_images=2"])
