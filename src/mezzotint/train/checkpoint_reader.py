@@ -8,12 +8,13 @@ Values are read with torch's `weights_only=True`.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -34,6 +35,9 @@ DATA_FILE = re.compile(r"__\d+_\d+\.distcp")  # RANK_NUMBER: a plain name, so in
 MAX_DIMS = 8
 
 
+# `no_type_check` keeps the tests' checks of argument types out of what a checkpoint calls 30,000
+# times: they took most of the time of a resume.
+@no_type_check
 class _Record:
     """What a pickle makes in place of one of torch's objects: its arguments and its state."""
 
@@ -92,14 +96,19 @@ def read_metadata(folder: Path) -> Metadata:
     if not path.is_file():
         raise ValueError(f"{METADATA} is missing")
     try:
-        root = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        return _to_metadata(root)
+        return _parse(path.read_bytes())
     except pickle.UnpicklingError as error:
         raise ValueError(f"{METADATA} was refused: {error}") from None
     except Exception as error:  # a damaged pickle can fail in any opcode, with any exception
         raise ValueError(f"{METADATA} is damaged ({type(error).__name__}: {error})") from None
 
 
+@functools.lru_cache(maxsize=1)  # a resume asks twice: to check the files, and to load them
+def _parse(data: bytes) -> Metadata:
+    return _to_metadata(_Unpickler(io.BytesIO(data)).load())
+
+
+@no_type_check
 def _expect(value: Any, name: str) -> _Record:
     """Return a value that stands for an object of torch's class `name`."""
     if not isinstance(value, _Record) or type(value).__name__ != name:
@@ -107,17 +116,20 @@ def _expect(value: Any, name: str) -> _Record:
     return value
 
 
+@no_type_check
 def _fields(value: Any, name: str) -> dict[str, Any]:
     """Return the fields of one of torch's dataclasses."""
     return _check(_expect(value, name).state, dict)
 
 
+@no_type_check
 def _check(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise pickle.UnpicklingError(f"it holds a {type(value).__name__} in place of {kind}")
     return value
 
 
+@no_type_check
 def _size(record: Any) -> torch.Size:
     (values,) = _expect(record, "Size").args
     if len(values) > MAX_DIMS:
