@@ -338,3 +338,20 @@ def test_damage_is_reported(image_folder, vae_folder, tmp_path):
         damage(tmp_path / name)
         with pytest.raises(ValueError, match="prepare"):
             LatentDataset(tmp_path / name).batch([0])
+    card = json.loads((tmp_path / "out" / "latents.json").read_text())
+    for key, value in [
+        ("factor", 0),
+        ("size", "16"),
+        ("channels", None),
+        ("pieces", [1]),
+        ("pieces", 3),
+        ("count", 10**9),
+        ("count", -1),
+        ("label_names", 7),
+        ("codec", []),
+        ("statistics", None),
+        ("notes", "x"),
+    ]:
+        (tmp_path / "out" / "latents.json").write_text(json.dumps({**card, key: value}))
+        with pytest.raises(ValueError, match=r"latents\.json is damaged"):
+            LatentDataset(tmp_path / "out")

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.image_files import png, write_folder
 from mezzotint.data import prepare as prepare_module
 from mezzotint.data.audit import audit_images, describe_audit, list_problems
 from mezzotint.data.image_dataset import open_images
@@ -248,7 +249,7 @@ def test_damage_to_a_prepared_folder_is_reported(mixed, tmp_path):
         (
             "half",
             lambda d: (d / "mezzotint.json").write_text('{"format": 1, "size": 16}'),
-            "lacks channels, count",
+            "has no 'count'",
         ),
     ]:
         copy = tmp_path / name
@@ -256,6 +257,26 @@ def test_damage_to_a_prepared_folder_is_reported(mixed, tmp_path):
         damage(copy)
         with pytest.raises(ValueError, match=words):
             open_images(copy)
+
+
+OTHER_FACTS = [
+    *({"count": value} for value in ("12", 12.5, True, -11, None)),
+    *({"size": value} for value in (8, -16, "16", [16])),
+    *({"channels": value} for value in (1, 4, None)),
+    *({"label_names": value} for value in (5, "ab", ["a"], [1, 2], {"a": 0})),
+    *({"fingerprint": []}, {"left_out": "x"}, {"left_out": [1]}, {"crop": {}}),
+]
+
+
+def test_cards_of_prepared_folders_with_other_values_are_refused(tmp_path):
+    write_folder(tmp_path / "set", {f"{c}/{i}.png": png(i) for c in "ab" for i in range(2)})
+    prepare_source(tmp_path / "set", tmp_path / "out", 16, progress=False)
+    card = tmp_path / "out" / "mezzotint.json"
+    sound = json.loads(card.read_text())
+    for facts in OTHER_FACTS:
+        card.write_text(json.dumps({**sound, **facts}))
+        with pytest.raises(ValueError, match=r"(is damaged|damaged or foreign).*prepare"):
+            open_images(tmp_path / "out")
 
 
 def test_real_flowers_prepared_are_those_of_the_zip(shared, tmp_path):

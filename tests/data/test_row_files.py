@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +59,32 @@ def test_a_clone_is_read_by_the_names_of_its_files(tmp_path, files):
         assert (len(images), images.label_names) == (count, ("0", "1"))
     with pytest.raises(ValueError, match="has no split 'unlabeled'"):
         open_images(f"{root}:unlabeled", size=8)
+
+
+@pytest.mark.parametrize("name", ["../out/{}", "{root}/out/{}", "link.arrow", "pipe.arrow", "no"])
+@pytest.mark.parametrize("of", ["splits", "files"])
+def test_a_saved_dataset_names_files_of_its_own_alone(tmp_path, name, of):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": png(i)} for i in range(2)]})
+    for folder in ("out", "set/a"):
+        rows.save_to_disk(tmp_path / folder)
+    (arrow,) = (tmp_path / "out").glob("*.arrow")
+    (tmp_path / "set" / "a" / "link.arrow").symlink_to(arrow)
+    os.mkfifo(tmp_path / "set" / "a" / "pipe.arrow")
+    file = name.format(arrow.name, root=tmp_path)
+    whole, split = {"splits": ["a"]}, tmp_path / "set" / "a"
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps(whole))
+    assert len(open_images(tmp_path / "set:a", size=8)) == 2
+    if of == "splits":
+        changed = tmp_path / "set" / "dataset_dict.json"
+        changed.write_text(json.dumps({"splits": ["a", file.rpartition("/")[0] or file]}))
+    else:
+        changed = split / "state.json"
+        state = json.loads(changed.read_text()) | {"_data_files": [{"filename": file}]}
+        changed.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="is no file of the folder"):
+        open_images(tmp_path / "set:a", size=8)
 
 
 def test_other_names_and_several_configurations(tmp_path):

@@ -138,6 +138,16 @@ def test_classes_that_are_named_like_a_split_stay_classes(tmp_path, classes, ima
     assert len(opened) == images
 
 
+@pytest.mark.parametrize("outer", [("fold1", "fold2"), ("lern", "pruef"), ("day", "night")])
+def test_classes_that_hold_the_same_folders_are_said(tmp_path, outer):
+    same = {f"{name}/{c}/0.png": png(1) for name in outer for c in ("ant", "bee")}
+    opened = open_images(write_folder(tmp_path / "a", same), size=8)
+    assert opened.label_names == outer
+    assert f"({outer[0]}, ...) that all hold the folders ant, bee" in " ".join(opened.report.notes)
+    other = {f"{name}/{name}{c}/0.png": png(1) for name in outer for c in ("ant", "bee")}
+    assert not open_images(write_folder(tmp_path / "b", other), size=8).report.notes
+
+
 def test_one_folder_of_class_folders_beside_a_flat_one(tmp_path):
     files = tree("Training") | {f"to_classify/{i}.png": png(i) for i in range(3)}
     with pytest.raises(ValueError, match="holds the splits Training, to_classify"):

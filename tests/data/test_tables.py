@@ -77,6 +77,26 @@ def test_a_column_of_another_name_is_taken_where_that_is_plain(columns, names, w
     assert words in " ".join(source.notes)
 
 
+@pytest.mark.parametrize("name", ["img_bytes", "content", "pixel_values", "images"])
+def test_the_only_column_of_encoded_images_is_taken_by_any_name(tmp_path, name):
+    png = RED[0]["bytes"]
+    columns = {"id": ["a", "b"], name: pa.array([None, png], pa.binary()), "label": [0, 1]}
+    pq.write_table(pa.table({**columns, "hash": pa.array([b"x", b"y"])}), tmp_path / "x.parquet")
+    images = open_images(tmp_path / "x.parquet", size=8)
+    assert images.image(1)[:, 0, 0].tolist() == [255, 0, 0]
+    assert f"image '{name}'" in " ".join(images.report.notes)
+    pq.write_table(pa.table({**columns, "mask": [png] * 2}), tmp_path / "two.parquet")
+    with pytest.raises(ValueError, match=r"no column of images|can be read"):
+        open_images(tmp_path / "two.parquet", size=8)
+
+
+@pytest.mark.parametrize("columns", [{"text": "caption"}, {"Label": "x"}])
+def test_a_role_that_is_none_is_refused(tmp_path, columns):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    with pytest.raises(ValueError, match="allowed: names for image, label, caption"):
+        open_images(tmp_path, size=8, columns=columns)
+
+
 def test_a_chosen_column_must_be_there_and_hold_classes():
     with pytest.raises(ValueError, match=r"columns\.label is 'lable', which is no column.*label"):
         table({"image": RED, "label": [0, 1, 0, 1]}, columns={"label": "lable"})

@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float16
 from torch import Tensor
 
 from mezzotint.core.files import atomic_folder, cache_dir, read_json, write_json
+from mezzotint.core.json_values import check_fields
 from mezzotint.core.npz_files import load_npy
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.sources import hash_parts
@@ -42,7 +43,13 @@ class CaptionEmbeddings:
     def __init__(self, folder: Path, captions: np.ndarray):
         self.folder = folder
         self.card: dict[str, Any] = read_json(folder / EMBEDDINGS_CARD, "remove the folder")
-        self.width, self.max_tokens = int(self.card["width"]), int(self.card["longest"])
+        try:
+            check_fields(self.card, {"width": int, "longest": int, "key": str})
+        except ValueError as error:
+            raise ValueError(
+                f"{folder / EMBEDDINGS_CARD} is damaged: {error}; remove the folder"
+            ) from None
+        self.width, self.max_tokens = self.card["width"], self.card["longest"]
         self.captions = captions
 
     def __len__(self) -> int:

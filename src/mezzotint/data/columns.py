@@ -119,6 +119,15 @@ def parse_columns(assignments: Iterable[str]) -> dict[str, str]:
     return columns
 
 
+def check_columns(columns: Columns | None) -> None:
+    """Raise ValueError for a role that is none, or a name that is no text."""
+    for role, name in (columns or {}).items():
+        if role not in ROLES or not isinstance(name, str):
+            raise ValueError(
+                f"columns has {role!r}: {name!r}; allowed: names for {', '.join(ROLES)}"
+            )
+
+
 def named(columns: Iterable[str], wanted: Sequence[str]) -> list[str]:
     """Return the columns of these names, best first; upper case counts where no exact name does.
 

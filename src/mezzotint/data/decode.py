@@ -89,6 +89,7 @@ _MAGIC = {
 }
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # our limits are lower
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # damaged metadata
 
 
 class UnreadableImage(ValueError):

@@ -16,11 +16,12 @@ from mezzotint.core.files import expand_user
 from mezzotint.core.paths import explain_path, is_hub_name, kind_of
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
-from mezzotint.data.columns import Columns
+from mezzotint.data.columns import Columns, check_columns
 from mezzotint.data.dataset import PixelDataset
 from mezzotint.data.full_scale import measure_full_scale
 from mezzotint.data.npz_source import open_npz
-from mezzotint.data.row_files import ROW_FILES, find_row_files, is_webdataset
+from mezzotint.data.prepared_source import CARD, PreparedSource, open_prepared
+from mezzotint.data.row_files import ROW_FILES, check_saved_files, find_row_files, is_webdataset
 from mezzotint.data.shapes import open_shapes
 from mezzotint.data.shuffle import shuffled_indices
 from mezzotint.data.sources import (
@@ -31,7 +32,7 @@ from mezzotint.data.sources import (
 )
 from mezzotint.data.splits import split_kinds
 from mezzotint.data.stores import FolderStore, Store, TarStore, find_store
-from mezzotint.data.tables import CARD, PreparedSource, open_prepared, open_table
+from mezzotint.data.tables import open_table
 from mezzotint.data.transforms import CROPS, to_pillow, to_pixels
 
 MEMORY_LIMIT_BYTES = 1 << 30  # of decoded pixels kept in memory
@@ -181,6 +182,7 @@ def open_source(
     source: str, size: int | None, columns: Columns | None = None
 ) -> tuple[Source, int]:
     """Return the named source and its size in pixels, see `open_images`."""
+    check_columns(columns)
     base, option = split_source(source)
     if base in BUILTIN:
         check_no_columns(base, columns)
@@ -240,6 +242,7 @@ def _open_files_or_rows(
             f"{base} holds latents; give the folder of images from which they were prepared"
         )
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+        check_saved_files(root, store.listing())
         return open_table(str(root), split, columns=columns)
     listing = store.listing()
     if isinstance(store, TarStore) and is_webdataset(listing.sizes):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mezzotint.core import rng
 from mezzotint.core.files import expand_user, read_json
+from mezzotint.core.json_values import check_fields
 from mezzotint.core.npz_files import load_npy
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
@@ -161,6 +162,16 @@ class EncodedDataset:
         return self.images.describe_enlarged()
 
 
+CARD_KINDS = {
+    **dict.fromkeys(("size", "factor", "channels", "count"), int),
+    **dict.fromkeys(("codec", "codec_hash", "fingerprint"), str),
+    "label_names": list[str] | None,
+    "statistics": dict,
+    "notes": list[str],
+    "pieces": list[int],
+}
+
+
 @final
 class LatentDataset:
     """A folder of latents, or its split "train" or "test" (every tenth).
@@ -175,6 +186,14 @@ class LatentDataset:
         card = read_json(self.folder / LATENTS, ADVICE)
         if card.get("format") != 1:
             raise ValueError(f"{folder} is of format {card.get('format')}, not 1; {ADVICE}")
+        try:
+            check_fields(card, CARD_KINDS)
+            if min(card["factor"], *card["pieces"], card["count"]) < 1:
+                raise ValueError("a number is not positive")
+            if sum(card["pieces"]) != card["count"]:
+                raise ValueError("its pieces do not have 'count' images")
+        except ValueError as error:
+            raise ValueError(f"{folder / LATENTS} is damaged: {error}; {ADVICE}") from None
         self.codec_name: str = card["codec"]
         self.codec_hash: str = card["codec_hash"]
         self.size, self.channels = card["size"] // card["factor"], card["channels"]
@@ -301,7 +320,12 @@ def _map_moments(folder: str, piece: int, key: str) -> np.ndarray:
 
 @functools.lru_cache(maxsize=16)
 def _read_facts(folder: str, piece: int, key: str) -> dict[str, Any]:
-    return read_json(piece_path(Path(folder), piece, "json"), ADVICE)
+    facts = read_json(piece_path(Path(folder), piece, "json"), ADVICE)
+    try:
+        check_fields(facts, {"name": list[str], "text": list[str | None]})
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged: piece {piece}: {error}; {ADVICE}") from None
+    return facts
 
 
 def _read_labels(folder: Path) -> np.ndarray:

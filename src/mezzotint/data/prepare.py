@@ -20,7 +20,7 @@ from mezzotint.data.columns import Columns
 from mezzotint.data.encode_latents import WorkShare, encode_latents
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset, describe_latents
-from mezzotint.data.tables import CARD
+from mezzotint.data.prepared_source import CARD
 from mezzotint.data.transforms import UnreadableImage
 
 BATCH_BYTES = 16 << 20  # of pixels in one Arrow record batch

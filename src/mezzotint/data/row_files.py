@@ -7,11 +7,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 from unittest.mock import patch
 
-from mezzotint.core.files import expand_user
+from mezzotint.core.files import expand_user, read_json
+from mezzotint.core.json_values import check_fields
 from mezzotint.core.paths import printable
 from mezzotint.data.decode import image_suffixes
 from mezzotint.data.side_tables import decode_text
@@ -93,6 +94,29 @@ def find_row_files(folder: str, listing: Listing) -> tuple[str, dict[str, list[s
             f"folders, e.g. {folder}/{printable(example)}"
         )
     return (ROW_FILES[suffix], dict(splits)) if names else None
+
+
+def check_saved_files(folder: Path, listing: Listing) -> None:
+    """Check that a folder of `save_to_disk` names files of its own alone.
+
+    Errors: ValueError for a name that leads, or links, out of the folder, and for a damaged file.
+    """
+    prefixes = [""]
+    try:
+        if "dataset_dict.json" in listing.sizes:
+            card = read_json(folder / "dataset_dict.json")
+            check_fields(card, {"splits": list[str]})
+            prefixes = [f"{name}/" for name in card["splits"]]
+        for prefix in prefixes:
+            if f"{prefix}state.json" not in listing.sizes:
+                raise ValueError(f"{prefix}state.json is no file of the folder")
+            state = read_json(folder / f"{prefix}state.json")
+            check_fields(state, {"_data_files": list[dict[str, str]]})
+            for name in [file.get("filename") for file in state["_data_files"]]:
+                if f"{prefix}{name}" not in listing.sizes:
+                    raise ValueError(f"{name!r} is no file of the folder")
+    except ValueError as error:
+        raise ValueError(f"{folder} is no whole dataset of save_to_disk: {error}") from None
 
 
 def _split_of(name: str) -> tuple[str, str]:

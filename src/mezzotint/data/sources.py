@@ -320,6 +320,24 @@ def _labels_from_folders(
             f"{', '.join(map(printable, classes[:4]))}"
         )
         return None, None
+    notes += _describe_nested(paths, len(classes))
     index = {name: i for i, name in enumerate(classes)}
     labels = np.array([index[folder] for folder in folders], dtype=np.int64)
     return labels, tuple(map(printable, classes))
+
+
+def _describe_nested(paths: Sequence[str], num_classes: int) -> list[str]:
+    """Return a note where each class folder holds folders of the same names (fold1/ant, ...)."""
+    below: dict[str, set[str]] = {}
+    for path in paths:
+        first, *rest = path.split("/")[:-1]
+        below.setdefault(first, set()).update(rest[:1])
+    inner = min(below.values(), key=len)
+    if num_classes < 2 or len(inner) < 2 or any(folders != inner for folders in below.values()):
+        return []
+    first = printable(min(below))
+    return [
+        f"the classes are {num_classes:,} folders ({first}, ...) that all hold the folders "
+        f"{', '.join(map(printable, sorted(inner)[:3]))}{', ...' if len(inner) > 3 else ''}; if "
+        f"those are the classes, give one folder, e.g. {first}"
+    ]

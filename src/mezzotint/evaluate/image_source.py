@@ -28,9 +28,9 @@ from mezzotint.core.registry import Spec
 from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
 from mezzotint.data.full_scale import grey_kind, measure_full_scale
 from mezzotint.data.image_dataset import BUILTIN, LATENTS, ImageDataset, open_images, split_source
+from mezzotint.data.prepared_source import CARD
 from mezzotint.data.sources import FileSource, open_files
 from mezzotint.data.stores import find_store
-from mezzotint.data.tables import CARD
 from mezzotint.data.transforms import to_array, to_mode
 from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
 

@@ -24,9 +24,10 @@ from mezzotint.data.decode import decode_image
 from mezzotint.data.image_dataset import ImageDataset, split_source
 from mezzotint.data.layout import Layout
 from mezzotint.data.npz_source import NpzSource
+from mezzotint.data.prepared_source import PreparedSource
 from mezzotint.data.sources import FileSource
 from mezzotint.data.splits import split_kinds
-from mezzotint.data.tables import PreparedSource, TableSource
+from mezzotint.data.tables import TableSource
 
 SAMPLES, COLUMNS = 12, 4  # pictures in the PNG
 LEAST_SIDE, MOST_SIDE = 128, 256  # pixels of one of them
