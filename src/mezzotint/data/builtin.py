@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -56,15 +57,15 @@ class DigitSource:
 
 def open_digits(split: str = "train") -> DigitSource:
     """Open the split "train" (1,500), "test" (297) or "all", chosen by a fixed permutation."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "the built-in digits need scikit-learn: pip install 'mezzotint[demo]'"
-        ) from error
-    raw: Any = load_digits()
-    permutation = philox("order", 0, 0).permutation(len(raw.target))
+    # The file that its `load_digits` reads: importing scikit-learn takes as long as torch.
+    spec = importlib.util.find_spec("sklearn")
+    file = spec and spec.origin and Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file or not file.is_file():
+        raise ValueError("the built-in digits need scikit-learn: pip install 'mezzotint[demo]'")
+    rows = np.loadtxt(file, delimiter=",", dtype=np.int64)  # 64 grey levels, then the label
+    target, images = rows[:, -1], rows[:, :-1].reshape(-1, 8, 8)
+    permutation = philox("order", 0, 0).permutation(len(target))
     stop = {"train": DIGITS_TRAIN, "test": None, "all": None}[split]
     chosen = np.sort(permutation[DIGITS_TRAIN if split == "test" else 0 : stop])
-    pixels = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)  # grey levels are 0...16
-    return DigitSource(chosen, pixels, raw.target[chosen].astype(np.int64))
+    pixels = np.round(images[chosen] * (255 / 16)).astype(np.uint8)  # grey levels are 0...16
+    return DigitSource(chosen, pixels, target[chosen])
