@@ -2,8 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 # One OpenMP thread: more are very slow when another job shares the cores. Tests download nothing.
-QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False
-PYTEST := $(QUIET) $(BIN)/pytest -n 2
+# Bytecode is kept, also where the environment says not to: tests start many processes.
+QUIET := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False PYTHONDONTWRITEBYTECODE=
+PYTEST := $(QUIET) $(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: demo test test-all lint format docs docs-check clean
 

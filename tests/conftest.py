@@ -20,7 +20,18 @@ import torch  # noqa: E402
 # A busy machine is slow, and no fault.
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+# The slowest start first, so that no process of a parallel run waits for another at the end.
+FIRST = {"web", "docs", "train", "convert", "tools", "test_hashes.py"}
 SHARED = Path(os.environ.get("MEZZOTINT_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+
+
+def pytest_collection_modifyitems(items):
+    """Keep a file, and all of web/, in one process of a parallel run: it makes fixtures once."""
+    for item in items:
+        path = item.path.relative_to(HERE)
+        group = "web" if path.parts[0] == "web" else path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.relative_to(HERE).parts[0] not in FIRST)
 
 
 @pytest.fixture(autouse=True)
