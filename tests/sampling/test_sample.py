@@ -16,6 +16,7 @@ from helpers.tiny_models import SMALL, tiny
 from mezzotint.core.registry import Spec
 from mezzotint.models import get_schedule
 from mezzotint.process.denoiser import Cond
+from mezzotint.sampling import sample as sample_module
 from mezzotint.sampling.conditioning import label_condition, label_indices, list_seeds
 from mezzotint.sampling.sample import (
     batched_by_tile,
@@ -364,6 +365,27 @@ def test_labels_of_any_integer_type(label):
 def test_what_is_no_label(label):
     with pytest.raises(ValueError, match="label"):
         label_condition(tiny(), label, 2)
+
+
+@pytest.mark.parametrize("size", [np.int64(8), torch.tensor(8), (np.int32(8), torch.tensor(8))])
+def test_sizes_and_steps_of_any_integer_type(size):
+    model = tiny("unet-tiny", size=8)
+    expected = mz.sample(model, [0], steps=2, size=8)
+    assert torch.equal(mz.sample(model, [0], steps=int(np.int64(2)), size=size), expected)
+
+
+@pytest.mark.parametrize("size", ["8", 8.0, (8,), (8, 8, 8), torch.tensor([8, 8])], ids=str)
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match="give a whole number, or"):
+        sample_module._height_and_width(size)
+
+
+@pytest.mark.parametrize("name", ["steps", "batch"])
+@pytest.mark.parametrize("value", [1.5, 2.0, "2", np.float32(3), None])
+def test_counts_are_whole_numbers(name, value):
+    with pytest.raises(ValueError, match=f"{name} is .*; a whole number is needed"):
+        SamplingSettings(**{name: value})
+    assert getattr(SamplingSettings(**{name: np.int64(3)}), name) == 3
 
 
 def test_samples_of_a_tensor_of_seeds():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from mezzotint.core import rng
+from mezzotint.core.fields import shorten
 from mezzotint.core.registry import Spec, check_options
 from mezzotint.models import get_schedule
 from mezzotint.process import guidance as guide
@@ -41,7 +44,7 @@ def sample(
     sampler: str = "ddim",
     steps: int = 50,
     guidance: float | None = None,
-    size: int | tuple[int, int] | None = None,
+    size: SupportsIndex | tuple[SupportsIndex, SupportsIndex] | None = None,
 ) -> Image:
     """Sample one image per seed.
 
@@ -72,7 +75,7 @@ def sample(
         sampler=Spec(sampler),
         steps=steps,
         guidance=None if guidance is None else Guidance(scale=guidance),
-        size=(size, size) if isinstance(size, int) else size,
+        size=None if size is None else _height_and_width(size),
     )
     listed = list_seeds(seeds)
     cond = replace(
@@ -80,6 +83,17 @@ def sample(
     )
     images = generate(model, listed, cond, settings)
     return images.clamp(-1, 1) if model.info.codec == "pixels" else images
+
+
+def _height_and_width(size: Any) -> tuple[int, int]:
+    """Return the sides of one number or two, integers of Python, numpy or torch."""
+    try:
+        height, width = (size, size) if isinstance(size, SupportsIndex) else size
+        return operator.index(height), operator.index(width)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"size is {shorten(size)}; give a whole number, or (height, width)"
+        ) from None
 
 
 def generate(

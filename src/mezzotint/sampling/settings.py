@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 import torch
 
-from mezzotint.core.fields import Checked, Range
+from mezzotint.core.fields import Checked, Range, shorten
 from mezzotint.core.registry import Spec, suggest
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Denoiser
@@ -109,6 +110,9 @@ class SamplingSettings(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("steps", "batch"):
+            if not isinstance(value := getattr(self, name), numbers.Integral):
+                raise ValueError(f"{name} is {shorten(value)}; a whole number is needed")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; {suggest(self.dtype, DTYPES)}")
         if self.clip is not None and self.clip.name not in CLIPS:
