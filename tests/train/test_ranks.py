@@ -38,28 +38,39 @@ def assert_same(a: Path, b: Path):
         assert (wa[name] - wb[name]).norm() <= 1e-4 * wb[name].norm() + rounding, name
 
 
+def train_unet(ranks: int, folder: Path, *overrides: str) -> Path:
+    return train(ranks, "unet-tiny", folder, *PRESETS["unet-tiny"], *overrides)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return train(1, "unet-tiny", tmp_path_factory.mktemp("ranks") / "one", *PRESETS["unet-tiny"])
+    return train_unet(1, tmp_path_factory.mktemp("ranks") / "one")
 
 
-FOUR = pytest.param(4, "ddp", marks=pytest.mark.slow)
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def of_two(request, tmp_path_factory):
+    """A run of two ranks, with a checkpoint at 48 of its 96 images."""
+    folder = tmp_path_factory.mktemp("ranks") / request.param
+    return train_unet(2, folder, f"engine.strategy={request.param}")
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, "ddp"), (2, "fsdp"), FOUR])
-def test_ranks_agree_with_one_process(alone, tmp_path, ranks, strategy):
-    assert_same(
-        alone,
-        train(ranks, "unet-tiny", tmp_path, *PRESETS["unet-tiny"], f"engine.strategy={strategy}"),
-    )
+def test_two_ranks_agree_with_one_process(alone, of_two):
+    assert_same(alone, of_two)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_saved_on_two_ranks_resumed_on_one(alone, tmp_path, strategy):
-    two = train(
-        2, "unet-tiny", tmp_path, *PRESETS["unet-tiny"], "images=48", f"engine.strategy={strategy}"
-    )
-    assert_same(alone, train(1, "unet-tiny", two, *PRESETS["unet-tiny"]))
+@pytest.mark.slow
+def test_four_ranks_agree_with_one_process(alone, tmp_path):
+    assert_same(alone, train_unet(4, tmp_path, "engine.strategy=ddp"))
+
+
+def test_saved_on_two_ranks_resumed_on_one(alone, of_two, tmp_path):
+    """As if both were killed after the checkpoint at 48 images."""
+    folder = shutil.copytree(of_two, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "96")
+    train_unet(1, folder)
+    started = json.loads((folder / "environment.json").read_text())
+    assert [start["images"] for start in started] == [0, 48]
+    assert_same(alone, folder)
 
 
 @pytest.mark.slow
