@@ -43,7 +43,7 @@ def small(family):
     raise AssertionError(f"{backbone} has no tiny preset")
 
 
-HEADS = {"dimr": {"heads": 4}}
+HEADS = {"dimr": {"heads": 4}, "jit": {"context_start": 2}}
 
 
 @pytest.fixture(params=sorted(registry))

@@ -44,7 +44,7 @@ def schedule_numbers(name: str) -> list[float]:
 def discretization_numbers(name: str, sampler: str) -> dict:
     """Return the kind, the options, the ends and the number of points of a default."""
     schedule = make_schedule(name)
-    spec = default_discretization(schedule, name, sampler)
+    spec = default_discretization(schedule, name, Spec(sampler))
     points = grids.registry[spec.name](schedule, STEPS, **spec.options)
     return {
         "name": spec.name,

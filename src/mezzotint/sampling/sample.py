@@ -182,12 +182,15 @@ def draw_start_noise(model: Model, seeds: Sequence[int], settings: SamplingSetti
     return noise.to(next(model.parameters()).device)
 
 
-def default_discretization(schedule: Schedule, name: str, sampler: str) -> Spec:
+def default_discretization(schedule: Schedule, name: str, sampler: Spec) -> Spec:
     """Return the discretization for settings that name none; `name` is the schedule's."""
     # EDM's sampling steps differ from its training distribution: Karras' (EDM eq. 5). Heun's method
     # steps in sigma = exp(-logsnr / 2). Steps even in u of a cosine would leave nearly all of that,
     # from 1800 to 20, to the first step.
-    if name == "lognormal" or sampler == "heun":
+    if sampler.name == "flow_heun":  # JiT's steps, of the same process
+        options = {k: v for k, v in sampler.options.items() if k == "noise_scale"}
+        return Spec("flow", options)
+    if name == "lognormal" or sampler.name == "heun":
         return Spec("karras")
     # A table's noisy end is finite; a continuous schedule may be infinite at u = 1.
     is_finite = isinstance(schedule, Table) or bool(
@@ -200,7 +203,7 @@ def make_logsnr_steps(model: Model, settings: SamplingSettings) -> Tensor:
     """Return the rising log-SNRs between which the sampler steps, float64 (steps + 1,)."""
     schedule = get_schedule(model)
     spec = settings.discretization or default_discretization(
-        schedule, model.info.schedule.name, settings.sampler.name
+        schedule, model.info.schedule.name, settings.sampler
     )
     build = grids.registry[spec.name]
     options = check_options(f"discretization {spec.name}", build, spec.options)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -33,18 +34,28 @@ class PublishedResult:
     protocol: of `protocols.PROTOCOLS`.
     weights: where to get them, or why they cannot be had.
     reference: the file of real images' statistics.
+    guidance: this size's scale, where the protocol's is that of another.
     """
 
     numbers: dict[str, str]
     protocol: str
     weights: str
     reference: str = "VIRTUAL_imagenet256_labeled.npz of ADM's evaluation suite, about 2 GB"
+    guidance: float | None = None
 
 
 _DIMR = "the release of qihao067/DiMR (docs/checkpoints.md); research use"
 _DIFFIT = "the release of NVlabs/DiffiT (docs/checkpoints.md); CC-BY-NC-SA-4.0, non-commercial"
+_JIT = "the release of LTH14/JiT (docs/checkpoints.md); MIT"
 _NONE = "none were released; train the recipe of the same name"
 _512 = "VIRTUAL_imagenet512.npz of ADM's evaluation suite, about 2 GB"
+
+# JiT's size -> (FID, guidance) at 256 and 512 pixels; of B at 512 it is 2.9 to 3.0.
+_JIT_RESULTS = {
+    "b": (("3.66", 3.0), ("4.02", 3.0)),
+    "l": (("2.36", 2.4), ("2.53", 2.5)),
+    "h": (("1.86", 2.2), ("1.94", 2.3)),
+}
 
 # specs/dimr.md section 7, specs/diffit.md section 6, specs/simple-diffusion.md sections 8 and 9.
 PUBLISHED: dict[str, PublishedResult] = {
@@ -82,6 +93,17 @@ PUBLISHED: dict[str, PublishedResult] = {
         weights=_NONE,
         reference=_512,
     ),
+} | {
+    # specs/jit.md sections 2 and 4.
+    f"jit-{letter}-{size}": PublishedResult(
+        numbers={"FID": fid},
+        protocol=f"jit-{size}",
+        weights=_JIT,
+        guidance=scale,
+        **({"reference": _512} if size == 512 else {}),
+    )
+    for letter, results in _JIT_RESULTS.items()
+    for size, (fid, scale) in zip((256, 512), results, strict=True)
 }
 
 
@@ -170,20 +192,26 @@ def reproduce(
 
 def _make_job(name: str, model: str | None, steps: int | None = None) -> SamplingJob:
     """Make the protocol's job for a model, or for the preset without weights to count its cost."""
-    protocol = get_published(name).protocol
+    result = get_published(name)
+    published = protocols.get_protocol(result.protocol)
+    settings = published.settings
+    if result.guidance is not None and settings.guidance is not None:
+        settings = replace(settings, guidance=replace(settings.guidance, scale=result.guidance))
     if model is not None:
-        return make_job(model, {} if steps is None else {"steps": steps}, protocol=protocol)
-    published = protocols.get_protocol(protocol)
+        changes: dict[str, Any] = {} if steps is None else {"steps": steps}
+        if settings != published.settings:
+            changes["guidance"] = settings.guidance
+        return make_job(model, changes, protocol=result.protocol)
     with torch.device("meta"):
         meta_model = create_model(name)
     return SamplingJob(
         model=meta_model,
-        settings=published.settings,
+        settings=settings,
         classes=tuple(range(meta_model.info.config.num_classes)),
         label_order=published.label_order,
         uint8_rule=published.uint8_rule,
         codec=None,
-        protocol=protocol,
+        protocol=result.protocol,
     )
 
 

@@ -39,7 +39,7 @@ def _ends(schedule: Schedule) -> tuple[float, float]:
     return float(ends[0]), float(ends[1])
 
 
-def _finish(logsnr: Tensor, clean: bool) -> Tensor:
+def finish_grid(logsnr: Tensor, clean: bool) -> Tensor:
     """Check a grid, after appending +inf if it is to end clean."""
     if not logsnr[0].isfinite():
         raise ValueError(
@@ -85,7 +85,7 @@ def even(
     if not 1 >= start > end >= 0:
         raise ValueError(f"start {start} and end {end} must fall within 1 >= start > end >= 0")
     logsnr = continuous(schedule)(_line(start, end, steps + 1))
-    return _finish(logsnr[:-1] if clean else logsnr, clean)
+    return finish_grid(logsnr[:-1] if clean else logsnr, clean)
 
 
 @grid("even_logsnr")
@@ -113,7 +113,7 @@ def even_logsnr(
             f"the schedule runs from {low} to {high}; give finite logsnr_min and logsnr_max, "
             "e.g. -10 and 10"
         )
-    return _finish(_line(low, high, steps if clean else steps + 1), clean)
+    return finish_grid(_line(low, high, steps if clean else steps + 1), clean)
 
 
 @grid("karras")
@@ -144,7 +144,7 @@ def karras(
             "sigma_min < sigma_max"
         )
     sigma = _line(first ** (1 / rho), last ** (1 / rho), steps if clean else steps + 1) ** rho
-    return _finish(-2 * sigma.log(), clean)
+    return finish_grid(-2 * sigma.log(), clean)
 
 
 @grid("respaced")
@@ -163,4 +163,4 @@ def respaced(schedule: Schedule, steps: int) -> Tensor:
     _check_table(schedule, steps)
     stride = (len(schedule) - 1) / max(steps - 1, 1)
     kept = [round(total) for total in accumulate([0.0] + [stride] * (steps - 1))]
-    return _finish(schedule.logsnr[kept].flip(0), clean=True)
+    return finish_grid(schedule.logsnr[kept].flip(0), clean=True)
