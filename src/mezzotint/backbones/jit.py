@@ -149,7 +149,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape and dtype."""
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6).to(x.dtype)
+        # Under autocast x may be narrower than the weight.
+        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
+        return F.rms_norm(wide, self.weight.shape, self.weight, 1e-6).to(x.dtype)
 
 
 class Block(nn.Module):
