@@ -26,7 +26,6 @@ from mezzotint.convert.official.load import (
     to_official,
 )
 
-
 # Our tiny DiMR predicts v by the cosine schedule, which no official file does.
 OFFICIAL = {"dimr": {"prediction": "eps", "time": "linear_vp"}}
 
