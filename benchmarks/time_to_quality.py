@@ -122,15 +122,17 @@ class Judge:
         picture: PNG file for the first samples.
         """
         errors = eps_mse_by_level(model, self.images(self.data.held_out), count=ERROR_IMAGES)
-        first: list[torch.Tensor] = []
+        first: dict[int, torch.Tensor] = {}  # an evaluation may ask for some twice
 
         def batches(start: int, stop: int) -> Iterable[torch.Tensor]:
             for images in source.batches(start, stop):
-                first.extend(images[: PICTURE_IMAGES - len(first)])
+                first.update(enumerate(images[: max(0, PICTURE_IMAGES - start)], start))
+                start += len(images)
                 yield images
 
         distances = self.distances(replace(source, batches=batches))
-        save_png(make_grid(torch.stack(first), columns=PICTURE_IMAGES // 2), picture)
+        shown = torch.stack([first[i] for i in sorted(first)])
+        save_png(make_grid(shown, columns=PICTURE_IMAGES // 2), picture)
         return {
             "distances": distances,
             "eps_mse": {f"{level:g}": error for level, error in errors.items()},
