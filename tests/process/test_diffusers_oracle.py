@@ -165,7 +165,7 @@ def test_dpmpp_3m_is_of_higher_order_than_theirs():
         scheduler.set_timesteps(timesteps=list(range(990, 990 - steps, -1)))
         scheduler.sigmas = torch.exp(-grid / 2)
         theirs = run_on_sigmas(scheduler, start())
-        ours = registry["dpmpp_3m"](DENOISE, start(), grid, Cond())
+        ours = registry["dpmpp_3m"](DENOISE, start(), grid, Cond(), lower_order_final=False)
         for name, image in (("ours", ours), ("theirs", theirs)):
             errors[name].append(float((image - exact).square().mean().sqrt()))
     order = {name: math.log2(a / b) for name, (a, b) in errors.items()}
@@ -195,13 +195,17 @@ def test_dpmpp_singlestep(order, steps, end):
     close(image, run_on_sigmas(scheduler, start()), atol=5e-3 if order == 3 else 2e-5)
 
 
+@pytest.mark.parametrize("steps", [3, 6, 20])
+@pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc(order):
+def test_unipc(order, lower, steps):
     scheduler = diffusers.UniPCMultistepScheduler(
-        **TABLE, solver_order=order, lower_order_final=False, final_sigmas_type="sigma_min"
+        **TABLE, solver_order=order, lower_order_final=lower, final_sigmas_type="sigma_min"
     )
-    scheduler.set_timesteps(20)
-    image = registry["unipc"](DENOISE, start(), at(scheduler.sigmas), Cond(), order=order)
+    scheduler.set_timesteps(steps)
+    image = registry["unipc"](
+        DENOISE, start(), at(scheduler.sigmas), Cond(), order=order, lower_order_final=lower
+    )
     close(image, run_on_sigmas(scheduler, start()))
 
 

@@ -55,6 +55,22 @@ def intervals(grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
     return pairwise(points(grid))
 
 
+def intervals_with_orders(
+    grid: Grid, order: int, lower_order_final: bool
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the steps of a grid as `intervals` does, each with the highest order that it may have.
+
+    That is `order`, or with `lower_order_final` at most the number of steps left (the released code
+    of UniPC; of DPM-Solver++ in runs of few steps): a polynomial through the past overshoots where
+    the last steps are the longest in log-SNR. A grid that ends in +inf is left alone: its last step
+    has no order.
+    """
+    steps = list(intervals(grid))
+    lower = lower_order_final and not steps[-1][1].isinf()
+    for i, (t, s) in enumerate(steps):
+        yield t, s, min(order, len(steps) - i) if lower else order
+
+
 def level(logsnr: Tensor, z: Image) -> PerImage:
     """Return one log-SNR as the (b,) tensor that a denoiser takes.
 

@@ -10,13 +10,21 @@ from torch import Tensor
 
 from mezzotint.process.denoiser import Cond, Denoiser, Image
 from mezzotint.process.logsnr import alpha, sigma
-from mezzotint.process.samplers import Grid, intervals, level, sampler
+from mezzotint.process.samplers import Grid, intervals_with_orders, level, sampler
 
 solve: Callable[[Tensor, Tensor], Tensor] = torch.linalg.solve  # pyright: ignore
 
 
 @sampler("unipc")
-def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3) -> Image:
+def unipc(
+    denoise: Denoiser,
+    z: Image,
+    grid: Grid,
+    cond: Cond,
+    *,
+    order: int = 3,
+    lower_order_final: bool = True,
+) -> Image:
     """Predict at `order` and correct with the next step's call; one network call per step.
 
     The corrector adds one to the predictor's order (UniPC section 3): measured 2, 3 and 4 for 1, 2
@@ -25,16 +33,18 @@ def unipc(denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
     Args:
         z: state at grid[0].
         order: of the predictor, 1 to 3. The first steps use what history there is.
+        lower_order_final: lower the order to 2 and 1 in the last two steps to a finite end, as the
+            authors' code does. False keeps `order` for many steps even in log-SNR.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order {order} must be 1, 2 or 3")
     past: list[tuple[Tensor, Image]] = []  # (log-SNR, x), newest first, at most `order`
     before = z
-    for t, s in intervals(grid):
+    for t, s, highest in intervals_with_orders(grid, order, lower_order_final):
         x = denoise(z, level(t, z), cond).x
         if past:
             z = update(before, past[0][0], t, [*past[:1], (t, x), *past[1:]])
-        past = [(t, x), *past[: order - 1]]
+        past = [(t, x), *past[: highest - 1]]
         if s.isinf():
             return x
         before, z = z, update(z, t, s, past)
