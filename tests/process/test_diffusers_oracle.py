@@ -197,15 +197,19 @@ def test_dpmpp_singlestep(order, steps, end):
 
 @pytest.mark.parametrize("steps", [3, 6, 20])
 @pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc(order, lower, steps):
+def test_unipc(order, variant, lower, steps):
     scheduler = diffusers.UniPCMultistepScheduler(
-        **TABLE, solver_order=order, lower_order_final=lower, final_sigmas_type="sigma_min"
+        **TABLE,
+        solver_order=order,
+        solver_type=variant,
+        lower_order_final=lower,
+        final_sigmas_type="sigma_min",
     )
     scheduler.set_timesteps(steps)
-    image = registry["unipc"](
-        DENOISE, start(), at(scheduler.sigmas), Cond(), order=order, lower_order_final=lower
-    )
+    options = {"order": order, "variant": variant, "lower_order_final": lower}
+    image = registry["unipc"](DENOISE, start(), at(scheduler.sigmas), Cond(), **options)
     close(image, run_on_sigmas(scheduler, start()))
 
 

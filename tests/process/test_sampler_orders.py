@@ -32,6 +32,7 @@ ORDERS = [
     ("unipc", {"order": 2, "lower_order_final": False}, 3),
     ("unipc", {"order": 3, "lower_order_final": False}, 4),
     ("unipc", {"order": 3}, 2),
+    ("unipc", {"order": 2, "lower_order_final": False, "variant": "bh1"}, 3),
 ]
 # A sampler without an order here must converge; stochastic ones are in test_samplers.py.
 UNCLAIMED = [
