@@ -119,6 +119,9 @@ def test_a_running_sum_rounds_differently_for_278_step_counts():
         (lambda: grids.even(schedules.registry["flow"](), 10), "cannot start"),
         (lambda: grids.even(schedules.cosine(), 10, start=0.2, end=0.5), "start 0.2"),
         (lambda: grids.even(schedules.cosine(), 10, start=1.5), "start 1.5"),
+        (lambda: grids.quadratic(schedules.cosine(), 10, end=0.0), "end 0.0"),
+        (lambda: grids.even_logsnr_singlestep(schedules.cosine(), 10, order=4), "order 4"),
+        (lambda: grids.even_logsnr_singlestep(schedules.cosine(), 9, plan="fixed"), "try 10"),
         (lambda: grids.even_logsnr(schedules.lognormal(), 10), "finite logsnr_min"),
         (
             lambda: grids.even_logsnr(schedules.cosine(), 10, logsnr_min=4.0, logsnr_max=-4.0),
@@ -131,3 +134,29 @@ def test_a_running_sum_rounds_differently_for_278_step_counts():
 def test_bad_grid_options(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_quadratic_is_even_in_the_root_of_u():
+    """time_quadratic of DPM-Solver, from 1 to 1e-3; the DDIM paper's tau = c i^2 is its middle."""
+    schedule = schedules.linear_vp()
+    u = torch.linspace(1, math.sqrt(1e-3), 9, dtype=torch.float64) ** 2
+    assert_close(grids.quadratic(schedule, 8, clean=False), schedule(u))
+    grid = grids.quadratic(schedule, 9)
+    assert_close(grid[:-1], schedule(u))
+    assert grid[-1] == math.inf
+
+
+def test_the_steps_of_a_singlestep_solver_are_even_in_logsnr():
+    """12 calls are steps of order 3, 3, 3, 2 and 1, of two units of log-SNR each."""
+    ends = {"logsnr_min": -6.0, "logsnr_max": 4.0}
+    grid = grids.even_logsnr_singlestep(schedules.cosine(), 12, **ends, clean=False)
+    thirds = [at + 2 * j / 3 for at in (-6, -4, -2) for j in range(3)]
+    assert_close(grid, float64(*thirds, 0, 1, 2, 4), rtol=0, atol=1e-12)
+    # To a clean end the last step is one of order 1, which leaves five: 3, 3, 3, 2 and then +inf.
+    grid = grids.even_logsnr_singlestep(schedules.cosine(), 12, **ends)
+    thirds = [at + 2.5 * j / 3 for at in (-6, -3.5, -1) for j in range(3)]
+    assert_close(grid, float64(*thirds, 1.5, 2.75, 4, math.inf), rtol=0, atol=1e-12)
+    fixed = grids.even_logsnr_singlestep(
+        schedules.cosine(), 6, **ends, clean=False, order=2, plan="fixed"
+    )
+    assert_close(fixed, torch.linspace(-6, 4, 7, dtype=torch.float64))

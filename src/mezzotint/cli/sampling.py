@@ -55,7 +55,7 @@ class SamplingOptions:
     sampler: OptionalText = None
     """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40."""
     discretization: OptionalText = None
-    """even, even_logsnr, karras:rho=5, respaced; by default the family's."""
+    """even, quadratic, even_logsnr, karras:rho=5, respaced; by default the family's."""
     steps: Steps = None
     """Intervals of the discretization; 50 by default."""
     guidance: OptionalText = None

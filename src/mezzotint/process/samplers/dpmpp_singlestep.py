@@ -26,29 +26,48 @@ def fast_plan(calls: int, order: int) -> list[int]:
     return [3] * threes + [rest]
 
 
+def step_orders(grid_intervals: int, order: int, plan: str, clean: bool) -> list[int]:
+    """Return the order of each step, which is also the number of intervals that it jumps over.
+
+    Args:
+        plan: "fast", or "fixed" for steps of `order` only (DPM-Solver's `singlestep_fixed`).
+        clean: the last interval goes to +inf, in a step of order 1 of its own.
+    """
+    if order not in (1, 2, 3):
+        raise ValueError(f"order {order} must be 1, 2 or 3")
+    if plan not in ("fast", "fixed"):
+        raise ValueError(f"plan {plan!r} must be fast or fixed")
+    if plan == "fast":
+        orders = fast_plan(grid_intervals, order)
+        return [*orders[:-1], orders[-1] - 1, 1] if clean and orders[-1] > 1 else orders
+    whole, rest = divmod(grid_intervals - clean, order)
+    if rest:
+        raise ValueError(
+            f"plan fixed needs a multiple of order {order} steps{', and one' if clean else ''}; "
+            f"given {grid_intervals}, try {order * (whole + 1) + clean}"
+        )
+    return [order] * whole + [1] * clean
+
+
 @sampler("dpmpp_singlestep")
 def dpmpp_singlestep(
-    denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3
+    denoise: Denoiser, z: Image, grid: Grid, cond: Cond, *, order: int = 3, plan: str = "fast"
 ) -> Image:
     """Sample by Runge-Kutta steps in data prediction; one network call per interval of the grid.
 
     A step of order k jumps over k intervals and calls the network at the points between; k = 3 is
-    third order where those lie at 1/3 and 2/3 in log-SNR. The plan ends in lower orders if `order`
-    does not divide the intervals; an interval to +inf is a step of order 1 of its own, which
-    returns x.
+    third order where those lie at 1/3 and 2/3 in log-SNR. The fast plan ends in lower orders; an
+    interval to +inf is a step of order 1 of its own, which returns x.
 
     Args:
         z: state at grid[0].
         order: 1, 2 or 3. DiMR samples with 3 on the grid even(..., end=1e-3, clean=False).
+        plan: "fast", or "fixed" for steps of `order` only; the grid must then have a multiple of
+            `order` intervals, and one more to +inf.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order {order} must be 1, 2 or 3")
     logsnr = points(grid)
-    plan = fast_plan(len(logsnr) - 1, order)
-    if logsnr[-1].isinf() and plan[-1] > 1:
-        plan[-1:] = [plan[-1] - 1, 1]
     start = 0
-    for size in plan:
+    for size in step_orders(len(logsnr) - 1, order, plan, bool(logsnr[-1].isinf())):
         z = step(denoise, z, logsnr[start : start + size + 1], cond)
         start += size
     return z

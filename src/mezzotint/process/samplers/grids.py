@@ -20,6 +20,7 @@ from mezzotint.core.fields import Range
 from mezzotint.core.registry import Registry
 from mezzotint.process.denoiser import Schedule
 from mezzotint.process.samplers import points
+from mezzotint.process.samplers.dpmpp_singlestep import step_orders
 from mezzotint.process.schedules import Table, continuous
 
 # The scan is of the samplers' folder: a sampler may register a grid of its own in its file.
@@ -88,6 +89,39 @@ def even(
     return finish_grid(logsnr[:-1] if clean else logsnr, clean)
 
 
+@grid("quadratic")
+def quadratic(
+    schedule: Schedule, steps: int, *, start: float = 1.0, end: float = 1e-3, clean: bool = True
+) -> Tensor:
+    """Step evenly in sqrt(u) from `start` to `end`, then to +inf if `clean`.
+
+    `time_quadratic` of DPM-Solver's code, used by DDIM for small images.
+
+    Args:
+        start, end: u of the first and last finite point, 1 >= start > end > 0.
+    """
+    _check_steps(steps)
+    if not 1 >= start > end > 0:
+        raise ValueError(f"start {start} and end {end} must fall within 1 >= start > end > 0")
+    u = _line(math.sqrt(start), math.sqrt(end), steps if clean else steps + 1) ** 2
+    return finish_grid(continuous(schedule)(u), clean)
+
+
+def _logsnr_ends(
+    schedule: Schedule, logsnr_min: float | None, logsnr_max: float | None
+) -> tuple[float, float]:
+    """Return the ends given, or the schedule's own, which must then be finite."""
+    noisy, cleanest = _ends(schedule)
+    low = noisy if logsnr_min is None else logsnr_min
+    high = cleanest if logsnr_max is None else logsnr_max
+    if math.isinf(low) or math.isinf(high):
+        raise ValueError(
+            f"the schedule runs from {low} to {high}; give finite logsnr_min and logsnr_max, "
+            "e.g. -10 and 10"
+        )
+    return low, high
+
+
 @grid("even_logsnr")
 def even_logsnr(
     schedule: Schedule,
@@ -105,15 +139,37 @@ def even_logsnr(
         logsnr_min, logsnr_max: ends; None is the schedule's own, which must then be finite.
     """
     _check_steps(steps)
-    noisy, cleanest = _ends(schedule)
-    low = noisy if logsnr_min is None else logsnr_min
-    high = cleanest if logsnr_max is None else logsnr_max
-    if math.isinf(low) or math.isinf(high):
-        raise ValueError(
-            f"the schedule runs from {low} to {high}; give finite logsnr_min and logsnr_max, "
-            "e.g. -10 and 10"
-        )
+    low, high = _logsnr_ends(schedule, logsnr_min, logsnr_max)
     return finish_grid(_line(low, high, steps if clean else steps + 1), clean)
+
+
+@grid("even_logsnr_singlestep")
+def even_logsnr_singlestep(
+    schedule: Schedule,
+    steps: int,
+    *,
+    logsnr_min: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = None,
+    logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = None,
+    clean: bool = True,
+    order: int = 3,
+    plan: str = "fast",
+) -> Tensor:
+    """Make the steps of `dpmpp_singlestep` equally long in log-SNR, whatever their orders.
+
+    DPM-Solver's code spaces its outer steps so. A step of order k is k equal intervals.
+
+    Args:
+        logsnr_min, logsnr_max: ends; None is the schedule's own, which must then be finite.
+        order, plan: the sampler's.
+    """
+    _check_steps(steps)
+    low, high = _logsnr_ends(schedule, logsnr_min, logsnr_max)
+    orders = step_orders(steps, order, plan, clean)
+    if clean:
+        orders = orders[:-1]
+    parts = [i + j / size for i, size in enumerate(orders) for j in range(size)]
+    fractions = torch.tensor([*parts, len(orders)], dtype=torch.float64) / max(len(orders), 1)
+    return finish_grid(low + (high - low) * fractions, clean)
 
 
 @grid("karras")
