@@ -18,7 +18,7 @@ from mezzotint.process.denoiser import Cond, Denoised
 from mezzotint.process.logsnr import alpha, sigma
 from mezzotint.process.samplers import grids, registry
 from mezzotint.process.samplers.ancestral import mean_and_bounds
-from mezzotint.process.samplers.dpmpp_singlestep import fast_plan
+from mezzotint.process.samplers.dpmpp_singlestep import fast_plan, step
 
 TWO = mixture([-0.7, 0.6], 0.3, [0.4, 0.6])
 
@@ -147,7 +147,11 @@ def test_bad_grids(name, bad):
         ("heun", {"s_churn": -1.0}),
         ("heun", {"s_min": 2.0, "s_max": 1.0}),
         ("dpmpp_singlestep", {"order": 4}),
+        ("dpmpp_singlestep", {"plan": "slow"}),
+        ("dpmpp_singlestep", {"plan": "fixed", "order": 2}),  # 4 steps, one of them to +inf
+        ("sde_dpmpp_3m", {"eta": -1.0}),
         ("unipc", {"order": 0}),
+        ("unipc", {"variant": "bh3"}),
     ],
 )
 def test_bad_options(name, options):
@@ -270,6 +274,31 @@ def test_fast_plan(calls, order, plan):
     assert sum(plan) == calls
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_the_fixed_plan(order):
+    """Steps of one order; DPM-Solver's singlestep_fixed is the same as its fast plan at 1 and 2."""
+    grid = torch.linspace(-4, 4, 13, dtype=torch.float64)
+    run = registry["dpmpp_singlestep"]
+    fixed = run(TWO, state(), grid, Cond(), order=order, plan="fixed")
+    assert torch.equal(fixed, run(TWO, state(), grid, Cond(), order=order)) == (order < 3)
+    by_hand = state()
+    for start in range(0, 12, order):
+        at = list(grid[start : start + order + 1].unbind())
+        by_hand = step(TWO, by_hand, at, Cond())
+    assert torch.equal(fixed, by_hand)
+
+
+@pytest.mark.parametrize("lower", [True, False])
+@pytest.mark.parametrize("clean", [True, False])
+def test_sde_dpmpp_3m_without_noise_is_dpmpp_3m(clean, lower):
+    grid = grids.even_logsnr(schedules.cosine(), 8, logsnr_min=-6.0, logsnr_max=6.0, clean=clean)
+    options = {"lower_order_final": lower}
+    still = registry["sde_dpmpp_3m"](TWO, state(), grid, Cond(), eta=0.0, **options)
+    assert torch.equal(still, registry["dpmpp_3m"](TWO, state(), grid, Cond(), **options))
+    noisy = registry["sde_dpmpp_3m"](TWO, state(), grid, Cond(), **options)
+    assert not torch.allclose(still, noisy, atol=1e-2)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("variance", ["posterior", "upper", 0.3])
 def test_ancestral_can_end_with_the_mean_of_its_last_step(steps, variance):
@@ -367,6 +396,8 @@ STOCHASTIC = [
     ("ddim", {"eta": 0.5}, 1),
     ("heun", {"s_churn": 10.0}, 2),
     ("sde_dpmpp_2m", {}, 2),
+    ("sde_dpmpp_3m", {"lower_order_final": False}, 2),
+    ("sde_dpmpp_3m", {"eta": 0.5, "lower_order_final": False}, 2),
 ]
 
 
@@ -390,7 +421,7 @@ def test_moments_of_the_mixture():
         return torch.randn(z.shape, generator=generator)
 
     grid = grids.even(schedules.cosine(), 400)
-    for name in ("ancestral", "sde_dpmpp_2m"):
+    for name in ("ancestral", "sde_dpmpp_2m", "sde_dpmpp_3m"):
         image = registry[name](TWO, z, grid, Cond(), noise=noise).flatten()
         right = image[image > 0]
         assert len(right) / len(image) == pytest.approx(0.6, abs=0.02)
