@@ -370,13 +370,53 @@ def mean_error(measured: dict[str, Any]) -> float:
     return geometric_mean(measured["eps_mse"].values())
 
 
+def core_minutes() -> str:
+    """Return one table per dataset: distances of every entrant over core-minutes of training."""
+    found = sorted(RESULTS.glob("time-to-quality-*.json"))
+    if not found:
+        raise FileNotFoundError(2, "not measured", "time-to-quality-*.json")
+    return "\n\n".join(core_minutes_of(read_result(path.name)) for path in found)
+
+
+def core_minutes_of(result: dict[str, Any]) -> str:
+    """Return the table of one result."""
+    metrics = [
+        "FD-EfficientNet-Lite0",
+        "KID (efficientnet-lite0)",
+        "coverage (efficientnet-lite0)",
+        "FD-Inception-768",
+    ]
+
+    def cells(distances: dict[str, float]) -> list[str]:
+        return [f"{distances[m]:.3g}" if m in distances else "–" for m in metrics]
+
+    rows = []
+    for r in sorted(result["rows"], key=lambda r: (r["asked_minutes"], mean_error(r))):
+        size = f"{r['params'] / 1e6:.1f} M"
+        start = [f"`{r['entrant']}`", f"{r['minutes']:.0f}", f"{r['images']:,}", size]
+        rows.append([*start, f"{mean_error(r):.4f}", *cells(r["distances"])])
+    rows.append(["held-out real images", "", "", "", "", *cells(result["held_out"])])
+    head = ["entrant", "core-minutes", "images", "parameters", "mean error", *metrics]
+    load = [r["load"][0] for r in result["rows"]]
+    last = result["rows"][-1]
+    text = (
+        f"{result['data']}: {result['samples']} samples ({result['sampler']}) against "
+        f"{result['reference']}; the mean error is geometric over the log-SNRs -6 to 6. "
+        f"{last['processor']}, {last['threads']} thread, torch {last['torch']}, load "
+        f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
+    )
+    return f"{text}\n\n{markdown_table(head, rows)}"
+
+
 def time_to_quality() -> dict[str, Any]:
     """Return the measurements of `mezzotint train auto`: every run with a distance.
 
-    They are of benchmarks/time_to_quality.py or, without its results, of benchmarks/quality.py.
+    They are of benchmarks/time_to_quality.py or, until it has measured as many datasets, of
+    benchmarks/quality.py.
     """
     metric, rows = "FD-EfficientNet-Lite0", []
     found = sorted(RESULTS.glob("time-to-quality-*.json"))
+    found = found if len(found) >= len(QUALITY) else []
     for result in (read_result(path.name) for path in found):
         data, size = result["data"].split(", ")  # "eurosat64.zip, 64 px"
         side, held_out = int(size.split()[0]), result["held_out"][metric]
@@ -423,7 +463,7 @@ def replace_between(text: str, name: str, table: str) -> str:
 
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
-    "docs/backbones.md": (sizes, width_transfer, cost, quality, choices),
+    "docs/backbones.md": (sizes, width_transfer, cost, quality, choices, core_minutes),
     "docs/evaluation.md": (distances,),
     "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
