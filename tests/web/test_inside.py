@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import mezzotint as mz
 from mezzotint.backbones.diffit import TMSA
 from mezzotint.process import logsnr as level
+from mezzotint.process.prediction import target
 from mezzotint.web import internals
 from mezzotint.web.request import Request, make_job
 from mezzotint.web.streaming import preview
@@ -67,7 +68,8 @@ def test_an_exact_branch_shows_the_image_at_its_own_size(studio):
     z = level.alpha(logsnr) * x + level.sigma(logsnr) * eps
     patches = job.model.info.config.patches
     assert patches == (4, 2, 1)
-    outputs = [F.avg_pool2d(eps, rho) * rho for rho in patches]  # specs/dimr.md 2.9
+    truth = target(job.model.parameterisation.kind, x, eps, logsnr)
+    outputs = [F.avg_pool2d(truth, rho) * rho for rho in patches]  # specs/dimr.md 2.9
     for shown, rho in zip(internals.branch_images(job, z, outputs, 0.7), patches, strict=True):
         expected = preview(job, F.avg_pool2d(x, rho))[0]
         assert shown.shape == (3, 32 // rho, 32 // rho)
