@@ -380,27 +380,6 @@ def test_what_is_no_size(size):
         sample_module._height_and_width(size)
 
 
-def test_counts_are_whole_numbers():
-    """In its own process: here the type annotations would raise first."""
-    code = """
-import numpy as np
-from mezzotint.sampling.settings import SamplingSettings
-
-for name in ("steps", "batch"):
-    for value in (1.5, 2.0, "2", np.float32(3), None):
-        try:
-            SamplingSettings(**{name: value})
-        except ValueError as error:
-            assert str(error).startswith(f"{name} is "), error
-            assert "a whole number is needed" in str(error), error
-        else:
-            raise AssertionError((name, value))
-    assert getattr(SamplingSettings(**{name: np.int64(3)}), name) == 3
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_samples_of_a_tensor_of_seeds():
     model = tiny()
     expected = mz.sample(model, [3, 4], label=[1, 2], steps=1)
@@ -417,29 +396,6 @@ def test_a_name_instead_of_a_model(tmp_path):
     assert (
         "ValueError: 'my-model' is not a model; open one first: sample(load_model(" in done.stderr
     )
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scale": 2.0, "convention": "ditt"}, "ditt"),
-        ({"scale": 1.5, "low": 1.0}, "low and high"),
-        ({"scale": 1.5, "time": "t", "power": 2.0}, "'t'"),
-        ({"scale": 1.5, "time": "u"}, "power=4"),
-    ],
-)  # fmt: skip
-def test_bad_guidance(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Guidance(**fields)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [("batch", 0, "batch 0"), ("dtype", "float31", "float32"), ("clip", Spec("statik"), "static")],
-)
-def test_bad_settings(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        SamplingSettings(**{field: value})
 
 
 def test_images_are_clamped_and_latents_are_not():

@@ -40,8 +40,7 @@ LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
 FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 2_000, 20_000, 8, 64
 # Parts of the time for the start, checkpoints and what a timed step leaves out, and for grids.
 MARGIN, GRIDS = 0.1, 0.05
-MOST_GRIDS, LOG_LINES, CHECKPOINTS_PER_HOUR = 16, 200, 6
-LOG_SECONDS = 5  # at least, between log lines
+MOST_GRIDS, LOG_LINES, LOG_SECONDS, CHECKPOINTS_PER_HOUR = 16, 200, 5, 6
 # Longest warm-up and half-life of the average, as parts of a run (EDM: arXiv 2206.00364 table 7).
 WARMUP = HALF_LIFE = 0.05
 # The fewer images, the sooner a network repeats them (arXiv 2310.02664).
