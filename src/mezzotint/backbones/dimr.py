@@ -328,8 +328,8 @@ FROM_COUNTS = (
 )
 
 # A network that predicts eps copies its input where noise is strong, which DiMR's branches are slow
-# to learn. After three minutes v by the cosine schedule has a sixth of the error
-# (benchmarks/results/choices-eurosat.json).
+# to learn. After three minutes v on coarser patches has a sixth of the error, and at width 192 the
+# cosine schedule a sixth less again (benchmarks/results/choices-eurosat.json).
 _TINY = replace(
     published_config(32, (4, 2, 1), 128, (5, 3, 3), pixels=True),
     num_classes=10,
