@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 from mezzotint.cli.arguments import (
+    NUMBER,
     Channels,
     NumImages,
+    OptionalBatch,
     OptionalFile,
     OptionalText,
     Size,
@@ -18,11 +20,13 @@ from mezzotint.cli.arguments import (
 )
 from mezzotint.cli.outputs import check_outside_run, evaluation_base
 from mezzotint.core.console import echo
+from mezzotint.core.fields import Range
 
 if TYPE_CHECKING:
     from mezzotint.evaluate.image_source import ImageSource
 
 FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
+OptionalCount = Annotated[int | None, NUMBER, Range(1, 10_000)]
 _Json = Positional[Annotated[Path, arg(metavar="FILE", help_behavior_hint="")]]
 
 
@@ -65,7 +69,7 @@ def evaluate(
     source: Positional[Annotated[str, arg(metavar="SOURCE", help_behavior_hint="")]],
     /,
     *,
-    reference: Annotated[str, arg(metavar="FILE")],
+    reference: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     reference_source: OptionalText = None,
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
@@ -79,9 +83,17 @@ def evaluate(
     guidance: OptionalText = None,
     train_images: OptionalText = None,
     heldout_images: OptionalText = None,
+    bits_per_dim: Switch = False,
+    data: Annotated[str | None, arg(metavar="DATA", help_behavior_hint="")] = None,
+    draws: OptionalCount = None,
+    ode_steps: OptionalCount = None,
+    logsnr: Annotated[
+        tuple[float, float] | None, arg(metavar="LOW HIGH", help_behavior_hint="")
+    ] = None,
+    batch: OptionalBatch = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("evaluation.json"),
 ) -> None:
-    """Evaluate a model, a folder of images or an .npz against a reference.
+    """Evaluate a model, a folder of images or an .npz against a reference, or a model's likelihood.
 
     Args:
         source: Run or model folder, eurosat-64, hub name, folder or .zip of images, or .npz.
@@ -90,17 +102,24 @@ def evaluate(
         features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
-        num_images: Samples of a model; 50,000 by default.
+        num_images: Samples of a model, or at most so many images of --data; 50,000 by default.
         size: Height and width that --train-images and --heldout-images are resized to.
         channels: 3, or 1 for grey.
         protocol: For a model, as in `mezzotint sample`.
         sampler: For a model.
-        steps: For a model.
+        steps: For a model. With --bits-per-dim: of the discrete bound; infinitely many by default.
         guidance: For a model.
         train_images: Training images, for a copy rate and a sheet of nearest neighbours.
         heldout_images: Real images not trained on, needed with --train-images.
+        bits_per_dim: Bound the model's negative log-likelihood on --data; for models of pixels.
+        data: With --bits-per-dim: images not trained on, e.g. FOLDER:test; any that `train` reads.
+        draws: With --bits-per-dim: noise levels for each image; 16 by default.
+        ode_steps: With --bits-per-dim: add the estimate by the probability flow in so many steps.
+        logsnr: With --bits-per-dim: the noisy and the clean end; -5 13.3 by default.
+        batch: With --bits-per-dim: images at a time; 64 by default.
         out: File for the numbers and their protocol. An interrupted evaluation can be resumed.
     """
+    from mezzotint.core.distributed import process_group
     from mezzotint.evaluate import evaluate, references
     from mezzotint.evaluate import features as feature_sets
     from mezzotint.evaluate.image_source import open_real_images
@@ -109,16 +128,50 @@ def evaluate(
         raise ValueError(
             "--train-images and --heldout-images need each other; give both or neither"
         )
+    of_likelihood = {
+        "--data": data, "--draws": draws, "--ode-steps": ode_steps, "--logsnr": logsnr,
+        "--batch": batch,
+    }  # fmt: skip
+    of_samples = {
+        "--reference": reference, "--heldout": heldout, "--protocol": protocol,
+        "--sampler": sampler, "--guidance": guidance, "--size": size,
+        "--train-images": train_images,
+    }  # fmt: skip
+    for name, value in (of_samples if bits_per_dim else of_likelihood).items():
+        if value is not None:
+            other = "samples of a model" if bits_per_dim else "--bits-per-dim"
+            raise ValueError(f"{name} is of {other}; evaluate samples and likelihood one by one")
     base = evaluation_base(out)
-    # All files are opened first, since opening a feature network may mean a download.
-    real = references.read_reference(reference, reference_source)
-    real_heldout = None if heldout is None else references.read_reference(heldout)
-    images = _open_images_or_model(source, num_images, channels, protocol, sampler, steps, guidance)
-    sets = feature_sets.open_features(features, weights)
-    real = references.complete_reference(real, sets)
-    evaluation = evaluate.evaluate(
-        images, real, sets, heldout=real_heldout, folder=base.with_suffix(".pieces"), show=True
-    )
+    if bits_per_dim:
+        if data is None:
+            raise ValueError(
+                "--bits-per-dim needs --data: images that the model was not trained on, e.g. "
+                "FOLDER:test"
+            )
+        changes = {"draws": draws, "ode_steps": ode_steps, "logsnr": logsnr, "batch": batch}
+        changes |= {"num_images": num_images, "steps": steps}
+        given = {k: v for k, v in changes.items() if v is not None}
+        _evaluate_likelihood(source, data, given, out, base.with_suffix(".pieces"))
+        return
+    if reference is None:
+        raise ValueError(
+            "--reference is missing: statistics of real images (mezzotint reference makes them); "
+            "or measure a model's likelihood: --bits-per-dim --data SET"
+        )
+    with process_group() as world:
+        # All files are opened first, since opening a feature network may mean a download.
+        real = references.read_reference(reference, reference_source)
+        real_heldout = None if heldout is None else references.read_reference(heldout)
+        images = _open_images_or_model(
+            source, num_images, channels, protocol, sampler, steps, guidance
+        )
+        sets = feature_sets.open_features(features, weights)
+        real = references.complete_reference(real, sets)
+        evaluation = evaluate.evaluate(
+            images, real, sets, heldout=real_heldout, folder=base.with_suffix(".pieces"), show=True
+        )
+    if not world.is_rank0:
+        return
     evaluation.save(out)
     evaluate.print_evaluation(evaluation)
     echo(f"saved: {out}")
@@ -132,6 +185,35 @@ def evaluate(
         echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
         echo(result.verdict)
         echo(f"nearest training images: {sheet}")
+
+
+def _evaluate_likelihood(
+    source: str, data: str, changes: dict[str, Any], out: Path, pieces: Path
+) -> None:
+    """Measure bits per dimension of the model at `source`, write them to `out` and print them."""
+    from mezzotint.core.distributed import all_ranks, process_group
+    from mezzotint.data.image_dataset import ImageDataset, open_images
+    from mezzotint.evaluate import likelihood
+    from mezzotint.models import open_model
+    from mezzotint.process.denoiser import Model
+
+    settings = likelihood.LikelihoodSettings(**changes)
+
+    def open_both() -> tuple[Model, ImageDataset]:
+        model = open_model(source)
+        likelihood.check_pixels(model.info.codec, source)
+        config = model.info.config
+        return model, open_images(data, size=config.size, channels=config.channels)
+
+    with process_group() as world:
+        model, images = all_ranks(open_both)
+        found = likelihood.bits_per_dim(
+            model, images, settings, name=data, folder=pieces, show=True
+        )
+    if world.is_rank0:
+        found.save(out)
+        likelihood.print_bits_per_dim(found)
+        echo(f"saved: {out}")
 
 
 def _open_images_or_model(

@@ -1,8 +1,8 @@
 """Likelihood: the three terms of the variational bound, and the density of the probability flow.
 
 The bound is that of VDM (arXiv 2107.00630; specs/likelihood.md), between two log-SNRs l0 < l1, the
-noisy and the clean end. Terms are in nats, one per image, summed over its elements in float64 where the
-device has it. Any denoiser gives a bound; a better one gives a lower bound.
+noisy and the clean end. Any denoiser gives one, a better denoiser a lower one. Terms are in nats,
+one per image: a sum over its elements, in float64 where the device has it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def reconstruction_term(
         values: x of every code.
     """
     x, levels = values.to(eps)[codes.long()].flatten(), values.to(eps)
-    terms = []
+    terms: list[Tensor] = []
     for part in range(0, x.numel(), CHUNK):
         rows = slice(part, part + CHUNK)
         # VDM: p(x_k | z1) is proportional to exp(-1/2 e^l1 (z1 / alpha1 - x_k)^2). Written as
