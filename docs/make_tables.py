@@ -7,7 +7,8 @@ numbers come from the library's own counts and from benchmarks/results.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -16,8 +17,18 @@ from mezzotint.models import presets
 from mezzotint.recipes import recipe_for
 from mezzotint.tools import budget, summary
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+# Tests run this file by its path, which does not put its folder there.
+sys.path.append(str(Path(__file__).parent))
+from likelihood_table import bits_per_dimension
+from table_text import (
+    RESULTS,
+    ROOT,
+    how_measured,
+    markdown_table,
+    ratio,
+    read_result,
+)
+
 QUALITY = ("quality-cpu.json", "quality-cifar10.json")
 DATA_NAMES = {
     "eurosat64.zip": "EuroSAT",
@@ -25,31 +36,6 @@ DATA_NAMES = {
     "flowers128.zip": "flowers",
 }
 DISTANCES = ("FD-Inception-64", "coverage (inception-64)")
-
-
-def read_result(name: str) -> dict[str, Any]:
-    """Read one file of benchmarks/results."""
-    return json.loads((RESULTS / name).read_text())
-
-
-def markdown_table(head: list[str], rows: Iterable[list[str]], left: int = 1) -> str:
-    """Return a Markdown table: the first `left` columns left-aligned, the others right-aligned."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
-
-
-def how_measured(result: dict[str, Any]) -> str:
-    """Return one sentence with the command, the machine and the commit of a result."""
-    return (
-        f"`{result['command']}`: {result['processor']}, {result['threads']} thread, "
-        f"torch {result['torch']}, commit {result['commit']}, load {result['load'][0]:.1f} "
-        f"on {result['cores']} cores, {result['clock']}."
-    )
-
-
-def ratio(value: float) -> str:
-    """Format a ratio: 1.28×."""
-    return f"{value:.2f}×"
 
 
 def cost() -> str:
@@ -464,7 +450,7 @@ def replace_between(text: str, name: str, table: str) -> str:
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
     "docs/backbones.md": (sizes, width_transfer, cost, quality, choices, core_minutes),
-    "docs/evaluation.md": (distances,),
+    "docs/evaluation.md": (bits_per_dimension, distances),
     "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
 }

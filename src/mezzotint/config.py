@@ -159,10 +159,10 @@ class SampleGrid(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Checked):
-    """Metrics of samples of the averaged weights during training, on all ranks.
+    """Metrics of samples of the averaged weights, and their likelihood, during training.
 
     every_images: between evaluations; 0 for none.
-    num_images: samples, of seeds 0 ... num_images - 1.
+    num_images: samples, of seeds 0 ... num_images - 1; of the likelihood at most so many images.
     reference: file of real images' statistics (`mezzotint reference`).
     features: feature sets; the reference must have each of them.
     weights: file of their network; the one in the cache by default.
@@ -170,6 +170,9 @@ class Evaluate(Checked):
     sampler, steps, guidance: as for sample grids.
     batch: samples at a time on each rank.
     prompts: file of one prompt a line, used in turn, for a network that reads captions.
+    bits_per_dim: measure the likelihood too, or alone where no reference is given.
+    data: its images, not trained on; by default the test split of a data.source that names its
+        training split, as FOLDER:train does.
     """
 
     prefix: ClassVar[str] = "evaluate."
@@ -185,6 +188,8 @@ class Evaluate(Checked):
     guidance: GuidanceScale | None = None
     batch: Batch = 64
     prompts: str | None = None
+    bits_per_dim: bool = False
+    data: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

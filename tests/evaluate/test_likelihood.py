@@ -125,7 +125,7 @@ def test_the_flow_gives_the_density_of_the_dequantised_images(tmp_path):
     found = bits_per_dim(exact_model(gaussian(mean, std), size=16), images, settings)
     expected = math.log2(2 * math.pi * math.e * std**2) / 2 + math.log2(127.5)
     assert found[ODE].value == pytest.approx(expected, abs=0.004)
-    assert found[ODE].settings["steps"] == 100
+    assert found[ODE].settings["ode_steps"] == 100
 
 
 def test_levels_are_stratified_over_all_images_and_draws(tmp_path):
@@ -221,7 +221,7 @@ def test_the_card_names_the_data_and_the_rule(of_digits, digits, capsys):
     }  # fmt: skip
     assert number.settings == {
         "logsnr": [-5.0, 13.3], "steps": "continuous", "draws": 2, "condition": "class labels",
-        "seed": 0,
+        "seed": 0, "ode_steps": 1,
     }  # fmt: skip
     terms = [of_digits[f"{BOUND} of {name}"].value for name in TERMS]
     assert number.value == pytest.approx(sum(terms))

@@ -129,11 +129,11 @@ def _is_grid(path: Path, grids: Sequence[Path]) -> bool:
 
 
 def _find_evaluations(run: Path | None, images: int) -> list[Path]:
-    """Return the run folder's evaluation files, and the one made during training at `images`."""
+    """Return the run folder's evaluation files, and those made during training at `images`."""
     if run is None:
         return []
-    at_the_end = run / "evaluations" / f"{images}.json"
-    files = [*sorted(run.glob("*.json")), *([at_the_end] if at_the_end.exists() else [])]
+    at_the_end = [run / "evaluations" / f"{images}{kind}.json" for kind in ("", "-bits-per-dim")]
+    files = [*sorted(run.glob("*.json")), *(path for path in at_the_end if path.exists())]
     return [p for p in files if p.is_file() and b'"mezzotint_evaluation"' in p.read_bytes()]
 
 

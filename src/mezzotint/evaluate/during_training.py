@@ -1,4 +1,4 @@
-"""Evaluate samples of the averaged weights during training.
+"""Evaluate samples of the averaged weights, and their likelihood, during training.
 
 Training takes the evaluator as a function, since `train` does not import `evaluate`.
 """
@@ -17,9 +17,12 @@ from torch import Tensor
 from mezzotint.backbones import text_width
 from mezzotint.config import Evaluate, Recipe
 from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
+from mezzotint.data.image_dataset import BUILTIN, open_images, split_source
+from mezzotint.data.sources import SPLITS
 from mezzotint.evaluate.evaluate import check_reference, evaluate, make_protocol
 from mezzotint.evaluate.features import FeatureSet, open_features
 from mezzotint.evaluate.image_source import ImageSource, from_job, repeat_grey
+from mezzotint.evaluate.likelihood import LikelihoodSettings, bits_per_dim, check_pixels, is_of
 from mezzotint.evaluate.references import Reference, read_reference
 from mezzotint.evaluate.results import Evaluation, load_evaluation
 from mezzotint.models import build_model, preset_info
@@ -35,8 +38,9 @@ from mezzotint.train.evaluation import Evaluator
 def make_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None = None) -> Evaluator | None:
     """Return the evaluator of the recipe's `evaluate` settings; None if `every_images` is 0.
 
-    It writes evaluations/IMAGES.json, unless that file exists already for the same weights and
-    protocol. evaluations/IMAGES.pieces holds features of an evaluation in progress.
+    It writes evaluations/IMAGES.json and IMAGES-bits-per-dim.json, unless the file exists already
+    for the same weights and protocol. The same names with .pieces hold what an evaluation in
+    progress has measured.
 
     Args:
         sets: feature sets in place of those that the recipe names, e.g. of `features.from_module`.
@@ -45,15 +49,37 @@ def make_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None = None) -> 
     """
     settings = recipe.evaluate
     if not settings.every_images:
+        if settings.bits_per_dim:
+            raise ValueError(
+                "evaluate.bits_per_dim=true needs an interval; set evaluate.every_images"
+            )
         return None
-    reference = _check_settings(recipe, sets)
+    evaluators = []
+    if settings.reference or not settings.bits_per_dim:
+        evaluators.append(_sample_evaluator(recipe, sets))
+    if settings.bits_per_dim:
+        evaluators.append(_likelihood_evaluator(recipe))
 
     def evaluate_model(
         model: Model, folder: Path, stopping: Callable[[], bool]
     ) -> dict[str, float]:
-        path = folder / f"{model.info.images}.json"
-        pieces = path.with_suffix(".pieces")
+        on_rank0(lambda: _remove_other_pieces(folder, model.info.images))
+        return {
+            metric: value
+            for evaluator in evaluators
+            for metric, value in evaluator(model, folder, stopping).items()
+        }
 
+    return evaluate_model
+
+
+def _sample_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Evaluator:
+    """Return the evaluator of samples against the recipe's reference."""
+    settings, reference = recipe.evaluate, _check_settings(recipe, sets)
+
+    def evaluate_samples(
+        model: Model, folder: Path, stopping: Callable[[], bool]
+    ) -> dict[str, float]:
         def prepare() -> tuple[list[FeatureSet], ImageSource]:
             opened = sets
             if opened is None:
@@ -63,22 +89,96 @@ def make_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None = None) -> 
             return list(opened), _stop_early(source, stopping)
 
         opened, source = all_ranks(prepare)
-        evaluation = on_rank0(lambda: _load_finished(path, pieces, source, opened, reference))
-        if evaluation is None:
-            try:
-                evaluation = evaluate(source, reference, opened, folder=pieces)
-            except Exception:
-                # Pieces are kept only for a run that stops: a run that goes on has other weights at
-                # its next evaluation.
-                if get_rank() == 0 and not stopping():
-                    shutil.rmtree(pieces, ignore_errors=True)
-                raise
-            on_rank0(lambda: evaluation.save(path))
-        if get_rank() == 0:
-            shutil.rmtree(pieces, ignore_errors=True)
-        return {n.metric: n.value for n in evaluation.numbers if math.isfinite(n.value)}
+        return _measure_once(
+            folder / f"{model.info.images}.json",
+            lambda evaluation: _is_of(evaluation, source, opened, reference),
+            lambda pieces: evaluate(source, reference, opened, folder=pieces),
+            stopping,
+        )
 
-    return evaluate_model
+    return evaluate_samples
+
+
+def _likelihood_evaluator(recipe: Recipe) -> Evaluator:
+    """Return the evaluator of bits per dimension."""
+    settings, info = recipe.evaluate, preset_info(recipe.preset, **recipe.model)
+    check_pixels(recipe.data.codec or info.codec, recipe.preset)
+    source, derived = settings.data or _test_split(recipe.data.source), not settings.data
+    columns = {k: v for k, v in dataclasses.asdict(recipe.data.columns).items() if v is not None}
+    images = open_images(
+        source,
+        size=info.config.size,
+        channels=info.config.channels,
+        crop=recipe.data.crop,
+        columns=columns if derived else None,
+        full_scale=recipe.data.full_scale,
+    )
+    asked = LikelihoodSettings(num_images=settings.num_images, batch=settings.batch)
+
+    def evaluate_likelihood(
+        model: Model, folder: Path, stopping: Callable[[], bool]
+    ) -> dict[str, float]:
+        return _measure_once(
+            folder / f"{model.info.images}-bits-per-dim.json",
+            lambda evaluation: is_of(evaluation, model, images, asked),
+            lambda pieces: bits_per_dim(
+                model, images, asked, name=source, folder=pieces, stopping=stopping
+            ),
+            stopping,
+        )
+
+    return evaluate_likelihood
+
+
+def _test_split(source: str) -> str:
+    """Return the test split of a data source that names its training split; ValueError if not."""
+    base, option = split_source(source)
+    words = [word for word in option.split(",") if word]
+    # A built-in set without a split is its training split.
+    named = "train" in words or (base in BUILTIN and not {*words} & {*SPLITS})
+    if not named:
+        raise ValueError(
+            f"evaluate.bits_per_dim needs images that are not trained on, and {source} may train "
+            f"on all; set evaluate.data=SET, or train on {base}:train, whose test split is used"
+        )
+    return f"{base}:{','.join(['test', *(word for word in words if word != 'train')])}"
+
+
+def _measure_once(
+    path: Path,
+    is_current: Callable[[Evaluation], bool],
+    measure: Callable[[Path], Evaluation],
+    stopping: Callable[[], bool],
+) -> dict[str, float]:
+    """Return the finite numbers of the evaluation at `path`, measured and saved if need be.
+
+    Args:
+        is_current: whether a saved evaluation can be used.
+        measure: gets the folder for pieces.
+    """
+    pieces = path.with_suffix(".pieces")
+
+    def load_finished() -> Evaluation | None:
+        try:
+            evaluation = load_evaluation(path)
+        except ValueError:
+            return None
+        return evaluation if is_current(evaluation) else None
+
+    evaluation = on_rank0(load_finished)
+    if evaluation is None:
+        try:
+            evaluation = measure(pieces)
+        except Exception:
+            # Pieces are kept only for a run that stops: a run that goes on has other weights at its
+            # next evaluation.
+            if get_rank() == 0 and not stopping():
+                shutil.rmtree(pieces, ignore_errors=True)
+            raise
+        on_rank0(lambda: evaluation.save(path))
+    if get_rank() == 0:
+        shutil.rmtree(pieces, ignore_errors=True)
+    return {n.metric: n.value for n in evaluation.numbers if math.isfinite(n.value)}
 
 
 def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Reference:
@@ -157,19 +257,20 @@ def _stop_early(source: ImageSource, stopping: Callable[[], bool]) -> ImageSourc
     return dataclasses.replace(source, batches=batches)
 
 
-def _load_finished(
-    path: Path, pieces: Path, source: ImageSource, sets: Sequence[FeatureSet], reference: Reference
-) -> Evaluation | None:
-    """Return the evaluation at `path` if it is up to date; remove other evaluations' pieces."""
-    for other in path.parent.glob("*.pieces"):
-        if other != pieces:
+def _remove_other_pieces(folder: Path, images: int) -> None:
+    """Remove the pieces of evaluations at other images seen, which were killed."""
+    for other in folder.glob("*.pieces"):
+        if other.stem.partition("-")[0] != str(images):
             shutil.rmtree(other)
-    try:
-        evaluation = load_evaluation(path)
-    except ValueError:
-        return None
+
+
+def _is_of(
+    evaluation: Evaluation, source: ImageSource, sets: Sequence[FeatureSet], reference: Reference
+) -> bool:
+    """Return whether an evaluation is of these samples, features and reference."""
     numbers = evaluation.numbers
     same = evaluation.protocol == make_protocol(source, source.resolution)
     same &= {n.features["hash"] for n in numbers} == {s.hash for s in sets}
-    same &= all(n.reference is None or n.reference["hash"] == reference.hash for n in numbers)
-    return evaluation if same else None
+    return same and all(
+        n.reference is None or n.reference["hash"] == reference.hash for n in numbers
+    )

@@ -154,20 +154,51 @@ def bits_per_dim(
 
     def summarise() -> Evaluation:
         assert terms is not None, "rank 0 has them"
-        protocol = Protocol(
-            source=f"{model.info.preset or model.info.backbone} {model_hash[:16]}",
-            num_images=count,
-            code_version=__version__,
-            resolution=(images.size, images.size),
-            ema=f"the saved average at {model.info.images:,} images",
-            uint8_rule=RULE,
-            preprocessing=f"crop {images.crop} to {images.size} px",
-        )
         data = {"name": name, "hash": images.fingerprint, "num_images": len(images)}
-        numbers = _summarise(terms, images.channels * images.size**2, settings, data, condition)
-        return Evaluation(protocol=protocol, numbers=tuple(numbers))
+        details = _describe(settings, condition)
+        numbers = _summarise(terms, images.channels * images.size**2, details, data)
+        return Evaluation(protocol=_make_protocol(model, images, count), numbers=tuple(numbers))
 
     return on_rank0(summarise)
+
+
+def is_of(
+    evaluation: Evaluation, model: Model, images: ImageDataset, settings: LikelihoodSettings
+) -> bool:
+    """Return whether an evaluation is what `bits_per_dim` returns for these arguments."""
+    first, count = evaluation.numbers[0], min(len(images), settings.num_images or len(images))
+    condition = check_fits(model.info, images, "the data set")
+    return (
+        evaluation.protocol == _make_protocol(model, images, count)
+        and first.settings == _describe(settings, condition)
+        and (first.reference or {}).get("hash") == images.fingerprint
+        and any(n.metric == ODE for n in evaluation.numbers) == bool(settings.ode_steps)
+    )
+
+
+def _make_protocol(model: Model, images: ImageDataset, count: int) -> Protocol:
+    """Return the protocol of a model's likelihood on `count` of these images."""
+    info = model.info
+    return Protocol(
+        source=f"{info.preset or info.backbone} {sha256_of_module(model.backbone)[:16]}",
+        num_images=count,
+        code_version=__version__,
+        resolution=(images.size, images.size),
+        ema=f"the saved average at {info.images:,} images",
+        uint8_rule=RULE,
+        preprocessing=f"crop {images.crop} to {images.size} px",
+    )
+
+
+def _describe(settings: LikelihoodSettings, condition: str) -> dict[str, Any]:
+    """Return the settings of the bound as JSON values."""
+    return {
+        "logsnr": list(settings.logsnr),
+        "steps": settings.steps or "continuous",
+        "draws": settings.draws,
+        "condition": condition,
+        "seed": settings.seed,
+    } | ({"ode_steps": settings.ode_steps} if settings.ode_steps else {})
 
 
 def check_fits(info: ModelInfo, images: ImageDataset, name: str) -> str:
@@ -295,26 +326,13 @@ def _image_terms(
 
 
 def _summarise(
-    terms: dict[str, Tensor],
-    dims: int,
-    settings: LikelihoodSettings,
-    data: dict[str, Any],
-    condition: str,
+    terms: dict[str, Tensor], dims: int, details: dict[str, Any], data: dict[str, Any]
 ) -> list[Number]:
     """Return means over images in bits per dimension, each with its standard error."""
     bits = {name: term / (dims * math.log(2)) for name, term in terms.items()}
     columns = {BOUND: torch.stack([bits[name] for name in TERMS]).sum(0)}
     columns |= {f"{BOUND} of {name}": bits[name] for name in TERMS}
-    details: dict[str, Any] = {
-        "logsnr": list(settings.logsnr),
-        "steps": settings.steps or "continuous",
-        "draws": settings.draws,
-        "condition": condition,
-        "seed": settings.seed,
-    }
-    if ODE in bits:
-        columns[ODE] = bits[ODE]
-    ode = {**details, "steps": settings.ode_steps, "draws": 1}
+    columns |= {ODE: bits[ODE]} if ODE in bits else {}
     return [
         Number(
             metric=metric,
@@ -322,7 +340,7 @@ def _summarise(
             features={},
             reference=data,
             error=float(column.std() / math.sqrt(len(column))) if len(column) > 1 else None,
-            settings=ode if metric == ODE else details,
+            settings=details,
         )
         for metric, column in columns.items()
     ]

@@ -418,8 +418,10 @@ def run_evaluation(
 ) -> None:
     """Evaluate the averaged weights; log the metrics or the failure; exit when asked to stop."""
     distributed.on_rank0(run.check_folder, run.world)
-    images, count = run.state.images, run.recipe.evaluate.num_images
-    progress.print_line(f"evaluating {count:,} samples at {images:,} images")
+    images, settings = run.state.images, run.recipe.evaluate
+    kinds = ["samples"] if settings.reference or not settings.bits_per_dim else []
+    kinds += ["bits per dimension"] if settings.bits_per_dim else []
+    progress.print_line(f"evaluating {' and '.join(kinds)} at {images:,} images")
     record, failure = evaluation.evaluate_average(run, evaluator, lambda: stop.requested)
     if record is not None:
         emit(record, listeners.log)

@@ -113,7 +113,7 @@ def public_recipe(recipe: Recipe) -> str:
     """
     values = hide_folders(config.to_dict(recipe))
     values["data"]["source"] = ""
-    for key in ("reference", "weights", "prompts"):
+    for key in ("reference", "weights", "prompts", "data"):
         if values["evaluate"][key]:
             values["evaluate"][key] = last_component(values["evaluate"][key])
     for key in ("codec", "text_encoder"):
@@ -244,11 +244,16 @@ def render_evaluations(recipe: Recipe, evaluations: list[dict[str, Any]]) -> str
     if not evaluations:
         return ""
     settings = recipe.evaluate
-    note = (
-        f"{settings.num_images:,} samples of the averaged weights, {settings.sampler}, "
-        f"{settings.steps} steps, against {last_component(settings.reference)}; details are in "
-        "evaluations/."
-    )
+    kinds = []
+    if settings.reference:
+        kinds.append(
+            f"{settings.num_images:,} samples of the averaged weights, {settings.sampler}, "
+            f"{settings.steps} steps, against {last_component(settings.reference)}"
+        )
+    if settings.bits_per_dim:
+        data = last_component(settings.data) or "the test split of the data"
+        kinds.append(f"bits per dimension of the averaged weights on {data}, an upper bound")
+    note = f"{'; '.join(kinds)}; details are in evaluations/."
     plots = render_plots(evaluation_plots(evaluations), {})
     return f"<h2>Evaluations</h2><p>{html.escape(note)}</p>{plots}"
 
