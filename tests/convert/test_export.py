@@ -33,6 +33,8 @@ NARROW = {
     },
     "diffit-tiny": {},
     "diffit-latent-tiny": {},
+    "sid2-tiny": {"size": 32},
+    "jit-tiny": {"size": 16, "depth": 3},
 }
 
 
@@ -73,8 +75,10 @@ FEW_BLOCKS = {
 }  # fmt: skip
 LARGER = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("dimr-tiny", "diffit-tiny", "diffit-latent-tiny")
-]
+    for name in (
+        "dimr-tiny", "diffit-tiny", "diffit-latent-tiny", "uvit-tiny", "sid2-tiny", "jit-tiny"
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("preset", ["unet-tiny", *LARGER[:2]])

@@ -261,6 +261,19 @@ def test_an_edit_replaces_edits_only(tmp_path, name):
     assert (tmp_path / "a.gif").read_bytes() != written
 
 
+@pytest.mark.parametrize("name", ["null", "null.png"])
+def test_an_edit_leaves_nothing_beside_a_device(tmp_path, monkeypatch, name):
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / name).symlink_to("/dev/null")
+    monkeypatch.chdir(tmp_path)
+    job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=2), classes=(4,))
+    paths = save_trajectory(job, tmp_path / "dev" / name, range(1), False)
+    assert paths == [tmp_path / "dev" / name, Path("null.gif")]
+    assert [p.name for p in (tmp_path / "dev").iterdir()] == [name]
+    assert (tmp_path / "dev" / name).is_char_device()
+    assert Path("null.gif").stat().st_size > 100
+
+
 def test_other_sizes_need_an_image_that_fits(photograph, tmp_path):
     wide = photographer(32, 48)
     with pytest.raises(ValueError, match="48 x 32"):

@@ -339,7 +339,9 @@ def test_files_of_others_beside_an_output_stay(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.npz", "a.tar", "a.png"])
-def test_a_pipe_gets_the_whole_file(finished, tmp_path, name):
+def test_a_pipe_gets_the_whole_file(finished, tmp_path, monkeypatch, name):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     os.mkfifo(tmp_path / name)
     received = []
     reader = threading.Thread(target=lambda: received.append((tmp_path / name).read_bytes()))
@@ -347,3 +349,21 @@ def test_a_pipe_gets_the_whole_file(finished, tmp_path, name):
     make(tmp_path / name)
     reader.join(10)
     assert received == [finished[f"images{name[1:]}"][f"images{name[1:]}"]]
+    # Nothing lies beside a pipe or device, and no shard is left in the current folder.
+    assert sorted(os.listdir(tmp_path)) == sorted([name, "here"])
+    assert not os.listdir()
+
+
+@pytest.mark.parametrize("name", ["null", "pipe.gif", "tty.x"])
+def test_a_device_without_an_ending_of_ours_gets_the_grid(finished, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / name
+    os.mkfifo(path)
+    received = []
+    reader = threading.Thread(target=lambda: received.append(path.read_bytes()))
+    reader.start()
+    make(path)
+    reader.join(10)
+    assert received == [finished["images.png"]["images.png"]]
+    assert os.listdir(tmp_path / "out") == [name]

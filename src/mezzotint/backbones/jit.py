@@ -297,7 +297,8 @@ def parameterisation(config: JiTConfig) -> Parameterisation:
     def scale(logsnr: Tensor) -> Tensor:
         # specs/jit.md section 1: sqrt(t^2 + (1 - t)^2 s^2)
         t = flow_time(logsnr, s)
-        return torch.hypot(t, torch.sigmoid(-logsnr / 2 - math.log(s)) * s)
+        noise = torch.sigmoid(-logsnr / 2 - math.log(s)) * s
+        return (t.square() + noise.square()).sqrt()  # ONNX has no hypot
 
     return Parameterisation(
         kind=named(config.prediction), noise=lambda logsnr: flow_time(logsnr, s), scale=scale

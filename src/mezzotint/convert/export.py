@@ -103,7 +103,10 @@ def trace_denoiser(
 
 
 def _describe_failure(model: Model, tool: str, error: Exception) -> str:
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    first = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
     return (
         f"{tool} cannot take the backbone {model.info.backbone}: {first} "
         "(--to diffusers works for every model, since it runs this library)"

@@ -20,7 +20,7 @@ from mezzotint.core.distributed import (
     on_rank0,
     shutdown_distributed,
 )
-from mezzotint.core.files import format_bytes
+from mezzotint.core.files import format_bytes, is_special
 from mezzotint.core.progress import ProgressBar
 from mezzotint.sampling.job import SamplingJob, check_network, check_sampler
 from mezzotint.sampling.writers import make_writer
@@ -128,7 +128,8 @@ def _bytes_per_image(job: SamplingJob) -> int:
 
 
 def _check_free_space(out: Path, needed: int) -> None:
-    parent = next(p for p in [out.absolute(), *out.absolute().parents] if p.exists())
+    place = Path().absolute() if is_special(out) else out.absolute()
+    parent = next(p for p in [place, *place.parents] if p.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise OSError(

@@ -11,7 +11,6 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from mezzotint.core.files import write_json
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.decode import open_image_file
 from mezzotint.data.transforms import to_mode, to_model_range, to_pixels
@@ -21,7 +20,7 @@ from mezzotint.process.logsnr import diffuse
 from mezzotint.process.samplers import Grid
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
-from mezzotint.sampling.writers import card_path, check_edit_output
+from mezzotint.sampling.writers import check_edit_output, write_card
 
 
 def inpaint_denoiser(denoise: Denoiser, known: Image, keep: Tensor) -> Denoiser:
@@ -173,7 +172,7 @@ def save_img2img(
     edited = img2img(job, seeds, given, start_logsnr)
     save_png(_captioned(["given"], [given], seeds, edited), out)
     how = {"edit": "img2img", "image": image.name, "start_logsnr": start_logsnr}
-    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    write_card(out, {**job.card(len(seeds), seeds.start), **how})
     return [out]
 
 
@@ -193,7 +192,7 @@ def save_inpainting(
     masked = torch.where(painted, torch.full_like(given, 127), given)
     save_png(_captioned(["given", "masked"], [given, masked], seeds, edited), out)
     how = {"edit": "inpaint", "image": image.name, "mask": mask.name, "start_logsnr": start_logsnr}
-    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    write_card(out, {**job.card(len(seeds), seeds.start), **how})
     return [out]
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mezzotint.core.files import atomic_open, write_json
+from mezzotint.core.files import atomic_open, is_special
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
-from mezzotint.sampling.writers import card_path, check_edit_output
+from mezzotint.sampling.writers import check_edit_output, write_card
 
 FILMSTRIP_COLUMNS = 10
 FRAME_MILLISECONDS = 80  # of a GIF; its last frame is shown for a second
@@ -96,9 +96,14 @@ def save_gif(frames: Sequence[Tensor], path: Path) -> None:
         )
 
 
+def _gif_path(out: Path) -> Path:
+    """Return the path of the GIF of an edit: beside it, for a device in the current folder."""
+    return (Path(out.name) if is_special(out) else out).with_suffix(".gif")
+
+
 def save_trajectory(job: SamplingJob, out: Path, seeds: range, overwrite: bool) -> list[Path]:
     """Write each seed's `trajectory` as a filmstrip and a GIF, with a card."""
-    gif = out.with_suffix(".gif")
+    gif = _gif_path(out)
     check_edit_output(out, overwrite, gif)
     frames, levels = trajectory(job, seeds)
     columns = min(len(frames), FILMSTRIP_COLUMNS)
@@ -108,7 +113,7 @@ def save_trajectory(job: SamplingJob, out: Path, seeds: range, overwrite: bool) 
     save_png(make_grid(strip, columns=columns, captions=captions), out)
     save_gif(frames, gif)
     how = {"edit": "trajectory"}
-    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    write_card(out, {**job.card(len(seeds), seeds.start), **how})
     return [out, gif]
 
 
@@ -116,11 +121,11 @@ def save_interpolation(
     job: SamplingJob, frames: int, out: Path, seeds: range, overwrite: bool
 ) -> list[Path]:
     """Write `interpolate` as a grid, one row per pair of seeds, and as a GIF, with a card."""
-    gif = out.with_suffix(".gif")
+    gif = _gif_path(out)
     check_edit_output(out, overwrite, gif)
     rows = interpolate(job, seeds, frames)
     save_png(make_grid(rows.flatten(0, 1), columns=frames), out)
     save_gif(list(rows.transpose(0, 1)), gif)
     how = {"edit": "interpolate", "frames": frames}
-    write_json(card_path(out), {**job.card(len(seeds), seeds.start), **how})
+    write_card(out, {**job.card(len(seeds), seeds.start), **how})
     return [out, gif]

@@ -79,6 +79,12 @@ def card_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
+def write_card(path: Path, card: SamplingCard) -> None:
+    """Write an output file's card; a device or pipe has none."""
+    if not is_special(path):
+        write_json(card_path(path), card)
+
+
 def read_sampling_card(path: Path) -> SamplingCard | None:
     """Return the card of an output file; None if it has none, so that the file is not ours."""
     try:
@@ -196,8 +202,9 @@ class ShardedWriter:
 
     @property
     def folder(self) -> Path:
-        """The folder of the shards."""
-        return self.path.with_name(f".{self.path.name}.parts")
+        """The folder of the shards; in the current folder for a device or pipe."""
+        place = Path(self.path.name) if is_special(self.path) else self.path
+        return place.with_name(f".{place.name}.parts")
 
     def _list_shards(self) -> list[tuple[range, Path]]:
         """Return the complete shards, sorted by seed; a shard's name is its range."""
@@ -216,7 +223,7 @@ class ShardedWriter:
             raise ValueError(
                 f"{self.path} exists already; choose another --out, or add --overwrite"
             )
-        if not overwrite:
+        if not overwrite and not is_special(self.path):
             check_replaceable(card_path(self.path), _is_card, "a card of samples")
         card_file = self.folder / "card.json"
         if card_file.exists():
@@ -260,7 +267,8 @@ class ShardedWriter:
         with atomic_open(self.path) as file:
             self.merge_shards(file, [path for _, path in shards], labels)
             # The card first: a file with its final name always has one.
-            atomic_write(card_path(self.path), (self.folder / "card.json").read_bytes())
+            if not is_special(self.path):
+                atomic_write(card_path(self.path), (self.folder / "card.json").read_bytes())
         shutil.rmtree(self.folder)
 
 
@@ -340,7 +348,7 @@ def make_writer(
     """Return the writer that a path's ending names.
 
     No ending is a folder of PNGs. .npz and .tar hold all images. .png is one grid with labels under
-    the images.
+    the images; so does a device or pipe of another name.
 
     Errors: ValueError for other endings, and for latents in anything but a .npz.
     """
@@ -350,7 +358,7 @@ def make_writer(
         return ShardedWriter(path, _write_array, _merge_npz)
     if path.suffix == ".tar":
         return ShardedWriter(path, _write_tar, _merge_tar)
-    if path.suffix == ".png":
+    if path.suffix == ".png" or is_special(path):
         return ShardedWriter(
             path, _write_array, _make_grid_merger(label_names), keep_finished=False
         )
@@ -364,7 +372,7 @@ def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> No
 
     Errors: ValueError for another ending, and for files that no edit has written.
     """
-    if out.suffix != ".png":
+    if out.suffix != ".png" and not is_special(out):
         raise ValueError(f"edited images are written as .png; given {out}")
     card = read_sampling_card(out) or {}
     foreign = [out] if out.exists() and not card and not is_special(out) else []
@@ -372,5 +380,5 @@ def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> No
         foreign.append(gif)
     if foreign and not overwrite:
         raise ValueError(f"{foreign[0]} exists already; choose another --out, or add --overwrite")
-    if not overwrite:
+    if not overwrite and not is_special(out):
         check_replaceable(card_path(out), _is_card, "a card of samples")

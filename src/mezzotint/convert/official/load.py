@@ -389,7 +389,7 @@ def convert_checkpoint(
     lines = [
         f"{source} -> {out}",
         f"{model.info.backbone} {config}",
-        f"licence of the weights: {model.info.licence}",
+        f"licence of the weights: {model.info.licence or 'none stated'}",
     ]
     if check:
         again = models.load_model(out) if to == "mezzotint" else None
