@@ -107,17 +107,17 @@ def evaluate(
         channels: 3, or 1 for grey.
         protocol: For a model, as in `mezzotint sample`.
         sampler: For a model.
-        steps: For a model. With --bits-per-dim: of the discrete bound; infinitely many by default.
+        steps: Of a model's sampler, or of the bound of --bits-per-dim (without: continuous).
         guidance: For a model.
         train_images: Training images, for a copy rate and a sheet of nearest neighbours.
         heldout_images: Real images not trained on, needed with --train-images.
         bits_per_dim: Bound the model's negative log-likelihood on --data; for models of pixels.
-        data: With --bits-per-dim: images not trained on, e.g. FOLDER:test; any that `train` reads.
+        data: With --bits-per-dim: images not trained on, e.g. FOLDER:test.
         draws: With --bits-per-dim: noise levels for each image; 16 by default.
         ode_steps: With --bits-per-dim: add the estimate by the probability flow in so many steps.
         logsnr: With --bits-per-dim: the noisy and the clean end; -5 13.3 by default.
         batch: With --bits-per-dim: images at a time; 64 by default.
-        out: File for the numbers and their protocol. An interrupted evaluation can be resumed.
+        out: File for the numbers and their protocol; resumable.
     """
     from mezzotint.core.distributed import process_group
     from mezzotint.evaluate import evaluate, references
