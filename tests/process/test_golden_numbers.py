@@ -7,7 +7,9 @@ import json
 import pytest
 
 from helpers import golden_numbers as golden
+from mezzotint.core.registry import Spec
 from mezzotint.process import samplers, schedules
+from mezzotint.sampling.sample import default_discretization
 
 SCHEDULES = json.loads((golden.GOLDEN / "schedules.json").read_text())
 SAMPLERS = json.loads((golden.GOLDEN / "samplers.json").read_text())
@@ -28,7 +30,11 @@ def test_schedules(name):
 @pytest.mark.parametrize("sampler", samplers.registry)
 @pytest.mark.parametrize("name", schedules.registry)
 def test_default_discretizations(name, sampler):
-    """EDM's and JiT's Heun have defaults of their own; all others share one."""
+    """Heun's, JiT's and the consistency sampler have their own; all others share one."""
+    if sampler == "consistency":
+        spec = default_discretization(golden.make_schedule(name), name, Spec(sampler))
+        assert spec == Spec("consistency")
+        return
     if sampler == "flow_heun":
         assert golden.discretization_numbers(name, sampler)["name"] == "flow"
         return

@@ -53,7 +53,7 @@ class SamplingOptions:
     protocol: OptionalText = None
     """simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2."""
     sampler: OptionalText = None
-    """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40."""
+    """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40; consistency for few steps."""
     discretization: OptionalText = None
     """even, quadratic, even_logsnr, karras:rho=5, respaced; by default the family's."""
     steps: Steps = None

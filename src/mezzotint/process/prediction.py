@@ -65,6 +65,25 @@ def named(name: str, data_std: float = 0.5) -> Prediction:
     return rows[name]
 
 
+def check_consistency_row(row: Prediction, what: str) -> None:
+    """Raise ValueError unless the denoised image of `row` can be a consistency map f(z, logsnr).
+
+    Of F = a x + b eps: without b at the clean end f is not z / alpha there, whatever the output;
+    without a at the noisy end f multiplies the output's error by sigma / alpha, 80 at the start.
+
+    Args:
+        what: the start of the error's sentence.
+    """
+    (a, _), (_, b) = row(torch.tensor(-torch.inf)), row(torch.tensor(torch.inf))
+    if not b:
+        reason = "this network predicts x, which is not bound to the image where the noise ends"
+    elif not a:
+        reason = "this network predicts eps, whose error grows 80-fold in the image at pure noise"
+    else:
+        return
+    raise ValueError(f"{what} needs a network that predicts v, flow or edm; {reason}")
+
+
 def target(kind: Prediction, x: Tensor, eps: Tensor, logsnr: Tensor) -> Tensor:
     """Return a x + b eps, the regression target of `kind`; shapes (b, ...), (b, ...), (b,)."""
     a, b = kind(logsnr)

@@ -19,6 +19,7 @@ from mezzotint.models import get_schedule
 from mezzotint.process import guidance as guide
 from mezzotint.process import samplers
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, Model, PerImage, Schedule
+from mezzotint.process.prediction import check_consistency_row
 from mezzotint.process.samplers import Grid, grids
 from mezzotint.process.schedules import Table, invert
 from mezzotint.sampling.conditioning import (
@@ -190,6 +191,8 @@ def default_discretization(schedule: Schedule, name: str, sampler: Spec) -> Spec
     if sampler.name == "flow_heun":  # JiT's steps, of the same process
         options = {k: v for k, v in sampler.options.items() if k == "noise_scale"}
         return Spec("flow", options)
+    if sampler.name == "consistency":
+        return Spec("consistency")
     if name == "lognormal" or sampler.name == "heun":
         return Spec("karras")
     # A table's noisy end is finite; a continuous schedule may be infinite at u = 1.
@@ -286,6 +289,8 @@ def build_denoiser(
         weak: guides in place of the empty condition (autoguidance).
     """
     g, denoise = settings.guidance, strong
+    if settings.sampler.name == "consistency":
+        check_consistency_row(model.parameterisation.kind, "sampler consistency")
     if weak is not None and g is None:
         raise ValueError("a guide model needs a guidance scale, e.g. 1.5")
     if g is not None and g.peak != 1:

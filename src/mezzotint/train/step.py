@@ -20,6 +20,7 @@ from mezzotint.data.augmentation import augment, augmentation_label, draw_augmen
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.process.denoiser import Cond
+from mezzotint.process.objectives import at_images
 from mezzotint.process.schedules import slope
 from mezzotint.train.optim import learning_rate, set_learning_rate
 from mezzotint.train.parallel import group_norms, no_sync
@@ -163,6 +164,8 @@ def gradient(run: Run, batch: Batch) -> Losses:
     # Dropout is the one draw from torch's own generator; it too depends on (seed, image number).
     bits = rng.philox("condition", recipe.seed, batch.image_numbers[0], 1)
     torch.manual_seed(int(bits.integers(2**62)))
+    seen = batch.image_numbers[0] // recipe.batch * recipe.batch  # before this step, on any rank
+    objective = at_images(run.objective, seen)
     microbatches = list(batch.split(recipe.engine.microbatch))
     done: list[Losses] = []
     for part in microbatches:
@@ -171,7 +174,7 @@ def gradient(run: Run, batch: Batch) -> Losses:
         with nullcontext() if last else no_sync(run.model.backbone):
             logsnr = run.schedule(part.u)
             with torch.autocast(device, torch.bfloat16, enabled=recipe.engine.precision == "bf16"):
-                loss = run.objective(run.model, part.x, part.eps, logsnr.float(), part.cond)
+                loss = objective(run.model, part.x, part.eps, logsnr.float(), part.cond)
             if recipe.time.loss_measure == "logsnr":
                 loss = loss * (-slope(run.schedule, part.u) / 2).to(loss)
             # DDP and FSDP2 average over ranks, so this is the mean over the global batch, however
