@@ -94,7 +94,7 @@ class Time(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim(Checked):
-    """AdamW, or Muon for hidden matrices with AdamW for the rest.
+    """AdamW, RAdam, or Muon for hidden matrices with AdamW for the rest.
 
     lr: peak learning rate.
     warmup_images: length of the linear warm-up; decay: "cosine" reaches zero at the end of the run.
@@ -103,7 +103,7 @@ class Optim(Checked):
 
     prefix: ClassVar[str] = "optim."
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "radam", "muon"] = "adamw"
     lr: Annotated[float, Range(0, 100)] = 1e-4
     betas: tuple[Beta, Beta] = (0.9, 0.99)
     eps: Annotated[float, Range(0, 10, "a large one stops learning", above=True)] = 1e-8

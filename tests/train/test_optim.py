@@ -80,6 +80,22 @@ def test_muon_trains_and_resumes_bitwise(tmp_path):
     assert records(plain)[0]["loss"] != loss[0]
 
 
+@pytest.mark.parametrize("name", ["adamw", "radam"])
+def test_weight_decay_is_apart_from_the_gradient(name):
+    """Without a gradient every decayed weight shrinks by rate times decay, and no other does."""
+    net = create_model("dimr-tiny", size=16).backbone
+    optim = Optim(name=name, lr=0.1, weight_decay=0.5)
+    (optimiser,) = make_optimisers(optim, net, fused=True)
+    assert type(optimiser).__name__.lower() == name
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    for n, p in net.named_parameters():
+        kept = 1.0 if n in net.no_decay_parameters() or not p.requires_grad else 0.95
+        torch.testing.assert_close(p.detach(), kept * before[n], rtol=1e-5, atol=1e-8)
+
+
 def test_the_rate_is_a_function_of_images_seen():
     optim = Optim(lr=1.0, warmup_images=100, decay="cosine")
     assert learning_rate(optim, 0, 1000) == 0

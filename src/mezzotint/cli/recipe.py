@@ -22,7 +22,9 @@ def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path
 
     if preset == AUTO:
         raise ValueError("auto chooses a network for a time: add --hours H, e.g. --hours 8")
-    chosen = config.from_yaml(file) if file else recipe_for(preset)
+    if not file:
+        return apply_changes(recipe_for(preset), data, overrides)
+    chosen = config.from_yaml(file)
     if chosen.preset != preset:
         raise ValueError(
             f"{file} is a recipe of {chosen.preset}, not of {preset}; give {chosen.preset}"
@@ -53,11 +55,15 @@ def choose_for_hours(
 
     All ranks call it together; rank 0 chooses and prints the reasons.
 
-    Errors: ValueError for a given length, for auto with a file, and as `recall_choice`.
+    Errors: ValueError for a given length, for auto with a file, for tuning to few steps, and as
+        `recall_choice`.
     """
     from mezzotint.core.distributed import on_rank0
+    from mezzotint.recipes import FEW_STEPS
 
     def choose() -> Recipe:
+        if preset.endswith(FEW_STEPS):
+            raise ValueError(f"{preset} grows by images; give its length as images=N, not --hours")
         if length := [a for a in overrides if a.startswith("images=")]:
             raise ValueError(f"--hours {hours:g} and {length[0]} both set the length; give one")
         if preset == AUTO and file:

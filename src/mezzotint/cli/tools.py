@@ -163,7 +163,7 @@ def bench(
 
     recipe = config.override(recipe_for(preset), [f"model.{o}" for o in overrides])
     settings = BenchmarkSettings(
-        preset=preset,
+        preset=recipe.preset,
         overrides=recipe.model,
         batch=batch,
         precision=precision,

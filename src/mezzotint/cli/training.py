@@ -65,8 +65,9 @@ def train(
     """Train a preset on your images. Run the same command again to resume.
 
     Args:
-        preset: Network and recipe, e.g. unet-tiny (`mezzotint info` lists them), or auto, which
-            chooses them for --hours, your images and this machine.
+        preset: Network and recipe, e.g. unet-tiny (`mezzotint info` lists them); or auto, which
+            chooses them for --hours, your images and this machine; or unet-tiny-few-steps, which
+            tunes a trained unet-tiny (--init-from) to sample in 1, 2 or 4 steps.
         overrides: Fields of the recipe, e.g. images=2e6 batch=64 optim.lr=3e-4 model.size=64.
         data: Folder, zip, prepared dataset, parquet, hub name, or built-in "digits" or "shapes:64".
         out: Run folder; runs/PRESET by default.

@@ -1,7 +1,8 @@
 """Recipes: one function per preset, which returns its Recipe as published.
 
-A recipe has the name of its preset; its docstring holds the result that the paper reports. To add
-recipes, add a file to this folder. The sizes of a preset are at the end of its backbone's file.
+A recipe has the name of its preset; its docstring holds the result that the paper reports. With
+`-few-steps` after the name it is that of `few_steps`. To add recipes, add a file to this folder.
+The sizes of a preset are at the end of its backbone's file.
 """
 
 from __future__ import annotations
@@ -11,25 +12,67 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mezzotint import config
-from mezzotint.config import Ema, Recipe
+from mezzotint.config import Ema, Optim, Recipe, SampleGrid, Save, Time
 from mezzotint.core.boxed import refuse_boxed
-from mezzotint.core.registry import Registry
+from mezzotint.core.registry import Registry, Spec
 
 registry: Registry[Callable[[], Recipe]] = Registry("preset", __name__)
 recipe = registry.register
 
 WARMUP = 0.015  # of a `-small` or `-base` run; our choice
+FEW_STEPS = "-few-steps"
+STAGES = 8  # of a `-few-steps` run; the last has r/t = 1 - n(t) / 256, which ECT ends with too
 
 
 def recipe_for(preset: str) -> Recipe:
-    """Return the recipe of a preset; ValueError lists near names."""
-    refuse_boxed(preset)
-    return registry[preset]()
+    """Return the recipe of a preset, or of its tuning, `PRESET-few-steps`.
+
+    Errors: ValueError lists near names.
+    """
+    name = preset.removesuffix(FEW_STEPS)
+    refuse_boxed(name)
+    recipe = registry[name]()
+    return recipe if name == preset else few_steps(recipe)
 
 
 def ema_from_decay(decay: float, batch: int) -> Ema:
     """Return the average of a paper's per-step decay: decay^(half_life_images / batch) = 1/2."""
     return Ema(half_life_images=batch * math.log(0.5) / math.log(decay), rampup=None)
+
+
+def few_steps(teacher: Recipe) -> Recipe:
+    """Return the recipe that tunes a trained network of `teacher`'s to sample in 1 to 4 steps.
+
+    ECT's (specs/consistency.md): noise levels, RAdam, batch, average, dropout of `-small`; of
+    `-tiny` batch and rate are for CPU minutes, and there is no dropout. Start it with --init-from.
+    """
+    batch, images, dropout = 128, 12_800_000, {}
+    optim, ema = Optim(name="radam", lr=1e-4, betas=(0.9, 0.999)), ema_from_decay(0.9999, batch)
+    if teacher.preset.endswith("-tiny"):
+        batch, images = 16, teacher.images // 4
+        optim, ema = replace(optim, lr=1e-3, betas=(0.9, 0.99)), Ema()
+    elif teacher.preset.endswith("-small") and not teacher.preset.startswith("dimr"):
+        dropout = {"dropout": 0.2}
+    return replace(
+        teacher,
+        model={**teacher.model, **dropout},
+        # ECT: ln sigma ~ N(-1.1, 2.0^2)
+        schedule=Spec("lognormal", {"mean": -1.1, "std": 2.0}),
+        objective=Spec("consistency", {"stage_images": images // STAGES}),
+        time=Time(sampling=teacher.time.sampling),
+        optim=optim,
+        ema=ema,
+        images=images,
+        batch=batch,
+        log_every_images=100 * batch,
+        samples=SampleGrid(
+            every_images=images // STAGES,
+            count=teacher.samples.count,
+            sampler="consistency",
+            steps=2,
+        ),
+        save=Save(every_images=images // STAGES),
+    )
 
 
 def small(tiny: Recipe, width: float) -> Recipe:

@@ -34,7 +34,7 @@ def group_by_decay(backbone: Backbone, weight_decay: float) -> list[dict]:
 
 
 def make_optimisers(optim: Optim, backbone: Backbone, fused: bool) -> list[torch.optim.Optimizer]:
-    """Return AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest.
+    """Return AdamW or RAdam for all parameters, or Muon for hidden matrices and AdamW for the rest.
 
     Hidden matrices are weights of linear layers inside repeated blocks (members of a ModuleList).
     As Muon's authors advise, AdamW takes embeddings, positions, bias tables, the first and last
@@ -44,6 +44,9 @@ def make_optimisers(optim: Optim, backbone: Backbone, fused: bool) -> list[torch
     """
     adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": fused}
     decayed, *exempt = group_by_decay(backbone, optim.weight_decay)
+    if optim.name == "radam":
+        del adam["fused"]  # it has no fused form
+        return [torch.optim.RAdam([decayed, *exempt], **adam, decoupled_weight_decay=True)]
     if optim.name == "adamw":
         return [torch.optim.AdamW([decayed, *exempt], **adam)]
     inside = {
