@@ -19,6 +19,7 @@ from mezzotint.tools import budget, summary
 
 # Tests run this file by its path, which does not put its folder there.
 sys.path.append(str(Path(__file__).parent))
+from few_steps_table import few_steps
 from likelihood_table import bits_per_dimension
 from table_text import (
     RESULTS,
@@ -451,6 +452,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
     "docs/backbones.md": (sizes, width_transfer, cost, quality, choices, core_minutes),
     "docs/evaluation.md": (bits_per_dimension, distances),
+    "docs/few-steps.md": (few_steps,),
     "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
 }
