@@ -64,3 +64,9 @@ def test_options_are_checked_by_name(package):
     assert build(load(), Spec("one", {"width": 3})) == 3
     with pytest.raises(ValueError, match="takes no option 'widht'; did you mean width"):
         build(load(), Spec("one", {"widht": 3}))
+
+
+@pytest.mark.parametrize("name", [None, 3, ["one"], {}])
+def test_what_is_no_name_is_refused(name):
+    with pytest.raises(ValueError, match="is not a name; known: one"):
+        load()[name]

@@ -279,6 +279,8 @@ def test_unread_kinds_are_counted_with_what_to_do():
         (b"8BPS" + bytes(60), r"its content is \.psd; export"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"\.svg; render"),
         (b"\0\0\0\x18ftypmp42" + bytes(60), r"\.mp4; take images out"),
+        (b"II*\0" + bytes(60), r"its content is \.tif, damaged or of a rare type"),
+        (b"BM" + bytes(12) + b"\x28" + bytes(60), r"its content is \.bmp, damaged or"),
         (b"<!DOCTYPE html><html>not found</html>", "not an image of the formats that are read"),
         (b"", "no bytes"),
     ],

@@ -216,7 +216,7 @@ def test_npz_of_encoded_images_and_of_pixels(tmp_path):
     assert torch.equal(images.batch(range(5))[0], truth.batch(range(5))[0])
     assert images.label_names == ("x", "y")
     assert images.label(2) == 1
-    with pytest.raises(ValueError, match="test_blob"):
+    with pytest.raises(ValueError, match="has no split 'test'; it has train"):
         open_images(f"{tmp_path / 'a.npz'}:test", size=8)
     pixels = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 3), dtype=np.uint8)
     np.savez(tmp_path / "b.npz", pixels)

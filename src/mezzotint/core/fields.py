@@ -23,10 +23,10 @@ MOST_IMAGES = 10**15  # more than any training has seen; exact as a float64
 MOST_SEED = 2**62  # the seeds of a run, seed + i, stay below 2^63
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: object, known: Iterable[str]) -> str:
     """Return "did you mean ...?" with the names nearest to an unknown one, else all known names."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=4, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 

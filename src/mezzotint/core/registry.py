@@ -50,6 +50,8 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         self._scan()
+        if not isinstance(name, str):
+            raise ValueError(f"{self.what} {name!r} is not a name; known: {', '.join(self)}")
         if name not in self._entries:
             raise ValueError(f"unknown {self.what} {name!r}; {suggest(name, self._entries)}")
         return self._entries[name]

@@ -214,7 +214,7 @@ def _open_path(base: str, path: Path, split: str | None, columns: Columns | None
         return open_table(str(path), split, ROW_FILES[suffix], columns=columns)
     if path.is_file() and suffix == ".npz":
         check_no_columns(base, columns)
-        return open_npz(path, check_split(base, split))
+        return open_npz(path, split)
     if path.is_file():
         raise ValueError(
             f"{base} is a single file, {kind_of(base)}; give its folder, a .zip, .npz, "

@@ -1,0 +1,105 @@
+"""Pixels in an .npz: names, layouts and types of arrays that other libraries write."""
+
+import numpy as np
+import pytest
+
+from mezzotint.data.image_dataset import open_images
+
+RGB = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+GREY = RGB[..., 0]
+CLASSES = np.arange(12) % 3
+MNIST = {"x_train": GREY, "y_train": CLASSES, "x_test": GREY[:5], "y_test": CLASSES[:5]}
+MEDMNIST = {
+    "train_images": RGB,
+    "train_labels": CLASSES[:, None],
+    "val_images": RGB[:3],
+    "val_labels": CLASSES[:3, None],
+    "test_images": RGB[3:7],
+    "test_labels": CLASSES[3:7, None],
+}
+
+
+def opened(tmp_path, arrays, split="", **options):
+    np.savez(tmp_path / "a.npz", **arrays)
+    return open_images(f"{tmp_path / 'a.npz'}{split}", size=8, **options)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "split", "expected"),
+    [
+        (MNIST, ":train", GREY), (MNIST, ":test", GREY[:5]),
+        (MNIST, ":all", np.concatenate([GREY[:5], GREY])),
+        ({"trainX": GREY, "trainY": CLASSES, "testX": GREY[:5], "testY": CLASSES[:5]}, ":test",
+         GREY[:5]),
+        ({"train_data": GREY, "train_targets": CLASSES}, "", GREY),
+    ],
+)  # fmt: skip
+def test_splits_by_name(tmp_path, arrays, split, expected):
+    images = opened(tmp_path, arrays, split, channels=1)
+    assert images.batch(range(len(images)))[0][:, 0].numpy().tolist() == expected.tolist()
+    labels = [images.label(i) for i in range(len(images))]
+    first = [0, 1, 2, 0, 1]
+    assert labels == {":test": first, ":all": [*first, *CLASSES]}.get(split, CLASSES.tolist())
+
+
+def test_medical_sets_have_three_splits(tmp_path):
+    with pytest.raises(ValueError, match=r"splits test, train, val; give one of them, .*:train"):
+        opened(tmp_path, MEDMNIST)
+    images = opened(tmp_path, MEDMNIST, ":validation")
+    assert images.batch(range(3))[0].permute(0, 2, 3, 1).numpy().tolist() == RGB[:3].tolist()
+    assert [images.label(i) for i in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["arr_0", "images", "X", "data", "img", "pixels"])
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (RGB, RGB),
+        (RGB.transpose(0, 3, 1, 2), RGB),
+        (GREY[:, None], GREY[..., None].repeat(3, -1)),
+        (GREY[..., None], GREY[..., None].repeat(3, -1)),
+        (np.dstack([RGB.reshape(12, -1, 3), np.full((12, 64, 1), 255, np.uint8)]).reshape(
+            12, 8, 8, 4), RGB),
+    ],
+    ids=["nhwc", "nchw", "n1hw", "nhw1", "rgba"],
+)  # fmt: skip
+def test_layouts(tmp_path, name, pixels, expected):
+    images = opened(tmp_path, {name: pixels}, channels=3)
+    assert images.batch(range(12))[0].permute(0, 2, 3, 1).numpy().tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white"), [(np.uint16, 65535), (np.float32, 1), (np.float64, 255), (np.uint16, 4095)]
+)
+def test_grey_of_more_bits_has_one_full_scale(tmp_path, dtype, white):
+    values = GREY / 255 * white
+    pixels = (values if dtype != np.uint16 else values.round()).astype(dtype)
+    images = opened(tmp_path, {"images": pixels}, channels=1)
+    assert any(f"full scale {white}" in note for note in images.full_scale.notes)
+    assert abs(images.batch(range(12))[0][:, 0].numpy().astype(int) - GREY).max() <= 1
+
+
+@pytest.mark.parametrize("labels", ["labels", "label", "y", "targets", "target"])
+def test_labels_of_any_usual_name(tmp_path, labels):
+    names = np.array(["cat", "dog", "eel"])[CLASSES]
+    images = opened(tmp_path, {"images": RGB, labels: names, "ids": np.arange(12)})
+    assert images.label_names == ("cat", "dog", "eel")
+    assert [images.label(i) for i in range(12)] == CLASSES.tolist()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": RGB, "data": RGB}, "two arrays of images, data and images"),
+        ({"images": RGB, "y": CLASSES, "labels": CLASSES}, "two arrays of labels, labels and y"),
+        ({"weights": RGB}, "holds weights; give uint8 images"),
+        ({"images": RGB / 255}, r"images of .* is float64 .*; scale it to 0...255"),
+        ({"images": RGB[..., :2]}, r"is uint8 \(12, 8, 8, 2\)"),
+        ({"images": RGB[:0]}, r"is uint8 \(0, 8, 8, 3\)"),
+        ({"images": RGB > 3}, "is bool"),
+        ({"images": RGB, "labels": CLASSES[:5]}, "5 labels for 12 images"),
+    ],
+)
+def test_what_is_refused(tmp_path, arrays, message):
+    with pytest.raises(ValueError, match=message):
+        opened(tmp_path, arrays)
