@@ -67,6 +67,6 @@ def test_options_are_checked_by_name(package):
 
 
 @pytest.mark.parametrize("name", [None, 3, ["one"], {}])
-def test_what_is_no_name_is_refused(name):
+def test_what_is_no_name_is_refused(package, name):
     with pytest.raises(ValueError, match="is not a name; known: one"):
         load()[name]

@@ -242,7 +242,7 @@ def _reason(data: bytes, error: Exception) -> str:
     if kind in UNREAD and kind not in image_suffixes():
         return f"its content is {kind}; {UNREAD[kind]}"
     if isinstance(error, UnidentifiedImageError) and kind in image_suffixes():
-        return f"its content is {kind}, damaged or of a rare type (64-bit floats?); save it as PNG"
+        return f"its content is {kind}, damaged or of a type that is not read; save it as PNG"
     if isinstance(error, UnidentifiedImageError):  # its message contains an address in memory
         return f"not an image of the formats that are read ({', '.join(formats())})"
     return f"{type(error).__name__}: {error}"
