@@ -404,11 +404,14 @@ def time_to_quality() -> dict[str, Any]:
     metric, rows = "FD-EfficientNet-Lite0", []
     found = sorted(RESULTS.glob("time-to-quality-*.json"))
     found = found if len(found) >= len(QUALITY) else []
-    for result in (read_result(path.name) for path in found):
+    for path in found:
+        result = read_result(path.name)
         data, size = result["data"].split(", ")  # "eurosat64.zip, 64 px"
         side, held_out = int(size.split()[0]), result["held_out"][metric]
+        picture = f"docs/images/{path.stem}.png"
+        shown = {"picture": picture} if (ROOT / picture).exists() else {}
         rows += [
-            measured_run(row["entrant"], data, side, row, held_out, metric)
+            measured_run(row["entrant"], data, side, row, held_out, metric) | shown
             for row in result["rows"]
             if row["entrant"] in presets()
         ]

@@ -88,7 +88,7 @@ def test_the_table_is_that_of_the_measurements():
 def test_the_measured_family_is_chosen():
     recipe, choice = chosen(1)
     assert recipe.preset == "unet-tiny"
-    assert "uvit-tiny 1.1" in choice.reasons["network"]
+    assert "unet-tiny 210, sid2-tiny 227, uvit-tiny 227" in choice.reasons["network"]
     assert recipe.model == {"size": 64, "num_classes": 5}
     assert recipe.data.source == "flowers"
 
@@ -314,10 +314,11 @@ def test_too_little_time_is_said_with_what_would_be_enough():
 
 
 def test_the_comparable_run_is_the_nearest():
-    recipe = config.override(recipe_for("unet-tiny"), ["model.size=64", "images=25000"])
-    assert "EuroSAT at 64 px after 30,304 images: FD-Inception-64 0.61" in (
+    recipe = config.override(recipe_for("unet-tiny"), ["model.size=64", "images=9000"])
+    assert "EuroSAT at 64 px after 8,880 images (10 core-minutes): FD-EfficientNet-Lite0 210" in (
         budget.describe_comparable(recipe)
     )
+    assert "picture: docs/images/time-to-quality-eurosat.png" in budget.describe_comparable(recipe)
     assert "CIFAR-10" in budget.describe_comparable(config.override(recipe, ["model.size=32"]))
     assert budget.describe_comparable(recipe).startswith("unet-tiny")
     short = config.override(recipe, ["images=900"])

@@ -225,7 +225,7 @@ def _choose_family(images: _Images, size: int) -> tuple[str, str]:
     }
     ranking = sorted(expected, key=lambda preset: expected[preset])
     row = rows_of(ranking[0], size)[-1]
-    values = ", ".join(f"{preset} {expected[preset]:.2g}" for preset in ranking)
+    values = ", ".join(f"{preset} {expected[preset]:.3g}" for preset in ranking)
     return ranking[0], (
         f"{ranking[0]}, nearest to real images of those measured on {row['data']} at "
         f"{row['size']} px ({read_table()['metric']}: {values})"
@@ -412,7 +412,7 @@ def describe_comparable(recipe: Recipe) -> str:
     return (
         f"{far}{row['preset']} on {row['data']} at {row['size']} px after {row['images']:,} images"
         f"{f' ({minutes:,.0f} core-minutes)' if minutes else ''}: {read_table()['metric']} "
-        f"{row['distance']:.2g}, held-out real images {row['held_out']:.2g}{picture}"
+        f"{row['distance']:.3g}, held-out real images {row['held_out']:.3g}{picture}"
     )
 
 
