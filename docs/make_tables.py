@@ -10,15 +10,14 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import geometric_mean
 from typing import Any
 
-from mezzotint.models import presets
 from mezzotint.recipes import recipe_for
 from mezzotint.tools import budget, summary
 
 # Tests run this file by its path, which does not put its folder there.
 sys.path.append(str(Path(__file__).parent))
+from core_minutes_table import DISTANCES, QUALITY, core_minutes, mean_error, time_to_quality
 from few_steps_table import few_steps
 from likelihood_table import bits_per_dimension
 from table_text import (
@@ -29,14 +28,6 @@ from table_text import (
     ratio,
     read_result,
 )
-
-QUALITY = ("quality-cpu.json", "quality-cifar10.json")
-DATA_NAMES = {
-    "eurosat64.zip": "EuroSAT",
-    "cifar10_jpg.npz": "CIFAR-10 (JPEG copy)",
-    "flowers128.zip": "flowers",
-}
-DISTANCES = ("FD-Inception-64", "coverage (inception-64)")
 
 
 def cost() -> str:
@@ -350,98 +341,6 @@ def choices() -> str:
     head = ["preset", "change", "fields", "images/s", f"mean after {result['gmac']:g} GMAC"]
     table = markdown_table([*head, f"mean after {result['minutes']:g} min", *levels], rows, left=3)
     return f"{how_measured(result['rows'][-1])}\n\n{table}"
-
-
-def mean_error(measured: dict[str, Any]) -> float:
-    """Return the geometric mean over log-SNRs: a ratio counts equally at every level."""
-    return geometric_mean(measured["eps_mse"].values())
-
-
-def core_minutes() -> str:
-    """Return one table per dataset: distances of every entrant over core-minutes of training."""
-    found = sorted(RESULTS.glob("time-to-quality-*.json"))
-    if not found:
-        raise FileNotFoundError(2, "not measured", "time-to-quality-*.json")
-    return "\n\n".join(core_minutes_of(read_result(path.name)) for path in found)
-
-
-def core_minutes_of(result: dict[str, Any]) -> str:
-    """Return the table of one result."""
-    metrics = [
-        "FD-EfficientNet-Lite0",
-        "KID (efficientnet-lite0)",
-        "coverage (efficientnet-lite0)",
-        "FD-Inception-768",
-    ]
-
-    def cells(distances: dict[str, float]) -> list[str]:
-        return [f"{distances[m]:.3g}" if m in distances else "–" for m in metrics]
-
-    rows = []
-    for r in sorted(result["rows"], key=lambda r: (r["asked_minutes"], mean_error(r))):
-        size = f"{r['params'] / 1e6:.1f} M"
-        start = [f"`{r['entrant']}`", f"{r['minutes']:.0f}", f"{r['images']:,}", size]
-        rows.append([*start, f"{mean_error(r):.4f}", *cells(r["distances"])])
-    rows.append(["held-out real images", "", "", "", "", *cells(result["held_out"])])
-    head = ["entrant", "core-minutes", "images", "parameters", "mean error", *metrics]
-    load = [r["load"][0] for r in result["rows"]]
-    last = result["rows"][-1]
-    text = (
-        f"{result['data']}: {result['samples']} samples ({result['sampler']}) against "
-        f"{result['reference']}; the mean error is geometric over the log-SNRs -6 to 6. "
-        f"{last['processor']}, {last['threads']} thread, torch {last['torch']}, load "
-        f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
-    )
-    return f"{text}\n\n{markdown_table(head, rows)}"
-
-
-def time_to_quality() -> dict[str, Any]:
-    """Return the measurements of `mezzotint train auto`: every run with a distance.
-
-    They are of benchmarks/time_to_quality.py or, until it has measured as many datasets, of
-    benchmarks/quality.py.
-    """
-    metric, rows = "FD-EfficientNet-Lite0", []
-    found = sorted(RESULTS.glob("time-to-quality-*.json"))
-    found = found if len(found) >= len(QUALITY) else []
-    for path in found:
-        result = read_result(path.name)
-        data, size = result["data"].split(", ")  # "eurosat64.zip, 64 px"
-        side, held_out = int(size.split()[0]), result["held_out"][metric]
-        picture = f"docs/images/{path.stem}.png"
-        shown = {"picture": picture} if (ROOT / picture).exists() else {}
-        rows += [
-            measured_run(row["entrant"], data, side, row, held_out, metric) | shown
-            for row in result["rows"]
-            if row["entrant"] in presets()
-        ]
-    if not rows:
-        metric, found = DISTANCES[0], [RESULTS / name for name in QUALITY]
-        key = f"{metric} of held-out images"
-        for result in (read_result(path.name) for path in found):
-            data, side = result["data"].partition(":")[0], result["size"]
-            rows += [
-                measured_run(row["preset"], data, side, row, row["distances"][key], metric)
-                for row in result["rows"]
-                if "distances" in row
-            ]
-    source = " and ".join(str(path.relative_to(ROOT)) for path in found)
-    return {"source": source, "metric": metric, "rows": rows}
-
-
-def measured_run(
-    preset: str, data: str, size: int, row: dict[str, Any], held_out: float, metric: str
-) -> dict[str, Any]:
-    """Return one row of `time_to_quality`."""
-    return {
-        "preset": preset,
-        "data": DATA_NAMES.get(data, data),
-        "size": size,
-        "images": row["images"],
-        "core_minutes": row.get("minutes"),
-        "distance": row["distances"][metric],
-        "held_out": held_out,
-    }
 
 
 def replace_between(text: str, name: str, table: str) -> str:
