@@ -107,8 +107,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = done.get("rows", [])
     held_out: dict[str, float] = done.get("held_out") or judge.held_out()
 
-    def measure(model: Path, sampler: str, steps: int, minutes: float, **made: Any) -> None:
-        key = {"sampler": sampler, "steps": steps, "asked_minutes": minutes}
+    def measure(model: Path, sampler: str, steps: int, asked: float, **made: Any) -> None:
+        key = {"sampler": sampler, "steps": steps, "asked_minutes": asked}
         if any(key.items() <= row.items() for row in rows):
             return
         job = few_step_job(model, sampler, steps)
