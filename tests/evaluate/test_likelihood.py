@@ -229,7 +229,8 @@ def test_the_card_names_the_data_and_the_rule(of_digits, digits, capsys):
     printed = capsys.readouterr().out
     assert f"data set: digits:test, {len(digits):,} images" in printed
     assert f"uint8_rule: {RULE}" in printed
-    assert "class labels" in printed
+    assert "given the model: class labels; log-SNR -5 to 13.3" in printed
+    assert "unknown" not in printed
 
 
 def test_numbers_of_other_steps_are_not_comparable(digits, of_digits):

@@ -235,11 +235,14 @@ def _neighbour_numbers(
     ]
 
 
-def print_evaluation(evaluation: Evaluation, claims: dict[str, str] | None = None) -> None:
+def print_evaluation(
+    evaluation: Evaluation, claims: dict[str, str] | None = None, show_unknown: bool = True
+) -> None:
     """Print the numbers and the protocol.
 
     Args:
         claims: metric -> a paper's number, shown in a column of its own.
+        show_unknown: print the fields of the protocol that are unknown, too.
     """
     from rich.table import Table
 
@@ -255,6 +258,8 @@ def print_evaluation(evaluation: Evaluation, claims: dict[str, str] | None = Non
         table.add_row(number.metric, f"{number.value:.6g}", spread, *claim)
     console.print(table)
     for name, value in dataclasses.asdict(evaluation.protocol).items():
+        if value is None and not show_unknown:
+            continue
         text = "unknown" if value is None else value
         console.print(f"{name}: {text}", highlight=False)
 

@@ -348,7 +348,8 @@ def _summarise(
 
 def print_bits_per_dim(evaluation: Evaluation) -> None:
     """Print the numbers, the protocol, the data set and the settings."""
-    print_evaluation(evaluation)
+    # Sampler, guidance and the like have no meaning here.
+    print_evaluation(evaluation, show_unknown=False)
     data, settings = evaluation[BOUND].reference or {}, evaluation[BOUND].settings
     echo(f"data set: {data['name']}, {data['num_images']:,} images, hash {data['hash']}")
     low, high = settings["logsnr"]
