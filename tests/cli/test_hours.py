@@ -9,7 +9,7 @@ import pytest
 from helpers.image_files import png, write_folder
 from helpers.runs import assert_same_run
 from mezzotint import cli, config
-from mezzotint.tools import budget_facts
+from mezzotint.tools import budget, budget_facts
 from mezzotint.tools.budget import Speed
 from mezzotint.train import loop
 
@@ -42,6 +42,13 @@ def speed(monkeypatch):
 
         monkeypatch.setattr(budget_facts, "make_speed_meter", lambda world: measure)
         return asked
+
+    run = {
+        "preset": "unet-tiny", "data": "photos", "size": 16, "images": 30_000,
+        "core_minutes": 10, "distance": 0.6, "held_out": 0.1,
+    }  # fmt: skip
+    table = {"metric": "FD", "source": "a test", "rows": [run]}
+    monkeypatch.setattr(budget, "read_table", lambda: table)
 
     use(0.2)
     return use

@@ -184,9 +184,10 @@ def test_a_second_signal_exits_though_the_main_thread_is_busy(tmp_path):
         "import os, signal, sys, threading, time\n"
         "from mezzotint.train.signals import StopSignal\n"
         "with StopSignal().listening():\n"
-        "    signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+        "    import ctypes; libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "    libc.pthread_mutex_lock(mutex)\n"
         "    print('ready', flush=True)\n"
-        "    import ctypes; ctypes.CDLL(None).sleep(600)\n"
+        "    libc.pthread_mutex_lock(mutex)\n"  # unlike sleep, no signal ends it
     )
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
@@ -194,6 +195,7 @@ def test_a_second_signal_exits_though_the_main_thread_is_busy(tmp_path):
         assert process.stdout is not None
         process.stdout.readline()
         for number in (signal.SIGTERM, signal.SIGINT):
+            assert process.poll() is None
             process.send_signal(number)
             time.sleep(0.3)
         assert process.wait(60) == 128 + signal.SIGINT
