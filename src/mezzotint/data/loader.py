@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
@@ -143,6 +144,12 @@ def _start_workers(
     if not processes:
         threads = ThreadPoolExecutor(workers, thread_name_prefix="mezzotint-data")
         return threads, partial(_load, dataset)
+    # Python's tracker of shared resources ignores SIGINT and SIGTERM only; it inherits the rest.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP, signal.SIGUSR1})
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     # Spawned, not forked: a fork of a process with CUDA or OpenMP threads may hang.
     pool = ProcessPoolExecutor(
         workers, mp_context=_WorkerContext(), initializer=_init_worker, initargs=(dataset,)
