@@ -4,7 +4,7 @@
         --data cifar10_jpg.npz:test
 
 Every model gets the same images, noise levels and noise: differences between models are surer than
-each value. The size of the same images as PNG files stands beside. The same command continues an
+each value. It also measures the same images as PNG files. The same command continues an
 interrupted one. Writes OUT.json.
 """
 

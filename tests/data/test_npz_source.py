@@ -103,3 +103,9 @@ def test_labels_of_any_usual_name(tmp_path, labels):
 def test_what_is_refused(tmp_path, arrays, message):
     with pytest.raises(ValueError, match=message):
         opened(tmp_path, arrays)
+
+
+def test_labels_of_other_shapes_in_two_splits_are_refused(tmp_path):
+    arrays = {**MNIST, "y_test": np.eye(3)[CLASSES[:5]]}
+    with pytest.raises(ValueError, match=r"differ in shape: y_test \(5, 3\), y_train \(12,\)"):
+        opened(tmp_path, arrays, ":all")

@@ -117,7 +117,10 @@ def train(
             accept_changed_data=accept_changed_data,
         )
     echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
-    echo(f"next: mezzotint sample {folder} -n 16 --out samples.png")
+    # A model tuned for few steps is drawn as its own sample grids are.
+    few = chosen.samples.sampler.startswith("consistency")
+    how = f" --sampler consistency --steps {chosen.samples.steps}" if few else ""
+    echo(f"next: mezzotint sample {folder}{how} -n 16 --out samples.png")
 
 
 def print_plan(recipe: Recipe) -> None:

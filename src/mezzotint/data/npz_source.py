@@ -218,6 +218,11 @@ def open_npz(path: Path, split: str | None) -> NpzSource:
     if all(name is not None for name, _ in cells):
         what = " and ".join(f"{name}" for name, _ in cells)
         values = [arrays[str(name)] for name, _ in cells]
+        if len({array.shape[1:] for array in values}) > 1:
+            shapes = ", ".join(
+                f"{name} {array.shape}" for (name, _), array in zip(cells, values, strict=True)
+            )
+            raise ValueError(f"labels of {path} differ in shape: {shapes}; give them one shape")
         read = read_labels(
             values[0] if len(values) == 1 else np.concatenate(values),
             sum(count for _, count in cells),
