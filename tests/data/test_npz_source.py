@@ -109,3 +109,27 @@ def test_labels_of_other_shapes_in_two_splits_are_refused(tmp_path):
     arrays = {**MNIST, "y_test": np.eye(3)[CLASSES[:5]]}
     with pytest.raises(ValueError, match=r"differ in shape: y_test \(5, 3\), y_train \(12,\)"):
         opened(tmp_path, arrays, ":all")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (CLASSES, ("0", "1", "2")),
+        (CLASSES[:, None], ("0", "1", "2")),
+        (np.eye(3)[CLASSES], ("0", "1", "2")),
+        (np.array(["cat", "dog", "eel"])[CLASSES], ("cat", "dog", "eel")),
+    ],
+    ids=["numbers", "columns", "one-hot", "names"],
+)
+def test_the_images_of_a_split_without_labels_have_none(tmp_path, labels, names):
+    arrays = {"train_images": RGB, "train_labels": labels, "test_images": RGB[:5]}
+    images = opened(tmp_path, arrays, ":all")
+    assert images.label_names == names
+    assert [images.label(i) for i in range(17)] == [*[None] * 5, *CLASSES.tolist()]
+
+
+def test_labels_of_a_split_are_as_many_as_its_images(tmp_path):
+    """Also where too many of one and too few of the other add up."""
+    arrays = {**MNIST, "y_train": CLASSES[:5], "y_test": CLASSES}
+    with pytest.raises(ValueError, match=r"y_test of .* has 12 labels for 5 images"):
+        opened(tmp_path, arrays, ":all")

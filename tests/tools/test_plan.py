@@ -190,6 +190,11 @@ def test_time_follows_from_flop_rate_and_efficiency():
     )
     assert full["seconds_per_step"] == pytest.approx(a["seconds_per_step"] * 4 / 3)
     assert full["flop"] == a["flop"]
+    tuned = plan(
+        config.override(recipe, ["objective.name=consistency"]), device="h200", compare=False
+    )
+    for key in ("seconds_per_step", "flop"):  # the target of consistency is a forward pass
+        assert tuned[key] == pytest.approx(a[key] * 4 / 3)
 
 
 def test_advice_for_a_step_that_does_not_fit(monkeypatch):

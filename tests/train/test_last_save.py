@@ -385,10 +385,12 @@ def attempt(number, fault):
                 train()
         except (OSError, ValueError) as error:
             code = 1 if "\\n" not in str(error) else 2
+            if count < number:  # no fault of ours
+                print(repr(error), file=sys.__stderr__)
         except BaseException as error:
             print(type(error), error, file=sys.__stderr__)
             code = 3
-        os._exit(code if count >= number else {finished})
+        os._exit(code if code or count >= number else {finished})
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 train(folder + "-first")  # imports what every child needs

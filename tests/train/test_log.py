@@ -46,7 +46,7 @@ def test_group_norms_equal_torchs():
 def test_speed_and_memory_are_logged(tmp_path):
     train(small("images=32", "log_every_images=16", "engine.peak_tflops=0.5"), tmp_path, quiet=True)
     flop = count_training_flop(
-        meta_model(setup(small(), tmp_path / "other", init_distributed()).info)
+        meta_model(setup(small(), tmp_path / "other", init_distributed()).info), "eps_mse"
     )
     for line in lines(tmp_path):
         assert line["tflops"] == pytest.approx(line["images_per_second"] * flop / 1e12, rel=2e-3)
@@ -54,14 +54,15 @@ def test_speed_and_memory_are_logged(tmp_path):
         assert 0.1 < line["peak_memory_gib"] < 20
 
 
-def test_flop_of_a_step_is_three_forward_passes():
+def test_flop_of_a_step_is_three_forward_passes_and_one_more_for_a_target():
     """`mezzotint info` counts 1e9 multiply-accumulates of one forward pass."""
     from mezzotint.tools.summary import read_summary
 
     card = create_model("unet-tiny").info
-    assert count_training_flop(meta_model(card)) == pytest.approx(
-        3 * 2 * read_summary("unet-tiny")["gmac"] * 1e9, rel=1e-6
-    )
+    forward = 2 * read_summary("unet-tiny")["gmac"] * 1e9
+    for objective, passes in [("eps_mse", 3), ("consistency", 4)]:
+        flop = count_training_flop(meta_model(card), objective)
+        assert flop == pytest.approx(passes * forward, rel=1e-6)
 
 
 def test_utilisation_is_of_all_ranks():

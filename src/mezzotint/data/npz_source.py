@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -140,6 +141,35 @@ def _count(arrays: Arrays, name: str) -> int:
     return len(arrays[_offsets(name)]) - 1 if name.endswith("_blob") else len(arrays[name])
 
 
+def _join_labels(
+    path: Path, arrays: Arrays, splits: list[tuple[str | None, int]]
+) -> np.ndarray | list[Any]:
+    """Return the labels of splits that follow one another, None for each image of one without.
+
+    Args:
+        splits: name of the array of labels, and number of images.
+
+    Errors: ValueError for another number of labels in a split, or rows of several shapes.
+    """
+    named = {name: (arrays[name], count) for name, count in splits if name is not None}
+    for name, (labels, count) in named.items():
+        if labels.ndim == 0 or len(labels) != count:
+            found = f"{len(labels):,} labels" if labels.ndim else "one value"
+            raise ValueError(
+                f"{name} of {path} has {found} for {count:,} images; give one label an image"
+            )
+    if len({labels.shape[1:] for labels, _ in named.values()}) > 1:
+        shapes = ", ".join(f"{name} {labels.shape}" for name, (labels, _) in named.items())
+        raise ValueError(f"labels of {path} differ in shape: {shapes}; give them one shape")
+    if len(named) == len(splits):
+        return np.concatenate([labels for labels, _ in named.values()])
+    return [
+        label
+        for name, count in splits
+        for label in ([None] * count if name is None else arrays[name].tolist())
+    ]
+
+
 def _role(name: str) -> tuple[str, str]:
     """Return whether an array holds an "image" or a "label" each, or "", and its split or ""."""
     if name in ("arr_0", "arr_1"):
@@ -215,20 +245,11 @@ def open_npz(path: Path, split: str | None) -> NpzSource:
     cells = [(found[name][1], counts[name]) for name in chosen]
     declared = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
     labels = label_names = note = None
-    if all(name is not None for name, _ in cells):
-        what = " and ".join(f"{name}" for name, _ in cells)
-        values = [arrays[str(name)] for name, _ in cells]
-        if len({array.shape[1:] for array in values}) > 1:
-            shapes = ", ".join(
-                f"{name} {array.shape}" for (name, _), array in zip(cells, values, strict=True)
-            )
-            raise ValueError(f"labels of {path} differ in shape: {shapes}; give them one shape")
-        read = read_labels(
-            values[0] if len(values) == 1 else np.concatenate(values),
-            sum(count for _, count in cells),
-            f"{what} of {path}",
-            declared,
-        )
+    named = [(name, count) for name, count in cells if name is not None]
+    if named:
+        what = " and ".join(name for name, _ in named)
+        given = _join_labels(path, arrays, cells)
+        read = read_labels(given, len(given), f"{what} of {path}", declared)
         if read is not None:
             labels, label_names, note = read.indices[rows], read.names, read.note
     notes = (note,) if note else ()

@@ -95,7 +95,7 @@ def plan(
         flops, the device's rate; efficiency, and `timed`, the words that say how it was found;
         `memory`, one entry per strategy and checkpointing, see `memory_per_rank`; seconds_per_step,
         images_per_second (all ranks), days; flop (of the run as papers count it: 3 forward passes
-        per image, without recomputation); advice, in sentences.
+        per image, 4 of consistency tuning, without recomputation); advice, in sentences.
 
     Errors: ValueError for an unknown preset or device, and for a batch that the ranks cannot share.
     """
@@ -114,9 +114,10 @@ def plan(
             for strategy, how in _layouts(recipe.engine, gpus, compare)
         ]
     # A backward pass costs two forward passes, and full checkpointing repeats the forward pass.
-    passes = 4 if recipe.engine.checkpointing == "full" else 3
+    passes = 3 + objectives.EXTRA_PASSES.get(recipe.objective.name, 0)
+    repeated = 1 if recipe.engine.checkpointing == "full" else 0
     # One multiply-accumulate is two floating-point operations.
-    flop_per_image = passes * 2 * macs.computed
+    flop_per_image = (passes + repeated) * 2 * macs.computed
     peak_flops, timed = getattr(chip, precision), "assumed"
     if peak_flops is None:
         peak_flops = measure_matmul_flops("cpu", precision, CPU_MATRIX_SIDE)
@@ -148,7 +149,7 @@ def plan(
         "images_per_second": recipe.batch / seconds,
         "images": recipe.images,
         "days": recipe.images / recipe.batch * seconds / 86400,
-        "flop": 3 * 2 * macs.published * recipe.images,
+        "flop": passes * 2 * macs.published * recipe.images,
     }
     return {**result, "advice": _advise(result, recipe.engine)}
 

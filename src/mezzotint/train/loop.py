@@ -161,7 +161,7 @@ def loop(
     recipe, state, world = run.recipe, run.state, run.world
     listeners = open_listeners(run, progress, tracker_writers)
     emit(run.data_event, listeners.events)
-    flop = count_training_flop(run.meta_model)
+    flop = count_training_flop(run.meta_model, recipe.objective.name)
     run.model.train()
     progress.start(recipe.images, state.images)
     # The last process may have ended between a checkpoint and what is made from it: the models, the

@@ -311,13 +311,16 @@ def parameters_by_module(backbone: nn.Module) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def count_training_flop(model: Model) -> float:
+def count_training_flop(model: Model, objective: str) -> float:
     """Return the floating-point operations of one image's forward and backward pass.
+
+    The target of objective `consistency` is one more forward pass.
 
     The backward pass counts as two forward passes, a multiply-accumulate as two operations;
     recomputation by checkpointing does not count.
     """
-    return 3.0 * 2.0 * count_macs(get_backbone(model)).computed
+    passes = 3.0 + objectives.EXTRA_PASSES.get(objective, 0)
+    return passes * 2.0 * count_macs(get_backbone(model)).computed
 
 
 def averaged_model(run: Run, name: str | None = "ema") -> Model:

@@ -24,6 +24,8 @@ Weight = Callable[[Tensor], Tensor]  # log-SNR -> factor on a squared error, sam
 
 registry: Registry[Callable[..., Objective]] = Registry("objective", __name__)
 objective = registry.register
+# Forward passes without a gradient that an objective adds to those of an image.
+EXTRA_PASSES = {"consistency": 1}
 
 
 def at_images(objective: Objective, images: int) -> Objective:
@@ -46,6 +48,7 @@ from mezzotint.process.objectives.regression import (  # noqa: E402
 from mezzotint.process.objectives.variational import variational_bound  # noqa: E402
 
 __all__ = [
+    "EXTRA_PASSES",
     "Objective",
     "Weight",
     "at_images",
