@@ -151,8 +151,11 @@ def test_every_odd_value_is_taken_or_refused_in_a_sentence_and_a_start_agrees(tm
 
 
 @pytest.mark.slow
-def test_a_dry_run_and_a_start_agree_on_every_odd_value_and_what_starts_trains(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # engine.compile=true
+@pytest.mark.parametrize("part", range(4))
+def test_a_dry_run_and_a_start_agree_on_every_odd_value_and_what_starts_trains(tmp_path, part):
     kept, refused = survivors()
+    kept = kept[part::4]
     taken = 0
     for i, changes in enumerate(kept):
         if assert_agree(changes, tmp_path / str(i)):
@@ -163,5 +166,6 @@ def test_a_dry_run_and_a_start_agree_on_every_odd_value_and_what_starts_trains(t
             except NonFiniteError as error:
                 print(f"{changes}: {error}")
     print(
-        f"{refused + len(kept)} odd values: {refused} refused at once, {taken} of {len(kept)} train"
+        f"{refused} odd values refused at once; part {part} of the others: {taken} of {len(kept)} "
+        "train, the others are refused by a dry run and a start"
     )

@@ -141,6 +141,8 @@ def test_half_written_folders_are_removed_or_passed_over(whole, stopped):
     (checkpoints / "144").mkdir()
     (checkpoints / "144" / "__0_0.distcp").write_bytes(b"half")
     (folder / ".model.partial").mkdir()
+    # Killed while a file of a half-written folder was written.
+    (folder / ".model.partial" / ".model.safetensors.partial").touch()
     intact, messages = checkpoint.find_newest_intact(folder)
     assert intact == checkpoints / "48"
     assert len(messages) == 1

@@ -167,8 +167,10 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Remove half-written files and folders of a killed process from a run folder."""
-    for path in [*folder.glob(".*.partial"), *folder.glob("*/.*.partial")]:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    # The second pattern is looked up after the first one's folders are gone: they hold such files.
+    for pattern in (".*.partial", "*/.*.partial"):
+        for path in list(folder.glob(pattern)):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
