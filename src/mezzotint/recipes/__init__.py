@@ -44,13 +44,14 @@ def few_steps(teacher: Recipe) -> Recipe:
     """Return the recipe that tunes a trained network of `teacher`'s to sample in 1 to 4 steps.
 
     ECT's (specs/consistency.md): noise levels, RAdam, batch, average, dropout of `-small`; of
-    `-tiny` batch and rate are for CPU minutes, and there is no dropout. Start it with --init-from.
+    `-tiny` batch and rate are for CPU minutes, and there is no dropout: at 1e-3 two steps got worse
+    (docs/few-steps.md). Start it with --init-from.
     """
     batch, images, dropout = 128, 12_800_000, {}
     optim, ema = Optim(name="radam", lr=1e-4, betas=(0.9, 0.999)), ema_from_decay(0.9999, batch)
     if teacher.preset.endswith("-tiny"):
         batch, images = 16, teacher.images // 4
-        optim, ema = replace(optim, lr=1e-3, betas=(0.9, 0.99)), Ema()
+        optim, ema = replace(optim, lr=2e-4, betas=(0.9, 0.99)), Ema()
     elif teacher.preset.endswith("-small") and not teacher.preset.startswith("dimr"):
         dropout = {"dropout": 0.2}
     return replace(
