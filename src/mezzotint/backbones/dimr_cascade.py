@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mezzotint.backbones.dimr_blocks import time_layer_norm
+from mezzotint.backbones.kernels.depthwise import autocast_dtype
 
 
 class Cascade(nn.Module):
@@ -57,9 +58,7 @@ def normed_projection(
         features: count of (b, h, w, d). gain, shift: (b, 1, 1, count d).
         weight: (out, count d). bias: (out,).
     """
-    kind = features[0].device.type
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    low = torch.get_autocast_dtype(kind) if mixed else weight.dtype
+    low = autocast_dtype(features[0].device.type) or weight.dtype
     # The compiler chooses by itself what to keep and what to compute again.
     if torch.compiler.is_compiling():
         mean, rstd = joint_statistics(features)

@@ -80,9 +80,16 @@ def residual_depthwise(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return autocast's dtype where it is on, else x's own."""
-    kind = x.device.type
-    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if mixed else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """Return autocast's dtype where it is on for tensors of a device, else None."""
+    # torch.amp.is_autocast_available would know about meta, but before torch 2.13 the compiler
+    # cannot trace it and breaks the graph of each block.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
