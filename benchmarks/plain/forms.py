@@ -29,7 +29,7 @@ def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, .
 
 
 def plain_projection(
-    features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor
+    features: Any, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, parts: Any
 ) -> Tensor:
     """Everything concatenated."""
     x = torch.cat(list(features), dim=-1)
