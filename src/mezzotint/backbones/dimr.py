@@ -33,6 +33,7 @@ from mezzotint.backbones.dimr_blocks import (
 from mezzotint.backbones.dimr_cascade import Cascade
 from mezzotint.backbones.dimr_config import DiMRConfig
 from mezzotint.backbones.inputs import GRID, depth_to_space, patch_at
+from mezzotint.backbones.kernels.depthwise import compute_dtype
 from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -141,6 +142,8 @@ class Branch(nn.Module):
         _, h, w, _ = x.shape
         if self.classes is not None and label is not None:
             x = torch.cat([F.embedding(label, self.classes)[:, None], x.flatten(1, 2)], dim=1)
+        # One dtype for the whole residual stream: under autocast the long skips return its dtype.
+        x = x.to(compute_dtype(x))
 
         def as_map(x: Tensor) -> Tensor:
             return x[:, 1:].unflatten(1, (h, w)) if self.transformer else x
