@@ -254,4 +254,8 @@ class LongSkip(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x and skip (b, ..., d) -> (b, ..., d)."""
         left, right = self.linear.weight.chunk(2, dim=1)
-        return F.linear(x, left, self.linear.bias) + F.linear(skip, right)
+        out = F.linear(x, left, self.linear.bias)
+        if x.device.type == "cpu":
+            return out + F.linear(skip, right)
+        # The second product adds to the first as it writes.
+        return torch.addmm(out.flatten(0, -2), skip.flatten(0, -2), right.t()).view_as(x)
