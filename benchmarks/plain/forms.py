@@ -61,16 +61,16 @@ def joined_geglu(self: dimr_blocks.GEGLU, x: Tensor, *time: Tensor) -> Tensor:
     return self.down(F.gelu(gate) * value)
 
 
-def padded_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Heads filled up with zeros to a multiple of 8."""
     d = q.shape[-1]
     q, k, v = (F.pad(t, (0, -d % 8)) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, scale=d**-0.5)[..., :d]
+    return F.scaled_dot_product_attention(q, k, v, scale=scale or d**-0.5)[..., :d]
 
 
-def float_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def float_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """In float32, as the published code has it."""
-    return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), scale=scale)
 
 
 def all_terms(self: diffit.DiffiT, c: Tensor) -> tuple[Tensor, Tensor]:

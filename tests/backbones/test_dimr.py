@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mezzotint as mz
 from helpers.plain import plain_module
-from mezzotint.backbones import dimr_cascade, presets
+from mezzotint.backbones import dimr_blocks, dimr_cascade, presets
 from mezzotint.backbones.dimr import DiMR, DiMRConfig
 from mezzotint.backbones.kernels.depthwise import ResidualDepthwise
 from mezzotint.convert.official import registry as officials
@@ -482,3 +482,19 @@ def test_cascade_of_gpus_equals_that_of_cpus(low):
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype
         close(a, b, tolerance)
+
+
+def test_padded_heads_change_nothing(monkeypatch):
+    torch.manual_seed(0)
+    layer = dimr_blocks.Attention(20, 2, "RMSN").double()
+    x = torch.randn(2, 5, 20, dtype=torch.float64, requires_grad=True)
+    assert [layer.padding(kind) for kind in ("cpu", "meta", "cuda")] == [0, 0, 6]
+    out = layer(x)
+    cotangent = torch.randn_like(out)
+    expected = torch.autograd.grad(out, [x, *layer.parameters()], cotangent)
+    monkeypatch.setattr(layer, "padding", lambda device_type: 6)
+    padded = layer(x)
+    close(padded, out, 1e-14)
+    found = torch.autograd.grad(padded, [x, *layer.parameters()], cotangent)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, 1e-13)
