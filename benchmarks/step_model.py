@@ -44,7 +44,7 @@ from fake_cuda import backward, gpu_pretended
 from kernel_counts import CountingMode, Counts, Kernel, kind_of
 from mezzotint.backbones import get_backbone, needs_label
 from mezzotint.backbones.blocks import compile_blocks
-from mezzotint.backbones.kernels.depthwise import ResidualDepthwise
+from mezzotint.backbones.kernels.depthwise import DepthwiseKernel, ResidualDepthwise
 from mezzotint.config import Recipe
 from mezzotint.core.registry import build
 from mezzotint.models import meta_model, preset_info
@@ -76,8 +76,8 @@ ROWS = (
 )
 
 
-def count_step(work: Work, compiled: bool, depthwise: str) -> tuple[Counts, int, int]:
-    """Return the kernels of one step, graph breaks and compiled graphs."""
+def count_step(work: Work, compiled: bool, depthwise: DepthwiseKernel) -> tuple[Counts, int]:
+    """Return the kernels of one step, and graph breaks."""
     recipe = recipe_for(work.preset)
     objective = build(objectives.registry, recipe.objective)
     model = meta_model(preset_info(work.preset))
@@ -99,7 +99,7 @@ def count_step(work: Work, compiled: bool, depthwise: str) -> tuple[Counts, int,
             train(model.train().requires_grad_(), objective, recipe, work, counting)
         else:
             sample(model, work, counting)
-    return counts, sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
+    return counts, sum(counters["graph_break"].values())
 
 
 def random_inputs(model: Model, batch: int) -> tuple[torch.Tensor, torch.Tensor, Cond]:
@@ -148,9 +148,9 @@ def sample(model: Model, work: Work, counting: CountingMode) -> None:
         denoise(z, logsnr, cond)
 
 
-def make_row(work: Work, compiled: bool, depthwise: str) -> Row:
+def make_row(work: Work, compiled: bool, depthwise: DepthwiseKernel) -> Row:
     """Model one row; print its table and its ten largest losses."""
-    counts, breaks, graphs = count_step(work, compiled, depthwise)
+    counts, breaks = count_step(work, compiled, depthwise)
     milliseconds = counts.total("milliseconds")
     calls = 1 if work.step == "train" else CALLS
     row = {
@@ -164,7 +164,6 @@ def make_row(work: Work, compiled: bool, depthwise: str) -> Row:
         "teraflop": round(counts.total("flop") / 1e12, 2),
         "attention": counts.attention,
         "graph_breaks": breaks,
-        "graphs": graphs,
         "torch": torch.__version__,
         "commit": commit(),
     }
