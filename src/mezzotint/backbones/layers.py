@@ -227,8 +227,8 @@ def attention(
     # as fast as the product written out in float32, but 2.2 times slower in bf16. Long rows stay
     # fused for the sake of memory.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512 and mask is None:
-        scale = scale or q.shape[-1] ** -0.5
-        return ((q * scale) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
+        return ((q * factor) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 
