@@ -37,7 +37,7 @@ from kernel_counts import (
 )
 
 aten = torch.ops.aten
-# Operations that Inductor leaves to libraries, beside those of the kinds in `is_library`.
+# Kinds of operations that Inductor leaves to libraries.
 LIBRARY_KINDS = ("attention", "product", "convolution")
 
 
@@ -147,9 +147,9 @@ def reduced(node: fx.Node) -> tuple[int, bool] | None:
 
 
 def source_of(node: fx.Node) -> str:
-    """Return file:line of the library that a node comes from."""
+    """Return file:line of the library that a node comes from, where it is known."""
     found = SOURCE.findall(node.meta.get("stack_trace") or "")
-    return f"{found[-1][0].removeprefix('mezzotint/')}:{found[-1][1]}" if found else ""
+    return f"{found[-1][0].removeprefix('mezzotint/')}:{found[-1][1]}" if found else "a block"
 
 
 def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
@@ -173,7 +173,7 @@ def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
             owner[node], before[node] = node, waits
             rows += _library_rows(node, backward)
             continue
-        group = _choose(node, sources, waits, groups, before, owner)
+        group = _choose(node, sources, waits, groups, before)
         group.members.append(node)
         group.inputs |= dict.fromkeys(sources)
         owner[node] = group_key = id(group)
@@ -207,7 +207,6 @@ def _choose(
     waits: set[Any],
     groups: list[Group],
     before: dict[Any, set[Any]],
-    owner: dict[fx.Node, Any],
 ) -> Group:
     """Return the group that shares most bytes with a node and may take it; else a new one."""
     reads = reduced(node)
