@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import mezzotint.backbones as backbones
-from mezzotint.core.boxed import boxed_folder, boxed_models, refuse_boxed, suggest_boxed
+from mezzotint.core.boxed import boxed_folder, boxed_models, refuse_boxed
 from mezzotint.core.distributed import default_device
 from mezzotint.core.fields import parse, parse_options, shorten
 from mezzotint.core.file_hashes import HASHES, add_hashes, check_hashes
@@ -29,8 +29,8 @@ from mezzotint.core.files import (
     read_json,
     sha256_of_file,
 )
+from mezzotint.core.hub import download_model
 from mezzotint.core.json_values import check_fields, first_line
-from mezzotint.core.paths import explain_path, is_hub_name
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSpec,
@@ -45,6 +45,7 @@ from mezzotint.process.denoiser import Model, Schedule
 
 FORMAT = 1  # of config.json; raised when an older reader would misread a newer file
 CONFIG, WEIGHTS, README = "config.json", "model.safetensors", "README.md"  # a model's folder
+TUNED = "tuned"  # of a run: the folder of `mezzotint tune`, beside model/
 MOST_LEVELS = 64  # values of a list in a backbone's config; their number is that of the halvings
 
 
@@ -60,7 +61,8 @@ class ModelInfo:
     labels: the names of its classes, if known.
     licence: of the weights; None for your own.
     images: number of training images seen.
-    extra: JSON values of others, e.g. `text` says which text encoder it was trained with.
+    extra: JSON values of others: `text` says which text encoder it was trained with, `sampling` how
+        to sample it (`mezzotint.sampling.tuned`), `ema_width` which average the weights are.
     """
 
     backbone: str
@@ -366,7 +368,9 @@ def load_model(folder_or_repo: str | Path) -> Model:
     """
     folder = Path(folder_or_repo)
     if not folder.is_dir():
-        folder = boxed_folder(folder_or_repo) or _download(str(folder_or_repo))
+        folder = boxed_folder(folder_or_repo) or download_model(
+            str(folder_or_repo), (CONFIG, WEIGHTS, README)
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise ValueError(
@@ -412,30 +416,28 @@ def _check_specs(
         )
 
 
-def _download(repo: str) -> Path:
-    """Return the folder of a hub repository's three files, from the cache if they are there."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def save_info(info: ModelInfo, folder: Path) -> None:
+    """Replace the config.json of a saved model; its weights and README.md stay as they are."""
+    weights = [sha256_of_file(folder / WEIGHTS)]
+    atomic_write(folder / CONFIG, _config_text(info, weights))
 
-    if not is_hub_name(repo):
-        raise ValueError(
-            f"{explain_path(repo, 'a model folder')}; give a run folder, a model folder, or the "
-            f"name of a hub repository (owner/name){suggest_boxed(repo)}"
-        )
+
+def find_tuned(run: Path) -> Path | None:
+    """Return the folder that `mezzotint tune` wrote for a run's present weights, or None."""
     try:
-        return Path(snapshot_download(repo, allow_patterns=[CONFIG, WEIGHTS, README]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
-        ) from None
+        present = read_json(run / "model" / CONFIG)[HASHES]["files"][WEIGHTS]
+        tuned = read_json(run / TUNED / CONFIG)["extra"]["sampling"]["source"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return run / TUNED if isinstance(present, list) and tuned in present else None
 
 
-def open_model(source: str | Path) -> Model:
+def open_model(source: str | Path, tuned: bool = False) -> Model:
     """Load a model in eval mode on the default device, of a run its averaged weights.
 
     Args:
         source: run folder, model folder, model in the box or hub repository.
+        tuned: of a run that was tuned, take the tuned average and its sampling settings.
     """
     folder = Path(source)
     if not (folder / "model").exists() and any(
@@ -444,5 +446,6 @@ def open_model(source: str | Path) -> Model:
         raise ValueError(
             f"{folder} is a run without a saved model yet; continue it with the same train command"
         )
-    model = load_model(folder / "model" if (folder / "model").exists() else str(source))
+    saved = folder / "model" if (folder / "model").exists() else str(source)
+    model = load_model((find_tuned(folder) if tuned else None) or saved)
     return model.eval().requires_grad_(False).to(default_device())

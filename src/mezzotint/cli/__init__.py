@@ -12,7 +12,7 @@ import textwrap
 import tyro
 
 from mezzotint import __version__
-from mezzotint.cli import data, evaluation, models, sampling, tools, training, usage
+from mezzotint.cli import data, evaluation, models, sampling, tools, training, tuning, usage
 from mezzotint.core.console import echo, finish_output, protect_output
 from mezzotint.core.fields import suggest
 
@@ -23,6 +23,7 @@ COMMANDS = {
     "edit": sampling.edit,
     "evaluate": evaluation.evaluate,
     "reference": evaluation.reference,
+    "tune": tuning.tune,
     "compare": evaluation.compare,
     "reproduce": evaluation.reproduce,
     "prepare": data.prepare,

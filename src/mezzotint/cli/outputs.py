@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-# What training and nothing else writes into a run folder.
+# What training, and tuning the sampling, write into a run folder.
 RUN_PARTS = (
     ".lock", "checkpoints", "ema", "environment.json", "events.jsonl", "log.jsonl", "model",
-    "model-raw", "recipe.yaml", "samples", "unreadable.txt",
+    "model-raw", "recipe.yaml", "samples", "tune.json", "tune.pieces", "tuned", "unreadable.txt",
 )  # fmt: skip
 
 

@@ -107,6 +107,24 @@ class SamplingOptions:
         )
 
 
+def tell_tuned(job: SamplingJob, source: str) -> None:
+    """Print which tuned settings the samples have, or that those of a run are outdated."""
+    from mezzotint.models import TUNED, find_tuned
+    from mezzotint.sampling.tuned import describe_tuned
+
+    if job.tuned is not None and job.tuned_fields:
+        used = ", ".join(job.tuned_fields)
+        echo(f"tuned settings ({used}): {describe_tuned(job.tuned)}")
+    elif (
+        job.protocol is None
+        and (Path(source) / TUNED).is_dir()
+        and find_tuned(Path(source)) is None
+    ):
+        echo(
+            f"{source}/{TUNED} was tuned for other weights and is not used; run mezzotint tune again"
+        )
+
+
 def sample(
     model: Positional[Annotated[str, MODEL]],
     /,
@@ -131,6 +149,7 @@ def sample(
 
     check_outside_run(out)
     job = sampling.make_job(model, latents)
+    tell_tuned(job, model)
     written = generate_images(job, out, num_images, sampling.seed, overwrite)
     echo(f"{num_images} images, {job.network_calls} network calls each:", written)
 
@@ -233,6 +252,7 @@ def edit(
     """Edit images with a model: from a given image, between seeds, or along the sampler's way."""
     check_outside_run(mode.out)
     job = mode.make_job(mode.model)
+    tell_tuned(job, mode.model)
     written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
     echo(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
 

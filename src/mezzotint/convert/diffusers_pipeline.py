@@ -167,7 +167,7 @@ class MezzotintPipeline(DiffusionPipeline):
             prompt,
             sampler,
             num_inference_steps,
-            guidance_scale,
+            1.0 if guidance_scale is None else guidance_scale,
             size,
         )
         images: Any = samples if output_type == "latent" else self.decode(samples, output_type)

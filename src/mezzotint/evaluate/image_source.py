@@ -107,6 +107,8 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
     seeds = f"{card['first_seed']}...{card['first_seed'] + card['num_images'] - 1}"
     times = card["discretization"]
     discretization = Spec(**times) if isinstance(times, dict) else "of the family"
+    width = card["model"].get("ema_width")
+    average = "the saved average" if width is None else f"the post-hoc average of width {width:g}"
     return {
         "seeds": seeds if num_images == card["num_images"] else f"{num_images} of {seeds}",
         "label_order": card["label_order"],
@@ -115,9 +117,10 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
         "steps": card["steps"],
         "network_calls": card["network_calls_per_image"],
         "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
-        "ema": f"the saved average at {card['model']['training_images']:,} images",
+        "ema": f"{average} at {card['model']['training_images']:,} images",
         "uint8_rule": card["uint8_rule"],
         "preprocessing": "none",
+        "tuned": card.get("tuned") or "none",
     }
 
 

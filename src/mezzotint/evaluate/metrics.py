@@ -176,6 +176,17 @@ class Gaussian:
         return _frechet_from_roots(self.mu, self.root, other.mu, other.root)
 
 
+def distance_of_rows(rows: Array, real: Gaussian) -> float:
+    """Return the Fréchet distance of features (n, d) to `real`; quick for fewer rows than d."""
+    moments = Moments.of(rows)
+    n, d = tuple(rows.shape)
+    if n > d or n < 2:
+        return Gaussian(moments.mean, moments.cov).distance(real)
+    # The covariance is R R^T for R of the centred rows, without an eigendecomposition.
+    root = (to_float64(rows) - moments.mean).T / (n - 1) ** 0.5
+    return _frechet_from_roots(moments.mean, root, real.mu, real.root)
+
+
 class InceptionScore(NamedTuple):
     """Mean and standard deviation of the score over splits; the deviation is NaN for one split."""
 

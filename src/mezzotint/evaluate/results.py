@@ -19,7 +19,7 @@ FORMAT = 1
 
 # Fields in which two comparable evaluations may differ: what is compared, and what has no effect on
 # the expected value. All others must agree.
-FREE_FIELDS = ("source", "seeds", "code_version")
+FREE_FIELDS = ("source", "seeds", "code_version", "tuned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class Protocol:
     guidance: scale and interval. ema: which average of the weights.
     uint8_rule: "round" or "truncate", see `mezzotint.data.transforms.to_uint8`.
     preprocessing: crop and resize applied to the images.
+    tuned: which of these `mezzotint tune` chose, by what distance and reference.
     """
 
     source: str
@@ -49,6 +50,7 @@ class Protocol:
     ema: str | None = None
     uint8_rule: str | None = None
     preprocessing: str | None = None
+    tuned: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,7 @@ from mezzotint.sampling.sample import (
     sample_batches,
 )
 from mezzotint.sampling.settings import SamplingSettings
+from mezzotint.sampling.tuned import TunedSettings, read_tuned
 
 CARD_FORMAT = 1
 
@@ -53,6 +54,7 @@ class SamplingJob:
     codec: "pixels" or the autoencoder that decodes (`mezzotint.data.autoencoder.open_codec`); None
         leaves latents.
     protocol: the published protocol that the settings follow or deviate from.
+    tuned: the model's own settings, if any; tuned_fields: those of them that the job uses.
     """
 
     model: Model
@@ -65,6 +67,8 @@ class SamplingJob:
     uint8_rule: str = "round"
     codec: str | None = "pixels"
     protocol: str | None = None
+    tuned: TunedSettings | None = None
+    tuned_fields: tuple[str, ...] = ()
 
     @functools.cached_property
     def decoder(self) -> autoencoder.Codec | None:
@@ -147,6 +151,7 @@ class SamplingJob:
             "mezzotint_samples": CARD_FORMAT,
             "protocol": self.protocol,
             "deviations": deviations,
+            "tuned": _describe_tuned(self.tuned, self.tuned_fields),
             "model": _describe_model(self.model),
             "guide_model": None if self.guide_model is None else _describe_model(self.guide_model),
             "num_images": num_images,
@@ -183,8 +188,17 @@ def _describe_model(model: Model) -> dict[str, Any]:
         "training_images": info.images,
         "codec": info.codec,
         "schedule": parse.to_plain(info.schedule),
+        "ema_width": info.extra.get("ema_width"),
         "sha256": sha256_of_module(model.backbone),
     }
+
+
+def _describe_tuned(tuned: TunedSettings | None, fields: Sequence[str]) -> str | None:
+    """Return what is as `mezzotint tune` chose it, and by what; None for nothing."""
+    if tuned is None or not fields:
+        return None
+    by = tuned.measured
+    return f"{', '.join(fields)} by {by.metric} against {by.reference_hash[:16]}"
 
 
 def _describe_classes(classes: Sequence[int]) -> str | list[int] | None:
@@ -228,8 +242,9 @@ def make_job(
 
     Args:
         source: run folder, model folder or hub name.
-        changes: fields of `SamplingSettings` that replace the protocol's, or the defaults.
-        protocol: of `protocols.PROTOCOLS`.
+        changes: fields of `SamplingSettings` that replace the protocol's, or the model's tuned
+            settings (`mezzotint tune`), or the defaults.
+        protocol: of `protocols.PROTOCOLS`; nothing that was tuned is used then.
         labels: class names or numbers to choose from; all by default.
         label_order: of `protocols.LABEL_ORDERS`; by default the protocol's, or "turn".
         guide_model: run folder, model folder or hub name of a weaker model (autoguidance).
@@ -238,13 +253,17 @@ def make_job(
         prompts: for a model with text conditioning, taken in turn.
         encoder: folder of the text encoder, if it is not where the model's info says.
 
-    Errors: ValueError for unknown names, labels of an unconditional model, and prompts of a model
-        without text conditioning.
+    Errors: ValueError for unknown names, labels of an unconditional model, prompts of a model
+        without text conditioning, and tuned settings that are damaged.
     """
-    model = open_model(source)
+    model = open_model(source, tuned=protocol is None)
     published = None if protocol is None else protocols.get_protocol(protocol)
     settings = SamplingSettings() if published is None else published.settings
-    settings = dataclasses.replace(settings, **(changes or {}))
+    reads_text = "text" in model.info.extra
+    tuned = None if protocol else read_tuned(model.info)
+    own = tuned.fields(not guide_model and (bool(prompts) or not reads_text)) if tuned else {}
+    own = {name: value for name, value in own.items() if name not in (changes or {})}
+    settings = dataclasses.replace(settings, **own, **(changes or {}))
     own = model.info.codec
     if codec is None:
         # Stable Diffusion's autoencoders share one latent space, so a model of one may be decoded
@@ -270,11 +289,13 @@ def make_job(
         protocol=protocol,
         prompts=tuple(prompts),
         encoder=encoder,
+        tuned=tuned,
+        tuned_fields=tuple(own) if tuned is None or tuned.width is None else (*own, "EMA width"),
     )
     protocols.choose_labels(job.label_order, (), job.classes)  # raises for an unknown order
     if prompts:
         text_encoder_for(model, encoder)
-    elif "text" in model.info.extra and settings.guidance is not None:
+    elif reads_text and settings.guidance is not None:
         raise ValueError(
             "guidance of a model with text conditioning needs prompts; give --text or --prompts"
         )

@@ -33,6 +33,7 @@ from mezzotint.sampling.conditioning import (
 )
 from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, Recorder, record
 from mezzotint.sampling.settings import CLIPS, DTYPES, Guidance, SamplingSettings
+from mezzotint.sampling.tuned import read_tuned
 
 TILE_SIZE = 4  # images; a larger tile is a little faster for many images and slower for one
 
@@ -42,8 +43,8 @@ def sample(
     seeds: Seeds,
     label: Labels | None = None,
     text: str | Sequence[str] | Tensor | None = None,
-    sampler: str = "ddim",
-    steps: int = 50,
+    sampler: str | None = None,
+    steps: int | None = None,
     guidance: float | None = None,
     size: SupportsIndex | tuple[SupportsIndex, SupportsIndex] | None = None,
 ) -> Image:
@@ -57,7 +58,9 @@ def sample(
         text: for models with text conditioning: one prompt for all images, one per image, or token
             embeddings (b, t, d).
         sampler, steps: see `mezzotint.process.samplers`.
-        guidance: classifier-free scale as DiT counts it; None or 1 is no guidance.
+        guidance: classifier-free scale as DiT counts it; 1 is no guidance.
+            Of sampler, steps and guidance, None takes the model's tuned setting (`mezzotint tune`),
+            or else ddim, 50 steps and no guidance. Images without label and text are not guided.
         size: height and width of the network's input; one number for a square.
 
     Returns:
@@ -72,12 +75,15 @@ def sample(
         raise ValueError(
             f"{model!r} is not a model; open one first: sample(load_model(folder_or_hub_name), ...)"
         )
-    settings = SamplingSettings(
-        sampler=Spec(sampler),
-        steps=steps,
-        guidance=None if guidance is None else Guidance(scale=guidance),
-        size=None if size is None else _height_and_width(size),
-    )
+    given = {
+        "sampler": None if sampler is None else Spec(sampler),
+        "steps": steps,
+        "guidance": None if guidance is None else Guidance(scale=guidance),
+        "size": None if size is None else _height_and_width(size),
+    }
+    tuned = read_tuned(model.info)
+    own = {} if tuned is None else tuned.fields(guided=label is not None or text is not None)
+    settings = SamplingSettings(**own | {k: v for k, v in given.items() if v is not None})
     listed = list_seeds(seeds)
     cond = replace(
         text_condition(model, text, len(listed)), label=label_condition(model, label, len(listed))

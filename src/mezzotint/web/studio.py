@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mezzotint.core.registry import suggest
-from mezzotint.models import WEIGHTS, open_model
+from mezzotint.models import CONFIG, TUNED, WEIGHTS, open_model
 from mezzotint.process.denoiser import Model
 
 
@@ -43,12 +43,13 @@ class ReloadingModel:
     def __init__(self, source: str | Path):
         self.source = source
         self.modified = self._modified()
-        self.model = open_model(source)
+        self.model = open_model(source, tuned=True)
 
-    def _modified(self) -> float:
+    def _modified(self) -> list[float]:
         folder = Path(self.source)
-        paths = [p for p in (folder / "model" / WEIGHTS, folder / WEIGHTS) if p.is_file()]
-        return paths[0].stat().st_mtime if paths else 0.0
+        folders = (folder / "model", folder / TUNED, folder)
+        paths = [f / name for f in folders for name in (WEIGHTS, CONFIG)]
+        return [path.stat().st_mtime for path in paths if path.is_file()]
 
     def latest(self) -> Model:
         """Return the model with its newest weights."""
@@ -56,7 +57,7 @@ class ReloadingModel:
         if modified != self.modified:
             # A training run may be replacing it right now; then the next request reads it.
             with suppress(ValueError, OSError):
-                self.model, self.modified = open_model(self.source), modified
+                self.model, self.modified = open_model(self.source, tuned=True), modified
         return self.model
 
 
