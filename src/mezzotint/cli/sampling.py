@@ -113,16 +113,11 @@ def tell_tuned(job: SamplingJob, source: str) -> None:
     from mezzotint.sampling.tuned import describe_tuned
 
     if job.tuned is not None and job.tuned_fields:
-        used = ", ".join(job.tuned_fields)
-        echo(f"tuned settings ({used}): {describe_tuned(job.tuned)}")
-    elif (
-        job.protocol is None
-        and (Path(source) / TUNED).is_dir()
-        and find_tuned(Path(source)) is None
-    ):
-        echo(
-            f"{source}/{TUNED} was tuned for other weights and is not used; run mezzotint tune again"
-        )
+        echo(f"tuned settings: {describe_tuned(job.tuned, job.tuned_fields)}")
+        return
+    folder = Path(source)
+    if job.protocol is None and (folder / TUNED).is_dir() and find_tuned(folder) is None:
+        echo(f"{folder / TUNED} is of earlier weights and not used; run mezzotint tune again")
 
 
 def sample(

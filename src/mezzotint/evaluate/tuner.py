@@ -156,12 +156,14 @@ class Tuner:
     def job_of(self, candidate: Candidate, images: int) -> SamplingJob:
         """Return a candidate's sampling job.
 
-        Labels are in turn, or random for fewer images than classes, which would leave out the last.
+        Labels are in turn. They are random for fewer images than classes, which would leave out
+        the last, and for kid: an unbiased estimate needs independent images.
         """
         model = self.job.model
         if candidate.width is not None:
             model = _averaged_model(self.folder, candidate.width, self.ema_images)
-        order = "turn" if images >= len(self.job.classes) else "random"
+        in_turn = self.metric == "fd" and images >= len(self.job.classes)
+        order = "turn" if in_turn else "random"
         settings = self.settings_of(candidate)
         return dataclasses.replace(self.job, model=model, settings=settings, label_order=order)
 

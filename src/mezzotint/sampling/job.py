@@ -35,7 +35,7 @@ from mezzotint.sampling.sample import (
     sample_batches,
 )
 from mezzotint.sampling.settings import SamplingSettings
-from mezzotint.sampling.tuned import TunedSettings, read_tuned
+from mezzotint.sampling.tuned import WIDTH, TunedSettings, read_tuned
 
 CARD_FORMAT = 1
 
@@ -290,7 +290,7 @@ def make_job(
         prompts=tuple(prompts),
         encoder=encoder,
         tuned=tuned,
-        tuned_fields=tuple(own) if tuned is None or tuned.width is None else (*own, "EMA width"),
+        tuned_fields=tuple(own) if tuned is None or tuned.width is None else (*own, WIDTH),
     )
     protocols.choose_labels(job.label_order, (), job.classes)  # raises for an unknown order
     if prompts:

@@ -6,6 +6,7 @@ They are the key `sampling` of `ModelInfo.extra`. A model of a stranger may say 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -19,10 +20,11 @@ from mezzotint.sampling.parse import to_plain
 from mezzotint.sampling.settings import Guidance
 
 KEY = "sampling"  # of `ModelInfo.extra`
+WIDTH = "EMA width"
+FIELDS = ("sampler", "steps", "guidance", WIDTH)
 NO_OPTIONS = ("denoise", "z", "grid", "cond", "noise")  # arguments of every sampler
-OPEN_END = (
-    20.0  # log-SNR of an interval's end that leaves no step out; the studio's sliders end there
-)
+# Log-SNR of an interval's end that leaves no step out; the studio's sliders end there.
+OPEN_END = 20.0
 
 Distance = Annotated[float, Range(-1e30, 1e30)]
 Count = Annotated[int, Range(0, 2**62)]
@@ -125,11 +127,15 @@ def describe_guidance(guidance: Guidance | None) -> str:
     return f"{text} for log-SNR {guidance.low:g}...{guidance.high:g}"
 
 
-def describe_tuned(tuned: TunedSettings) -> str:
-    """Return the settings in one line."""
-    width = "" if tuned.width is None else f", EMA width {tuned.width:g}"
-    guidance = describe_guidance(tuned.guidance)
-    return f"{tuned.sampler.name}, {tuned.steps} steps, {guidance}{width}"
+def describe_tuned(tuned: TunedSettings, fields: Collection[str] = FIELDS) -> str:
+    """Return the settings in one line, those of `fields` only."""
+    words = {
+        "sampler": tuned.sampler.name,
+        "steps": f"{tuned.steps} steps",
+        "guidance": describe_guidance(tuned.guidance),
+        WIDTH: None if tuned.width is None else f"{WIDTH} {tuned.width:g}",
+    }
+    return ", ".join(word for name, word in words.items() if name in fields and word)
 
 
 def describe_measured(measured: Measured) -> str:
