@@ -318,6 +318,7 @@ def readme(
     stated = licence or info.licence or "not stated; ask the authors"
     count = sum(p.numel() for p in model.backbone.parameters())
     classes = f", {info.config.num_classes} classes" if info.config.num_classes else ""
+    steps = "" if "sampling" in info.extra else ", steps=50"
     what, unit = ("images", "  # in [-1, 1]") if info.codec == "pixels" else ("latents", "")
     lines = [
         f"---\n{header.rstrip()}\n---",
@@ -333,7 +334,7 @@ def readme(
         "import mezzotint as mz",
         "",
         f"model = mz.load_model({json.dumps(escape_name(source), ensure_ascii=False)})",
-        f"{what} = mz.sample(model, seeds=range(4), steps=50){unit}",
+        f"{what} = mz.sample(model, seeds=range(4){steps}){unit}",
         "```",
         "",
         *sections,
@@ -388,8 +389,7 @@ def load_model(folder_or_repo: str | Path) -> Model:
     return model_from_state_dict(info, {name: weights.read(name) for name in expected})
 
 
-def _config_text(info: ModelInfo, weights: list[str]) -> str:
-    """Return config.json; `weights` are the SHA-256 of the weights that it accepts."""
+def _config_text(info: ModelInfo, weights: list[str]) -> str:  # SHA-256 that it accepts
     return json.dumps(add_hashes(info.to_json(), {WEIGHTS: weights}), indent=2) + "\n"
 
 

@@ -49,7 +49,7 @@ def test_the_log_has_the_bound_of_the_averaged_weights(measured_run):
     assert sorted(p.name for p in path.parent.iterdir()) == [
         "16-bits-per-dim.json", "32-bits-per-dim.json",
     ]  # fmt: skip
-    assert path in _find_evaluations(measured_run, 32)
+    assert path in _find_evaluations(measured_run, load_model(measured_run / "model").info)
     # What a later start would use again, and what it would not.
     assert is_of(expected, model, images, ASKED)
     assert not is_of(expected, model, images, dataclasses.replace(ASKED, num_images=8))

@@ -21,6 +21,7 @@ import mezzotint.backbones as backbones
 import mezzotint.models as models
 from mezzotint.backbones.diffit import sincos_positions
 from mezzotint.process.denoiser import Model
+from mezzotint.sampling.tuned import KEY
 
 Shape = tuple[int, ...]
 
@@ -78,7 +79,8 @@ def adapt(
         state, carried = _carry_over(state, info.backbone, config, field, (old, value))
         changes |= {c.name: _merge_changes(changes.get(c.name), c) for c in carried}
         labels = None if field == "num_classes" else info.labels
-        info = replace(info, config=config, labels=labels, preset=None, images=0)
+        extra = {k: v for k, v in info.extra.items() if k != KEY}  # tuned for the old network
+        info = replace(info, config=config, labels=labels, preset=None, images=0, extra=extra)
     return models.model_from_state_dict(info, state), list(changes.values())
 
 

@@ -28,9 +28,10 @@ from mezzotint.core.text import (
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.transforms import to_uint8
 from mezzotint.evaluate.results import Evaluation, Number, load_evaluation
-from mezzotint.models import CONFIG, README, WEIGHTS, open_model, readme
+from mezzotint.models import CONFIG, README, WEIGHTS, ModelInfo, find_tuned, open_model, readme
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling.sample import sample
+from mezzotint.sampling.tuned import FIELDS, WIDTH, describe_tuned, read_tuned, tuned_section
 from mezzotint.train import log
 from mezzotint.train.report import public_recipe
 from mezzotint.train.run_folder import run_lock
@@ -65,6 +66,8 @@ def write_card(
 ) -> Path:
     """Write README.md and samples.png into a run's model folder, or into a model folder.
 
+    Of a run that was tuned (`mezzotint tune`) this is RUN/tuned, else RUN/model.
+
     Args:
         source: run folder, or folder of `save_model`.
         evaluations: files of `mezzotint evaluate`; those in the run folder are found by themselves.
@@ -95,13 +98,16 @@ def _write_card(
     licence: str | None,
     fresh: bool,
 ) -> Path:
-    model = open_model(folder)
-    target = folder / "model" if run else folder
-    paths = (*_find_evaluations(run, model.info.images), *evaluations)
+    model = open_model(folder, tuned=True)
+    tuned = find_tuned(folder)
+    target = tuned or (folder / "model" if run else folder)
+    paths = (*_find_evaluations(run, model.info), *evaluations)
     numbers = [load_evaluation(path) for path in paths]
     recipe = config.from_yaml(run / "recipe.yaml") if run else None
     records = log.read(run / "log.jsonl") if run and (run / "log.jsonl").exists() else []
-    grids = sorted(p for p in (run / "samples").glob("*.png") if p.is_file()) if run else []
+    of_training = run if tuned is None else None  # its grids know nothing of tuned settings
+    grids = sorted((of_training / "samples").glob("*.png")) if of_training else []
+    grids = [path for path in grids if path.is_file()]
     check_replaceable(target / GRID, lambda path: _is_grid(path, grids), "a grid of a card")
     if grids and not fresh:
         atomic_write(target / GRID, grids[-1].read_bytes())
@@ -128,24 +134,31 @@ def _is_grid(path: Path, grids: Sequence[Path]) -> bool:
     return shown or any(grid.read_bytes() == content for grid in grids)
 
 
-def _find_evaluations(run: Path | None, images: int) -> list[Path]:
-    """Return the run folder's evaluation files, and those made during training at `images`."""
+def _find_evaluations(run: Path | None, info: ModelInfo) -> list[Path]:
+    """Return the run folder's evaluation files, and those that training made of these weights."""
     if run is None:
         return []
-    at_the_end = [run / "evaluations" / f"{images}{kind}.json" for kind in ("", "-bits-per-dim")]
+    kinds = () if "ema_width" in info.extra else ("", "-bits-per-dim")
+    at_the_end = [run / "evaluations" / f"{info.images}{kind}.json" for kind in kinds]
     files = [*sorted(run.glob("*.json")), *(path for path in at_the_end if path.exists())]
     return [p for p in files if p.is_file() and b'"mezzotint_evaluation"' in p.read_bytes()]
 
 
-def save_sample_grid(model: Model, path: Path, count: int = 16, steps: int = 50) -> str:
-    """Sample seeds 0, 1, ... with classes in turn into a PNG, and return a caption."""
+def save_sample_grid(model: Model, path: Path, count: int = 16) -> str:
+    """Sample seeds 0, 1, ... with classes in turn into a PNG, and return a caption.
+
+    The settings are the model's own, or DDIM with 50 steps.
+    """
     classes = model.info.config.num_classes
     labels = [i % classes for i in range(count)] if classes else None
-    samples = sample(model, range(count), labels, steps=steps)
+    samples = sample(model, range(count), labels)
     decoder = open_codec(model.info.codec, samples.device)
     save_png(make_grid(to_uint8(decoder.decode(samples)).cpu()), path)
     in_turn = ", classes in turn" if classes else ""
-    return f"Seeds 0 to {count - 1}{in_turn}; DDIM, {steps} steps, no guidance."
+    tuned, how = read_tuned(model.info), "DDIM, 50 steps, no guidance"
+    if tuned is not None:
+        how = describe_tuned(tuned, FIELDS if labels else (*tuned.fields(guided=False), WIDTH))
+    return f"Seeds 0 to {count - 1}{in_turn}; {how}."
 
 
 def card_text(
@@ -170,7 +183,11 @@ def card_text(
         licence=licence,
         header=_hub_metadata(model, name, recipe, evaluations, licence),
         introduction=[f"![samples]({GRID})", "", caption, ""],
-        sections=[*_training_section(recipe, records), *_evaluation_section(evaluations)],
+        sections=[
+            *tuned_section(model.info),
+            *_training_section(recipe, records),
+            *_evaluation_section(evaluations),
+        ],
     )
 
 

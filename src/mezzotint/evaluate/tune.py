@@ -18,6 +18,7 @@ from torch import Tensor
 from mezzotint.core.distributed import World, all_ranks, get_world_size, on_rank0
 from mezzotint.core.files import atomic_write, sha256_of_file
 from mezzotint.core.progress import ProgressBar
+from mezzotint.core.text import last_component
 from mezzotint.evaluate.bootstrap import bootstrap
 from mezzotint.evaluate.features import FeatureSet
 from mezzotint.evaluate.references import Reference
@@ -187,7 +188,7 @@ def write_winner(tuner: Tuner, winner: Trial, record: TuneRecord) -> Path:
             images=winner.images,
             first_seed=winner.first_seed,
             calls=record.calls,
-            reference=tuner.reference.name,
+            reference=last_component(tuner.reference.name),
             reference_hash=tuner.reference.hash,
         ),
         source=sha256_of_file(tuner.model_folder / WEIGHTS) if tuner.is_run else None,

@@ -261,9 +261,10 @@ def make_job(
     settings = SamplingSettings() if published is None else published.settings
     reads_text = "text" in model.info.extra
     tuned = None if protocol else read_tuned(model.info)
-    own = tuned.fields(not guide_model and (bool(prompts) or not reads_text)) if tuned else {}
-    own = {name: value for name, value in own.items() if name not in (changes or {})}
-    settings = dataclasses.replace(settings, **own, **(changes or {}))
+    guided = guide_model is None and (bool(prompts) or not reads_text)
+    free = {} if tuned is None else tuned.fields(guided)
+    free = {name: value for name, value in free.items() if name not in (changes or {})}
+    settings = dataclasses.replace(settings, **free, **(changes or {}))
     own = model.info.codec
     if codec is None:
         # Stable Diffusion's autoencoders share one latent space, so a model of one may be decoded
@@ -290,7 +291,7 @@ def make_job(
         prompts=tuple(prompts),
         encoder=encoder,
         tuned=tuned,
-        tuned_fields=tuple(own) if tuned is None or tuned.width is None else (*own, WIDTH),
+        tuned_fields=tuple(free) if tuned is None or tuned.width is None else (*free, WIDTH),
     )
     protocols.choose_labels(job.label_order, (), job.classes)  # raises for an unknown order
     if prompts:

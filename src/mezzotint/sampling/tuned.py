@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar
 
 from mezzotint.core.fields import MOST_SEED, Checked, Range, parse, parse_options, shorten
 from mezzotint.core.registry import Spec, check_options
-from mezzotint.core.text import escape_markdown, hide_folders
+from mezzotint.core.text import escape_markdown, last_component
 from mezzotint.models import ModelInfo
 from mezzotint.process import samplers
 from mezzotint.process.guidance import interval
@@ -52,6 +52,11 @@ class Measured(Checked):
     calls: Count
     reference: str
     reference_hash: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        if (self.low is None) != (self.high is None):
+            raise ValueError("measured.low and measured.high are an interval; give both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +156,7 @@ def tuned_section(info: ModelInfo) -> list[str]:
     if tuned is None:
         return []
     m = tuned.measured
-    reference = hide_folders(m.reference)
+    reference = last_component(m.reference)
     return [
         "## Sampling",
         "",

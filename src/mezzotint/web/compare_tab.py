@@ -8,14 +8,16 @@ from typing import Any
 from mezzotint.web import handlers, html
 from mezzotint.web.generate_tab import (
     cancel_on_click,
+    follow_tuned,
     gallery,
+    guidance_fields,
     keep_if_none,
     model_fields,
     network_event,
     sampler_fields,
     use_seed_on_click,
 )
-from mezzotint.web.request import Request
+from mezzotint.web.request import Request, form_defaults
 from mezzotint.web.studio import Studio
 
 PLACEHOLDER = "Press Compare to see the same seeds from both sides."
@@ -31,13 +33,17 @@ def compare_tab(studio: Studio) -> None:
         for i, name in enumerate("AB"):
             with gr.Column(min_width=280):
                 fields = model_fields(studio, names, i, f"Model {name}")
-                fields |= sampler_fields(studio)
+                start = form_defaults(studio, names[min(i, len(names) - 1)] if names else None)
+                fields |= sampler_fields(studio, start)
                 if i == 1 and len(names) < 2:
                     fields["steps"].value = 8  # one model: compare few steps with many
+                with gr.Accordion("Guidance curve", open=False):
+                    fields |= guidance_fields(start)
+                follow_tuned(studio, fields)
                 sides.append(fields)
     seeds = gr.Textbox("0-3", label="Seeds of both", info="3, or 0-7, or 1, 5, 9")
     with gr.Row():
-        start = gr.Button("Compare", variant="primary", elem_id="compare", min_width=140, scale=2)
+        press = gr.Button("Compare", variant="primary", elem_id="compare", min_width=140, scale=2)
         stop = gr.Button("Stop", min_width=90)
     status = gr.HTML(html.note(""), apply_default_css=False, elem_id="compare-status")
     images = gallery(html.empty(PLACEHOLDER), elem_id="pairs")
@@ -50,6 +56,6 @@ def compare_tab(studio: Studio) -> None:
         yield from keep_if_none(handlers.report_errors(handlers.comparison(studio, left, right)))
 
     inputs = {seeds, *(component for fields in sides for component in fields.values())}
-    event = start.click(run, inputs, [images, status], **network_event())
+    event = press.click(run, inputs, [images, status], **network_event())
     use_seed_on_click([images], seeds)
     cancel_on_click(stop, [event], status)

@@ -11,8 +11,17 @@ from mezzotint.core.svg_plot import Line, svg_plot
 from mezzotint.models import get_schedule
 from mezzotint.process import samplers
 from mezzotint.sampling.sample import guidance_scale, make_logsnr_steps
+from mezzotint.sampling.tuned import OPEN_END
 from mezzotint.web import handlers, html
-from mezzotint.web.request import ALL_CLASSES, CURVES, NO_CLASS, Request, make_job
+from mezzotint.web.request import (
+    ALL_CLASSES,
+    CURVES,
+    NO_CLASS,
+    Request,
+    find_tuned_settings,
+    form_defaults,
+    make_job,
+)
 from mezzotint.web.studio import Studio
 
 # A press on an image selects its seed; a press on PNG saves the image from the page.
@@ -92,33 +101,52 @@ def model_fields(
     return {"model": model, "label": label, "prompts": prompts}
 
 
-def sampler_fields(studio: Studio) -> dict[str, Any]:
-    """Return the fields of sampler, steps and guidance."""
+def sampler_fields(studio: Studio, start: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of sampler, steps and guidance; `start` is of `form_defaults`."""
     import gradio as gr
 
-    sampler = gr.Dropdown(list(samplers.registry), value="ddim", label="Sampler", interactive=True)
-    steps = gr.Slider(1, studio.limits.steps, value=30, step=1, label="Steps")
+    names = list(samplers.registry)
+    sampler = gr.Dropdown(names, value=start["sampler"], label="Sampler", interactive=True)
+    steps = gr.Slider(1, studio.limits.steps, value=start["steps"], step=1, label="Steps")
     guidance = gr.Slider(
-        0, 10, value=1, step=0.1, label="Guidance", info="scale as DiT counts it; 1 is none"
-    )
+        0, 10, value=start["guidance"], step=0.05, label="Guidance",
+        info="scale as DiT counts it; 1 is none",
+    )  # fmt: skip
     return {"sampler": sampler, "steps": steps, "guidance": guidance}
 
 
-def guidance_fields() -> dict[str, Any]:
-    """Return the fields of how guidance varies with log-SNR."""
+def guidance_fields(start: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of how guidance varies with log-SNR; `start` is of `form_defaults`."""
     import gradio as gr
 
     fields: dict[str, Any] = {}
     with gr.Row():
         fields["curve"] = gr.Radio(
-            list(CURVES), value="constant", label="Guidance curve", min_width=180
+            list(CURVES), value=start["curve"], label="Guidance curve", min_width=180
         )
-        fields["power"] = gr.Number(4, label="Power", minimum=0.01, maximum=20, min_width=90)
-    fields["limited"] = gr.Checkbox(False, label="only within an interval of log-SNR")
+        fields["power"] = gr.Number(
+            start["power"], label="Power", minimum=0.01, maximum=20, min_width=90
+        )
+    fields["limited"] = gr.Checkbox(start["limited"], label="only within an interval of log-SNR")
     with gr.Row():
-        fields["low"] = gr.Slider(-20, 20, value=-3, step=0.5, label="from (noisy)", min_width=140)
-        fields["high"] = gr.Slider(-20, 20, value=5, step=0.5, label="to (clean)", min_width=140)
+        for name, label in (("low", "from (noisy)"), ("high", "to (clean)")):
+            fields[name] = gr.Slider(
+                -OPEN_END, OPEN_END, value=start[name], step=0.1, label=label, min_width=140
+            )
     return fields
+
+
+def follow_tuned(studio: Studio, fields: dict[str, Any]) -> None:
+    """Where a model was tuned, set the sampling fields to the settings of the model chosen."""
+    if not any(find_tuned_settings(studio, name) for name in studio.models):
+        return
+    names = list(form_defaults(studio, None))
+
+    def show(name: Any) -> list[Any]:
+        start = form_defaults(studio, name)
+        return [start[field] for field in names]
+
+    fields["model"].change(show, fields["model"], [fields[name] for name in names], **QUIET)
 
 
 def plot_guidance(studio: Studio, request: Request) -> str:
@@ -149,15 +177,16 @@ def generate_tab(studio: Studio) -> None:
             fields["seeds"] = gr.Textbox(
                 "0-7", label="Seeds", info="3, or 0-7, or 1, 5, 9", elem_id="seeds"
             )
-            fields |= sampler_fields(studio)
+            start = form_defaults(studio, next(iter(studio.models), None))
+            fields |= sampler_fields(studio, start)
             with gr.Row():
-                start = gr.Button(
+                press = gr.Button(
                     "Generate", variant="primary", elem_id="generate", min_width=140, scale=2
                 )
                 stop = gr.Button("Stop", elem_id="stop", min_width=90)
             with gr.Accordion("Guidance curve and size", open=False):
-                fields |= guidance_fields()
-                default = Request(model=next(iter(studio.models), ""), steps=30)
+                fields |= guidance_fields(start)
+                default = Request(model=next(iter(studio.models), ""), **start)
                 plot = gr.HTML(
                     plot_guidance(studio, default), apply_default_css=False, elem_id="curve"
                 )
@@ -176,9 +205,10 @@ def generate_tab(studio: Studio) -> None:
     def run(values: dict[Any, Any]) -> Iterator[tuple[Any, ...]]:
         yield from generate_with_history(studio, read_form(fields, values), values[history])
 
+    follow_tuned(studio, fields)
     outputs = [images, status, earlier, history]
     events: list[Any] = [
-        start.click(run, {*fields.values(), history}, outputs, **network_event("generate"))
+        press.click(run, {*fields.values(), history}, outputs, **network_event("generate"))
     ]
     events += add_strips(studio, fields, status)
     cancel_on_click(stop, events, status)

@@ -18,6 +18,7 @@ from mezzotint.sampling.conditioning import label_condition, label_indices
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.parse import parse_size
 from mezzotint.sampling.settings import Guidance, SamplingSettings
+from mezzotint.sampling.tuned import TunedSettings, read_tuned
 from mezzotint.web.studio import Limits, Studio
 
 ALL_CLASSES, NO_CLASS = "every class in turn", "no class"
@@ -187,6 +188,31 @@ def parse_input_size(model: Model, text: Any, limits: Limits) -> tuple[int, int]
     return size
 
 
+def form_defaults(studio: Studio, name: object) -> dict[str, Any]:
+    """Return the sampling fields of a form as they begin: the model's tuned settings, or ours."""
+    fields = {"sampler": "ddim", "steps": 30, "guidance": 1.0, "curve": CURVES[0], "power": 4.0}
+    fields |= {"limited": False, "low": -3.0, "high": 5.0}
+    tuned = find_tuned_settings(studio, name)
+    if tuned is None:
+        return fields
+    fields |= {"sampler": tuned.sampler.name, "steps": min(tuned.steps, studio.limits.steps)}
+    if (g := tuned.guidance) is not None:
+        fields |= {"guidance": g.peak}
+        fields |= {} if g.power is None else {"curve": CURVES[1], "power": g.power}
+        fields |= {} if g.low is None else {"limited": True, "low": g.low, "high": g.high}
+    return fields
+
+
+def find_tuned_settings(studio: Studio, name: object) -> TunedSettings | None:
+    """Return the tuned settings of a model by name; None without, and for damaged ones."""
+    if not isinstance(name, str) or name not in studio.models:
+        return None
+    try:
+        return read_tuned(studio.model(name).info)
+    except ValueError:
+        return None
+
+
 def make_job(studio: Studio, request: Request, decode: bool = True) -> SamplingJob:
     """Return the job that a request describes.
 
@@ -200,8 +226,12 @@ def make_job(studio: Studio, request: Request, decode: bool = True) -> SamplingJ
     pixels = model.info.codec == "pixels"
     if decode and not pixels:
         check_cached("autoencoder", model.info.codec, find_autoencoder)
+    sampler = Spec(parse_text("sampler", request.sampler, 40))
+    tuned = find_tuned_settings(studio, request.model)
+    if tuned is not None and tuned.sampler.name == sampler.name:
+        sampler = tuned.sampler  # with its options, for which the form has no fields
     settings = SamplingSettings(
-        sampler=Spec(parse_text("sampler", request.sampler, 40)),
+        sampler=sampler,
         steps=parse_integer("steps", request.steps, 1, studio.limits.steps),
         guidance=parse_guidance_fields(request),
         size=parse_input_size(model, request.size, studio.limits),
