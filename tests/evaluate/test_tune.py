@@ -25,7 +25,7 @@ from mezzotint.evaluate.metrics import Gaussian, Moments, distance_of_rows
 from mezzotint.evaluate.references import read_reference
 from mezzotint.evaluate.search import Candidate, Space, compass_search
 from mezzotint.evaluate.tune import tune
-from mezzotint.evaluate.tune_record import TuneRecord
+from mezzotint.evaluate.tune_record import Trial, TuneRecord
 from mezzotint.evaluate.tuner import TuneSettings
 from mezzotint.models import find_tuned, load_model, open_model
 from mezzotint.sampling.job import make_job
@@ -192,7 +192,7 @@ def test_the_winner_becomes_the_models_default(tuned, plain):
     settings, winner = read_tuned(model.info), record.winner
     assert settings is not None
     assert (settings.guidance, settings.steps) == (winner.guidance, 2)
-    assert settings.measured.value == min(t.value for t in record.comparison)
+    assert settings.measured.value == winner.value <= record.comparison[0].value
     assert settings.measured.default == record.comparison[0].value
     assert settings.measured.reference == "digits.npz"
     job = make_job(folder)
@@ -210,6 +210,25 @@ def test_it_is_a_function_of_its_arguments(tuned, plain, reference, tmp_path):
 
 class Killed(BaseException):
     """A process that ends."""
+
+
+@pytest.mark.parametrize(
+    ("values", "highs", "wins"),
+    [
+        ((5, 3, 4), (None, -1, -0.5), 1),
+        ((5, 3, 4), (None, 0.5, -0.5), 2),
+        ((5, 3, 4), (None, 0.5, 0), 0),
+        ((5, 6, 7), (None, 2, 3), 0),
+        ((5, 4, 3), (None, None, None), 2),
+    ],
+)
+def test_luck_does_not_win(values, highs, wins, tmp_path):
+    trials = [
+        Trial(candidate=Candidate(), images=9, first_seed=0, calls=1, value=v, low=-9, high=h)
+        for v, h in zip(values, highs, strict=True)
+    ]
+    record = TuneRecord(path=tmp_path, arguments={}, comparison=trials)
+    assert record.winner is trials[wins]
 
 
 @pytest.mark.parametrize("at", [1, 4])

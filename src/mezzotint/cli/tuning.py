@@ -79,10 +79,11 @@ def tune(
     print_record(record)
     winner = record.winner
     echo(f"chosen: {winner.describe()}")
-    if winner is record.comparison[0]:
-        echo("nothing beat the default on fresh seeds")
-    elif winner.high is not None and winner.high >= 0:
-        echo("the interval reaches 0: it may be luck; more --calls tell")
+    default, *others = record.comparison
+    if winner is default and any(t.value < default.value for t in others):
+        echo("the default stays: smaller distances have intervals that reach 0; give more --calls")
+    elif winner is default:
+        echo("the default stays: nothing was better on fresh seeds")
     echo(f"saved: {folder}; used where no option is given")
     echo(f"next: mezzotint sample {model} -n 16 --out samples.png")
 

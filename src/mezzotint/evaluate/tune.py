@@ -47,7 +47,8 @@ def tune(
     Every candidate of the search is measured on the same seeds and labels. Its images are as many
     as two thirds of the calls allow for 8 candidates an axis (scale, both ends of the interval,
     width), and at least 32. The calls that are left go to the last comparison, on fresh seeds: the
-    default and the two best of the search. The smallest distance there wins, be it the default's.
+    default and the two best of the search. The smallest distance wins whose 95 % interval of the
+    difference from the default lies below 0; without one the default stays.
 
     A run's winner is written to RUN/tuned, with the weights of its width; RUN/model stays as it is.
     A model folder's goes into its config.json. `tune.json` beside them keeps what was measured: the

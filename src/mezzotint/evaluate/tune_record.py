@@ -98,8 +98,13 @@ class TuneRecord:
 
     @property
     def winner(self) -> Trial:
-        """The smallest distance of the last comparison; of equal ones the first."""
-        return min(self.comparison, key=lambda trial: trial.value)
+        """The smallest distance of the last comparison that is no luck, else the default.
+
+        An interval that reaches 0 may be luck; without intervals the smallest distance wins.
+        """
+        default, *others = self.comparison
+        better = [t for t in others if t.value < default.value and (t.high is None or t.high < 0)]
+        return min(better, key=lambda trial: trial.value, default=default)
 
     @property
     def calls(self) -> int:
