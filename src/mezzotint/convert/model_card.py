@@ -144,19 +144,20 @@ def _find_evaluations(run: Path | None, info: ModelInfo) -> list[Path]:
     return [p for p in files if p.is_file() and b'"mezzotint_evaluation"' in p.read_bytes()]
 
 
-def save_sample_grid(model: Model, path: Path, count: int = 16) -> str:
+def save_sample_grid(model: Model, path: Path, count: int = 16, steps: int | None = None) -> str:
     """Sample seeds 0, 1, ... with classes in turn into a PNG, and return a caption.
 
-    The settings are the model's own, or DDIM with 50 steps.
+    Sampler, guidance and, where `steps` is None, steps are the model's own, or DDIM with 50 steps.
     """
     classes = model.info.config.num_classes
     labels = [i % classes for i in range(count)] if classes else None
-    samples = sample(model, range(count), labels)
+    samples = sample(model, range(count), labels, steps=steps)
     decoder = open_codec(model.info.codec, samples.device)
     save_png(make_grid(to_uint8(decoder.decode(samples)).cpu()), path)
     in_turn = ", classes in turn" if classes else ""
-    tuned, how = read_tuned(model.info), "DDIM, 50 steps, no guidance"
+    tuned, how = read_tuned(model.info), f"DDIM, {steps or 50} steps, no guidance"
     if tuned is not None:
+        tuned = dataclasses.replace(tuned, steps=steps or tuned.steps)
         how = describe_tuned(tuned, FIELDS if labels else (*tuned.fields(guided=False), WIDTH))
     return f"Seeds 0 to {count - 1}{in_turn}; {how}."
 
