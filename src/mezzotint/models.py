@@ -418,18 +418,17 @@ def _check_specs(
 
 def save_info(info: ModelInfo, folder: Path) -> None:
     """Replace the config.json of a saved model; its weights and README.md stay as they are."""
-    weights = [sha256_of_file(folder / WEIGHTS)]
-    atomic_write(folder / CONFIG, _config_text(info, weights))
+    atomic_write(folder / CONFIG, _config_text(info, [sha256_of_file(folder / WEIGHTS)]))
 
 
 def find_tuned(run: Path) -> Path | None:
     """Return the folder that `mezzotint tune` wrote for a run's present weights, or None."""
     try:
-        present = read_json(run / "model" / CONFIG)[HASHES]["files"][WEIGHTS]
-        tuned = read_json(run / TUNED / CONFIG)["extra"]["sampling"]["source"]
+        present = list(read_json(run / "model" / CONFIG)[HASHES]["files"][WEIGHTS])
+        source = read_json(run / TUNED / CONFIG)["extra"]["sampling"]["source"]
+        return run / TUNED if source in present else None
     except (ValueError, LookupError, TypeError):
         return None
-    return run / TUNED if isinstance(present, list) and tuned in present else None
 
 
 def open_model(source: str | Path, tuned: bool = False) -> Model:
