@@ -195,6 +195,19 @@ def test_gradients_reach_every_parameter(name):
 
 
 @pytest.mark.parametrize("name", TINY)
+def test_every_weight_has_a_gradient_of_the_finest_output(name):
+    """Else DDP waits for it in vain, and a checkpoint lacks its optimiser's state."""
+    model = make(name)
+    z, logsnr, cond = query(model)
+    denoised = model(z, logsnr, cond)
+    (denoised.x.sum() + (0 if denoised.var is None else denoised.var.sum())).backward()
+    missing = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert missing == []
+    with torch.no_grad():
+        assert torch.equal(model.raw(z, logsnr, cond)[-1], model.finest(z, logsnr, cond))
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_equal_and_mixed_levels_agree_and_images_are_independent(name):
     model = make(name, torch.float64)
     z, logsnr, cond = query(model, dtype=torch.float64)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from helpers.evaluators import digits_reference, random_evaluator
 from helpers.runs import assert_same_run, small
 from mezzotint import config
+from mezzotint.recipes import recipe_for
 from mezzotint.train import checkpoint, log, loop, run_folder
 from mezzotint.train.loop import train
 
@@ -288,3 +289,19 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
     for name in snapshots:
         a, b = load_file(whole / "ema" / name), load_file(folder / "ema" / name)
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("objective", ["eps_mse", "consistency"])
+def test_a_loss_of_the_finest_branch_alone_resumes(tmp_path, objective):
+    """The heads of DiMR's other branches have gradients of zero, and their optimiser's state."""
+    changes = [
+        "data.source=digits", "model.size=8", "model.channels=1", "model.dims=[16,16,16]",
+        "model.hidden_dims=[32,32,32]", "model.depths=[1,1,1]", "model.heads=1", "batch=16",
+        "samples.count=2", "samples.steps=2", "samples.every_images=32",
+        "log_every_images=32", f"objective.name={objective}",
+    ]  # fmt: skip
+    recipe = config.override(recipe_for("dimr-tiny"), changes)
+    whole = train(config.override(recipe, ["images=64"]), tmp_path / "whole", quiet=True)
+    folder = train(config.override(recipe, ["images=32"]), tmp_path / "run", quiet=True)
+    train(config.override(recipe, ["images=64"]), folder, quiet=True)
+    assert_same_run(whole, folder)

@@ -104,9 +104,21 @@ class Model(nn.Module):
         scaled = append_dims(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
 
+    def finest(self, z: Image, logsnr: PerImage, cond: Cond) -> Tensor:
+        """Return the last output of `raw`, of z's size.
+
+        The coarser outputs add zeros to it and to the gradients. So every weight has a gradient:
+        DDP waits for it, and a checkpoint holds its optimiser's state.
+        """
+        *coarse, out = self.raw(z, logsnr, cond)
+        if torch.is_grad_enabled():
+            for unused in coarse:
+                out = out + 0 * unused.mean().to(out)
+        return out
+
     def forward(self, z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         """Return the image and noise that the finest output implies, in float32 or wider."""
-        return self.interpret(z, self.raw(z, logsnr, cond)[-1], logsnr)
+        return self.interpret(z, self.finest(z, logsnr, cond), logsnr)
 
     def interpret(self, z: Image, out: Tensor, logsnr: PerImage) -> Denoised:
         """Return the image and noise that a finest output of `raw` implies."""

@@ -41,7 +41,7 @@ def residual(
     e.g. deps = alpha dv.
     """
     own = model.parameterisation.kind
-    out = regressed(model, model.raw(diffuse(x, eps, logsnr), logsnr, cond)[-1])
+    out = regressed(model, model.finest(diffuse(x, eps, logsnr), logsnr, cond))
     error = out - target(own, x, eps, logsnr)
     if row is None:
         return error

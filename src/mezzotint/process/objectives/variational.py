@@ -103,7 +103,7 @@ def hybrid_loss(table: Table) -> Objective:
                 "the hybrid objective needs a network that learns the variance; choose 'regression'"
             )
         z = diffuse(x, eps, logsnr)
-        out = model.raw(z, logsnr, cond)[-1]
+        out = model.finest(z, logsnr, cond)
         simple = mean_square(
             regressed(model, out) - target(model.parameterisation.kind, x, eps, logsnr)
         )
