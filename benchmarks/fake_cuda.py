@@ -1,9 +1,9 @@
 """What fake CUDA tensors need beside torch's CUDA build to run a step without a GPU or a driver.
 
 Autocast asks for a device, fused attention chooses its kernel by the device's properties, and the
-engine of autograd asks the driver for its streams. Here the first is told that there is one, the
-second follows the rules of torch's sdp_utils.cpp for compute capability 9.0, and the third is a
-walk over autograd's graph in Python.
+engine of autograd asks the driver for its streams. Here autocast
+finds one, attention follows the rules of torch's sdp_utils.cpp for compute capability 9.0, and the
+engine is a walk over autograd's graph in Python.
 """
 
 from __future__ import annotations

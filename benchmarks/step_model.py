@@ -1,7 +1,7 @@
 """A training step and a sampling call of a preset on one H200, modelled by counting kernels.
 
     python benchmarks/step_model.py                                     # all rows, and the JSON
-    python benchmarks/step_model.py --preset dimr-xl-2r-256 --mode eager --out /tmp/new.json
+    python benchmarks/step_model.py --preset dimr-xl-2r-256 --mode eager --out new.json
     python benchmarks/step_model.py --compare OLD.json NEW.json         # what a change bought
 
 Nothing runs: tensors are fake, with a shape, a dtype and the device cuda, but no storage. The

@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent))
 from core_minutes_table import DISTANCES, QUALITY, core_minutes, mean_error, time_to_quality
 from few_steps_table import few_steps
 from likelihood_table import bits_per_dimension
+from step_model_table import step_model
 from table_text import (
     RESULTS,
     ROOT,
@@ -355,7 +356,16 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "docs/backbones.md": (sizes, width_transfer, cost, quality, choices, core_minutes),
     "docs/evaluation.md": (bits_per_dimension, distances),
     "docs/few-steps.md": (few_steps,),
-    "docs/performance.md": (speed_ratios, memory, depthwise, switches, peers, scaling, loader),
+    "docs/performance.md": (
+        step_model,
+        speed_ratios,
+        memory,
+        depthwise,
+        switches,
+        peers,
+        scaling,
+        loader,
+    ),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
 }
 

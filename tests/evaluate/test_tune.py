@@ -272,7 +272,7 @@ def test_other_arguments_begin_anew_and_say_so(synthetic, tuned, reference, tmp_
     lines = []
     other = dataclasses.replace(SETTINGS, seed=5, metric="kid")
     _, record = run_tune(tmp_path / "m", reference, other, lines.append)
-    assert "another metric, seed; the search begins anew" in lines[0]
+    assert "another metric, seed; the search starts from the beginning" in lines[0]
     assert record.search[0].first_seed == 5
     tuned_settings = read_tuned(load_model(tmp_path / "m").info)
     assert tuned_settings is not None

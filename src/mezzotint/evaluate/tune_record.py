@@ -48,7 +48,7 @@ class Trial:
 
 @dataclass(kw_only=True)
 class TuneRecord:
-    """The trials of a search and of its last comparison, of which the first is the default's.
+    """The trials of a search and of its last comparison; the first is the default's.
 
     arguments: what decides every number, as JSON values.
     """
@@ -71,10 +71,12 @@ class TuneRecord:
         values = read_json(path, "remove it to begin again")
         old = values.get("arguments")
         if values.get("mezzotint_tuning") != FORMAT or not isinstance(old, dict):
-            return new, [f"{path} is of another version; the search begins anew"]
+            return new, [f"{path} is of another version; the search starts from the beginning"]
         changed = [k for k in {**old, **arguments} if old.get(k) != arguments.get(k)]
         if changed:
-            return new, [f"{path} is of another {', '.join(changed)}; the search begins anew"]
+            return new, [
+                f"{path} is of another {', '.join(changed)}; the search starts from the beginning"
+            ]
         try:
             parts = {
                 name: list(parse(tuple[Trial, ...], values.get(name), name))
