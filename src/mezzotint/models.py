@@ -97,10 +97,11 @@ class ModelInfo:
             check_fields(info.extra, {"text": dict})
             text = {"encoder": str, "encoder_hash": str, "max_tokens": int}
             check_fields(info.extra["text"], text)
+        # Before the config is read, whose errors show its lists.
+        given = info.config.items() if isinstance(info.config, dict) else ()
+        if long := [k for k, v in given if isinstance(v, list) and len(v) > MOST_LEVELS]:
+            raise ValueError(f"model.{shorten(long[0])} has more than {MOST_LEVELS} values")
         info = dataclasses.replace(info, config=parse(entry.config, info.config, "model"))
-        for name, value in dataclasses.asdict(info.config).items():
-            if isinstance(value, tuple) and len(value) > MOST_LEVELS:
-                raise ValueError(f"model.{name} has {len(value)} values; at most {MOST_LEVELS}")
         try:
             middle = build(schedules.registry, info.schedule)(torch.tensor(0.5))
         except Exception as error:  # any type, for options of any type

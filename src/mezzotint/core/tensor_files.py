@@ -37,7 +37,9 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-HEADER_LIMIT = 16 << 20  # bytes of a safetensors header, about 150,000 tensors
+MOST_DIMENSIONS = 64  # of a tensor in torch
+HEADER_LIMIT = 16 << 20  # bytes of a safetensors header
+MOST_TENSORS = 1 << 15  # in a file; published networks have at most 3,000
 
 
 @dataclass(frozen=True)
@@ -110,12 +112,16 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, TensorSpec], dict[str
                 raise ValueError("it is no JSON object")
             metadata = header.pop("__metadata__", {})
             check_fields({"__metadata__": metadata}, {"__metadata__": dict[str, str]})
+            if len(header) > MOST_TENSORS:
+                raise ValueError(f"it lists {len(header):,} tensors; at most {MOST_TENSORS:,}")
             for name, entry in header.items():
                 check_fields({name: entry}, {name: dict})
                 check_fields(entry, {"dtype": str, "shape": list[int], "data_offsets": list[int]})
                 numbers = (*entry["shape"], *entry["data_offsets"])
                 if len(entry["data_offsets"]) != 2 or not all(0 <= n < 2**63 for n in numbers):
                     raise ValueError(f"the sizes of {name} are {shorten(entry)}")
+                if len(entry["shape"]) > MOST_DIMENSIONS:
+                    raise ValueError(f"{name} has more than {MOST_DIMENSIONS} dimensions")
                 if entry["dtype"] not in DTYPES:
                     raise ValueError(f"{name} has the unknown dtype {shorten(entry['dtype'])}")
         except ValueError as error:
