@@ -39,7 +39,7 @@ DTYPES = {
 }  # fmt: skip
 MOST_DIMENSIONS = 64  # of a tensor in torch
 HEADER_LIMIT = 16 << 20  # bytes of a safetensors header
-MOST_TENSORS = 1 << 15  # in a file; published networks have at most 3,000
+MOST_TENSORS = 1 << 15  # in a file, far more than any preset has
 
 
 @dataclass(frozen=True)
