@@ -51,16 +51,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
 
 
 def test_a_failed_write_stops_training_at_the_next_step(tmp_path, monkeypatch):
-    reached = []
+    reached, stepped = [], threading.Event()
     averages = loop.update_averages
 
     def update(run):
         averages(run)
         if run.state.images == 64:
+            stepped.set()
             run.writer._pending.exception()  # waits until it has failed
         reached.append(run.state.images)
 
     def full(*args, **kwargs):
+        stepped.wait(timeout=30)  # a write that fails at once stops the step in progress
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_manifest", full)
