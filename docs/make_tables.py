@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent))
 from core_minutes_table import DISTANCES, QUALITY, core_minutes, mean_error, time_to_quality
 from few_steps_table import few_steps
 from likelihood_table import bits_per_dimension
+from prediction_table import prediction_patches
 from step_model_table import step_model
 from table_text import (
     RESULTS,
@@ -353,7 +354,15 @@ def replace_between(text: str, name: str, table: str) -> str:
 
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (speed,),
-    "docs/backbones.md": (sizes, width_transfer, cost, quality, choices, core_minutes),
+    "docs/backbones.md": (
+        sizes,
+        width_transfer,
+        cost,
+        quality,
+        choices,
+        core_minutes,
+        prediction_patches,
+    ),
     "docs/evaluation.md": (bits_per_dimension, distances),
     "docs/few-steps.md": (few_steps,),
     "docs/performance.md": (
