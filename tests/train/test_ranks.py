@@ -81,12 +81,15 @@ def test_every_family_shards(tmp_path, preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["eps_mse", "consistency"])
-def test_losses_of_the_finest_branch_train_on_two_ranks_and_resume(tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "strategy"), [("eps_mse", "ddp"), ("eps_mse", "fsdp"), ("consistency", "ddp")]
+)
+def test_losses_of_the_finest_branch_train_on_two_ranks_and_resume(tmp_path, objective, strategy):
     overrides = [*PRESETS["dimr-tiny"], f"objective.name={objective}", "save.every_images=48"]
     one = train(1, "dimr-tiny", tmp_path / "one", *overrides)
-    two = train(2, "dimr-tiny", tmp_path / "two", *overrides, "images=48", "engine.strategy=ddp")
-    assert_same(one, train(2, "dimr-tiny", two, *overrides, "engine.strategy=ddp"))
+    overrides.append(f"engine.strategy={strategy}")
+    two = train(2, "dimr-tiny", tmp_path / "two", *overrides, "images=48")
+    assert_same(one, train(2, "dimr-tiny", two, *overrides))
 
 
 @pytest.mark.slow
