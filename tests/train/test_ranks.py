@@ -16,6 +16,7 @@ PRESETS = {
     "unet-tiny": ["model.size=16", "model.width=16", "model.emb_dim=32"],
     "dimr-tiny": ["model.size=16"],
     "diffit-tiny": ["model.size=16"],
+    "jit-tiny": ["model.size=16"],
 }
 
 
@@ -74,7 +75,7 @@ def test_saved_on_two_ranks_resumed_on_one(alone, of_two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["dimr-tiny", "diffit-tiny"])
+@pytest.mark.parametrize("preset", ["dimr-tiny", "diffit-tiny", "jit-tiny"])
 def test_every_family_shards(tmp_path, preset):
     one = train(1, preset, tmp_path / "one", *PRESETS[preset])
     assert_same(one, train(2, preset, tmp_path / "two", *PRESETS[preset], "engine.strategy=fsdp"))
