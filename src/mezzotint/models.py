@@ -97,8 +97,8 @@ class ModelInfo:
             check_fields(info.extra, {"text": dict})
             text = {"encoder": str, "encoder_hash": str, "max_tokens": int}
             check_fields(info.extra["text"], text)
-        # Before the config is read, whose errors show its lists.
         given = info.config.items() if isinstance(info.config, dict) else ()
+        # Before the config is read, whose errors show its lists.
         if long := [k for k, v in given if isinstance(v, list) and len(v) > MOST_LEVELS]:
             raise ValueError(f"model.{shorten(long[0])} has more than {MOST_LEVELS} values")
         info = dataclasses.replace(info, config=parse(entry.config, info.config, "model"))

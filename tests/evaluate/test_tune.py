@@ -384,6 +384,13 @@ def test_wrong_settings_are_refused(changes, message, plain, reference):
     assert sorted(plain.iterdir()) == before
 
 
+def test_a_model_in_the_box_is_not_changed(reference, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"eurosat-64 is a model in the box.*copy .* the copy"):
+        run_tune("eurosat-64", reference)
+    assert not list(tmp_path.iterdir())
+
+
 def test_references_that_do_not_fit_are_refused(plain, reference, tmp_path):
     other = dataclasses.replace(reference, metadata=reference.metadata | {"resolution": [16, 16]})
     with pytest.raises(ValueError, match="16 x 16 px images, these are 8 x 8"):

@@ -53,7 +53,7 @@ def tune(
         encoder: Folder of the text encoder, if it moved.
         seed: Seed of the first image; 1000000 by default, which other commands do not reach.
         batch: Images per network call; 64 by default.
-        resamples: For the intervals of the last comparison; 0 for none.
+        resamples: For the intervals of the last comparison; 0 for none: the smallest distance wins.
     """
     from mezzotint.core.distributed import process_group
     from mezzotint.evaluate.features import open_features

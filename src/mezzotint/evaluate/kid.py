@@ -108,7 +108,7 @@ class KernelDistance:
         self.own = torch.stack(sums).sum() / (n * (n - 1))
 
     def statistic(self, rows: Array) -> Callable[[Tensor], float]:
-        """Return the distance as a function of which of these rows to take, with repetition.
+        """Return the distance of chosen rows: a function of their indices, which may repeat.
 
         Gretton et al. 2012, eq. 3, as `squared_mmd`; a row that is taken twice counts as two.
         """

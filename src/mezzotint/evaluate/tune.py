@@ -48,7 +48,8 @@ def tune(
     as two thirds of the calls allow for 8 candidates an axis (scale, both ends of the interval,
     width), and at least 32. The calls that are left go to the last comparison, on fresh seeds: the
     default and the two best of the search. The smallest distance wins whose 95 % interval of the
-    difference from the default lies below 0; without one the default stays.
+    difference from the default lies below 0, else the default stays. With resamples=0 there are no
+    intervals, and the smallest distance wins.
 
     A run's winner is written to RUN/tuned, with the weights of its width; RUN/model stays as it is.
     A model folder's goes into its config.json. `tune.json` beside them keeps what was measured: the

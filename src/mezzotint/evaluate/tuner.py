@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from mezzotint.backbones import needs_label
+from mezzotint.core.boxed import boxed_folder
 from mezzotint.core.distributed import default_device
 from mezzotint.core.fields import MOST_SEED, Checked, Range
 from mezzotint.core.files import sha256_of_file
@@ -177,7 +178,7 @@ class Tuner:
         return None if features is None else features[self.feature_set.name]
 
     def statistic(self, rows: Tensor) -> Callable[[Tensor], float]:
-        """Return the distance to the reference as a function of which of these rows to take."""
+        """Return the distance of chosen rows to the reference: a function of their indices."""
         if self.metric == "kid":
             return self.real_kernel.statistic(rows)
         return lambda chosen: distance_of_rows(rows[chosen], self.real)
@@ -226,6 +227,11 @@ def open_tuner(
     is_run = (folder / "model").exists() or (folder / "recipe.yaml").exists()
     model_folder = folder / "model" if is_run else folder
     if not (model_folder / CONFIG).is_file():
+        if boxed := boxed_folder(folder):
+            raise ValueError(
+                f"{folder} is a model in the box, which stays as it is; copy {boxed} and tune the "
+                "copy"
+            )
         what = "a run without a saved model yet" if is_run else "no run folder and no model folder"
         raise ValueError(f"{folder} is {what}; tune writes the settings into such a folder")
     plain = {
