@@ -30,7 +30,6 @@ from mezzotint.evaluate.references import make_reference
 from mezzotint.models import create_model, load_model, save_model
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
-from mezzotint.sampling.conditioning import read_prompts
 from mezzotint.sampling.job import make_job
 from mezzotint.sampling.sample import generate, sample
 from mezzotint.sampling.settings import Guidance, SamplingSettings
@@ -395,8 +394,3 @@ def test_prompts_without_text_conditioning_are_refused(run, t5, tmp_path):
         make_job(run, {"guidance": Guidance(scale=2.0)})
     with pytest.raises(ValueError, match="not the one the model was trained with"):
         make_job(run, prompts=["a red ring"], encoder=str(saved_t5(tmp_path / "other", seed=1)))
-    (tmp_path / "none.txt").write_text("\n \n")
-    with pytest.raises(ValueError, match="holds no prompt"):
-        read_prompts(tmp_path / "none.txt")
-    with pytest.raises(ValueError, match="cannot be read"):
-        read_prompts(tmp_path / "absent.txt")

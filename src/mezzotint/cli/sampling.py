@@ -78,8 +78,8 @@ class SamplingOptions:
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:
         """Open the model and return the job that these options describe."""
         from mezzotint.sampling import parse
-        from mezzotint.sampling.conditioning import read_prompts
         from mezzotint.sampling.job import make_job
+        from mezzotint.sampling.prompts import read_texts
 
         parsers = {
             "sampler": parse.parse_sampler,
@@ -102,7 +102,7 @@ class SamplingOptions:
             guide_model=self.guide_model,
             codec=self.codec,
             latents=latents,
-            prompts=(*self.text, *(read_prompts(self.prompts) if self.prompts else ())),
+            prompts=(*self.text, *(read_texts(self.prompts) if self.prompts else ())),
             encoder=self.encoder,
         )
 

@@ -61,12 +61,12 @@ def tune(
     from mezzotint.evaluate.tune import tune as run
     from mezzotint.evaluate.tune_record import print_record
     from mezzotint.evaluate.tuner import TuneSettings
-    from mezzotint.sampling.conditioning import read_prompts
+    from mezzotint.sampling.prompts import read_texts
 
     check_outside_run(model)
     settings = TuneSettings(
         calls=calls, metric=metric, sampler=sampler, steps=steps or 50, batch=batch, seed=seed,
-        prompts=read_prompts(prompts) if prompts else (), encoder=encoder, resamples=resamples,
+        prompts=read_texts(prompts) if prompts else (), encoder=encoder, resamples=resamples,
     )  # fmt: skip
     with process_group() as world:
         real = read_reference(reference, reference_source)

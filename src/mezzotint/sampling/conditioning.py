@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from pathlib import Path
 from typing import Any, SupportsIndex, TypeAlias
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mezzotint.backbones import needs_label, text_width
-from mezzotint.core.files import open_regular
 from mezzotint.data.labels import find_class
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
@@ -93,22 +91,6 @@ def empty_condition(model: Model, count: int) -> Cond:
         return Cond(label=label)
     text, mask = torch.zeros(count, 1, width), torch.zeros(count, 1, dtype=torch.bool)
     return Cond(label=label, text=text, text_mask=mask)
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """Read a file of prompts, one per line; blank lines are skipped.
-
-    Errors: ValueError for a file that cannot be read or has no prompt.
-    """
-    try:
-        with open_regular(path) as file:
-            lines = file.read().decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts {path} cannot be read: {error}") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt; write one per line")
-    return prompts
 
 
 def text_condition(model: Model, text: str | Sequence[str] | Tensor | None, count: int) -> Cond:
