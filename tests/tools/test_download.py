@@ -47,7 +47,7 @@ def hub(tmp_path, monkeypatch) -> dict[str, dict[str, bytes]]:
         },
     }
 
-    def info(self, repo, files_metadata):
+    def info(self, repo, files_metadata, revision=None):
         if repo not in content:
             raise OSError("no such repository")
         siblings = [
@@ -60,7 +60,7 @@ def hub(tmp_path, monkeypatch) -> dict[str, dict[str, bytes]]:
         ]
         return SimpleNamespace(siblings=siblings)
 
-    def download(repo, allow_patterns, local_dir=None, local_files_only=False):
+    def download(repo, allow_patterns, local_dir=None, local_files_only=False, revision=None):
         if local_files_only:
             raise OSError("not cached")
         for name, data in content[repo].items():

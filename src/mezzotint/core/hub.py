@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from mezzotint.core.boxed import suggest_boxed
+from mezzotint.core.files import cache_dir, expand_user
 from mezzotint.core.paths import explain_path, is_hub_name
 
 
@@ -29,3 +32,76 @@ def download_model(repo: str, names: Sequence[str]) -> Path:
         raise ValueError(
             f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
         ) from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A kind of pretrained model with a tokenizer.
+
+    kind: as messages call it. shelf: its folder in our cache. files: patterns of its files.
+    example: a name of the hub, with what it is.
+    """
+
+    kind: str
+    shelf: str
+    files: tuple[str, ...]
+    example: str
+
+
+def find_pretrained(
+    what: Pretrained, name: str, fetch: bool = True, revision: str | None = None
+) -> Path:
+    """Return the folder of a model: `name` itself, in our cache or the hub's, or downloaded.
+
+    Args:
+        fetch: whether it may be downloaded.
+        revision: the commit of the repository; by default its newest.
+
+    Errors: ValueError for a name that is neither a folder nor of the hub, and for a model that
+        cannot be downloaded, with what to download and where to put it.
+    """
+    path = expand_user(name)
+    if path.is_dir():
+        return path.resolve()
+    ours = cache_dir() / what.shelf / name
+    if ours.is_dir():
+        return ours
+    if not is_hub_name(name):
+        raise ValueError(
+            f"no {what.kind} {name!r}: neither a folder nor OWNER/NAME of the hub; "
+            f"{explain_path(name, f'a folder of a {what.kind}')}; {what.example}"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                allow_patterns=list(what.files),
+                local_files_only=not fetch,
+                revision=revision,
+            )
+        )
+    except Exception as error:  # the hub, the network and the cache raise their own
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        at = f" (revision {revision})" if revision else ""
+        raise ValueError(
+            f"{what.kind} {name} is not on this machine and could not be downloaded: {first}. "
+            f"Download its config.json, tokenizer and *.safetensors{at} on a machine with a "
+            f"network (mezzotint download {name}) and put them into {ours}, or give the folder "
+            "that holds them"
+        ) from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide the progress bar that transformers draws when it loads weights from disk."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()

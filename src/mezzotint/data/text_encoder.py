@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mezzotint.core.files import cache_dir, expand_user, read_json
-from mezzotint.core.paths import explain_path, is_hub_name
+from mezzotint.core.files import expand_user, read_json
+from mezzotint.core.hub import Pretrained, find_pretrained, quiet_transformers
 from mezzotint.core.tensor_files import sha256_of_module
 
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
 FILES = ("*.json", "*.safetensors", "*.model")
+KIND = Pretrained(kind="text encoder", shelf="text", files=FILES, example=f"the paper's is {XXL}")
 
 
 @final
@@ -92,7 +93,6 @@ def open_text_encoder(
     """
     try:
         from transformers import AutoTokenizer, T5EncoderModel
-        from transformers.utils import logging
     except ImportError as error:
         raise ValueError("text needs transformers: pip install 'mezzotint[text]'") from error
     folder = find_text_encoder(name)
@@ -106,24 +106,20 @@ def open_text_encoder(
         raise ValueError(
             f"{folder} holds a {kind!r} model; text encoders are T5's, e.g. google-t5/t5-small"
         )
-    bar_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # loading from disk needs no progress bar
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
-        )
-        model = T5EncoderModel.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True
-        )
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
+            model = T5EncoderModel.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True
+            )
     except Exception as error:  # transformers, tokenizers and safetensors raise their own
         raise ValueError(
             f"the encoder in {folder} cannot be read ({str(error).splitlines()[0]}); it needs "
             "config.json, weights in safetensors, and tokenizer.json (a spiece.model alone needs: "
             "pip install sentencepiece)"
         ) from error
-    finally:
-        if bar_enabled:
-            logging.enable_progress_bar()
     full_name = str(folder) if expand_user(name).is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
@@ -138,29 +134,7 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
 
     Errors: ValueError as `open_text_encoder`.
     """
-    path = expand_user(name)
-    if path.is_dir():
-        return path.resolve()
-    ours = cache_dir() / "text" / name
-    if ours.is_dir():
-        return ours
-    if not is_hub_name(name):
-        raise ValueError(
-            f"no text encoder {name!r}: neither a folder nor OWNER/NAME of the hub; "
-            f"{explain_path(name, 'a folder of a text encoder')}; the paper's is {XXL}"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(FILES), local_files_only=not fetch))
-    except Exception as error:  # the hub, the network and the cache raise their own
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"text encoder {name} is not on this machine and could not be downloaded: {first}. "
-            "Download its config.json, tokenizer and *.safetensors on a machine with a network "
-            f"(mezzotint download {name}) and put them into {ours}, or give the folder that holds "
-            "them"
-        ) from None
+    return find_pretrained(KIND, name, fetch)
 
 
 def _tokenizer_hash(folder: Path) -> str:
