@@ -260,6 +260,8 @@ class Recipe(Checked):
     objective: name and options of one in `process.objectives`.
     images, batch: length of the run and of one optimiser step, in images.
     label_drop: probability of the null label or empty text in training, for guidance.
+    stream: generator of the training's random numbers, see `mezzotint.core.rng.Draws`. "auto" is
+        "philox4x32" for a run that starts on a GPU, else "philox4x64"; a run keeps its stream.
     log_every_images: between log lines.
     trackers: get every log line besides log.jsonl; their packages must be installed.
     hours: the budget for which `train --hours` chose the length; a record, not read in training.
@@ -277,6 +279,7 @@ class Recipe(Checked):
     batch: Batch = 256
     label_drop: Annotated[float, Range(0, 1, "a probability")] = 0.1
     seed: Annotated[int, Range(0, MOST_SEED)] = 0
+    stream: Literal["auto", "philox4x64", "philox4x32"] = "auto"
     log_every_images: Positive = 10_000
     samples: SampleGrid = field(default_factory=SampleGrid)
     evaluate: Evaluate = field(default_factory=Evaluate)
@@ -333,7 +336,10 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def from_yaml(path: str | Path) -> Recipe:
-    """Read a recipe from YAML; ValueError names the file and the key."""
+    """Read a recipe from YAML; ValueError names the file and the key.
+
+    A file without `stream` is of a run that began before there were two.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > MOST_BYTES or not path.is_file():
@@ -341,7 +347,7 @@ def from_yaml(path: str | Path) -> Recipe:
         values = parse_yaml(path.read_text("utf-8-sig"), "its text")
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping of keys to values")
-        return from_dict(values)
+        return from_dict({"stream": "philox4x64", **values})
     except ValueError as error:
         raise ValueError(f"{path} is not a recipe: {error}") from None
     except OSError as error:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mezzotint.core.rng import Draws
 from mezzotint.data import image_dataset as images_module
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.transforms import draw_flips
@@ -430,19 +431,20 @@ def test_real_photographs_of_mixed_sizes(shared):
     assert 0 < difference < 12  # two filters, one image
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_drawn_image_numbers_are_flipped_left_to_right(tmp_path, seed):
+@pytest.mark.parametrize(("seed", "stream"), [(0, "philox4x64"), (1, "philox4x32")])
+def test_drawn_image_numbers_are_flipped_left_to_right(tmp_path, seed, stream):
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     dataset = open_images(tmp_path, size=8)
     image_numbers = list(range(100, 140))
     inputs, _ = dataset.batch([0] * len(image_numbers))
-    x = dataset.to_model(inputs, seed, image_numbers, True, lambda t: t)
+    draws = Draws(seed, stream)
+    x = dataset.to_model(inputs, draws, image_numbers, True, lambda t: t)
     # A random image equals neither its left-right nor its up-down mirror image.
     image = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
-    flips = draw_flips(seed, image_numbers).tolist()
+    flips = draw_flips(draws, image_numbers).tolist()
     assert 8 < sum(flips) < 32
     for row, is_flipped in zip(x, flips, strict=True):
         assert torch.equal(row, image.flip(-1) if is_flipped else image)
-    unflipped = dataset.to_model(inputs, seed, image_numbers, False, lambda t: t)
+    unflipped = dataset.to_model(inputs, draws, image_numbers, False, lambda t: t)
     assert torch.equal(unflipped, image.expand_as(unflipped))

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from helpers.tiny_vae import saved_vae
 from mezzotint import config
+from mezzotint.core.rng import Draws
 from mezzotint.data import encode_latents as encode_module
 from mezzotint.data.autoencoder import draw_latents, open_codec
 from mezzotint.data.encode_latents import WorkShare, encode_latents
@@ -125,13 +126,14 @@ def test_a_scale_that_does_not_give_unit_deviation_is_reported(image_folder, tmp
     assert "scale 40" in words
 
 
-def test_latents_depend_on_seed_and_image_number_only(image_folder, vae_folder, tmp_path):
+@pytest.mark.parametrize("stream", ["philox4x64", "philox4x32"])
+def test_latents_depend_on_seed_and_image_number_only(image_folder, vae_folder, tmp_path, stream):
     prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
     made = LatentDataset(tmp_path / "out")
     moments, _ = made.batch([3, 3, 5])
 
     def drawn(seed, numbers, mirror=True, rows=slice(None)):
-        return made.to_model(moments[rows], seed, numbers, mirror, lambda t: t)
+        return made.to_model(moments[rows], Draws(seed, stream), numbers, mirror, lambda t: t)
 
     one = drawn(0, [7, 8, 9])
     assert torch.equal(one[1], drawn(0, [8], rows=slice(1, 2))[0])

@@ -12,6 +12,7 @@ from helpers.runs import records, small
 from mezzotint import config
 from mezzotint.core import distributed
 from mezzotint.core.registry import build
+from mezzotint.core.rng import Draws
 from mezzotint.data.loader import load_batches
 from mezzotint.process import objectives, schedules
 from mezzotint.recipes import recipe_for
@@ -143,18 +144,19 @@ def test_the_measure_is_the_integral_over_logsnr(tmp_path):
     assert abs(loss(64, "u") / loss(48, "u") - 1) > 0.05
 
 
-def test_stratified_times_are_spread_evenly_over_every_batch():
+@pytest.mark.parametrize("stream", ["philox4x64", "philox4x32"])
+def test_stratified_times_are_spread_evenly_over_every_batch(stream):
     time = config.Time(sampling="stratified")
     for batch in (4, 16):
         u = torch.cat(
             [
-                draw_times(time, 3, list(range(i, i + batch // 2)), batch)
+                draw_times(time, Draws(3, stream), list(range(i, i + batch // 2)), batch)
                 for i in range(0, 4 * batch, batch // 2)
             ]
         )
         for row in u.view(4, batch):
             assert sorted((row * batch).floor().int().tolist()) == list(range(batch))
-    uniform = draw_times(config.Time(), 3, list(range(64)), 16)
+    uniform = draw_times(config.Time(), Draws(3, stream), list(range(64)), 16)
     assert any(len(set((row * 16).floor().int().tolist())) < 16 for row in uniform.view(4, 16))
 
 

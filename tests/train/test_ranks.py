@@ -43,16 +43,30 @@ def train_unet(ranks: int, folder: Path, *overrides: str) -> Path:
     return train(ranks, "unet-tiny", folder, *PRESETS["unet-tiny"], *overrides)
 
 
+# Both strategies and both streams of random numbers.
+STREAMS = {"ddp": "philox4x64", "fsdp": "philox4x32"}
+
+
+@pytest.fixture(scope="module", params=STREAMS)
+def strategy(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    return train_unet(1, tmp_path_factory.mktemp("ranks") / "one")
+def stream(strategy):
+    return f"stream={STREAMS[strategy]}"
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def of_two(request, tmp_path_factory):
+@pytest.fixture(scope="module")
+def alone(stream, tmp_path_factory):
+    return train_unet(1, tmp_path_factory.mktemp("ranks") / "one", stream)
+
+
+@pytest.fixture(scope="module")
+def of_two(strategy, stream, tmp_path_factory):
     """A run of two ranks, with a checkpoint at 48 of its 96 images."""
-    folder = tmp_path_factory.mktemp("ranks") / request.param
-    return train_unet(2, folder, f"engine.strategy={request.param}")
+    folder = tmp_path_factory.mktemp("ranks") / strategy
+    return train_unet(2, folder, f"engine.strategy={strategy}", stream)
 
 
 def test_two_ranks_agree_with_one_process(alone, of_two):
@@ -60,8 +74,8 @@ def test_two_ranks_agree_with_one_process(alone, of_two):
 
 
 @pytest.mark.slow
-def test_four_ranks_agree_with_one_process(alone, tmp_path):
-    assert_same(alone, train_unet(4, tmp_path, "engine.strategy=ddp"))
+def test_four_ranks_agree_with_one_process(alone, stream, tmp_path):
+    assert_same(alone, train_unet(4, tmp_path, "engine.strategy=ddp", stream))
 
 
 def test_saved_on_two_ranks_resumed_on_one(alone, of_two, tmp_path):
@@ -94,7 +108,7 @@ def test_losses_of_the_finest_branch_train_on_two_ranks_and_resume(tmp_path, obj
 
 
 @pytest.mark.slow
-def test_saved_on_two_resumed_on_three(alone, tmp_path):
+def test_saved_on_two_resumed_on_three(tmp_path):
     overrides = [*PRESETS["unet-tiny"], "batch=12", "save.every_images=48"]
     one = train(1, "unet-tiny", tmp_path / "one", *overrides)
     two = train(2, "unet-tiny", tmp_path / "two", *overrides, "images=48", "engine.strategy=fsdp")

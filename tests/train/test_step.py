@@ -33,8 +33,15 @@ def loaded_batch(first: int, count: int, tokens: int = 3) -> LoadedBatch:
     )
 
 
-def batch_of(digits, loaded: LoadedBatch, label_drop: float, seed: int = 0) -> Batch:
-    recipe = small(f"label_drop={label_drop}", f"seed={seed}")
+@pytest.fixture(params=["philox4x64", "philox4x32"])
+def stream(request) -> str:
+    return request.param
+
+
+def batch_of(
+    digits, loaded: LoadedBatch, label_drop: float, seed: int = 0, stream: str = "auto"
+) -> Batch:
+    recipe = small(f"label_drop={label_drop}", f"seed={seed}", f"stream={stream}")
     return make_batch(recipe, digits, CLASSES, loaded, CPU)
 
 
@@ -46,12 +53,13 @@ def condition(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("seed", [0, 7])
-def test_exactly_the_images_drawn_below_label_drop_lose_their_condition(digits, seed):
+def test_exactly_the_images_drawn_below_label_drop_lose_their_condition(digits, seed, stream):
     loaded = loaded_batch(500, 400)
     assert loaded.labels is not None
     assert loaded.text_mask is not None
-    label, text_mask = condition(batch_of(digits, loaded, 0.25, seed))
-    dropped = rng.uniform("condition", seed, loaded.image_numbers.tolist()) < 0.25
+    label, text_mask = condition(batch_of(digits, loaded, 0.25, seed, stream))
+    draws = rng.Draws(seed, stream)
+    dropped = draws.uniform("condition", loaded.image_numbers.tolist()) < 0.25
     assert 0 < dropped.sum() < 400
     assert (label[dropped] == CLASSES).all()  # the null label
     assert torch.equal(label[~dropped], loaded.labels[~dropped])
@@ -60,9 +68,10 @@ def test_exactly_the_images_drawn_below_label_drop_lose_their_condition(digits, 
 
 
 @pytest.mark.parametrize("label_drop", [0.1, 0.5])
-def test_the_rate_of_dropped_conditions_is_label_drop(digits, label_drop):
+def test_the_rate_of_dropped_conditions_is_label_drop(digits, label_drop, stream):
     count = 20_000
-    label, text_mask = condition(batch_of(digits, loaded_batch(0, count), label_drop))
+    loaded = loaded_batch(0, count)
+    label, text_mask = condition(batch_of(digits, loaded, label_drop, stream=stream))
     std = (label_drop * (1 - label_drop) / count) ** 0.5
     for dropped in (label == CLASSES, ~text_mask.any(1)):
         assert abs(dropped.double().mean().item() - label_drop) < 4 * std
@@ -80,9 +89,11 @@ def test_a_network_without_classes_gets_no_labels(digits):
     assert batch.cond.label is None
 
 
-def test_draws_depend_on_the_image_number_and_not_on_the_batch(digits):
-    whole = batch_of(digits, loaded_batch(0, 32), 0.5)
-    parts = [batch_of(digits, loaded_batch(first, 8), 0.5) for first in range(0, 32, 8)]
+def test_draws_depend_on_the_image_number_and_not_on_the_batch(digits, stream):
+    whole = batch_of(digits, loaded_batch(0, 32), 0.5, stream=stream)
+    parts = [
+        batch_of(digits, loaded_batch(first, 8), 0.5, stream=stream) for first in range(0, 32, 8)
+    ]
     for name in ("x", "eps", "u"):
         assert torch.equal(getattr(whole, name), torch.cat([getattr(p, name) for p in parts]))
     for i in (0, 1):

@@ -208,7 +208,7 @@ def _training_section(recipe: Recipe | None, records: Sequence[dict[str, Any]]) 
         f"- optimiser: {o.name}, learning rate {o.lr:g}, betas {o.betas}, "
         f"weight decay {o.weight_decay:g}",
         f"- averaging: half-life of {recipe.ema.half_life_images:g} images",
-        f"- precision: {recipe.engine.precision}; seed {recipe.seed}",
+        f"- precision: {recipe.engine.precision}; seed {recipe.seed} of {recipe.stream}",
         *[
             f"- loss over the last {recipe.log_every_images:,} images: {r['loss']:.4g}"
             for r in last

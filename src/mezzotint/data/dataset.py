@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor
 
+from mezzotint.core.rng import Draws
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.sources import Source
@@ -77,12 +78,13 @@ class Dataset(Protocol):
         ...
 
     def to_model(
-        self, inputs: Tensor, seed: int, image_numbers: list[int], mirror: bool, send: Send
+        self, inputs: Tensor, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
         """Return the network's inputs from what `batch` returned.
 
         Args:
-            image_numbers: sample numbers in the run; they and `seed` key all randomness.
+            draws: the random numbers of the run.
+            image_numbers: sample numbers in the run, which key all randomness.
             mirror: mirror half of the image numbers left to right.
             send: moves a tensor to the network's device.
         """
@@ -216,11 +218,11 @@ class PixelDataset:
         return torch.from_numpy(np.stack(images)), labels
 
     def to_model(
-        self, inputs: Pixels, seed: int, image_numbers: list[int], mirror: bool, send: Send
+        self, inputs: Pixels, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
         """Return images in [-1, 1]; with `mirror`, half of the image numbers are mirrored."""
         if mirror:
-            inputs = flip(inputs, draw_flips(seed, image_numbers))
+            inputs = flip(inputs, draw_flips(draws, image_numbers))
         return to_model_range(send(inputs))
 
     def mark_unreadable(self, reasons: dict[int, str]) -> None:

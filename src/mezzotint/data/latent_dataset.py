@@ -22,10 +22,10 @@ import torch
 from jaxtyping import Float, Float16, Int64
 from torch import Tensor
 
-from mezzotint.core import rng
 from mezzotint.core.files import expand_user, read_json
 from mezzotint.core.json_values import check_fields
 from mezzotint.core.npz_files import load_npy
+from mezzotint.core.rng import Draws
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
 from mezzotint.data.caption_embeddings import CaptionEmbeddings
 from mezzotint.data.columns import Columns
@@ -74,13 +74,13 @@ def encode_moments(codec: Codec, pixels: Tensor, mirror: bool) -> Tensor:
 
 
 def sample_latents(
-    moments: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
+    moments: Moments, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
 ) -> Float[Tensor, "b c h w"]:
     """Draw a latent for each image number; with `mirror`, half of them from the mirror image."""
     rows = torch.arange(len(moments))
-    view = draw_flips(seed, image_numbers).long() if mirror else torch.zeros_like(rows)
+    view = draw_flips(draws, image_numbers).long() if mirror else torch.zeros_like(rows)
     chosen = moments[rows, view]
-    noise = rng.normal("latent", seed, image_numbers, tuple(chosen.shape[2:]))
+    noise = draws.normal("latent", image_numbers, tuple(chosen.shape[2:]))
     mean, logvar = send(chosen).unbind(1)
     return draw_latents(mean, logvar, send(noise))
 
@@ -111,10 +111,10 @@ class EncodedDataset:
         return torch.stack([encode_moments(self.codec, x, self.mirror) for x in pixels]), labels
 
     def to_model(
-        self, inputs: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
+        self, inputs: Moments, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
         """Return latents, see `sample_latents`."""
-        return sample_latents(inputs, seed, image_numbers, mirror, send)
+        return sample_latents(inputs, draws, image_numbers, mirror, send)
 
     def label(self, i: int) -> int | None:
         """Return the class index of image i, or None."""
@@ -245,10 +245,10 @@ class LatentDataset:
         return torch.stack([self.moments(i) for i in rows]), labels
 
     def to_model(
-        self, inputs: Moments, seed: int, image_numbers: list[int], mirror: bool, send: Send
+        self, inputs: Moments, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
         """Return latents, see `sample_latents`."""
-        return sample_latents(inputs, seed, image_numbers, mirror, send)
+        return sample_latents(inputs, draws, image_numbers, mirror, send)
 
     def label(self, i: int) -> int | None:
         """Return the class index of image i, or None."""

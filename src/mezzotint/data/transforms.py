@@ -56,9 +56,9 @@ def flip(images: Tensor, mask: Bool[Tensor, " b"], dim: int = -1) -> Tensor:
     return torch.where(mask, images.flip(dim), images)
 
 
-def draw_flips(seed: int, image_numbers: list[int]) -> Bool[Tensor, " b"]:
+def draw_flips(draws: rng.Draws, image_numbers: list[int]) -> Bool[Tensor, " b"]:
     """Draw which image numbers of a run are mirrored, each with probability 1/2."""
-    return rng.uniform("augment", seed, image_numbers) < 0.5
+    return draws.uniform("augment", image_numbers) < 0.5
 
 
 def orientation_of(image: Image.Image) -> int:

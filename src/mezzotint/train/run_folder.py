@@ -136,10 +136,10 @@ def has_started(folder: Path) -> bool:
 
 def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     """Raise ValueError, listing the differences, where the run has another recipe."""
-    path = folder / RECIPE
-    if not (path.exists() and has_started(folder)):
+    started = started_recipe(folder)
+    if started is None:
         return
-    old, new = flatten_recipe(config.from_yaml(path)), flatten_recipe(recipe)
+    old, new = flatten_recipe(started), flatten_recipe(recipe)
     differences = [
         f"  {k}: {old.get(k)} there, {new.get(k)} asked"
         for k in {**old, **new}
@@ -150,6 +150,12 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             "\n".join([f"{folder} belongs to another recipe:", *differences])
             + "\nUse another --out, or the same recipe."
         )
+
+
+def started_recipe(folder: Path) -> Recipe | None:
+    """Return the recipe of the run in `folder`, None where none has started."""
+    path = folder / RECIPE
+    return config.from_yaml(path) if path.exists() and has_started(folder) else None
 
 
 def write_recipe(folder: Path, recipe: Recipe) -> None:

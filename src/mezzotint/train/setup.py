@@ -30,6 +30,7 @@ from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
 from mezzotint.train import agreement, checkpoint, data_record, ema, log, parallel, sample_grid
 from mezzotint.train.dataset import data_notes, open_captions, open_recipe_dataset, resolve
+from mezzotint.train.draws import resolve_stream
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.run_folder import check_same_recipe, write_recipe
 
@@ -119,6 +120,8 @@ def check_start(
     if dataset.label_names is not None:
         dataset.relabel(decision.classes)
     dataset.caption_embeddings = open_captions(recipe, dataset, text_width(info.config), world)
+    stream = on_rank0(lambda: resolve_stream(recipe, folder, world.device), world)
+    recipe = dataclasses.replace(recipe, stream=stream)
     resolved, info = all_ranks(lambda: resolve(recipe, info, dataset), world)
     on_rank0(lambda: check_same_recipe(folder, resolved), world)
     newest, damaged = checkpoint.find_resume_point(folder, world)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from mezzotint.data.labels import NO_LABEL
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.objectives import at_images
 from mezzotint.process.schedules import slope
+from mezzotint.train.draws import draws_of
 from mezzotint.train.optim import learning_rate, set_learning_rate
 from mezzotint.train.parallel import group_norms, no_sync
 from mezzotint.train.setup import Run
@@ -82,7 +84,7 @@ class StepResult(NamedTuple):
     failing: bool
 
 
-def draw_times(time: Time, seed: int, image_numbers: list[int], batch: int) -> Tensor:
+def draw_times(time: Time, draws: rng.Draws, image_numbers: list[int], batch: int) -> Tensor:
     """Draw u in (0, 1) for each image, (b,) float64.
 
     "stratified" is VDM's low-discrepancy sampler (appendix I.1): one offset per global batch, then
@@ -92,10 +94,17 @@ def draw_times(time: Time, seed: int, image_numbers: list[int], batch: int) -> T
         batch: images of a global batch.
     """
     if time.sampling == "uniform":
-        return rng.uniform("time", seed, image_numbers)
-    offset = rng.uniform("time", seed, [n // batch for n in image_numbers])
+        return draws.uniform("time", image_numbers)
+    offset = draws.uniform("time", [n // batch for n in image_numbers])
     position = torch.tensor([n % batch for n in image_numbers], dtype=torch.float64)
     return (offset + position / batch).remainder(1.0).clamp(2.0**-54, 1 - 2.0**-53)
+
+
+def send_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device, from pinned memory: only that is copied without waiting."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def make_batch(
@@ -107,20 +116,18 @@ def make_batch(
 ) -> Batch:
     """Draw noise, times, augmentation and dropped conditions, each by seed and image number alone.
 
+    Augmentations are a few numbers, always of numpy's stream.
+
     Args:
         dataset: that `loaded` comes from.
         num_classes: of the network; 0 leaves labels out, else dropped and missing labels become
             num_classes, the null label.
     """
-    seed, image_numbers, labels = recipe.seed, loaded.image_numbers.tolist(), loaded.labels
-
-    def send(tensor: Tensor) -> Tensor:
-        # Only pinned memory is copied to a GPU without waiting for it.
-        tensor = tensor.pin_memory() if device.type == "cuda" else tensor
-        return tensor.to(device, non_blocking=True)
-
-    x = dataset.to_model(loaded.inputs, seed, image_numbers, recipe.data.flip, send)
-    dropped = rng.uniform("condition", seed, image_numbers) < recipe.label_drop
+    image_numbers, labels = loaded.image_numbers.tolist(), loaded.labels
+    draws = draws_of(recipe, device)
+    send = partial(send_to, device=device)
+    x = dataset.to_model(loaded.inputs, draws, image_numbers, recipe.data.flip, send)
+    dropped = draws.uniform("condition", image_numbers) < recipe.label_drop
     label = text = text_mask = None
     if num_classes:
         assert labels is not None, "checked against the data before training started"
@@ -130,12 +137,12 @@ def make_batch(
         text, text_mask = send(loaded.text), send(loaded.text_mask & ~dropped[:, None])
     augmentation = None
     if recipe.data.augment:
-        drawn = draw_augmentations(seed, image_numbers, recipe.data.augment)
+        drawn = draw_augmentations(recipe.seed, image_numbers, recipe.data.augment)
         x, augmentation = augment(x, drawn), send(augmentation_label(drawn))
     return Batch(
         x=x,
-        eps=send(rng.normal("noise", seed, image_numbers, tuple(x.shape[1:]))),
-        u=send(draw_times(recipe.time, seed, image_numbers, recipe.batch)),
+        eps=send(draws.normal("noise", image_numbers, tuple(x.shape[1:]))),
+        u=send(draw_times(recipe.time, draws, image_numbers, recipe.batch)),
         cond=Cond(label=label, text=text, text_mask=text_mask, augment=augmentation),
         image_numbers=image_numbers,
     )
