@@ -45,7 +45,6 @@ from mezzotint.train.loop import train
 
 AMONG = 100
 TARGET = 5 / AMONG
-TOKENS = 8  # patches along a side, as the preset has at 64 pixels
 SHEET_CAPTIONS, SHEET_SEEDS = 8, 4
 
 
@@ -66,15 +65,15 @@ def open_set(out: Path, part: str) -> tuple[Tensor, list[str]]:
     return pixels, [images.text(i) or "" for i in range(len(images))]
 
 
-def recipe(out: Path, images: int) -> config.Recipe:
-    """uvit-text-tiny's own at this size, with as many patches as it has at 64 pixels."""
+def recipe(out: Path, images: int, patches: int) -> config.Recipe:
+    """uvit-text-tiny's own at this size, with so many patches along a side (its own: 8)."""
     size = read_json(out / "drawings.json", "run the stage drawings")["size"]
     own = [
         f"data.source={str(out / 'sets' / 'train')!r}",
         f"data.text_encoder={str(out / 'encoder')!r}",
         f"images={images}",
         f"model.size={size}",
-        f"model.patch={size // TOKENS}",
+        f"model.patch={size // patches}",
         f"model.text_dim={WIDTH}",
         f"schedule.options.image_d={size}",
         "save.every_images=4000",
@@ -140,7 +139,7 @@ def score(args: argparse.Namespace) -> None:
     control = retrieval_ranks(judge, samples, shifted, AMONG, args.seed)
     content: dict[str, Any] = {
         "data": read_json(out / "drawings.json", "run the stage drawings"),
-        "recipe": config.to_dict(recipe(out, args.images)),
+        "recipe": config.to_dict(recipe(out, args.images, args.patches)),
         "training_images": images,
         "guidance": args.guidance,
         "steps": args.steps,
@@ -182,6 +181,7 @@ def main() -> None:
     parser.add_argument("--encoder-steps", type=int, default=1000)
     parser.add_argument("--judge-steps", type=int, default=1000)
     parser.add_argument("--images", type=int, default=150_000, help="training length")
+    parser.add_argument("--patches", type=int, default=4, help="along a side; 8 is 4 times dearer")
     parser.add_argument("--num-captions", type=int, default=1000, help="at most so many, for score")
     parser.add_argument("--each", type=int, default=4, help="samples of every held-out caption")
     parser.add_argument("--guidance", type=float, default=4.0, help="as DiT counts it; 1 is none")
@@ -193,13 +193,13 @@ def main() -> None:
     one_thread()
     out = args.out.resolve()
     if args.stage == "drawings":
-        if args.source is None or args.size % TOKENS:
-            parser.error(f"drawings needs --source, and a --size that {TOKENS} divides")
+        if args.source is None or args.size % args.patches:
+            parser.error(f"drawings needs --source, and a --size that {args.patches} divides")
         make_sets(args.source, out, args.size)
     elif args.stage == "encoder":
         train_encoder(*open_set(out, "train"), out / "encoder", args.encoder_steps, args.seed)
     elif args.stage == "train":
-        train(recipe(out, args.images), out / "run")
+        train(recipe(out, args.images, args.patches), out / "run")
     else:
         score(args)
 

@@ -55,6 +55,9 @@ class Data(Checked):
     columns: of images, labels and captions, e.g. {image: photo, label: species}.
     codec: autoencoder of a latent network, by name or folder; the preset's or dataset's by default.
     text_encoder: T5 encoder of a network that reads captions, by name or folder.
+    text_dtype: of its states, as the network reads them: float16 or bfloat16.
+    text_cache: embed each caption once and keep it in $MEZZOTINT_CACHE; false embeds captions at
+        every read, for the same numbers without the disk.
     buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares.
     portrait: with buckets, rotate images that are taller than wide, and note it in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
@@ -70,6 +73,8 @@ class Data(Checked):
     columns: Columns = field(default_factory=Columns)
     codec: str = ""
     text_encoder: str = ""
+    text_dtype: Literal["float16", "bfloat16"] = "float16"
+    text_cache: bool = True
     buckets: tuple[tuple[Side, Side], ...] = ()
     portrait: bool = False
     workers: Annotated[int, Range(0, 1024, "0 decodes in a thread")] = 0

@@ -185,11 +185,12 @@ def test_a_folder_of_latents_runs_nothing(file, content, tmp_path):
 
 
 @pytest.mark.parametrize("content", [PICKLED, object_npy()], ids=["pickle", "objects"])
-@pytest.mark.parametrize("file", [EMBEDDINGS_CARD, "tokens.npy", "starts.npy"])
+@pytest.mark.parametrize("file", [EMBEDDINGS_CARD, "00000.npy", "starts.npy"])
 def test_embedded_captions_run_nothing(file, content, tmp_path):
-    card = {"key": str(tmp_path), "width": 2, "longest": 1}
+    facts = {"width": 2, "longest": 1, "dtype": "float16", "shard_captions": 1}
+    card = {"key": str(tmp_path), **facts}
     (tmp_path / EMBEDDINGS_CARD).write_text(json.dumps(card))
-    np.save(tmp_path / "tokens.npy", np.zeros((1, 2), np.float16))
+    np.save(tmp_path / "00000.npy", np.zeros((1, 2), np.int16))
     np.save(tmp_path / "starts.npy", np.array([0, 1]))
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):

@@ -115,9 +115,7 @@ def test_the_cache_is_keyed_by_encoder_tokenizer_and_captions(t5, tmp_path, monk
     (changed / "tokenizer.json").write_text(json.dumps(tokenizer))
     folders.add(embed_captions(["a red ring"], open_text_encoder(str(changed))).folder)
     assert len(folders) == 5
-    monkeypatch.setattr(
-        embeddings_module, "_write_embeddings", lambda *_: pytest.fail("embedded twice")
-    )
+    monkeypatch.setattr(embeddings_module, "_write_shard", lambda *_: pytest.fail("embedded twice"))
     embed_captions(CAPTIONS, own)
 
 
@@ -181,9 +179,7 @@ def test_training_finds_prepared_captions(t5, tmp_path, monkeypatch):
     prepare_source("shapes:16,count=20", tmp_path / "out", 16, progress=False)
     words = prepare_captions(tmp_path / "out", str(t5), progress=False)
     assert words[0].endswith(f"distinct captions for 20 images, embedded by {t5.resolve()}")
-    monkeypatch.setattr(
-        embeddings_module, "_write_embeddings", lambda *_: pytest.fail("embedded twice")
-    )
+    monkeypatch.setattr(embeddings_module, "_write_shard", lambda *_: pytest.fail("embedded twice"))
     open_recipe_data(tiny(str(tmp_path / "out"), t5))
 
 

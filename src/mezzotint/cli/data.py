@@ -22,6 +22,7 @@ def prepare(
     columns: Annotated[tuple[str, ...], arg(metavar="ROLE=NAME ...", help_behavior_hint="")] = (),
     codec: str = "pixels",
     text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
+    text_dtype: Literal["float16", "bfloat16"] = "float16",
     full_scale: Annotated[int | None, NUMBER, Range(1, 2**32, "the value of white")] = None,
 ) -> None:
     """Resize a dataset once, so that training reads it without decoding.
@@ -39,6 +40,7 @@ def prepare(
         codec: sd-vae-ft-ema, sd-vae-ft-mse, taesd, or a folder or hub name of a diffusers
             autoencoder.
         text: T5 encoder to embed the captions with; without it, training embeds them.
+        text_dtype: Of the embedded captions, as the recipe's data.text_dtype.
         full_scale: White in grey images of more than 8 bits, e.g. 4095; by default the smallest
             usual one that holds a sample's largest value.
     """
@@ -59,7 +61,7 @@ def prepare(
             )
         )
     if text:
-        echo("\n".join(prepare_captions(out, text)))
+        echo("\n".join(prepare_captions(out, text, dtype_name=text_dtype)))
 
 
 def download(

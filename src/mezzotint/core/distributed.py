@@ -31,6 +31,21 @@ class World:
         return self.rank == 0
 
 
+@dataclass(frozen=True)
+class WorkShare:
+    """A process's part of work in pieces that it does alone: those with k % world == rank."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def from_environment(local: bool = False) -> WorkShare:
+        """Return the share of torchrun's RANK and WORLD_SIZE; of those of this machine if local."""
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if local else ("RANK", "WORLD_SIZE")
+        rank, world = (int(os.environ.get(name, i)) for i, name in enumerate(names))
+        return WorkShare(rank, world)
+
+
 class RankFailed(OSError):
     """Another rank failed; raised on the ranks that did not fail themselves.
 

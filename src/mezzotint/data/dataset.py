@@ -13,7 +13,7 @@ from jaxtyping import Float, Float16, Int64, UInt8
 from torch import Tensor
 
 from mezzotint.core.rng import Draws
-from mezzotint.data.caption_embeddings import CaptionEmbeddings
+from mezzotint.data.caption_embeddings import Captions
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.sources import Source
 from mezzotint.data.transforms import UnreadableImage, draw_flips, flip, to_model_range
@@ -59,7 +59,7 @@ class Dataset(Protocol):
     num_classes: int
     fingerprint: str
     report: UnreadableReport
-    caption_embeddings: CaptionEmbeddings | None
+    caption_embeddings: Captions | None
 
     def __len__(self) -> int: ...
 
@@ -153,7 +153,7 @@ class PixelDataset:
         self.label_names: tuple[str, ...] | None = source.label_names
         self.num_classes = len(source.label_names or ())
         self.report = UnreadableReport(len(source), notes=tuple(notes))
-        self.caption_embeddings: CaptionEmbeddings | None = None
+        self.caption_embeddings: Captions | None = None
         self._unreadable: dict[int, str] = {}
 
     def _decode_pixels(self, i: int) -> UInt8[np.ndarray, "c h w"]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mezzotint.core.distributed import WorkShare
 from mezzotint.core.files import atomic_open, read_json, write_json
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.autoencoder import Codec
@@ -21,19 +20,6 @@ from mezzotint.data.sources import hash_parts
 PIECE_BYTES = 16 << 20  # most bytes of moments in one piece; a killed process loses its last piece
 PIECE_IMAGES = 256  # most images in one piece
 EXPECTED_STD = (0.5, 2.0)  # the codecs' scales are made for 1
-
-
-@dataclass(frozen=True)
-class WorkShare:
-    """This process's part of the work: pieces k with k % world == rank."""
-
-    rank: int = 0
-    world: int = 1
-
-    @staticmethod
-    def from_environment() -> WorkShare:
-        """Return the share of torchrun's RANK and WORLD_SIZE."""
-        return WorkShare(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 def encode_latents(

@@ -27,7 +27,7 @@ from mezzotint.core.json_values import check_fields
 from mezzotint.core.npz_files import load_npy
 from mezzotint.core.rng import Draws
 from mezzotint.data.autoencoder import Codec, check_codec_fits, draw_latents, open_codec
-from mezzotint.data.caption_embeddings import CaptionEmbeddings
+from mezzotint.data.caption_embeddings import Captions
 from mezzotint.data.columns import Columns
 from mezzotint.data.dataset import (
     Dataset,
@@ -96,7 +96,7 @@ class EncodedDataset:
         self.label_names, self.num_classes = images.label_names, images.num_classes
         self.fingerprint = hash_parts([images.fingerprint, codec.hash])
         self.report = images.report
-        self.caption_embeddings: CaptionEmbeddings | None = None
+        self.caption_embeddings: Captions | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -204,7 +204,7 @@ class LatentDataset:
         self.rows = split_indices(card["count"], split or "all", None)
         self.fingerprint = hash_parts([card["fingerprint"], self.rows.tobytes()])
         self.report = UnreadableReport(len(self.rows), notes=tuple(card["notes"]))
-        self.caption_embeddings: CaptionEmbeddings | None = None
+        self.caption_embeddings: Captions | None = None
         self._starts = np.cumsum([0, *card["pieces"]])
         self._labels = _read_labels(self.folder)[self.rows]
         for k in range(len(card["pieces"])):

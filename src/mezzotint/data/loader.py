@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mezzotint.data.dataset import Dataset, Labels, Moments, Pixels
@@ -38,11 +38,12 @@ class LoadedBatch(NamedTuple):
     image_numbers: Int64[Tensor, " b"]
     inputs: Pixels | Moments
     labels: Labels | None
-    text: Float16[Tensor, "b t d"] | None = None
+    text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
 
 
 # Arrays: tensors would cross processes in shared memory, which is small in containers.
+BFLOAT16 = np.dtype("V2")  # two bytes as they are: numpy has no bfloat16
 _Loaded = tuple[list[Any], dict[int, str]]  # LoadedBatch after `image_numbers`; unreadable images
 
 
@@ -112,7 +113,10 @@ def _prefetch(
     def to_tensor(array: np.ndarray | None) -> Tensor | None:
         if array is None:
             return None
-        tensor = torch.from_numpy(array)
+        if array.dtype == BFLOAT16:
+            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        else:
+            tensor = torch.from_numpy(array)
         return (
             tensor.pin_memory() if cuda else tensor
         )  # only pinned memory is copied without waiting
@@ -164,7 +168,13 @@ def _load(dataset: Dataset, indices: list[int]) -> _Loaded:
         # A replaced image comes with its own caption.
         used = [dataset.readable(i) if i in unreadable else i for i in indices]
         fields += dataset.caption_embeddings.batch(used)
-    return [None if t is None else t.numpy() for t in fields], unreadable
+    return [None if t is None else _to_array(t) for t in fields], unreadable
+
+
+def _to_array(tensor: Tensor) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.numpy()
 
 
 class _WorkerProcess(SpawnProcess):

@@ -12,12 +12,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from mezzotint.core.distributed import default_device
+from mezzotint.core.distributed import WorkShare, default_device
 from mezzotint.core.files import atomic_folder, write_json
 from mezzotint.data.audit import Audit, decode_all
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.columns import Columns
-from mezzotint.data.encode_latents import WorkShare, encode_latents
+from mezzotint.data.encode_latents import encode_latents
 from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset, describe_latents
 from mezzotint.data.prepared_source import CARD
@@ -107,25 +107,41 @@ def prepare_latents(
     )
 
 
-def prepare_captions(out: str | Path, encoder_name: str, *, progress: bool = True) -> list[str]:
+def prepare_captions(
+    out: str | Path, encoder_name: str, *, dtype_name: str = "float16", progress: bool = True
+) -> list[str]:
     """Embed the captions of a prepared folder into the cache, where training looks for them.
+
+    Under torchrun, every process embeds its share; the last to finish completes the cache.
 
     Args:
         out: a folder of `prepare_source` or `prepare_latents`.
         encoder_name: of the T5 encoder, see `mezzotint.data.text_encoder.open_text_encoder`.
+        dtype_name: of the embeddings, as the recipe's data.text_dtype.
         progress: show a bar on standard error.
 
     Returns: a description of the captions, in lines.
 
     Errors: ValueError as `mezzotint.data.caption_embeddings.embed_captions`.
     """
-    from mezzotint.data.caption_embeddings import describe_captions, embed_captions
+    from mezzotint.data.caption_embeddings import (
+        describe_captions,
+        fill_cache,
+        is_complete,
+        open_cache,
+    )
     from mezzotint.data.text_encoder import open_text_encoder
 
     dataset = LatentDataset(Path(out)) if (Path(out) / LATENTS).is_file() else open_images(out)
-    encoder = open_text_encoder(encoder_name, default_device())
+    encoder = open_text_encoder(encoder_name, default_device(), dtype_name=dtype_name)
     captions = [dataset.text(i) for i in range(len(dataset))]
-    return describe_captions(embed_captions(captions, encoder, progress=progress))
+    folder = fill_cache(captions, encoder, WorkShare.from_environment(), progress=progress)
+    if is_complete(folder):
+        return describe_captions(open_cache(folder, captions))
+    return [
+        "this process's share of the captions is embedded; the cache will be complete when the "
+        "other processes have finished"
+    ]
 
 
 def _write_images(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:

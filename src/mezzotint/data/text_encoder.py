@@ -22,6 +22,7 @@ from mezzotint.core.tensor_files import sha256_of_module
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
 XXL = "google/t5-v1_1-xxl"  # the paper's encoder, 4096 wide
 FILES = ("*.json", "*.safetensors", "*.model")
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}  # of the states that networks read
 KIND = Pretrained(kind="text encoder", shelf="text", files=FILES, example=f"the paper's is {XXL}")
 
 
@@ -31,11 +32,23 @@ class TextEncoder:
 
     name: as given to `open_text_encoder`; a folder as an absolute path. width: of an embedding.
     max_tokens: longer captions are cut. hash: of the weights. tokenizer_hash: of its files.
+    dtype_name: of the states that a network reads.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, tokenizer_hash: str, max_tokens: int):
+    def __init__(
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        tokenizer_hash: str,
+        max_tokens: int,
+        dtype_name: str = "float16",
+    ):
         if max_tokens < 1:
             raise ValueError(f"max_tokens {max_tokens}; at least 1, e.g. {MAX_TOKENS}")
+        if dtype_name not in DTYPES:
+            raise ValueError(f"states in {dtype_name}; choose from {', '.join(DTYPES)}")
+        self.dtype_name = dtype_name
         self.name, self.model, self.tokenizer, self.max_tokens = name, model, tokenizer, max_tokens
         self.tokenizer_hash = tokenizer_hash
         self.width = int(model.config.d_model)
@@ -64,20 +77,37 @@ class TextEncoder:
         output = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
         return output.last_hidden_state[0].float().cpu()
 
+    def states(self, caption: str) -> Float[Tensor, "t d"]:
+        """Return `encode`'s states as a network reads them, in training as in sampling.
+
+        Errors: ValueError for a state that `dtype_name` cannot hold.
+        """
+        states = self.encode(caption).to(DTYPES[self.dtype_name])
+        if not states.isfinite().all():
+            raise ValueError(
+                f"text encoder {self.name} gives NaN or infinity in {self.dtype_name} for the "
+                f"caption {caption[:80]!r}; bfloat16 holds larger numbers: data.text_dtype=bfloat16"
+            )
+        return states
+
     def conditions(
         self, captions: Sequence[str]
     ) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
-        """Return float16 embeddings, as in training, padded to max_tokens, and their mask."""
-        text = torch.zeros(len(captions), self.max_tokens, self.width, dtype=torch.float16)
+        """Return the embeddings of `states`, padded to max_tokens, and their mask."""
+        dtype = DTYPES[self.dtype_name]
+        text = torch.zeros(len(captions), self.max_tokens, self.width, dtype=dtype)
         mask = torch.zeros(len(captions), self.max_tokens, dtype=torch.bool)
         for row, caption in enumerate(captions):
-            states = self.encode(caption)
-            text[row, : len(states)], mask[row, : len(states)] = states.half(), True
+            states = self.states(caption)
+            text[row, : len(states)], mask[row, : len(states)] = states, True
         return text, mask
 
 
 def open_text_encoder(
-    name: str, device: torch.device | str = "cpu", max_tokens: int = MAX_TOKENS
+    name: str,
+    device: torch.device | str = "cpu",
+    max_tokens: int = MAX_TOKENS,
+    dtype_name: str = "float16",
 ) -> TextEncoder:
     """Open a T5 encoder.
 
@@ -86,6 +116,7 @@ def open_text_encoder(
             google/t5-v1_1-xxl as in the paper, google-t5/t5-small, ...
         device: where it computes.
         max_tokens: longer captions are cut.
+        dtype_name: of the states that a network reads, see `DTYPES`.
 
     Errors: ValueError for a folder without encoder, and for an encoder that cannot be downloaded,
     with
@@ -123,7 +154,7 @@ def open_text_encoder(
     full_name = str(folder) if expand_user(name).is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
-    return TextEncoder(full_name, model, tokenizer, _tokenizer_hash(folder), max_tokens)
+    return TextEncoder(full_name, model, tokenizer, _tokenizer_hash(folder), max_tokens, dtype_name)
 
 
 def find_text_encoder(name: str, fetch: bool = True) -> Path:

@@ -23,8 +23,10 @@ Labels: TypeAlias = SupportsIndex | str | Iterable[Any]
 
 
 @functools.lru_cache(maxsize=2)
-def _open_checked_encoder(name: str, max_tokens: int, sha256: str, device: str) -> TextEncoder:
-    encoder = open_text_encoder(name, device, max_tokens)
+def _open_checked_encoder(
+    name: str, max_tokens: int, sha256: str, dtype_name: str, device: str
+) -> TextEncoder:
+    encoder = open_text_encoder(name, device, max_tokens, dtype_name)
     if encoder.hash != sha256:
         raise ValueError(
             f"the text encoder at {name} is not the one the model was trained with: its SHA-256 is "
@@ -60,7 +62,11 @@ def text_encoder_for(model: Model, name: str | None = None) -> TextEncoder:
     info = text_encoder_info(model)
     device = next(model.parameters()).device
     return _open_checked_encoder(
-        name or info["encoder"], info["max_tokens"], info["encoder_hash"], str(device)
+        name or info["encoder"],
+        info["max_tokens"],
+        info["encoder_hash"],
+        info.get("dtype", "float16"),
+        str(device),
     )
 
 

@@ -9,10 +9,10 @@ import torch
 
 from mezzotint.backbones import needs_label, text_width
 from mezzotint.config import Recipe
-from mezzotint.core.distributed import World, all_ranks, on_rank0
+from mezzotint.core.distributed import WorkShare, World, all_ranks
 from mezzotint.core.files import expand_user
 from mezzotint.data.bucketed_dataset import BucketedDataset
-from mezzotint.data.caption_embeddings import CaptionEmbeddings, embed_captions
+from mezzotint.data.caption_embeddings import Captions, LiveCaptions, embed_captions, fill_cache
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.image_dataset import open_source
 from mezzotint.data.latent_dataset import EncodedDataset, open_dataset
@@ -117,25 +117,30 @@ def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
         )
 
 
-def open_captions(
-    recipe: Recipe, dataset: Dataset, width: int, world: World
-) -> CaptionEmbeddings | None:
+def open_captions(recipe: Recipe, dataset: Dataset, width: int, world: World) -> Captions | None:
     """Return the embedded captions for a network that reads text `width` wide; None for width 0.
 
-    All ranks call it together. Rank 0 embeds new captions while the others wait.
+    All ranks call it together, and each embeds its share of the new captions.
 
     Errors: ValueError for a text network without an encoder or with one of another width, for an
-        encoder given to a network that reads no text, and for images without captions.
+        encoder given to a network that reads no text, for images without captions, and for
+        captions that worker processes would have to embed.
     """
     encoder = all_ranks(lambda: _open_encoder(recipe, width, world), world)
     if encoder is None:
         return None
     captions = all_ranks(lambda: [dataset.text(i) for i in range(len(dataset))], world)
 
-    def fill_cache() -> None:
-        embed_captions(captions, encoder, progress=True)
-
-    on_rank0(fill_cache, world)
+    if not recipe.data.text_cache:
+        if recipe.data.workers:
+            raise ValueError(
+                "data.text_cache=false embeds captions in the training process, and data.workers="
+                f"{recipe.data.workers} loads batches in others; set data.workers=0"
+            )
+        return all_ranks(lambda: LiveCaptions(captions, encoder), world)
+    # Machines without a common cache: each then embeds in its own what only others have.
+    for share in (WorkShare(world.rank, world.size), WorkShare.from_environment(local=True)):
+        all_ranks(lambda: fill_cache(captions, encoder, share, progress=world.is_rank0), world)  # noqa: B023
     return all_ranks(lambda: embed_captions(captions, encoder), world)  # from the cache
 
 
@@ -154,7 +159,7 @@ def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | Non
             f"{recipe.preset} reads captions; name a T5 encoder, e.g. "
             f"data.text_encoder=google-t5/t5-small (the paper uses {XXL})"
         )
-    encoder = open_text_encoder(name, world.device)
+    encoder = open_text_encoder(name, world.device, dtype_name=recipe.data.text_dtype)
     if encoder.width != width:
         raise ValueError(
             f"encoder {name} is {encoder.width} wide, the network reads {width}; "
@@ -212,11 +217,11 @@ def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, 
     )
 
 
-def _text_encoder_info(captions: CaptionEmbeddings | None) -> dict[str, object]:
+def _text_encoder_info(captions: Captions | None) -> dict[str, object]:
     """Return what config.json keeps of the text encoder, for reading prompts later."""
     if captions is None:
         return {}
-    encoder = {k: captions.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash")}
+    encoder = {k: captions.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash", "dtype")}
     return {"text": {**encoder, "max_tokens": captions.max_tokens}}
 
 

@@ -20,7 +20,7 @@ RECIPE = "recipe.yaml"
 # failure.
 CHANGEABLE = (
     "images", "engine", "save", "samples", "evaluate", "log_every_images", "nonfinite", "trackers",
-    "data.workers", "ema.snapshot_every_images",
+    "data.workers", "data.text_cache", "ema.snapshot_every_images",
     "data.source",  # the data is known by its content, see `train.data_record`
 )  # fmt: skip
 
