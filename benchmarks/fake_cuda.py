@@ -18,6 +18,7 @@ import torch
 import torch.cuda.amp.common
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd.graph import get_gradient_edge
 from torch.fx import traceback
 
@@ -48,9 +49,19 @@ def gpu_pretended(chosen: Callable[[str], None]) -> Iterator[None]:
             (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
             (F, "scaled_dot_product_attention", attention),
             (torch.autograd, "grad", gradients),
+            (torch._C, "_conv_determine_backend_memory_format", convolution_layout),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield
+
+
+def convolution_layout(x: Tensor, weight: Tensor, backend: Any) -> torch.memory_format:
+    """Return the layout of a convolution's results: channels-last where either input has it.
+
+    As cudnn_conv_suggest_memory_format in aten/src/ATen/native/ConvUtils.h.
+    """
+    layouts = [suggest_memory_format(t) for t in (x, weight)]
+    return torch.channels_last if torch.channels_last in layouts else torch.contiguous_format
 
 
 def attention_kernel(d: int, dtype: torch.dtype, mask: bool, mask_trained: bool) -> str:

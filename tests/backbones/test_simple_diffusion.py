@@ -9,6 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import mezzotint.backbones as backbones
+import mezzotint.backbones.layers as layers
 from mezzotint.backbones.layers import (
     FiLM,
     ResBlock,
@@ -154,6 +155,53 @@ def test_positions_of_another_size_are_resized():
         out[0, 0, :, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
     )
     torch.testing.assert_close(out, out[:, :, :, :1].expand_as(out))
+
+
+FAMILIES = ["unet-tiny", "uvit-tiny", "sid2-tiny"]
+
+
+def run_with_gradients(network, dtype=torch.float64):
+    """Return the output and all gradients of a network whose every weight has an effect."""
+    torch.manual_seed(0)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    z = torch.randn(2, 3, 32, 32, dtype=dtype)
+    (out,) = network(z, torch.tensor([-1.0, 3.0], dtype=dtype), Cond(label=torch.tensor([1, 4])))
+    out.float().pow(2).mean().backward()
+    return [out, *(p.grad for p in network.parameters())]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layout_of_gpus_changes_nothing(name, monkeypatch):
+    network = create_model(name).backbone.double()
+    seen = []
+    for module in network.modules():
+        if isinstance(module, ResBlock):
+            module.register_forward_hook(lambda _m, args, out: seen.extend([args[0], out]))
+    expected = run_with_gradients(network)
+    assert not any(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+    network.zero_grad()
+    seen.clear()
+    monkeypatch.setattr(
+        layers, "to_gpu_layout", lambda h: h.contiguous(memory_format=torch.channels_last)
+    )
+    for a, b in zip(run_with_gradients(network), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    # Every block is given the layout and gives it on.
+    assert seen
+    assert all(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stream_has_one_dtype(name):
+    network = create_model(name).backbone
+    dtypes = set()
+    for module in network.modules():
+        if isinstance(module, ResBlock | TransformerBlock):
+            module.register_forward_hook(lambda _m, _a, out: dtypes.add(out.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        run_with_gradients(network, torch.float32)
+    assert dtypes == {torch.bfloat16}
 
 
 def test_embedding_input_is_the_time_of_the_plain_cosine():

@@ -24,7 +24,26 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def to_gpu_layout(h: Tensor) -> Tensor:
+    """Return the map (b, c, h, w) channels-last on a GPU, as it is elsewhere.
+
+    cuDNN's 16-bit convolutions read and write this layout; others are copied to it and back. On
+    the CPU the layout would change the last bits.
+    """
+    return h.contiguous(memory_format=torch.channels_last) if h.is_cuda else h
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm, whose result has the layout of the convolution that follows."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise (b, c, h, w) over each group's channels and cells."""
+        # torch's kernel and its decomposition return channels-first whatever they are given. In a
+        # compiled block the copy is part of the kernel that writes the result.
+        return to_gpu_layout(super().forward(input))
+
+
+def group_norm(channels: int) -> GroupNorm:
     """Return a GroupNorm with gcd(32, channels / 4) groups: 32 for the published widths.
 
     The number of groups is our choice (section 6, [?]).
@@ -35,7 +54,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
         raise ValueError(
             f"a width of {channels} channels is no multiple of 4; try {channels + -channels % 4}"
         )
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+    return GroupNorm(math.gcd(32, channels // 4), channels)
 
 
 def inv_cos(logsnr: Tensor) -> Tensor:
@@ -223,13 +242,27 @@ def attention(
 
     `mask` is that of `scaled_dot_product_attention`.
     """
+    short = q.shape[-2] <= 512  # long rows stay fused for the sake of memory
     # One AVX512-BF16 core, 257 tokens, forward and backward: torch's fused kernel is 1.1-1.3 times
-    # as fast as the product written out in float32, but 2.2 times slower in bf16. Long rows stay
-    # fused for the sake of memory.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[-2] <= 512 and mask is None:
-        factor = q.shape[-1] ** -0.5 if scale is None else scale
-        return ((q * factor) @ k.transpose(-2, -1)).softmax(-1).to(v.dtype) @ v
+    # as fast as the product written out in float32, but 2.2 times slower in bf16.
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None
+    # On GPUs heads wider than 256 fit neither cuDNN nor flash (torch's sdp_utils.cpp), only the
+    # memory-efficient kernel, which does not use Hopper's instructions. Not measured.
+    wide = q.device.type == "cuda" and q.shape[-1] > 256
+    if short and (on_cpu or wide):
+        return written_out_attention(q, k, v, mask, scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def written_out_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Return what `attention` does as two products and a softmax; a `mask` is of booleans."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = (q * factor) @ k.transpose(-2, -1)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -305,11 +338,11 @@ class PositionEmbedding(nn.Module):
         self.table = nn.Parameter(std * torch.randn(1, channels, side, side))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Add the positions to (b, c, h, w)."""
+        """Add the positions to (b, c, h, w), in its dtype."""
         table = self.table
         if table.shape[2:] != h.shape[2:]:
             table = F.interpolate(table, h.shape[2:], mode="bilinear", align_corners=False)
-        return h + table
+        return h + table.to(h.dtype)
 
 
 class Down(nn.Module):
@@ -353,7 +386,7 @@ class Stem(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(b, channels, h, w) to (b, width, h/patch, w/patch)."""
-        return self.conv(dwt53(z, self.levels))
+        return self.conv(to_gpu_layout(dwt53(z, self.levels)))
 
 
 class Head(nn.Module):
