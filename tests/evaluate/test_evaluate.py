@@ -15,7 +15,6 @@ from mezzotint.evaluate import extract
 from mezzotint.evaluate.evaluate import (
     MetricSettings,
     evaluate,
-    make_protocol,
     print_evaluation,
 )
 from mezzotint.evaluate.extract import extract_features
@@ -25,7 +24,7 @@ from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.metrics import frechet_distance, inception_score
 from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
 from mezzotint.evaluate.references import make_reference
-from mezzotint.evaluate.results import Protocol, load_evaluation
+from mezzotint.evaluate.results import Protocol, load_evaluation, make_protocol
 
 SETTINGS = MetricSettings(subset_size=20, subsets=10)
 

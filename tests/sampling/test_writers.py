@@ -23,8 +23,8 @@ from PIL import Image
 from helpers.tiny_models import tiny
 from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import open_images
-from mezzotint.evaluate.evaluate import make_protocol
 from mezzotint.evaluate.image_source import from_job, open_image_source
+from mezzotint.evaluate.results import make_protocol
 from mezzotint.sampling.generate_images import consecutive_batches, generate_images
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.settings import Guidance, SamplingSettings

@@ -71,13 +71,13 @@ def download(
     *,
     only_list: Annotated[Switch, arg(name="list")] = False,
 ) -> None:
-    """Download what a recipe needs (autoencoder, text encoder), with sizes and hashes.
+    """Download what a recipe needs (autoencoder, text encoder), or CLIP, with sizes and hashes.
 
     Files go to $MEZZOTINT_CACHE, by default ~/.cache/mezzotint. Copy that folder to a machine
     without network access.
 
     Args:
-        what: A preset, a recipe.yaml, or the name of an autoencoder or text encoder.
+        what: A preset, a recipe.yaml, or the name of an autoencoder, text encoder or CLIP model.
         overrides: Fields of the recipe, e.g. data.text_encoder=google-t5/t5-small.
         only_list: List the files; download nothing.
     """

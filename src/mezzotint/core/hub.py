@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,12 @@ def download_model(repo: str, names: Sequence[str]) -> Path:
         raise ValueError(
             f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
         ) from None
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "spiece.model", "special_tokens_map.json",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +98,15 @@ def find_pretrained(
             f"network (mezzotint download {name}) and put them into {ours}, or give the folder "
             "that holds them"
         ) from None
+
+
+def hash_tokenizer(folder: Path) -> str:
+    """Return the SHA-256 of the files of a tokenizer, in hexadecimal."""
+    h = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            h.update(name.encode() + (folder / name).read_bytes())
+    return h.hexdigest()
 
 
 @contextmanager

@@ -6,7 +6,6 @@ caption. The cache is keyed by the encoder's weights, its tokenizer and the capt
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -16,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mezzotint.core.files import expand_user, read_json
-from mezzotint.core.hub import Pretrained, find_pretrained, quiet_transformers
+from mezzotint.core.hub import Pretrained, find_pretrained, hash_tokenizer, quiet_transformers
 from mezzotint.core.tensor_files import sha256_of_module
 
 MAX_TOKENS = 128  # the usual length since Imagen; longer captions are cut and counted
@@ -154,7 +153,8 @@ def open_text_encoder(
     full_name = str(folder) if expand_user(name).is_dir() else name
     model: Any = model.eval().requires_grad_(False)
     model.to(torch.device(device))
-    return TextEncoder(full_name, model, tokenizer, _tokenizer_hash(folder), max_tokens, dtype_name)
+    tokenizer_hash = hash_tokenizer(folder)
+    return TextEncoder(full_name, model, tokenizer, tokenizer_hash, max_tokens, dtype_name)
 
 
 def find_text_encoder(name: str, fetch: bool = True) -> Path:
@@ -166,16 +166,3 @@ def find_text_encoder(name: str, fetch: bool = True) -> Path:
     Errors: ValueError as `open_text_encoder`.
     """
     return find_pretrained(KIND, name, fetch)
-
-
-def _tokenizer_hash(folder: Path) -> str:
-    h = hashlib.sha256()
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "spiece.model",
-        "special_tokens_map.json",
-    ):
-        if (folder / name).is_file():
-            h.update(name.encode() + (folder / name).read_bytes())
-    return h.hexdigest()

@@ -19,12 +19,12 @@ from mezzotint.config import Evaluate, Recipe
 from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
 from mezzotint.data.image_dataset import BUILTIN, open_images, split_source
 from mezzotint.data.sources import SPLITS
-from mezzotint.evaluate.evaluate import check_reference, evaluate, make_protocol
+from mezzotint.evaluate.evaluate import check_reference, evaluate
 from mezzotint.evaluate.features import FeatureSet, open_features
 from mezzotint.evaluate.image_source import ImageSource, from_job, repeat_grey
 from mezzotint.evaluate.likelihood import LikelihoodSettings, bits_per_dim, check_pixels, is_of
 from mezzotint.evaluate.references import Reference, read_reference
-from mezzotint.evaluate.results import Evaluation, load_evaluation
+from mezzotint.evaluate.results import Evaluation, load_evaluation, make_protocol
 from mezzotint.models import build_model, preset_info
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling import parse

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mezzotint import __version__
 from mezzotint.core.distributed import all_ranks, on_rank0
-from mezzotint.core.registry import suggest
 from mezzotint.evaluate.bootstrap import bootstrap
-from mezzotint.evaluate.extract import extract_features
+from mezzotint.evaluate.clip import Clip
+from mezzotint.evaluate.clip_score import check_captions, clip_numbers, embed_captions
+from mezzotint.evaluate.extract import extract_features, with_resolution
 from mezzotint.evaluate.features import FeatureSet, compute_features
 from mezzotint.evaluate.image_source import ImageSource, repeat_grey
 from mezzotint.evaluate.kid import kid
@@ -24,7 +24,7 @@ from mezzotint.evaluate.memorization import Memorization, measure_memorization, 
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
 from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
 from mezzotint.evaluate.references import Reference
-from mezzotint.evaluate.results import Evaluation, Number, Protocol
+from mezzotint.evaluate.results import Evaluation, Number, Protocol, make_protocol
 
 LOGITS, SPATIAL = "inception-logits", "inception-sfid"
 
@@ -49,29 +49,14 @@ class MetricSettings:
     level: float = 0.95
 
 
-def make_protocol(source: ImageSource, resolution: tuple[int, int] | None) -> Protocol:
-    """Return the protocol of a source's images; ValueError for metadata of unknown names."""
-    own = {"source", "num_images", "code_version", "resolution"}
-    known = {f.name for f in dataclasses.fields(Protocol)} - own
-    for key in source.metadata:
-        if key not in known:
-            raise ValueError(f"{source.name} has metadata {key!r}; {suggest(key, known)}")
-    return Protocol(
-        source=source.name,
-        num_images=source.num_images,
-        code_version=__version__,
-        resolution=resolution,
-        **source.metadata,
-    )
-
-
 def evaluate(
     source: ImageSource,
-    reference: Reference,
+    reference: Reference | None,
     sets: Sequence[FeatureSet],
     settings: MetricSettings | None = None,
     *,
     heldout: Reference | None = None,
+    clips: Sequence[Clip] = (),
     folder: str | Path | None = None,
     show: bool = False,
 ) -> Evaluation:
@@ -79,9 +64,11 @@ def evaluate(
 
     These are a Fréchet distance for each set with statistics; the Inception Score for the logits;
     precision, recall, density, coverage and KID for each set whose features the reference keeps;
-    FDr for each set with statistics in `heldout`.
+    FDr for each set with statistics in `heldout`; the CLIP scores of each of `clips`. An image is
+    drawn once for all of them.
 
     Args:
+        reference: None with no sets, for CLIP scores alone.
         heldout: a reference of real images not trained on; `reference` should then be of the
             training images.
         folder: for pieces of features, to resume an interrupted evaluation.
@@ -91,24 +78,39 @@ def evaluate(
     """
     settings = settings or MetricSettings()
 
+    every = [*sets, *(clip.features for clip in clips)]
+    if (reference is None) != (not sets) or len({s.name for s in every}) < max(1, len(every)):
+        raise ValueError(
+            f"feature sets {[s.name for s in every]}: those of a reference need one, and none may "
+            "be there twice"
+        )
+
     # Checked before any network runs, so that a reference that does not fit costs no time.
     def check() -> tuple[ImageSource, Protocol]:
-        sized = repeat_grey(_with_resolution(source), sets[0].channels)
+        sized = repeat_grey(with_resolution(source), every[0].channels)
         for real in (reference, heldout):
             if real is not None:
                 check_reference(sets, real, sized.resolution)
+        if clips:
+            check_captions(sized)
         return sized, make_protocol(sized, sized.resolution)
 
     source, protocol = all_ranks(check)
-    features = extract_features(source, sets, folder, show)
+    features = extract_features(source, every, folder, show)
+    captions = source.captions or ()
+    texts = [embed_captions(clip, captions, folder, show) for clip in clips]
 
     def compute() -> Evaluation:
         assert features is not None, "rank 0 has them"
         numbers = [
             number
             for s in sets
+            if reference is not None
             for number in _compute_numbers(s, features[s.name], reference, heldout, settings)
         ]
+        for clip, embedded in zip(clips, texts, strict=True):
+            assert embedded is not None, "rank 0 has them"
+            numbers += clip_numbers(clip, features[clip.name], captions, embedded)
         return Evaluation(protocol=protocol, numbers=tuple(numbers))
 
     return on_rank0(compute)
@@ -121,15 +123,6 @@ def check_reference(
     for s in sets:
         if s.name != LOGITS:
             reference.check(s, resolution)
-
-
-def _with_resolution(source: ImageSource) -> ImageSource:
-    """Return the source with its resolution, that of the first two images where it is unknown."""
-    if source.resolution is not None or source.num_images < 2:
-        return source
-    images = next(iter(source.batches(0, 2)))
-    _, channels, height, width = images.shape
-    return dataclasses.replace(source, resolution=(height, width), channels=channels)
 
 
 def _compute_numbers(

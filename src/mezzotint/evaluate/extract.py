@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -71,6 +72,15 @@ def extract_features(
     names = [s.name for s in sets]
     title = f"features of {source.name}"
     return compute_by_piece(compute, names, source.num_images, title, folder, key, show)
+
+
+def with_resolution(source: ImageSource) -> ImageSource:
+    """Return the source with its resolution, that of the first two images where it is unknown."""
+    if source.resolution is not None or source.num_images < 2:
+        return source
+    images = next(iter(source.batches(0, 2)))
+    _, channels, height, width = images.shape
+    return dataclasses.replace(source, resolution=(height, width), channels=channels)
 
 
 def compute_by_piece(

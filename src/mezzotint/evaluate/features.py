@@ -393,7 +393,7 @@ def _compute_batch(sets: Sequence[FeatureSet], images: Tensor) -> dict[str, Tens
         network, prepare = group[0].network, group[0].prepare
         parameter = next(network.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
-        with _exact_float32(device):
+        with exact_float32(device):
             outputs = network(prepare(padded.to(device)), [s.tap for s in group])
         for s in group:
             features[s.name] = outputs[s.tap][:n].float()
@@ -403,7 +403,7 @@ def _compute_batch(sets: Sequence[FeatureSet], images: Tensor) -> dict[str, Tens
 
 
 @contextmanager
-def _exact_float32(device: torch.device) -> Iterator[None]:
+def exact_float32(device: torch.device) -> Iterator[None]:
     """Switch off reduced precision, and restore the caller's setting afterwards."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ class ImageSource:
         uint8 or float in [0, 1].
     metadata: how the images were made as far as known, by field of `results.Protocol`.
     identity: of the content, for resuming; None if finished pieces cannot be reused.
+    captions: what each image is to show; None if that is unknown.
     """
 
     name: str
@@ -59,6 +60,17 @@ class ImageSource:
     batches: Callable[[int, int], Iterable[Tensor]] = field(repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
     identity: str | None = None
+    captions: tuple[str, ...] | None = field(default=None, repr=False)
+
+
+def caption_images(source: ImageSource, captions: Sequence[str]) -> ImageSource:
+    """Return images with captions, one for each in their order; ValueError for another number."""
+    if len(captions) != source.num_images:
+        raise ValueError(
+            f"{len(captions):,} captions for {source.num_images:,} images of {source.name}; give "
+            "one for each, in the order of the images"
+        )
+    return dataclasses.replace(source, captions=tuple(captions))
 
 
 def from_dataset(images: ImageDataset, name: str, num_images: int | None = None) -> ImageSource:
@@ -132,15 +144,22 @@ def _describe_prompts(prompts: list[str] | None) -> str:
     return f"{len(prompts)} in turn, SHA-256 {digest}"
 
 
-def _read_card_metadata(path: Path, num_images: int) -> dict[str, Any]:
-    """Return `read_metadata` of the sampling card at `path`, or little if there is none."""
+def _read_card(path: Path, num_images: int) -> tuple[dict[str, Any], tuple[str, ...] | None]:
+    """Return `read_metadata` of the sampling card at `path`, or little if there is none; captions.
+
+    Captions are known if all images of the card are there.
+    """
     try:
         card = read_json(path)
         if card["mezzotint_samples"] == CARD_FORMAT:
-            return read_metadata(card, num_images)
+            metadata, prompts = read_metadata(card, num_images), card.get("prompts")
+            if not prompts or num_images != card["num_images"]:
+                return metadata, None
+            seeds = range(card["first_seed"], card["first_seed"] + num_images)
+            return metadata, tuple(prompts[seed % len(prompts)] for seed in seeds)
     except (ValueError, LookupError, TypeError):  # no file, or not a sampling card
         pass
-    return {"preprocessing": "none"}
+    return {"preprocessing": "none"}, None
 
 
 def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
@@ -195,7 +214,7 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         for part in _parts(start, stop, 3 * size[0] * size[1]):
             yield torch.stack([read_checked(i) for i in part])
 
-    metadata = _read_card_metadata(path / "card.json", len(files))
+    metadata, captions = _read_card(path / "card.json", len(files))
     return ImageSource(
         name=str(folder),
         num_images=len(files),
@@ -204,6 +223,7 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         batches=batches,
         metadata=_add_preprocessing(metadata, *full_scale.notes),
         identity=files.identity(),
+        captions=captions,
     )
 
 
@@ -287,14 +307,16 @@ def from_npz(file: str | Path) -> ImageSource:
             except DAMAGE as error:
                 raise ValueError(f"{file}: arr_0 is damaged ({error})") from error
 
+    metadata, captions = _read_card(Path(f"{file}.json"), num_images)
     return ImageSource(
         name=str(file),
         num_images=num_images,
         resolution=(height, width),
         channels=channels,
         batches=batches,
-        metadata=_read_card_metadata(Path(f"{file}.json"), num_images),
+        metadata=metadata,
         identity=sha256_of_file(file),
+        captions=captions,
     )
 
 
@@ -343,7 +365,7 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
     model = card["model"]
     # Neither the number of images nor the versions change what image i is.
     essence = {k: v for k, v in card.items() if k not in ("num_images", "versions")}
-    return from_samples(
+    source = from_samples(
         lambda indices: job.draw([first_seed + i for i in indices]),
         num_images,
         name=f"{model['preset'] or model['backbone']} {model['sha256'][:16]}",
@@ -352,6 +374,8 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
         batch=job.settings.batch,
         channels=job.model.info.config.channels if job.codec == "pixels" else 3,
     )
+    seeds = range(first_seed, first_seed + num_images)
+    return caption_images(source, [job.prompt(s) for s in seeds]) if job.prompts else source
 
 
 def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:

@@ -8,12 +8,16 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from mezzotint import __version__
 from mezzotint.core.fields import parse
 from mezzotint.core.files import atomic_write, read_json
 from mezzotint.core.json_values import check_fields
 from mezzotint.core.registry import suggest
+
+if TYPE_CHECKING:
+    from mezzotint.evaluate.image_source import ImageSource
 
 FORMAT = 1
 
@@ -51,6 +55,22 @@ class Protocol:
     uint8_rule: str | None = None
     preprocessing: str | None = None
     tuned: str | None = None
+
+
+def make_protocol(source: ImageSource, resolution: tuple[int, int] | None) -> Protocol:
+    """Return the protocol of a source's images; ValueError for metadata of unknown names."""
+    own = {"source", "num_images", "code_version", "resolution"}
+    known = {f.name for f in dataclasses.fields(Protocol)} - own
+    for key in source.metadata:
+        if key not in known:
+            raise ValueError(f"{source.name} has metadata {key!r}; {suggest(key, known)}")
+    return Protocol(
+        source=source.name,
+        num_images=source.num_images,
+        code_version=__version__,
+        resolution=resolution,
+        **source.metadata,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""Download the files that a recipe needs: its autoencoder and its text encoder.
+"""Download the files that a recipe needs, its autoencoder and its text encoder; and CLIP's.
 
-Files go to our cache ($MEZZOTINT_CACHE, by default ~/.cache/mezzotint), under codecs/ and
-text/. For a machine without network access, download on another one and copy that folder.
+Files go to our cache ($MEZZOTINT_CACHE, by default ~/.cache/mezzotint), under codecs/, text/ and
+clip/. For a machine without network access, download on another one and copy that folder.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mezzotint.backbones import text_width
 from mezzotint.config import Recipe
 from mezzotint.core.files import cache_dir, expand_user, format_bytes, sha256_of_file
 from mezzotint.data import autoencoder, text_encoder
+from mezzotint.evaluate import clip
 from mezzotint.models import preset_info, presets
 from mezzotint.recipes import recipe_for
 
@@ -30,6 +31,7 @@ class Requirement:
     patterns: its files, as glob patterns.
     target: folder to download to.
     folder: where it is now; None if it is not on this machine.
+    revision: the commit of the repository; None for its newest.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Requirement:
     patterns: tuple[str, ...]
     target: Path
     folder: Path | None
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ class RequiredFile:
 
 
 def find_requirements(what: str, overrides: Sequence[str] = ()) -> list[Requirement]:
-    """Return what a recipe needs, or the autoencoder or text encoder of a name.
+    """Return what a recipe needs, or the autoencoder, text encoder or CLIP model of a name.
 
     Args:
-        what: a preset, a recipe.yaml, an autoencoder, or OWNER/NAME on the hub.
+        what: a preset, a recipe.yaml, an autoencoder, or OWNER/NAME on the hub; with "t5" or "clip"
+            in the name, a text encoder or a CLIP model.
         overrides: fields of the recipe, FIELD=VALUE.
 
     Errors: ValueError for a name that is none of these.
@@ -64,11 +68,14 @@ def find_requirements(what: str, overrides: Sequence[str] = ()) -> list[Requirem
     if what in autoencoder.RELEASES:
         return [_autoencoder(what, "an autoencoder")]
     if what.count("/") == 1 and not what.startswith((".", "/", "~")):
-        is_t5 = "t5" in what.lower()
-        return [_text_encoder(what) if is_t5 else _autoencoder(what, "an autoencoder")]
+        name = what.lower()
+        if "t5" in name:
+            return [_text_encoder(what)]
+        return [_clip(what) if "clip" in name else _autoencoder(what, "an autoencoder")]
     raise ValueError(
         f"unknown name {what!r}; give a preset, a recipe.yaml, an autoencoder "
-        f"({', '.join(autoencoder.RELEASES)}), or OWNER/NAME of an autoencoder or T5 encoder"
+        f"({', '.join(autoencoder.RELEASES)}), or OWNER/NAME of an autoencoder, T5 encoder or CLIP "
+        "model"
     )
 
 
@@ -110,6 +117,18 @@ def _text_encoder(name: str) -> Requirement:
     )
 
 
+def _clip(name: str) -> Requirement:
+    return Requirement(
+        name,
+        "scores images against captions",
+        repo=_repo_of(name),
+        patterns=clip.FILES,
+        target=cache_dir() / clip.KIND.shelf / name,
+        folder=_find_locally(clip.find_clip, name),
+        revision=clip.REVISIONS.get(name),
+    )
+
+
 def _repo_of(name: str) -> str | None:
     return None if expand_user(name).is_dir() else name
 
@@ -137,7 +156,8 @@ def list_hub_files(requirement: Requirement) -> list[RequiredFile]:
 
     repo = requirement.repo or ""
     try:
-        siblings = HfApi().model_info(repo, files_metadata=True).siblings or []
+        info = HfApi().model_info(repo, files_metadata=True, revision=requirement.revision)
+        siblings = info.siblings or []
     except Exception as error:  # the hub and the network raise their own kinds
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"the hub does not answer for {repo}: {reason}") from None
@@ -169,7 +189,12 @@ def _fetch(requirement: Requirement, files: Sequence[RequiredFile]) -> Path:
     repo, patterns, target = requirement.repo or "", requirement.patterns, requirement.target
     if not files:
         raise ValueError(f"{repo} has none of {', '.join(patterns)}; is it the right repository?")
-    snapshot_download(repo, allow_patterns=list(patterns), local_dir=str(target))
+    snapshot_download(
+        repo,
+        allow_patterns=list(patterns),
+        local_dir=str(target),
+        revision=requirement.revision,
+    )
     for file in files:
         path = target / file.name
         if file.sha256 and sha256_of_file(path) != file.sha256:
