@@ -16,7 +16,7 @@ from hatchling.builders.wheel import WheelBuilder
 from PIL import Image
 
 import mezzotint as mz
-from mezzotint.cli import demo, evaluation
+from mezzotint.cli import demo
 from mezzotint.convert.adapt import initialise_from
 from mezzotint.convert.box import MOST_BYTES
 from mezzotint.convert.export import export_model
@@ -161,12 +161,12 @@ def test_it_exports(tmp_path):
 
 
 def test_it_is_evaluated_as_a_model():
-    source = evaluation._open_images_or_model(HOME, 3, 3, None, None, 2, None)
+    source = Source(name=HOME, num_images=3, steps=2).open()
     (images,) = source.batches(0, 3)
     assert images.shape == (3, 3, 64, 64)
     assert source.metadata["steps"] == 2
     with pytest.raises(ValueError, match=f"or a model; did you mean {HOME}"):
-        evaluation._open_images_or_model("eurosat64", 3, 3, None, None, 2, None)
+        Source(name="eurosat64", num_images=3, steps=2).open()
 
 
 def test_training_starts_from_it():

@@ -6,8 +6,9 @@ import math
 import re
 
 import pytest
+from PIL import Image
 
-from mezzotint.core.svg_plot import INK, Line, svg_plot
+from mezzotint.core.svg_plot import INK, Line, save_plot, svg_plot
 
 
 def clip_ids(svg):
@@ -47,3 +48,16 @@ def test_categories_on_the_x_axis():
     svg = svg_plot([Line(["low", "high"], [1.0, 2.0])], "bin", "loss", log_y=True)
     assert ">low<" in svg
     assert ">high<" in svg
+
+
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_a_plot_of_its_own_is_dark_on_white(kind, tmp_path):
+    file = tmp_path / f"plot.{kind}"
+    save_plot(file, [Line([0, 1], [1.0, 2.0], labels=["low", "high"])], "u", "loss")
+    if kind == "svg":
+        text = file.read_text()
+        assert "currentColor" not in text
+        assert all(f">{word}<" in text for word in ("low", "high", "u", "loss"))
+    else:
+        with Image.open(file) as image:
+            assert image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)

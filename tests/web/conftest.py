@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import random
 import signal
@@ -19,8 +18,8 @@ import pytest
 import torch
 
 import mezzotint as mz
+from helpers.text_model import fill_zeros, save_text_model
 from helpers.tiny_t5 import saved_t5
-from mezzotint.data.text_encoder import open_text_encoder
 
 CHROMIUM = Path("/usr/bin/chromium")
 SCREENSHOTS = Path(
@@ -33,32 +32,6 @@ def save_tiny(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     model = mz.create_model("unet-tiny", size=16, width=8, emb_dim=32, num_classes=3)
     fill_zeros(model)
-    mz.save_model(model, folder)
-
-
-def fill_zeros(model) -> None:
-    """Replace zero-initialised weights by random ones, so that images depend on their seeds."""
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.05)
-
-
-def save_text_model(folder: Path, t5: Path, name: str) -> None:
-    """Save a uvit-text-tiny of 16 pixels whose info names that text encoder."""
-    torch.manual_seed(0)
-    small = {
-        "size": 16,
-        "width": 8,
-        "emb_dim": 16,
-        "multipliers": (1, 2),
-        "blocks": (1,),
-        "depth": 1,
-        "heads": 2,
-    }
-    model = mz.create_model("uvit-text-tiny", **small, text_dim=16)
-    fill_zeros(model)
-    text = {"encoder": name, "encoder_hash": open_text_encoder(str(t5)).hash, "max_tokens": 16}
-    model.info = dataclasses.replace(model.info, extra={"text": text})
     mz.save_model(model, folder)
 
 

@@ -21,6 +21,11 @@ Seed = Annotated[int, NUMBER, Range(0, MOST_SEED)]
 NumImages = Annotated[
     int, arg(aliases=["-n"], metavar="N", help_behavior_hint=""), Range(1, 10_000_000, "images")
 ]
+OptionalNumImages = Annotated[
+    int | None,
+    arg(aliases=["-n"], metavar="N", help_behavior_hint=""),
+    Range(1, 10_000_000, "images"),
+]
 Images = Annotated[int | None, NUMBER, Range(1, MOST_IMAGES, "images")]
 Steps = Annotated[int | None, NUMBER, Range(1, 10_000)]
 Hours = Annotated[

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from mezzotint.cli import measure
 from mezzotint.cli.arguments import (
     NUMBER,
     Channels,
     NumImages,
     OptionalBatch,
     OptionalFile,
+    OptionalNumImages,
     OptionalText,
     Size,
     Steps,
@@ -21,9 +23,6 @@ from mezzotint.cli.arguments import (
 from mezzotint.cli.outputs import check_outside_run, evaluation_base
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
-
-if TYPE_CHECKING:
-    from mezzotint.evaluate.image_source import ImageSource
 
 FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
 OptionalCount = Annotated[int | None, NUMBER, Range(1, 10_000)]
@@ -74,13 +73,19 @@ def evaluate(
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
     heldout: OptionalText = None,
-    num_images: NumImages = 50_000,
+    num_images: OptionalNumImages = None,
     size: Size = None,
     channels: Channels = 3,
     protocol: OptionalText = None,
     sampler: OptionalText = None,
     steps: Steps = None,
     guidance: OptionalText = None,
+    prompts: OptionalFile = None,
+    encoder: OptionalText = None,
+    clip: Annotated[
+        tuple[str, ...] | None, arg(metavar="[MODEL ...]", help_behavior_hint="")
+    ] = None,
+    sweep: OptionalText = None,
     train_images: OptionalText = None,
     heldout_images: OptionalText = None,
     bits_per_dim: Switch = False,
@@ -91,9 +96,10 @@ def evaluate(
         tuple[float, float] | None, arg(metavar="LOW HIGH", help_behavior_hint="")
     ] = None,
     batch: OptionalBatch = None,
-    out: Annotated[Path, arg(aliases=["-o"])] = Path("evaluation.json"),
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None,
 ) -> None:
-    """Evaluate a model, a folder of images or an .npz against a reference, or a model's likelihood.
+    """Evaluate a model, a folder of images or an .npz: against a reference, against captions
+    (--clip), at several guidance scales (--sweep), or a model's likelihood (--bits-per-dim).
 
     Args:
         source: Run or model folder, eurosat-64, hub name, folder or .zip of images, or .npz.
@@ -102,13 +108,17 @@ def evaluate(
         features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
-        num_images: Samples of a model, or at most so many images of --data; 50,000 by default.
+        num_images: Samples of a model, or of images of --data at most; 50,000, or the protocol's.
         size: Height and width that --train-images and --heldout-images are resized to.
         channels: 3, or 1 for grey.
         protocol: For a model, as in `mezzotint sample`.
         sampler: For a model.
         steps: Of a model's sampler, or of the bound of --bits-per-dim (without: continuous).
         guidance: For a model.
+        prompts: File of prompts, one per line; for --protocol coco-fid-30k, COCO's captions.
+        encoder: Folder of a model's text encoder, if it moved.
+        clip: CLIP score by CLIP's ViT-L/14, or by these models: hub names or folders.
+        sweep: guidance=1,1.5,2,3,4,6: CLIP score (else IS or precision) over the distance.
         train_images: Training images, for a copy rate and a sheet of nearest neighbours.
         heldout_images: Real images not trained on, needed with --train-images.
         bits_per_dim: Bound the model's negative log-likelihood on --data; for models of pixels.
@@ -117,13 +127,8 @@ def evaluate(
         ode_steps: With --bits-per-dim: add the estimate by the probability flow in so many steps.
         logsnr: With --bits-per-dim: the noisy and the clean end; -5 13.3 by default.
         batch: With --bits-per-dim: images at a time; 64 by default.
-        out: File for the numbers and their protocol; resumable.
+        out: File for the results, evaluation.json or sweep.json by default; resumable.
     """
-    from mezzotint.core.distributed import process_group
-    from mezzotint.evaluate import evaluate, references
-    from mezzotint.evaluate import features as feature_sets
-    from mezzotint.evaluate.image_source import open_real_images
-
     if (train_images is None) != (heldout_images is None):
         raise ValueError(
             "--train-images and --heldout-images need each other; give both or neither"
@@ -135,13 +140,18 @@ def evaluate(
     of_samples = {
         "--reference": reference, "--heldout": heldout, "--protocol": protocol,
         "--sampler": sampler, "--guidance": guidance, "--size": size,
-        "--train-images": train_images,
+        "--train-images": train_images, "--prompts": prompts, "--encoder": encoder,
+        "--clip": clip, "--sweep": sweep,
     }  # fmt: skip
     for name, value in (of_samples if bits_per_dim else of_likelihood).items():
         if value is not None:
             other = "samples of a model" if bits_per_dim else "--bits-per-dim"
             raise ValueError(f"{name} is of {other}; evaluate samples and likelihood one by one")
-    base = evaluation_base(out)
+    if sweep is not None and (heldout is not None or train_images is not None):
+        raise ValueError("--sweep takes no --heldout and no --train-images; evaluate one scale")
+    kind = "evaluation" if sweep is None else "sweep"
+    out = Path(f"{kind}.json") if out is None else out
+    base = evaluation_base(out, kind)
     if bits_per_dim:
         if data is None:
             raise ValueError(
@@ -149,100 +159,32 @@ def evaluate(
                 "FOLDER:test"
             )
         changes = {"draws": draws, "ode_steps": ode_steps, "logsnr": logsnr, "batch": batch}
-        changes |= {"num_images": num_images, "steps": steps}
+        changes |= {"num_images": num_images or 50_000, "steps": steps}
         given = {k: v for k, v in changes.items() if v is not None}
-        _evaluate_likelihood(source, data, given, out, base.with_suffix(".pieces"))
+        measure.evaluate_likelihood(source, data, given, out, base.with_suffix(".pieces"))
         return
-    if reference is None:
+    images = measure.Source(
+        name=source, num_images=num_images, channels=channels, protocol=protocol, sampler=sampler,
+        steps=steps, guidance=guidance, prompts=prompts, encoder=encoder,
+    )  # fmt: skip
+    measures = measure.Measures(
+        reference=reference, reference_source=reference_source, heldout=heldout, features=features,
+        weights=weights, clip=clip,
+    )  # fmt: skip
+    if sweep is not None:
+        measure.evaluate_sweep(images, measures, sweep, out, base)
+        return
+    if reference is None and clip is None:
         raise ValueError(
             "--reference is missing: statistics of real images (mezzotint reference makes them); "
-            "or measure a model's likelihood: --bits-per-dim --data SET"
+            "or measure something else: --clip, or --bits-per-dim --data SET"
         )
-    with process_group() as world:
-        # All files are opened first, since opening a feature network may mean a download.
-        real = references.read_reference(reference, reference_source)
-        real_heldout = None if heldout is None else references.read_reference(heldout)
-        images = _open_images_or_model(
-            source, num_images, channels, protocol, sampler, steps, guidance
-        )
-        sets = feature_sets.open_features(features, weights)
-        real = references.complete_reference(real, sets)
-        evaluation = evaluate.evaluate(
-            images, real, sets, heldout=real_heldout, folder=base.with_suffix(".pieces"), show=True
-        )
-    if not world.is_rank0:
-        return
-    evaluation.save(out)
-    evaluate.print_evaluation(evaluation)
-    echo(f"saved: {out}")
+    if reference is None and train_images is not None:
+        raise ValueError("--train-images needs --reference: copies are sought in its features")
+    copies = None
     if train_images is not None and heldout_images is not None:
-        sheet = base.with_suffix(".copies.png")
-        train, unseen = (
-            open_real_images(x, size, channels) for x in (train_images, heldout_images)
-        )
-        result = evaluate.evaluate_memorization(images, train, unseen, sets[0], sheet)
-        echo(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
-        echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
-        echo(result.verdict)
-        echo(f"nearest training images: {sheet}")
-
-
-def _evaluate_likelihood(
-    source: str, data: str, changes: dict[str, Any], out: Path, pieces: Path
-) -> None:
-    """Measure bits per dimension of the model at `source`, write them to `out` and print them."""
-    from mezzotint.core.distributed import all_ranks, process_group
-    from mezzotint.data.image_dataset import ImageDataset, open_images
-    from mezzotint.evaluate import likelihood
-    from mezzotint.models import open_model
-    from mezzotint.process.denoiser import Model
-
-    settings = likelihood.LikelihoodSettings(**changes)
-
-    def open_both() -> tuple[Model, ImageDataset]:
-        model = open_model(source)
-        likelihood.check_pixels(model.info.codec, source)
-        config = model.info.config
-        return model, open_images(data, size=config.size, channels=config.channels)
-
-    with process_group() as world:
-        model, images = all_ranks(open_both)
-        found = likelihood.bits_per_dim(
-            model, images, settings, name=data, folder=pieces, show=True
-        )
-    if world.is_rank0:
-        found.save(out)
-        likelihood.print_bits_per_dim(found)
-        echo(f"saved: {out}")
-
-
-def _open_images_or_model(
-    source: str,
-    num_images: int,
-    channels: int,
-    protocol: str | None,
-    sampler: str | None,
-    steps: int | None,
-    guidance: str | None,
-) -> ImageSource:
-    """Return the images at `source`, or samples of the model there."""
-    from mezzotint.core.boxed import boxed_folder
-    from mezzotint.core.paths import is_hub_name
-    from mezzotint.evaluate.image_source import from_job, open_image_source
-    from mezzotint.sampling import parse
-    from mezzotint.sampling.job import make_job
-
-    path = Path(source)
-    is_model = any((path / name).exists() for name in ("config.json", "model", "recipe.yaml"))
-    if not is_model and boxed_folder(source) is None and not is_hub_name(source):
-        return open_image_source(source, channels)
-    changes = {
-        "steps": steps,
-        "sampler": sampler and parse.parse_sampler(sampler),
-        "guidance": guidance and parse.parse_guidance(guidance),
-    }
-    job = make_job(source, {k: v for k, v in changes.items() if v}, protocol=protocol)
-    return from_job(job, num_images)
+        copies = measure.Copies(train=train_images, heldout=heldout_images, size=size)
+    measure.evaluate_images(images, measures, out, base, copies)
 
 
 def compare(first: _Json, second: _Json, /, *, anyway: Switch = False) -> None:

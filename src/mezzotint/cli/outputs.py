@@ -25,16 +25,28 @@ def check_outside_run(out: Path | None) -> None:
             raise ValueError(f"{out} belongs to the run {run}, which writes it; choose another")
 
 
-def evaluation_base(out: Path) -> Path:
+def evaluation_base(out: Path, kind: str = "evaluation") -> Path:
     """Check that an evaluation may be written to `out`; return the path that its parts lie beside.
 
     Beside a device there is no place for parts; they go into the current folder.
+
+    Args:
+        kind: "evaluation", or "sweep", which also writes a figure.
 
     Errors: ValueError for a part of a run and for a file that is no evaluation.
     """
     from mezzotint.core.files import check_replaceable, is_special, read_json
 
     check_outside_run(out)
-    is_evaluation = lambda path: "mezzotint_evaluation" in read_json(path)  # noqa: E731
-    check_replaceable(out, is_evaluation, "an evaluation")
-    return Path("evaluation.json") if is_special(out) else out
+    is_ours = lambda path: f"mezzotint_{kind}" in read_json(path)  # noqa: E731
+    article = "an" if kind == "evaluation" else "a"
+    check_replaceable(out, is_ours, f"{article} {kind}")
+    base = Path(f"{kind}.json") if is_special(out) else out
+    if kind == "sweep":
+        check_outside_run(base)
+        for suffix in (".svg", ".png"):
+            # A figure is ours if it lies beside a finished sweep.
+            check_replaceable(
+                base.with_suffix(suffix), lambda _: base.is_file() and is_ours(base), "a figure"
+            )
+    return base

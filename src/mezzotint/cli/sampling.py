@@ -51,7 +51,7 @@ class SamplingOptions:
     encoder: OptionalText = None
     """Folder of the text encoder, if it moved."""
     protocol: OptionalText = None
-    """simple-diffusion-512steps, diffit-256, diffit-512, dimr-256, adm, edm2."""
+    """simple-diffusion-512steps, coco-fid-30k, diffit-256, diffit-512, dimr-256, adm, edm2."""
     sampler: OptionalText = None
     """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40; consistency for few steps."""
     discretization: OptionalText = None
@@ -78,8 +78,8 @@ class SamplingOptions:
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:
         """Open the model and return the job that these options describe."""
         from mezzotint.sampling import parse
+        from mezzotint.sampling.coco import read_protocol_texts
         from mezzotint.sampling.job import make_job
-        from mezzotint.sampling.prompts import read_texts
 
         parsers = {
             "sampler": parse.parse_sampler,
@@ -93,6 +93,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None:
                 changes[name] = parsers[name](value) if name in parsers else value
+        texts = () if self.prompts is None else read_protocol_texts(self.prompts, self.protocol)
         return make_job(
             model,
             changes,
@@ -102,7 +103,7 @@ class SamplingOptions:
             guide_model=self.guide_model,
             codec=self.codec,
             latents=latents,
-            prompts=(*self.text, *(read_texts(self.prompts) if self.prompts else ())),
+            prompts=(*self.text, *texts),
             encoder=self.encoder,
         )
 

@@ -110,7 +110,7 @@ def clip_numbers(
     which = [distinct[caption] for caption in captions]
     cosines = {k: (rows.double() * v[which].double()).sum(1) for k, v in texts.items()}
     scores = {
-        # arXiv 2205.11487, section 4.2: the cosine itself; here in per cent.
+        # arXiv 2205.11487, section 4: the cosine itself; here in per cent.
         CLIP_SCORE: (100 * cosines[CLIP_SCORE], "100 cos(image, caption)"),
         # arXiv 2104.08718, section 3: CLIP-S = w max(cos(c, v), 0).
         CLIPSCORE: (

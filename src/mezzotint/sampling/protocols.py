@@ -50,6 +50,7 @@ class Protocol:
     codec: of the paper's model.
     source: where this is published.
     chosen: what is not published, and our choice.
+    coco_captions: captions of COCO's validation set drawn as prompts; None for classes.
     """
 
     settings: SamplingSettings
@@ -58,6 +59,7 @@ class Protocol:
     codec: str
     source: str
     chosen: str
+    coco_captions: int | None = None
 
 
 _RESPACED = {
@@ -108,6 +110,24 @@ PROTOCOLS: dict[str, Protocol] = {
         "ablations",
         chosen="the smaller (posterior) variance, no guidance (guided rows: "
         "scale=0.1,convention=simple_diffusion), labels, dtype, the rule to eight bits",
+    ),
+    # specs/simple-diffusion.md section 8; Imagen (arXiv 2205.11487), section 4: 30,000 captions of
+    # the validation set at random, against all of its images.
+    "coco-fid-30k": Protocol(
+        settings=SamplingSettings(
+            sampler=Spec("ancestral", {"variance": "posterior"}),
+            discretization=Spec("even"),
+            steps=512,
+            clip=Spec("static"),
+        ),
+        label_order="random",
+        uint8_rule="round",
+        codec="pixels",
+        source="simple diffusion, arXiv 2301.11093: zero-shot FID-30K; the captions as in Imagen, "
+        "arXiv 2205.11487",
+        chosen="which captions (uniform over all, seed 0), the crop of the real images (ADM's), "
+        "no guidance (--sweep finds the best scale), 512 steps with the smaller variance, dtype",
+        coco_captions=30_000,
     ),
     # specs/diffit.md 2.1 and section 5.
     "diffit-256": Protocol(

@@ -1,0 +1,240 @@
+"""What `mezzotint evaluate` runs: samples or images, sweeps, likelihood."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mezzotint.core.console import echo
+
+if TYPE_CHECKING:
+    from mezzotint.evaluate.clip import Clip
+    from mezzotint.evaluate.features import FeatureSet
+    from mezzotint.evaluate.image_source import ImageSource
+    from mezzotint.evaluate.references import Reference
+    from mezzotint.sampling.job import SamplingJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What is evaluated, as given to the command: a model and how it is sampled, or images."""
+
+    name: str
+    num_images: int | None = None
+    channels: int = 3
+    protocol: str | None = None
+    sampler: str | None = None
+    steps: int | None = None
+    guidance: str | None = None
+    prompts: Path | None = None
+    encoder: str | None = None
+
+    @property
+    def is_model(self) -> bool:
+        """Whether the name is of a model."""
+        from mezzotint.core.boxed import boxed_folder
+        from mezzotint.core.paths import is_hub_name
+
+        parts = ("config.json", "model", "recipe.yaml")
+        has_model = any((Path(self.name) / part).exists() for part in parts)
+        return has_model or boxed_folder(self.name) is not None or is_hub_name(self.name)
+
+    @property
+    def samples(self) -> int:
+        """How many samples of a model are evaluated."""
+        from mezzotint.sampling.protocols import get_protocol
+
+        drawn = None if self.protocol is None else get_protocol(self.protocol).coco_captions
+        return self.num_images or drawn or 50_000
+
+    def open_job(self, sweep: bool = False) -> SamplingJob:
+        """Open the model; for a sweep, without tuned guidance."""
+        from mezzotint.sampling import parse
+        from mezzotint.sampling.coco import read_protocol_texts
+        from mezzotint.sampling.job import make_job
+
+        changes: dict[str, Any] = {
+            "steps": self.steps,
+            "sampler": self.sampler and parse.parse_sampler(self.sampler),
+            "guidance": self.guidance and parse.parse_guidance(self.guidance),
+        }
+        changes = {k: v for k, v in changes.items() if v}
+        if sweep and self.protocol is None:
+            changes.setdefault("guidance", None)
+        texts = () if self.prompts is None else read_protocol_texts(self.prompts, self.protocol)
+        return make_job(
+            self.name, changes, protocol=self.protocol, prompts=texts, encoder=self.encoder
+        )
+
+    def open(self) -> ImageSource:
+        """Open the images, or samples of the model."""
+        from mezzotint.evaluate.image_source import caption_images, from_job, open_image_source
+        from mezzotint.sampling.coco import read_protocol_texts
+
+        if self.is_model:
+            return from_job(self.open_job(), self.samples)
+        images = open_image_source(self.name, self.channels)
+        if self.prompts is None:
+            return images
+        return caption_images(images, read_protocol_texts(self.prompts, self.protocol))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """What is measured, as given to the command."""
+
+    reference: str | None
+    reference_source: str | None
+    heldout: str | None
+    features: Sequence[str]
+    weights: Path | None
+    clip: Sequence[str] | None
+
+    def open_references(self) -> tuple[Reference | None, Reference | None]:
+        """Open the reference and that of held-out images."""
+        from mezzotint.evaluate.references import read_reference
+
+        real = self.reference and read_reference(self.reference, self.reference_source)
+        return real or None, None if self.heldout is None else read_reference(self.heldout)
+
+    def open_networks(
+        self, reference: Reference | None
+    ) -> tuple[Reference | None, list[FeatureSet], list[Clip]]:
+        """Open the networks, and complete the reference with features of its own images."""
+        from mezzotint.evaluate.clip import VIT_L14, open_clip
+        from mezzotint.evaluate.features import open_features
+        from mezzotint.evaluate.references import complete_reference
+
+        clips = (
+            [open_clip(name) for name in self.clip or (VIT_L14,)] if self.clip is not None else []
+        )
+        if reference is None:
+            return None, [], clips
+        sets = open_features(self.features, self.weights)
+        return complete_reference(reference, sets), sets, clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Sets of real images, for a copy rate; size: in pixels, None as stored."""
+
+    train: str
+    heldout: str
+    size: int | None
+
+
+def evaluate_images(
+    source: Source, measures: Measures, out: Path, base: Path, copies: Copies | None
+) -> None:
+    """Evaluate images or samples; write the numbers to `out`, pieces and sheets beside `base`."""
+    from mezzotint.core.distributed import process_group
+    from mezzotint.evaluate import evaluate
+    from mezzotint.evaluate.clip_score import check_captions, metric_name
+
+    with process_group() as world:
+        # All files are opened first, since opening a feature network may mean a download.
+        real, heldout = measures.open_references()
+        images = source.open()
+        if measures.clip is not None:
+            check_captions(images)
+        real, sets, clips = measures.open_networks(real)
+        evaluation = evaluate.evaluate(
+            images, real, sets, heldout=heldout, clips=clips, folder=base.with_suffix(".pieces"),
+            show=True,
+        )  # fmt: skip
+    if not world.is_rank0:
+        return
+    evaluation.save(out)
+    evaluate.print_evaluation(evaluation)
+    for clip in clips:
+        cut = (evaluation[metric_name(clip)].reference or {})["cut"]
+        if cut:
+            echo(f"{cut:,} captions are longer than {clip.max_tokens} tokens and were cut")
+    echo(f"saved: {out}")
+    if copies is not None:
+        _print_copies(images, copies, source.channels, sets[0], base.with_suffix(".copies.png"))
+
+
+def _print_copies(
+    images: ImageSource, copies: Copies, channels: int, feature_set: FeatureSet, sheet: Path
+) -> None:
+    from mezzotint.evaluate import evaluate
+    from mezzotint.evaluate.image_source import open_real_images
+
+    train, unseen = (
+        open_real_images(x, copies.size, channels) for x in (copies.train, copies.heldout)
+    )
+    result = evaluate.evaluate_memorization(images, train, unseen, feature_set, sheet)
+    echo(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
+    echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
+    echo(result.verdict)
+    echo(f"nearest training images: {sheet}")
+
+
+def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, base: Path) -> None:
+    """Evaluate a model at each guidance scale; write the numbers to `out`, the curve beside `base`.
+
+    Args:
+        sweep: as `parse_sweep` takes it.
+    """
+    from mezzotint.core.distributed import all_ranks, process_group
+    from mezzotint.evaluate.sweep import FIGURES, choose_axes, parse_sweep, run_sweep, sweep_jobs
+
+    scales = parse_sweep(sweep)
+    if not source.is_model:
+        raise ValueError(f"--sweep samples a model, and {source.name} is none")
+    if measures.reference is None:
+        raise ValueError("--sweep needs --reference: it draws a distance for each scale")
+
+    def open_all() -> tuple[Any, ...]:
+        real, _ = measures.open_references()
+        jobs = sweep_jobs(source.open_job(sweep=True), scales)
+        real, sets, clips = measures.open_networks(real)
+        assert real is not None, "it was given"
+        choose_axes(real, sets, clips)
+        return jobs, real, sets, clips
+
+    with process_group() as world:
+        jobs, real, sets, clips = all_ranks(open_all)
+        found = run_sweep(
+            jobs, source.samples, real, sets, clips=clips, folder=base.with_suffix(".pieces"),
+            say=echo if world.is_rank0 else lambda line: None, show=True,
+        )  # fmt: skip
+    if world.is_rank0:
+        found.save(out)
+        figures = [base.with_suffix(suffix) for suffix in FIGURES]
+        for figure in figures:
+            found.draw(figure)
+        echo(f"{found.y} over {found.x}: {', '.join(map(str, figures))}")
+        echo(f"saved: {out}")
+
+
+def evaluate_likelihood(
+    source: str, data: str, changes: dict[str, Any], out: Path, pieces: Path
+) -> None:
+    """Measure bits per dimension of the model at `source`, write them to `out` and print them."""
+    from mezzotint.core.distributed import all_ranks, process_group
+    from mezzotint.data.image_dataset import ImageDataset, open_images
+    from mezzotint.evaluate import likelihood
+    from mezzotint.models import open_model
+    from mezzotint.process.denoiser import Model
+
+    settings = likelihood.LikelihoodSettings(**changes)
+
+    def open_both() -> tuple[Model, ImageDataset]:
+        model = open_model(source)
+        likelihood.check_pixels(model.info.codec, source)
+        config = model.info.config
+        return model, open_images(data, size=config.size, channels=config.channels)
+
+    with process_group() as world:
+        model, images = all_ranks(open_both)
+        found = likelihood.bits_per_dim(
+            model, images, settings, name=data, folder=pieces, show=True
+        )
+    if world.is_rank0:
+        found.save(out)
+        likelihood.print_bits_per_dim(found)
+        echo(f"saved: {out}")
