@@ -17,6 +17,7 @@ from PIL import Image
 
 import mezzotint as mz
 from mezzotint.cli import demo
+from mezzotint.cli.measure import Source
 from mezzotint.convert.adapt import initialise_from
 from mezzotint.convert.box import MOST_BYTES
 from mezzotint.convert.export import export_model

@@ -8,6 +8,7 @@ Reading order:
 4. `references`: statistics of real images, and other libraries' files.
 5. `extract`: features of many images, in pieces, on all ranks.
 6. `evaluate`: the whole evaluation; `results`: its protocol and numbers as JSON.
-7. `likelihood`: bits per dimension of a model.
-8. `memorization`: copies of training images. `during_training`: evaluations of a run.
+7. `clip`, `clip_score`: how well images fit captions; `sweep`: both over guidance scales.
+8. `likelihood`: bits per dimension of a model.
+9. `memorization`: copies of training images. `during_training`: evaluations of a run.
 """
