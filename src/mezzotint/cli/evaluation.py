@@ -70,7 +70,7 @@ def evaluate(
     *,
     reference: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     reference_source: OptionalText = None,
-    features: tuple[str, ...] = FEATURES,
+    features: Annotated[tuple[str, ...], arg(metavar="A B")] = FEATURES,
     weights: OptionalFile = None,
     heldout: OptionalText = None,
     num_images: OptionalNumImages = None,
@@ -79,12 +79,10 @@ def evaluate(
     protocol: OptionalText = None,
     sampler: OptionalText = None,
     steps: Steps = None,
-    guidance: OptionalText = None,
+    guidance: Annotated[str | None, arg(metavar="S", help_behavior_hint="")] = None,
     prompts: OptionalFile = None,
     encoder: OptionalText = None,
-    clip: Annotated[
-        tuple[str, ...] | None, arg(metavar="[MODEL ...]", help_behavior_hint="")
-    ] = None,
+    clip: Annotated[tuple[str, ...] | None, arg(metavar="[M ...]", help_behavior_hint="")] = None,
     sweep: OptionalText = None,
     train_images: OptionalText = None,
     heldout_images: OptionalText = None,
@@ -92,33 +90,30 @@ def evaluate(
     data: Annotated[str | None, arg(metavar="DATA", help_behavior_hint="")] = None,
     draws: OptionalCount = None,
     ode_steps: OptionalCount = None,
-    logsnr: Annotated[
-        tuple[float, float] | None, arg(metavar="LOW HIGH", help_behavior_hint="")
-    ] = None,
+    logsnr: Annotated[tuple[float, float] | None, arg(metavar="L H", help_behavior_hint="")] = None,
     batch: OptionalBatch = None,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="FILE", help_behavior_hint="")] = None,
 ) -> None:
-    """Evaluate a model, a folder of images or an .npz: against a reference, against captions
-    (--clip), at several guidance scales (--sweep), or a model's likelihood (--bits-per-dim).
+    """Evaluate images or a model: against a reference or captions, or a model's likelihood.
 
     Args:
-        source: Run or model folder, eurosat-64, hub name, folder or .zip of images, or .npz.
+        source: Run or model folder, eurosat-64, hub name; folder, .zip or .npz of images.
         reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
         features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
-        num_images: Samples of a model, or of images of --data at most; 50,000, or the protocol's.
+        num_images: Samples of a model; images of --data at most. 50,000 by default.
         size: Height and width that --train-images and --heldout-images are resized to.
         channels: 3, or 1 for grey.
         protocol: For a model, as in `mezzotint sample`.
         sampler: For a model.
         steps: Of a model's sampler, or of the bound of --bits-per-dim (without: continuous).
         guidance: For a model.
-        prompts: File of prompts, one per line; for --protocol coco-fid-30k, COCO's captions.
+        prompts: One per line; with --protocol coco-fid-30k, COCO's captions (JSON).
         encoder: Folder of a model's text encoder, if it moved.
-        clip: CLIP score by CLIP's ViT-L/14, or by these models: hub names or folders.
-        sweep: guidance=1,1.5,2,3,4,6: CLIP score (else IS or precision) over the distance.
+        clip: CLIP score, by ViT-L/14 or by these: hub names or folders.
+        sweep: guidance=1,2,4: draw CLIP score (else IS, precision) over distance.
         train_images: Training images, for a copy rate and a sheet of nearest neighbours.
         heldout_images: Real images not trained on, needed with --train-images.
         bits_per_dim: Bound the model's negative log-likelihood on --data; for models of pixels.
@@ -127,7 +122,7 @@ def evaluate(
         ode_steps: With --bits-per-dim: add the estimate by the probability flow in so many steps.
         logsnr: With --bits-per-dim: the noisy and the clean end; -5 13.3 by default.
         batch: With --bits-per-dim: images at a time; 64 by default.
-        out: File for the results, evaluation.json or sweep.json by default; resumable.
+        out: Results: evaluation.json or sweep.json by default; resumable.
     """
     if (train_images is None) != (heldout_images is None):
         raise ValueError(
