@@ -58,7 +58,7 @@ class Data(Checked):
     text_dtype: of its states, as the network reads them: float16 or bfloat16.
     text_cache: embed each caption once and keep it in $MEZZOTINT_CACHE; false embeds captions at
         every read, for the same numbers without the disk.
-    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; none for squares.
+    buckets: aspect-ratio buckets, [[height, width], ...] in pixels; by default the network's size.
     portrait: with buckets, rotate images that are taller than wide, and note it in their captions.
     workers: processes that decode; 0 decodes in a thread of the training process.
     full_scale: the value that is white in grey images of more than 8 bits; by default measured.

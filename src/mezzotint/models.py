@@ -316,6 +316,7 @@ def readme(
     info = model.info
     kind = escape_markdown(info.preset or info.backbone)
     codec = escape_markdown(hide_folders(info.codec))
+    height, width = backbones.native_size(info.config)
     stated = licence or info.licence or "not stated; ask the authors"
     count = sum(p.numel() for p in model.backbone.parameters())
     classes = f", {info.config.num_classes} classes" if info.config.num_classes else ""
@@ -328,7 +329,7 @@ def readme(
         "",
         *introduction,
         f"{kind} of mezzotint: {count:,} parameters, "
-        f"{info.config.size}x{info.config.size}x{info.config.channels} in {codec}{classes}; "
+        f"{height}x{width}x{info.config.channels} in {codec}{classes}; "
         f"{info.images:,} training images seen.",
         "",
         "```python",

@@ -16,7 +16,7 @@ import mezzotint.data.caption_embeddings as embeddings_module
 from helpers.data import open_recipe_data
 from helpers.tiny_t5 import saved_t5
 from mezzotint import config
-from mezzotint.cli import main
+from mezzotint.cli import main, training
 from mezzotint.data.caption_embeddings import describe_captions, embed_captions, unique_captions
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.loader import load_batches
@@ -27,7 +27,7 @@ from mezzotint.evaluate.during_training import make_evaluator
 from mezzotint.evaluate.features import from_module
 from mezzotint.evaluate.image_source import from_dataset
 from mezzotint.evaluate.references import make_reference
-from mezzotint.models import create_model, load_model, save_model
+from mezzotint.models import create_model, load_model, preset_info, save_model
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.job import make_job
@@ -315,6 +315,43 @@ def test_images_without_captions_are_refused(t5, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "in" / "a.png")
     with pytest.raises(ValueError, match="no image has a caption"):
         train(tiny(str(tmp_path / "in"), t5), tmp_path / "run", quiet=True)
+
+
+def test_a_network_that_is_not_square_trains_and_samples_in_its_own_size(t5, tmp_path):
+    changes = ("model.size=[16,24]", "data.portrait=true", "images=16")
+    run = train(tiny("shapes:count=20", t5, *changes), tmp_path / "run", quiet=True)
+    model = load_model(run / "model").eval()
+    assert model.info.config.size == (16, 24)
+    assert model.backbone.positions.table.shape[2:] == (2, 3)
+    assert sample(model, [0], text="a red ring", steps=1).shape == (1, 3, 16, 24)
+    assert make_job(run, prompts=["a red ring"]).card(1, 0)["size"] == [16, 24]
+    assert "16x24x3" in (run / "model" / "README.md").read_text()
+    # A mean-pool to the reference gains what it gains for the square of this area.
+    assert model.info.schedule.options["image_d"] == 64  # as the recipe sets it
+    assert preset_info("uvit-tiny", size=(48, 32)).schedule.options["image_d"] == 39
+
+
+def test_a_dry_run_says_what_this_machine_lacks_and_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("mezzotint.train.setup.memory_bytes", lambda _: 2**10)
+    monkeypatch.setattr(training, "print_plan", lambda recipe: print("the plan"))
+    source = "shapes:16,count=20"
+    recipe = tiny(source, Path("google/t5-v1_1-xxl"))
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml(recipe))
+    training.train(
+        "uvit-text-tiny", recipe=tmp_path / "recipe.yaml", out=tmp_path / "run", dry_run=True
+    )
+    told = [line for line in capsys.readouterr().out.splitlines() if "would stop" in line]
+    assert len(told) == 2
+    assert "parameters need at least" in told[0]
+    assert told[1].endswith(
+        "text encoder google/t5-v1_1-xxl is not on this machine; mezzotint download "
+        "google/t5-v1_1-xxl fetches it, or data.text_encoder names its folder"
+    )
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ValueError, match="parameters need at least"):
+        train(recipe, tmp_path / "run", quiet=True)
 
 
 # --- sampling

@@ -14,6 +14,18 @@ SMALL = {
     "diffit-latent-tiny": {"size": 8, "width": 64, "depth": 2},
 }  # fmt: skip
 
+# Networks of another preset's family that read captions instead of labels.
+READERS = {
+    f"{preset}+text": (preset, {"text_dim": 16, "num_classes": 0})
+    for preset in ("jit-tiny", "sid2-tiny")
+}
+
+
+def create_tiny(name: str, **overrides) -> mz.Model:
+    """Return a new network of a preset, or of one of `READERS`."""
+    preset, fields = READERS.get(name, (name, {}))
+    return mz.create_model(preset, **{**fields, **overrides})
+
 
 def tiny(preset: str = "unet-tiny", seed: int = 0, **overrides) -> mz.Model:
     """Return a small network with random weights, also where a new one has zeros."""

@@ -121,7 +121,7 @@ def test_activations_of_a_known_network():
     ],
 )
 def test_resolution(shape, expected):
-    assert count.format_resolution(shape, 32) == expected
+    assert count.format_resolution(shape, (32, 32)) == expected
 
 
 def test_preset_added_after_the_file_was_written_is_counted(monkeypatch):

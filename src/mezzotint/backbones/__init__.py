@@ -7,6 +7,7 @@ returns a list of outputs, coarse to fine.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -27,14 +28,15 @@ from mezzotint.process.denoiser import Cond, Model, Parameterisation
 class Config(Protocol):
     """The fields that every backbone's config has.
 
-    size: native height and width of the network's input, in pixels or latent cells.
+    size: native height and width of the network's input, in pixels or latent cells. Where a family
+        allows it, a pair (height, width); `native_size` reads both forms.
     channels: channels of that input.
     num_classes: number of class labels, 0 for an unconditional network; index num_classes is the
         null label.
     prediction: name of what the output predicts; only the family's Parameterisation reads it.
     """
 
-    size: int
+    size: Any
     channels: int
     num_classes: int
     prediction: str
@@ -84,6 +86,16 @@ def get_backbone(model: Model) -> Backbone:
     return model.backbone
 
 
+def native_size(config: Any) -> tuple[int, int]:
+    """Return the height and width of the input that a config's network is made for."""
+    return config.size if isinstance(config.size, tuple) else (config.size, config.size)
+
+
+def native_side(config: Any) -> int:
+    """Return the side of the square with the area of the network's own input, rounded."""
+    return round(math.sqrt(math.prod(native_size(config))))
+
+
 def text_width(config: Any) -> int:
     """Return the width of the text embeddings a network reads, 0 for a network without text."""
     return getattr(config, "text_dim", 0)
@@ -94,13 +106,18 @@ def needs_label(config: Any) -> bool:
     return getattr(config, "needs_label", False)
 
 
-def dummy_condition(config: Any, z: Tensor) -> Cond:
-    """Return a condition that the network accepts for a batch z: none, or label 0 where needed."""
-    return (
-        Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device))
-        if needs_label(config)
-        else Cond()
-    )
+def dummy_condition(config: Any, z: Tensor, text_tokens: int = 0) -> Cond:
+    """Return a condition that the network accepts for a batch z: none, or label 0 where needed.
+
+    Args:
+        text_tokens: of the text, for a network that reads one.
+    """
+    if needs_label(config):
+        return Cond(label=torch.zeros(len(z), dtype=torch.long, device=z.device))
+    if not (text_tokens and text_width(config)):
+        return Cond()
+    text = torch.zeros(len(z), text_tokens, text_width(config), dtype=z.dtype, device=z.device)
+    return Cond(text=text, text_mask=torch.ones_like(text[..., 0], dtype=torch.bool))
 
 
 # `Preset.paper` of the sizes for one's own images.
@@ -137,7 +154,8 @@ class Preset:
         A given size sets the fields of `at_size` too, unless one of them is given.
         """
         if self.at_size and "size" in fields:
-            following = self.at_size(fields["size"])
+            size = fields["size"]
+            following = self.at_size(max(size) if isinstance(size, tuple) else size)
             fields = fields if following.keys() & fields.keys() else following | fields
         return replace(self.config, **fields)
 

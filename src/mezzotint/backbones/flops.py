@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mezzotint.backbones import Backbone, dummy_condition
+from mezzotint.backbones import Backbone, dummy_condition, native_size
 
 GIGA = 1e9
 
@@ -31,28 +31,31 @@ class MacCount:
         return self.computed + self.skipped
 
 
-_COUNTED: dict[tuple[type[Backbone], str], MacCount] = {}
+_COUNTED: dict[tuple[type[Backbone], str, int], MacCount] = {}
 
 
-def count_macs(backbone: Backbone) -> MacCount:
-    """Count one forward pass of one image of the native size, without text.
+def count_macs(backbone: Backbone, text_tokens: int = 0) -> MacCount:
+    """Count one forward pass of one image of the native size, without text by default.
 
     Nothing is allocated: a backbone that holds weights is built again on the meta device. Counts
     are cached by config.
+
+    Args:
+        text_tokens: of a caption, for a network that reads text.
     """
-    key = type(backbone), repr(backbone.config)  # a config need not be hashable
+    key = type(backbone), repr(backbone.config), text_tokens  # a config need not be hashable
     if key not in _COUNTED:
-        _COUNTED[key] = _count(backbone)
+        _COUNTED[key] = _count(backbone, text_tokens)
     return _COUNTED[key]
 
 
-def _count(backbone: Backbone) -> MacCount:
+def _count(backbone: Backbone, text_tokens: int) -> MacCount:
     config = backbone.config
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         on_meta = all(p.is_meta for p in backbone.parameters())
         net = backbone if on_meta else type(backbone)(config)
-        z = torch.empty(1, config.channels, config.size, config.size)
-        net(z, torch.empty(1), dummy_condition(config, z))
+        z = torch.empty(1, config.channels, *native_size(config))
+        net(z, torch.empty(1), dummy_condition(config, z, text_tokens))
     macs = {str(op): flops // 2 for op, flops in counter.get_flop_counts()["Global"].items()}
     return MacCount(
         computed=sum(macs.values()),

@@ -123,13 +123,13 @@ def check_input(z: Tensor, channels: int, factor: int) -> None:
     check_sides(z.shape[2], z.shape[3], factor)
 
 
-def input_factor(size: int, transform: str, patch: int, halvings: int) -> int:
+def input_factor(size: tuple[int, int], transform: str, patch: int, halvings: int) -> int:
     """Return what both sides of an input must be multiples of.
 
-    Errors: ValueError where the native `size` is no such multiple.
+    Errors: ValueError where the native height and width are no such multiples.
     """
     # Refuses a patch of 0, and a transform that does not exist with this patch.
     wavelet_levels(transform, patch)
     factor = patch * 2**halvings
-    check_sides(size, size, factor)
+    check_sides(*size, factor)
     return factor

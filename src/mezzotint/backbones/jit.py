@@ -39,8 +39,10 @@ from mezzotint.backbones.sizes import (
     Heads,
     Patch,
     Size,
+    TextWidth,
     Width,
 )
+from mezzotint.backbones.text_conditioning import TextConditioning, add_text, attention_mask
 from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -60,6 +62,8 @@ class JiTConfig(CheckedConfig):
     dropout: probability in the middle half of the blocks, on the attention and on what the
         projections read and give.
     noise_scale: standard deviation s of the noise where images are in [-1, 1]; size / 256.
+    text_dim: width of the text embeddings (T5-XXL: 4096), 0 for none; see `TextConditioning`. Their
+        mean is added to the label's embedding, which the context tokens repeat.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
@@ -76,6 +80,7 @@ class JiTConfig(CheckedConfig):
     context_start: Annotated[int, Range(0, 1024)] = 4
     dropout: Dropout = 0.0
     noise_scale: Annotated[float, Range(1e-3, 1000, "a standard deviation")] = 1.0
+    text_dim: TextWidth = 0
     augment_label: bool = False
 
     def __post_init__(self) -> None:
@@ -157,13 +162,14 @@ class RMSNorm(nn.Module):
 class Block(nn.Module):
     """Attention with rotary positions and SwiGLU, both modulated by the condition (section 3)."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float):
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, text: bool = False):
         super().__init__()
         self.heads = heads
         self.norm1 = RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q = RMSNorm(width // heads)
         self.norm_k = RMSNorm(width // heads)
+        self.text = nn.Linear(width, 2 * width, bias=False) if text else None
         self.proj = nn.Linear(width, width)
         self.norm2 = RMSNorm(width)
         self.up = nn.Linear(width, 2 * hidden)  # the gated half first
@@ -171,23 +177,40 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.dropout = nn.Dropout(dropout)
 
-    def attend(self, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-        """(b, n, width) to the same shape."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = (rotate(n, cosine, sine).to(v.dtype) for n in (self.norm_q(q), self.norm_k(k)))
+    def attend(
+        self, x: Tensor, cosine: Tensor, sine: Tensor, text: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """(b, n, width) to the same shape; see `forward`."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        if self.text is not None and text is not None:
+            k, v = add_text(k, v, self.text, text)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        n = x.shape[1]
+        q = rotate(self.norm_q(q), cosine[:n], sine[:n]).to(v.dtype)
+        k = rotate(self.norm_k(k), cosine, sine).to(v.dtype)
         if self.training and self.dropout.p:
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout.p)
+            p = self.dropout.p
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         else:
-            mixed = attention(q, k, v)
+            mixed = attention(q, k, v, mask)
         return self.dropout(self.proj(mixed.transpose(1, 2).flatten(2)))
 
-    def forward(self, x: Tensor, active: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        active: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        text: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """x (b, n, width) to the same shape.
 
-        active: SiLU(c), (b, width). cosine, sine: (n, width / heads), 1 and 0 for context tokens.
+        active: SiLU(c), (b, width). cosine, sine: (n + t, width / heads), 1 and 0 for context and
+        text tokens. text: (b, t, width), if any. mask: of `attention_mask`.
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(active).chunk(6, 1)
-        mixed = self.attend(modulate(self.norm1(x), shift1, scale1), cosine, sine)
+        mixed = self.attend(modulate(self.norm1(x), shift1, scale1), cosine, sine, text, mask)
         x = torch.addcmul(x, gate1[:, None], mixed)
         gated, plain = self.up(modulate(self.norm2(x), shift2, scale2)).chunk(2, -1)
         return torch.addcmul(x, gate2[:, None], self.down(self.dropout(F.silu(gated) * plain)))
@@ -213,9 +236,10 @@ class JiT(Backbone):
         self.time = TimeMLP(c.width)
         self.label = nn.Embedding(c.num_classes + 1, c.width)
         self.augment = AugmentEmbedding(c.width) if c.augment_label else None
+        self.words = TextConditioning(c.text_dim, c.width, c.width) if c.text_dim else None
         middle = range(c.depth // 4, c.depth // 4 * 3)
         self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, c.hidden, c.dropout if i in middle else 0.0)
+            Block(c.width, c.heads, c.hidden, c.dropout if i in middle else 0.0, c.text_dim > 0)
             for i in range(c.depth)
         )
         self.norm = RMSNorm(c.width)
@@ -228,7 +252,8 @@ class JiT(Backbone):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
                 if module.bias is not None:
@@ -262,27 +287,36 @@ class JiT(Backbone):
         Args:
             z: height and width multiples of the patch.
             noise: t in (0, 1), 1 clean.
-            cond: labels in 0...num_classes, or none.
+            cond: labels in 0...num_classes, or none; text for a network with text_dim.
         """
         c = self.config
-        if cond.text is not None:
-            raise ValueError("JiT takes labels, not text")
+        if cond.text is not None and self.words is None:
+            raise ValueError(
+                "text was given to a network without text input; pass a label or no condition"
+            )
         check_input(z, c.channels, c.patch)
         b, grid = z.shape[0], (z.shape[-2] // c.patch, z.shape[-1] // c.patch)
         label = self.label(label_rows(cond.label, c.num_classes, b, z.device))
+        tokens = mask = None
+        if self.words is not None:
+            tokens, mask, pooled = self.words(cond, b)
+            label = label + pooled
         active = self.time(noise) + label
         active = F.silu(active if self.augment is None else active + self.augment(cond, b))
         x = self.patch(z).flatten(2).transpose(1, 2) + self.positions_for(grid)
         context = label[:, None] + self.context_positions
-        table = rotary_table(*grid, c.size // c.patch, c.width // c.heads, z.device)
-        cosine, sine = table
+        cosine, sine = rotary_table(*grid, c.size // c.patch, c.width // c.heads, z.device)
+        # Context and text tokens are not turned: angle 0. The text stands behind the image.
+        if tokens is not None:
+            behind = (0, 0, 0, tokens.shape[1])
+            cosine, sine = F.pad(cosine, behind, value=1.0), F.pad(sine, behind)
         for i, block in enumerate(self.blocks):
             if i == c.context_start:
                 x = torch.cat([context.to(x.dtype), x], 1)
-                # Context tokens are not turned: angle 0.
                 cosine = torch.cat([cosine.new_ones(c.context_tokens, cosine.shape[1]), cosine])
                 sine = torch.cat([sine.new_zeros(c.context_tokens, sine.shape[1]), sine])
-            x = run_block(block, self.checkpointing, x, active, cosine, sine)
+            text = () if mask is None else (tokens, attention_mask(x.shape[1], mask))
+            x = run_block(block, self.checkpointing, x, active, cosine, sine, *text)
         shift, scale = self.modulation(active).chunk(2, 1)
         out = self.head(modulate(self.norm(x[:, c.context_tokens :]), shift, scale))
         # Patches are (row, column, channel).

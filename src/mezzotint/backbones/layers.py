@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mezzotint.backbones.inputs import label_rows, wavelet_levels
+from mezzotint.backbones.text_conditioning import add_text
 from mezzotint.backbones.wavelet import dwt53, idwt53
 from mezzotint.process.denoiser import Cond
 
@@ -131,58 +132,6 @@ class Conditioning(nn.Module):
         return F.silu(out if pooled is None else out + pooled)
 
 
-class TextConditioning(nn.Module):
-    """Text embeddings to tokens for the transformer, and to one vector for FiLM.
-
-    The paper does not say how text enters ([?], section 6). Our choice: the normalised, projected
-    tokens are extra keys and values of every self-attention, and their mean is one more term of the
-    conditioning. Padding is masked. No text, or a text without tokens, is the empty condition.
-
-    Args:
-        text_dim: width of the embeddings. channels: of the transformer.
-        emb_dim: width of the conditioning.
-    """
-
-    def __init__(self, text_dim: int, channels: int, emb_dim: int):
-        super().__init__()
-        self.text_dim = text_dim
-        self.norm = nn.LayerNorm(text_dim)
-        self.tokens = nn.Linear(text_dim, channels)
-        self.pooled = nn.Linear(text_dim, emb_dim)
-
-    def forward(self, cond: Cond, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the tokens (b, t, channels), their mask and the pooled vector (b, emb_dim).
-
-        The mask (b, t) is True for real tokens.
-        """
-        weight = self.tokens.weight
-        text, mask = cond.text, cond.text_mask
-        if text is None:
-            text, mask = (
-                weight.new_zeros(batch, 1, self.text_dim),
-                weight.new_zeros(batch, 1, dtype=torch.bool),
-            )
-        if mask is None:
-            mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        if text.shape[0] != batch or text.shape[2] != self.text_dim or mask.shape != text.shape[:2]:
-            raise ValueError(
-                f"text {tuple(text.shape)} with mask {tuple(mask.shape)} for a batch of {batch}: "
-                f"this network reads (b, t, {self.text_dim}) with a mask (b, t)"
-            )
-        mask = mask.to(weight.device)
-        # The values in the padding must not matter, not even where they are NaN.
-        text = text.to(weight).masked_fill(~mask[..., None], 0)
-        text = self.norm(text).to(weight.dtype) * mask[..., None]
-        mean = text.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        return self.tokens(text), mask, self.pooled(mean)
-
-
-def attention_mask(h: Tensor, mask: Tensor) -> Tensor:
-    """Return (b, 1, 1, h w + t): True for every cell of h (b, c, h, w), then `mask` (b, t)."""
-    cells = mask.new_ones(len(mask), h.shape[2] * h.shape[3])
-    return torch.cat([cells, mask], 1)[:, None, None]
-
-
 class FiLM(nn.Module):
     """h (1 + scale) + shift with (scale, shift) = Linear(emb); section 6."""
 
@@ -269,11 +218,11 @@ class Attention(nn.Module):
     """Section 6: pre-norm self-attention, q and k normalised per head, output starting at zero.
 
     Norms are LayerNorm, without bias on the tokens and with bias on q and k; the projections to q,
-    k and v have no bias (our choice). With `text`, text tokens give extra keys and values, see
-    `TextConditioning`.
+    k and v have no bias (our choice). Text tokens of `text_channels`, if any, give extra keys and
+    values, see `text_conditioning`.
     """
 
-    def __init__(self, channels: int, heads: int, text: bool = False):
+    def __init__(self, channels: int, heads: int, text_channels: int = 0):
         super().__init__()
         if channels % heads:
             raise ValueError(f"a width of {channels} does not divide into {heads} heads")
@@ -282,7 +231,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels, bias=False)
         self.norm_q = nn.LayerNorm(channels // heads)
         self.norm_k = nn.LayerNorm(channels // heads)
-        self.text = nn.Linear(channels, 2 * channels, bias=False) if text else None
+        self.text = nn.Linear(text_channels, 2 * channels, bias=False) if text_channels else None
         self.out = zero_init(nn.Linear(channels, channels))
 
     def forward(
@@ -290,12 +239,11 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(b, c, h, w) to (b, c, h, w), the residual included.
 
-        text_tokens: (b, t, c). mask: of `attention_mask`.
+        text_tokens: (b, t, text_channels). mask: of `attention_mask`.
         """
         q, k, v = self.qkv(self.norm(to_tokens(h))).unflatten(-1, (3, self.heads, -1)).unbind(2)
         if self.text is not None and text_tokens is not None:
-            more_k, more_v = self.text(text_tokens).unflatten(-1, (2, self.heads, -1)).unbind(2)
-            k, v = torch.cat([k, more_k], 1), torch.cat([v, more_v], 1)
+            k, v = add_text(k, v, self.text, text_tokens)
         # Autocast normalises in float32.
         q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
         mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
@@ -309,7 +257,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, emb_dim: int, heads: int, dropout: float = 0.0, text: bool = False
+        self, channels: int, emb_dim: int, heads: int, dropout: float = 0.0, text_channels: int = 0
     ):
         super().__init__()
         self.norm = nn.LayerNorm(channels, bias=False)
@@ -317,7 +265,7 @@ class TransformerBlock(nn.Module):
         self.film = FiLM(emb_dim, 4 * channels)
         self.dropout = nn.Dropout(dropout)
         self.down = zero_init(nn.Linear(4 * channels, channels))
-        self.attention = Attention(channels, heads, text)
+        self.attention = Attention(channels, heads, text_channels)
 
     def forward(
         self, h: Tensor, emb: Tensor, text_tokens: Tensor | None = None, mask: Tensor | None = None
@@ -333,9 +281,9 @@ class PositionEmbedding(nn.Module):
     A map of another shape gets them resized bilinearly.
     """
 
-    def __init__(self, channels: int, side: int, std: float = 0.01):
+    def __init__(self, channels: int, size: tuple[int, int], std: float = 0.01):
         super().__init__()
-        self.table = nn.Parameter(std * torch.randn(1, channels, side, side))
+        self.table = nn.Parameter(std * torch.randn(1, channels, *size))
 
     def forward(self, h: Tensor) -> Tensor:
         """Add the positions to (b, c, h, w), in its dtype."""

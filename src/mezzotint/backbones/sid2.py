@@ -33,8 +33,10 @@ from mezzotint.backbones.sizes import (
     Multiplier,
     Patch,
     Size,
+    TextWidth,
     Width,
 )
+from mezzotint.backbones.text_conditioning import TextConditioning, attention_mask
 from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -54,6 +56,7 @@ class SiD2Config(CheckedConfig):
     heads: of every transformer block (4 or 8 in the paper: [?]).
     dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
+    text_dim: width of the text embeddings (T5-XXL: 4096), 0 for none; see `TextConditioning`.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
@@ -72,6 +75,7 @@ class SiD2Config(CheckedConfig):
     dropout_from: Annotated[int, Range(0, 16_384)] = 32
     transform: str = "none"
     patch: Patch = 1
+    text_dim: TextWidth = 0
     augment_label: bool = False
 
 
@@ -97,10 +101,13 @@ class SiD2(Backbone):
             )
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
-        self.factor = input_factor(c.size, c.transform, c.patch, levels)
+        self.factor = input_factor((c.size, c.size), c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
         dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
+
+        # The transformer blocks of every level read the same tokens.
+        text_channels = widths[-1] if c.text_dim else 0
 
         def stack(i: int, count: int) -> nn.ModuleList:
             if c.kinds[i] == "res":
@@ -108,18 +115,22 @@ class SiD2(Backbone):
                     ResBlock(widths[i], c.emb_dim, dropout[i]) for _ in range(count)
                 )
             return nn.ModuleList(
-                TransformerBlock(widths[i], c.emb_dim, c.heads, dropout[i]) for _ in range(count)
+                TransformerBlock(widths[i], c.emb_dim, c.heads, dropout[i], text_channels)
+                for _ in range(count)
             )
 
         self.conditioning = Conditioning(c.width, c.emb_dim, c.num_classes, c.augment_label)
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.positions = nn.ModuleList(
-            PositionEmbedding(widths[i], sides[i]) if c.kinds[i] == "transformer" else nn.Identity()
+            PositionEmbedding(widths[i], (sides[i], sides[i]))
+            if c.kinds[i] == "transformer"
+            else nn.Identity()
             for i in range(levels + 1)
         )
         self.down = nn.ModuleList(stack(i, c.blocks[i]) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
         self.middle = stack(levels, c.depth)
+        self.words = TextConditioning(c.text_dim, widths[-1], c.emb_dim) if c.text_dim else None
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i], bias=False) for i in range(levels))
         self.up = nn.ModuleList(stack(i, c.blocks[i]) for i in range(levels))
         self.head = Head(widths[0], c.channels, c.transform, c.patch)
@@ -127,23 +138,40 @@ class SiD2(Backbone):
     def forward(self, z: Tensor, noise: Tensor, cond: Cond) -> list[Tensor]:
         """(b, channels, h, w), log-SNR (b,) and conditions to one output of z's shape."""
         check_input(z, self.config.channels, self.factor)
-        emb = self.conditioning(noise, cond)
+        tokens = mask = pooled = None
+        if self.words is not None:
+            tokens, mask, pooled = self.words(cond, len(z))
+        emb = self.conditioning(noise, cond, pooled)
         h = self.positions[0](self.stem(z))
         residuals: list[tuple[Tensor, Tensor]] = []
         for i, blocks in enumerate(self.down):
-            for block in blocks.children():
-                h = run_block(block, self.checkpointing, h, emb)
+            h = self._run(i, blocks, h, emb, tokens, mask)
             p = h
             q = h = self.positions[i + 1](self.pool[i](p))
             residuals.append((p, q))
-        for block in self.middle:
-            h = run_block(block, self.checkpointing, h, emb)
+        h = self._run(len(self.down), self.middle, h, emb, tokens, mask)
         for i in reversed(range(len(self.up))):
             p, q = residuals.pop()
             h = self.unpool[i](h - q) + p
-            for block in self.up[i].children():
-                h = run_block(block, self.checkpointing, h, emb)
+            h = self._run(i, self.up[i], h, emb, tokens, mask)
         return [self.head(h)]
+
+    def _run(
+        self,
+        level: int,
+        blocks: nn.Module,
+        h: Tensor,
+        emb: Tensor,
+        tokens: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """Run the blocks of a level; those of a transformer read the text too."""
+        text = ()
+        if mask is not None and self.config.kinds[level] == "transformer":
+            text = tokens, attention_mask(h.shape[2] * h.shape[3], mask)
+        for block in blocks.children():
+            h = run_block(block, self.checkpointing, h, emb, *text)
+        return h
 
 
 def parameterisation(config: SiD2Config) -> Parameterisation:

@@ -90,7 +90,7 @@ class UNet(Backbone):
         levels = len(c.multipliers)
         if not len(c.blocks) == len(c.attention) == levels:
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
-        self.factor = input_factor(c.size, c.transform, c.patch, levels - 1)
+        self.factor = input_factor((c.size, c.size), c.transform, c.patch, levels - 1)
         widths = [c.width * m for m in c.multipliers]
 
         def block(level: int, skip: bool, attention: bool) -> Block:

@@ -10,7 +10,16 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from mezzotint.backbones import BASE, SMALL, Backbone, Family, Preset, registry
+from mezzotint.backbones import (
+    BASE,
+    SMALL,
+    Backbone,
+    Family,
+    Preset,
+    native_side,
+    native_size,
+    registry,
+)
 from mezzotint.backbones.checkpointing import run_block
 from mezzotint.backbones.inputs import check_input, input_factor, wavelet_at
 from mezzotint.backbones.layers import (
@@ -20,10 +29,8 @@ from mezzotint.backbones.layers import (
     PositionEmbedding,
     ResBlock,
     Stem,
-    TextConditioning,
     TransformerBlock,
     Up,
-    attention_mask,
 )
 from mezzotint.backbones.sizes import (
     Blocks,
@@ -34,9 +41,11 @@ from mezzotint.backbones.sizes import (
     Heads,
     Multiplier,
     Patch,
-    Size,
+    Sides,
+    TextWidth,
     Width,
 )
+from mezzotint.backbones.text_conditioning import TextConditioning, attention_mask
 from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
@@ -47,19 +56,20 @@ from mezzotint.process.prediction import named
 class UViTConfig(CheckedConfig):
     """Hyper-parameters; the first four are every backbone's (see `Config`).
 
+    size: (height, width), or one number for a square.
     width: channels at full resolution.
     multipliers: their factor, level by level, the last for the transformer.
     emb_dim: width of the conditioning.
     blocks: ResBlocks per convolutional level on the way down; the way up has one more.
     depth, heads: transformer blocks and their heads.
-    dropout: probability, in blocks whose map at the native size is at most `dropout_from` wide.
+    dropout: probability, in blocks whose map at the native size has at most `dropout_from`² cells.
     transform, patch: input transform (none, dwt, conv) and its linear down-sampling factor.
     text_dim: width of the text embeddings (T5-XXL: 4096), 0 for none; see `TextConditioning`.
     position_std: standard deviation of the positions at initialisation (section 6: 0.01).
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
-    size: Size
+    size: Sides
     channels: Channels = 3
     num_classes: Classes = 1000
     prediction: str = "v"
@@ -73,7 +83,7 @@ class UViTConfig(CheckedConfig):
     dropout_from: Annotated[int, Range(0, 16_384)] = 16
     transform: str = "none"
     patch: Patch = 1
-    text_dim: Annotated[int, Range(0, 65_536)] = 0
+    text_dim: TextWidth = 0
     position_std: Annotated[float, Range(0, 100)] = 0.01
     augment_label: bool = False
 
@@ -97,10 +107,11 @@ class UViT(Backbone):
             raise ValueError(
                 f"multipliers need one entry per level of blocks and one for the transformer: {c}"
             )
-        self.factor = input_factor(c.size, c.transform, c.patch, levels)
+        self.factor = input_factor(native_size(c), c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
-        sides = [c.size // c.patch // 2**i for i in range(levels + 1)]
-        dropout = [c.dropout if side <= c.dropout_from else 0.0 for side in sides]
+        height, width = native_size(c)
+        maps = [(height // (c.patch * 2**i), width // (c.patch * 2**i)) for i in range(levels + 1)]
+        dropout = [c.dropout if h * w <= c.dropout_from**2 else 0.0 for h, w in maps]
 
         def res(i: int, count: int, skip: bool) -> nn.ModuleList:
             return nn.ModuleList(
@@ -111,11 +122,11 @@ class UViT(Backbone):
         self.stem = Stem(c.channels, widths[0], c.transform, c.patch)
         self.down = nn.ModuleList(res(i, c.blocks[i], False) for i in range(levels))
         self.pool = nn.ModuleList(Down(widths[i], widths[i + 1]) for i in range(levels))
-        self.positions = PositionEmbedding(widths[-1], sides[-1], c.position_std)
+        self.positions = PositionEmbedding(widths[-1], maps[-1], c.position_std)
         self.words = TextConditioning(c.text_dim, widths[-1], c.emb_dim) if c.text_dim else None
-        reads_text = self.words is not None
+        text_channels = widths[-1] if c.text_dim else 0
         self.middle = nn.ModuleList(
-            TransformerBlock(widths[-1], c.emb_dim, c.heads, dropout[-1], reads_text)
+            TransformerBlock(widths[-1], c.emb_dim, c.heads, dropout[-1], text_channels)
             for _ in range(c.depth)
         )
         self.unpool = nn.ModuleList(Up(widths[i + 1], widths[i]) for i in range(levels))
@@ -138,7 +149,7 @@ class UViT(Backbone):
                 skips.append(h)
             h = pool(h)
         h = self.positions(h)
-        mask = None if mask is None else attention_mask(h, mask)
+        mask = None if mask is None else attention_mask(h.shape[2] * h.shape[3], mask)
         for block in self.middle:
             h = run_block(block, self.checkpointing, h, emb, text_tokens, mask)
         for i in reversed(range(len(self.up))):
@@ -156,12 +167,16 @@ def parameterisation(config: UViTConfig) -> Parameterisation:
 def schedule(config: UViTConfig) -> Spec:
     """Cosine shifted to a reference of 64 pixels, the text's default (section 1).
 
-    Smaller images are not shifted.
+    Smaller images are not shifted. An image that is no square counts as the square of its area, for
+    which mean-pooling to the reference gains as much (our choice).
     """
-    return Spec("cosine", {"image_d": config.size, "noise_d": min(64, config.size)})
+    side = native_side(config)
+    return Spec("cosine", {"image_d": side, "noise_d": min(64, side)})
 
 
 _PAPER = "simple diffusion, arXiv 2301.11093"
+_TEXT_PROTOCOL = "zero-shot FID of 30k samples for COCO captions; guidance and steps not known"
+T5_XXL_WIDTH = 4096
 _PROTOCOL = "FID of 50k samples against {} statistics, no guidance; NFE 1000 by a later table"
 _NOTE = (
     "2 B or 2.5 B are both reported; 555 GMAC is reached with 3x3 convolutions around the "
@@ -178,6 +193,20 @@ def _published(size: int, transform: str, patch: int, fid: str, against: str) ->
         fid=fid,
         protocol=_PROTOCOL.format(against),
         note=_NOTE,
+    )
+
+
+def _text(size: tuple[int, int] | int, patch: int, fid: str | None = None) -> Preset:
+    """Return a model of text to image: the U-ViT of the classes, with captions in their place."""
+    return Preset(
+        config=UViTConfig(
+            size=size, num_classes=0, transform="dwt", patch=patch, text_dim=T5_XXL_WIDTH
+        ),
+        paper=f"{_PAPER}: text to image",
+        fid=fid,
+        protocol=_TEXT_PROTOCOL if fid else None,
+        note="the paper names T5-XXL and three sizes; the network is that of the classes (our "
+        "choice), and GMAC are without text",
     )
 
 
@@ -203,6 +232,9 @@ registry.add(
             "uvit-128": _published(128, "none", 1, "3.23", "validation"),
             "uvit-256": _published(256, "dwt", 2, "2.77", "training"),
             "uvit-512": _published(512, "dwt", 4, "4.53", "validation"),
+            "uvit-text-256": _text(256, 2, "8.30"),
+            "uvit-text-512": _text(512, 4),
+            "uvit-text-384x640": _text((384, 640), 4),
             "uvit-tiny": Preset(
                 config=_TINY,
                 at_size=wavelet_at,

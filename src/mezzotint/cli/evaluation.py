@@ -11,7 +11,6 @@ from mezzotint.cli import measure
 from mezzotint.cli.arguments import (
     NUMBER,
     Channels,
-    NumImages,
     OptionalBatch,
     OptionalFile,
     OptionalNumImages,
@@ -203,8 +202,9 @@ def reproduce(
     *,
     model: OptionalText = None,
     reference: OptionalText = None,
-    num_images: NumImages = 50_000,
+    num_images: OptionalNumImages = None,
     steps: Steps = None,
+    prompts: OptionalText = None,
     features: tuple[str, ...] = FEATURES,
     weights: OptionalFile = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),
@@ -216,8 +216,9 @@ def reproduce(
         name: dimr-xl-2r-256, dimr-g-2r-256, dimr-xl-3r-512, diffit-256, diffit-512, uvit-256, ...
         model: Model folder of the weights (mezzotint convert makes it from the authors' file).
         reference: File of real statistics; the printed table says which.
-        num_images: 50,000 by default, as in the papers.
+        num_images: By default the paper's: 50,000, or 30,000 of text.
         steps: Fewer than the protocol's, for a rehearsal; the evaluation records it.
+        prompts: File of captions, one per line, for a model of text.
         features: Other feature sets than the papers', for a rehearsal.
         weights: Of the feature network.
         out: Folder for the evaluation and for stored features.
@@ -229,5 +230,5 @@ def reproduce(
         evaluation_base(out / "evaluation.json")
     run(
         name, model=model, reference=reference, num_images=num_images, steps=steps,
-        features=features, weights=weights, out=out, dry_run=dry_run,
+        prompts=prompts, features=features, weights=weights, out=out, dry_run=dry_run,
     )  # fmt: skip

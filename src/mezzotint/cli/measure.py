@@ -225,8 +225,8 @@ def evaluate_likelihood(
 
     def open_both() -> tuple[Model, ImageDataset]:
         model = open_model(source)
-        likelihood.check_pixels(model.info.codec, source)
         config = model.info.config
+        likelihood.check_pixels(model.info.codec, config, source)
         return model, open_images(data, size=config.size, channels=config.channels)
 
     with process_group() as world:

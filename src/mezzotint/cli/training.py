@@ -74,7 +74,8 @@ def train(
         hours: Train for about so many hours on this machine; the learning rate decays to zero.
         recipe: Use this recipe.yaml instead of the preset's recipe.
         init_from: Start from the weights of this model; size and classes may differ.
-        dry_run: Make every check of a start and write nothing; print recipe, data, memory, time.
+        dry_run: Make every check of a start and write nothing; print recipe, data, memory, time,
+            and what this machine lacks.
         accept_changed_data: Resume on other data; every class keeps its number by its name.
     """
     from mezzotint import config
@@ -103,10 +104,13 @@ def train(
             init_weights = initialise_from(init_from)
         evaluator = distributed.all_ranks(lambda: make_evaluator(chosen))
         if dry_run:
-            start = loop.check(chosen, out, init_weights, evaluator, accept_changed_data)
+            lacking: list[str] = []
+            start = loop.check(chosen, out, init_weights, evaluator, accept_changed_data, lacking)
             echo(f"data: {describe_data(start.recipe, start.dataset)}")
             for line in data_notes(start.info, start.dataset):
                 echo(f"! {line}")
+            for line in lacking:
+                echo(f"! a start here would stop: {line}")
             print_plan(chosen)
             return
         folder = loop.train(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mezzotint.backbones import native_size
 from mezzotint.core.files import (
     atomic_open,
     atomic_write,
@@ -69,7 +70,7 @@ def example_inputs(
 ) -> tuple[Tensor, ...]:
     """Return inputs for it on the CPU: noise, log-SNRs from -6 to 6, classes in turn."""
     c = model.info.config
-    height, width = size or (c.size, c.size)
+    height, width = size or native_size(c)
     z = torch.randn(batch, c.channels, height, width, generator=torch.Generator().manual_seed(0))
     labels = (torch.arange(batch) % c.num_classes,) if c.num_classes else ()
     return (z, torch.linspace(-6, 6, batch), *labels)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mezzotint.backbones import text_width
+from mezzotint.backbones import native_size, text_width
 from mezzotint.config import Evaluate, Recipe
 from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
 from mezzotint.data.image_dataset import BUILTIN, open_images, split_source
@@ -102,7 +102,7 @@ def _sample_evaluator(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Eval
 def _likelihood_evaluator(recipe: Recipe) -> Evaluator:
     """Return the evaluator of bits per dimension."""
     settings, info = recipe.evaluate, preset_info(recipe.preset, **recipe.model)
-    check_pixels(recipe.data.codec or info.codec, recipe.preset)
+    check_pixels(recipe.data.codec or info.codec, info.config, recipe.preset)
     source, derived = settings.data or _test_split(recipe.data.source), not settings.data
     columns = {k: v for k, v in dataclasses.asdict(recipe.data.columns).items() if v is not None}
     images = open_images(
@@ -210,7 +210,7 @@ def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Refere
     if sets is None:
         sets = open_features(settings.features, settings.weights, "cpu")
     is_pixel_model = info.codec == "pixels"
-    check_reference(sets, reference, (info.config.size,) * 2 if is_pixel_model else None)
+    check_reference(sets, reference, native_size(info.config) if is_pixel_model else None)
     for s in sets:
         # Grey is repeated in three channels.
         if is_pixel_model and s.channels < info.config.channels:
@@ -241,8 +241,8 @@ def _sample_source(settings: Evaluate, model: Model) -> ImageSource:
     """Return the samples of seeds 0 ... num_images - 1, with their resolution."""
     job = _make_job(settings, model)
     assert job.decoder is not None, "the job has a codec"
-    size = model.info.config.size * job.decoder.factor
-    return dataclasses.replace(from_job(job, settings.num_images), resolution=(size, size))
+    height, width = (side * job.decoder.factor for side in native_size(model.info.config))
+    return dataclasses.replace(from_job(job, settings.num_images), resolution=(height, width))
 
 
 def _stop_early(source: ImageSource, stopping: Callable[[], bool]) -> ImageSource:

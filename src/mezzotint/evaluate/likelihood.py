@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import __version__
-from mezzotint.backbones import needs_label, text_width
+from mezzotint.backbones import native_size, needs_label, text_width
 from mezzotint.core import rng
 from mezzotint.core.console import echo
 from mezzotint.core.distributed import all_ranks, on_rank0
@@ -85,8 +85,13 @@ class LikelihoodSettings(Checked):
             )
 
 
-def check_pixels(codec: str, name: str) -> None:
-    """Raise ValueError for a model of latents."""
+def check_pixels(codec: str, config: Any, name: str) -> None:
+    """Raise ValueError for a model of latents, or of images that are no square."""
+    height, width = native_size(config)
+    if height != width:
+        raise ValueError(
+            f"{name} makes images of {height}x{width}; the likelihood is measured on square ones"
+        )
     if codec != "pixels":
         raise ValueError(
             f"{name} works in latents of {codec}, whose density is not that of images: the "
@@ -203,8 +208,8 @@ def _describe(settings: LikelihoodSettings, condition: str) -> dict[str, Any]:
 
 def check_fits(info: ModelInfo, images: ImageDataset, name: str) -> str:
     """Check that the images fit the model; return what the model is conditioned on."""
-    check_pixels(info.codec, info.preset or info.backbone)
     config = info.config
+    check_pixels(info.codec, config, info.preset or info.backbone)
     wanted, given = (config.channels, config.size), (images.channels, images.size)
     if wanted != given:
         raise ValueError(

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from mezzotint.backbones import needs_label
+from mezzotint.backbones import native_size, needs_label
 from mezzotint.core.boxed import boxed_folder
 from mezzotint.core.distributed import default_device
 from mezzotint.core.fields import MOST_SEED, Checked, Range
@@ -315,5 +315,5 @@ def _check_fits(job: SamplingJob, reference: Reference, feature_set: FeatureSet)
             f"features {feature_set.name!r} need images of {feature_set.channels} channels, this "
             f"model generates {channels}; choose other --features"
         )
-    size = config.size * job.decoder.factor
-    check_reference([feature_set], reference, (size, size))
+    height, width = (side * job.decoder.factor for side in native_size(config))
+    check_reference([feature_set], reference, (height, width))

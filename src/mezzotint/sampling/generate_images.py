@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from mezzotint.backbones import native_size
 from mezzotint.core.distributed import (
     World,
     all_ranks,
@@ -120,7 +121,7 @@ def _explain_full_disk(out: Path) -> Iterator[None]:
 
 def _bytes_per_image(job: SamplingJob) -> int:
     config = job.model.info.config
-    height, width = job.settings.size or (config.size, config.size)
+    height, width = job.settings.size or native_size(config)
     if job.decoder is None:
         return 4 * config.channels * height * width
     channels = config.channels if job.codec == "pixels" else 3

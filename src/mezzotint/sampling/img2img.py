@@ -11,6 +11,7 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
+from mezzotint.backbones import native_size
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.decode import open_image_file
 from mezzotint.data.transforms import to_mode, to_model_range, to_pixels
@@ -151,8 +152,8 @@ def read_image_and_mask(job: SamplingJob, path: Path, mask: Path) -> tuple[Tenso
 def _fit(job: SamplingJob, image: Pillow.Image, path: Path, channels: int) -> Tensor:
     """Return an image as (channels, h, w) uint8 in the job's size."""
     factor = 1 if job.decoder is None else job.decoder.factor
-    size = job.model.info.config.size
-    height, width = (side * factor for side in job.settings.size or (size, size))
+    native = native_size(job.model.info.config)
+    height, width = (side * factor for side in job.settings.size or native)
     if image.size == (width, height):
         array = torch.from_numpy(np.array(to_mode(image, channels)))
         return array[None] if channels == 1 else array.permute(2, 0, 1)

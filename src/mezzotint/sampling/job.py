@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mezzotint import __version__
+from mezzotint.backbones import native_size
 from mezzotint.core.tensor_files import sha256_of_module
 from mezzotint.data import autoencoder
 from mezzotint.data.transforms import to_uint8
@@ -167,7 +168,7 @@ class SamplingJob:
             "logsnr": [round(float(v), 6) if v.isfinite() else "inf" for v in ends],
             "guidance": parse.to_plain(s.guidance),
             "clip": parse.to_plain(s.clip),
-            "size": list(s.size or (config.size, config.size)),
+            "size": list(s.size or native_size(config)),
             "dtype": s.dtype,
             "same_bytes_for_any_batch": device == "cpu" if s.exact is None else s.exact,
             "device": device,

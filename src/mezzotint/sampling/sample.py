@@ -12,6 +12,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from mezzotint.backbones import native_size
 from mezzotint.core import rng
 from mezzotint.core.fields import shorten
 from mezzotint.core.registry import Spec, check_options
@@ -184,7 +185,7 @@ def check_finite(images: Image, seeds: Sequence[int], settings: SamplingSettings
 def draw_start_noise(model: Model, seeds: Sequence[int], settings: SamplingSettings) -> Image:
     """Draw each seed's standard normal start, (len(seeds), c, h, w) on the model's device."""
     config = model.info.config
-    height, width = settings.size or (config.size, config.size)
+    height, width = settings.size or native_size(config)
     noise = rng.normal("sample", 0, list(seeds), (config.channels, height, width))
     return noise.to(next(model.parameters()).device)
 

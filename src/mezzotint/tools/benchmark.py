@@ -146,7 +146,7 @@ def measure_peak_bytes(work: Work, device: str) -> int:
 def random_inputs(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor, Cond]:
     """Return random images (b, c, h, w), noise and labels at the native size."""
     config = model.info.config
-    shape = (batch, config.channels, config.size, config.size)
+    shape = (batch, config.channels, *backbones.native_size(config))
     x, eps = torch.randn(shape, device=device).clamp(-1, 1), torch.randn(shape, device=device)
     label = (
         torch.randint(config.num_classes, (batch,), device=device) if config.num_classes else None

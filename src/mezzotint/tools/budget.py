@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mezzotint import config
+from mezzotint.backbones import native_side
 from mezzotint.config import Recipe, SampleGrid
 from mezzotint.models import preset_info, presets
 from mezzotint.recipes import recipe_for
@@ -290,8 +291,11 @@ def _usual_sizes(data: DataFacts) -> list[int]:
 
 
 def size_of(recipe: Recipe) -> int:
-    """Return the size of a recipe's network; ValueError for a preset or field that is none."""
-    return preset_info(recipe.preset, **recipe.model).config.size
+    """Return the size of a recipe's network; ValueError for a preset or field that is none.
+
+    Of an input that is no square it is the side of the square of its area.
+    """
+    return native_side(preset_info(recipe.preset, **recipe.model).config)
 
 
 def check_size(size: int, data: DataFacts) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mezzotint.backbones import native_side
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World
 from mezzotint.core.machine import describe_machine
@@ -83,7 +84,7 @@ def examine_data(recipe: Recipe, world: World) -> DataFacts:
     """Return the facts of a recipe's data, of latents without their size."""
     info = preset_info(recipe.preset, **recipe.model)
     if info.codec == "pixels" and not recipe.data.codec:
-        return examine_images(recipe, info.config.size)
+        return examine_images(recipe, native_side(info.config))
     dataset = open_recipe_dataset(recipe, info, world)
     return DataFacts(
         source=recipe.data.source,

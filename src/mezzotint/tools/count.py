@@ -44,7 +44,7 @@ def count_preset(preset: str) -> dict[str, Any]:
         "gmac": macs.published / GIGA,
         "gmac_attention": macs.attention / GIGA,
         "gmac_skipped": macs.skipped / GIGA,
-        "input_shape": [net.config.channels, net.config.size, net.config.size],
+        "input_shape": [net.config.channels, *backbones.native_size(net.config)],
         "codec": entry.codec,
         "paper": entry.paper,
         "params_claimed": entry.params,
@@ -58,9 +58,9 @@ def count_preset(preset: str) -> dict[str, Any]:
 def count_layers(preset: str) -> list[dict[str, Any]]:
     """Count a preset layer by layer; see `mezzotint.tools.summary.read_layers`."""
     net = meta_backbone(preset)
-    size = net.config.size
+    size = backbones.native_size(net.config)
     with torch.device("meta"):
-        z, noise = torch.empty(1, net.config.channels, size, size), torch.empty(1)
+        z, noise = torch.empty(1, net.config.channels, *size), torch.empty(1)
     layers = dict(find_layers(net))
     trace = LayerTrace(net, layers)
     with trace, FlopCounterMode(display=False) as counter:
@@ -151,7 +151,7 @@ class LayerTrace:
 
 
 def _layer_row(
-    name: str, layer: nn.Module, macs: int, trace: LayerTrace, size: int
+    name: str, layer: nn.Module, macs: int, trace: LayerTrace, size: tuple[int, int]
 ) -> dict[str, Any]:
     output = trace.outputs.get(name, ())
     return {
@@ -166,14 +166,15 @@ def _layer_row(
     }
 
 
-def format_resolution(shape: tuple[int, ...], size: int) -> str:
+def format_resolution(shape: tuple[int, ...], size: tuple[int, int]) -> str:
     """Return "HEIGHTxWIDTH" of an output without its batch, "N tokens", or "" for a vector.
 
     Args:
         shape: (c, h, w), (h, w, c) or tokens (..., n, c).
         size: height and width of the network's input, the most that an output has.
     """
-    if len(shape) == 3 and shape[1] == shape[2] <= size:
+    height, width = size
+    if len(shape) == 3 and shape[1] <= height and shape[1] * width == shape[2] * height:
         return f"{shape[1]}x{shape[2]}"
     if len(shape) < 2:
         return ""

@@ -21,9 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mezzotint.backbones import get_backbone, needs_label
+from mezzotint.backbones import dummy_condition, get_backbone, native_size, needs_label
 from mezzotint.backbones.checkpointing import Checkpointing
-from mezzotint.process.denoiser import Cond, Model
+from mezzotint.data.text_encoder import MAX_TOKENS
+from mezzotint.process.denoiser import Model
 from mezzotint.process.objectives import Objective
 
 
@@ -115,13 +116,15 @@ class StepMemoryEstimator:
 
     def _run_step(self, batch: int) -> int:
         config = self.model.info.config
+        backbone_config = get_backbone(self.model).config
         live = LiveBytes([*self.model.parameters(), *self.model.buffers()])
         with self.mode, live:
-            x = torch.empty(batch, config.channels, config.size, config.size)
+            x = torch.empty(batch, config.channels, *native_size(config))
             eps, logsnr = torch.empty_like(x), torch.zeros(batch)
             # Without a label the network takes the null label: equal tensors, no value to check.
+            cond = dummy_condition(backbone_config, x, MAX_TOKENS)
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                loss = self.objective(self.model, x, eps, logsnr, Cond())
+                loss = self.objective(self.model, x, eps, logsnr, cond)
             loss.sum().backward()
             for p in self.model.parameters():
                 p.grad = None

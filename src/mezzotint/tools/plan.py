@@ -8,6 +8,7 @@ by real steps where the network is small enough.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from torch import nn
 
-from mezzotint.backbones import get_backbone
+from mezzotint.backbones import get_backbone, native_side, native_size, text_width
 from mezzotint.backbones.blocks import repeated_blocks
 from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.config import Engine, Recipe
 from mezzotint.core.registry import build
 from mezzotint.data.loader import check_batch
+from mezzotint.data.text_encoder import MAX_TOKENS
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
 from mezzotint.process.denoiser import Model
@@ -104,10 +106,10 @@ def plan(
     precision = resolve_precision(recipe.engine, device)
     rank_batch = recipe.batch // gpus
     info = preset_info(recipe.preset, **recipe.model)
-    with _countable(info.config.size):
+    with _countable(native_side(info.config)):
         with torch.device("meta"):
             model = build_model(info)
-        macs = count_macs(get_backbone(model))
+        macs = count_macs(get_backbone(model), MAX_TOKENS if text_width(info.config) else 0)
         shared = {"precision": precision, "gpus": gpus, "device": device}
         memory = [
             memory_per_rank(recipe, model, strategy=strategy, checkpointing=how, **shared)
@@ -294,12 +296,15 @@ def memory_per_rank(
         gradients_leave=gradients_stay,
     )
     waiting_images = (PREFETCHED_BATCHES + 1) * rank_batch - micro
-    numel = model.info.config.channels * model.info.config.size**2
+    numel = model.info.config.channels * math.prod(native_size(model.info.config))
+    # As `caption_embeddings` stores them.
+    text_bytes = MAX_TOKENS * text_width(model.info.config) * torch.float16.itemsize
     state = {
         "weights": _state_bytes(model) // shards,
         "optimiser": optimiser_bytes(recipe, model) // shards,
         "averages": (1 + len(recipe.ema.power_stds)) * FLOAT * params // shards,
-        "batches": waiting_images * 2 * FLOAT * numel,  # each image comes with its noise
+        # Each image comes with its noise, and with its caption where the network reads text.
+        "batches": waiting_images * (2 * FLOAT * numel + text_bytes),
         "gradients": FLOAT * trained // shards if gradients_stay else 0,
         "gathered": gathered_bytes(model, 2 if gather_bf16 else FLOAT) if sharded else 0,
     }

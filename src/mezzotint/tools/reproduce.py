@@ -20,10 +20,15 @@ from mezzotint.evaluate.results import Evaluation
 from mezzotint.models import create_model
 from mezzotint.sampling import protocols
 from mezzotint.sampling.job import SamplingJob, make_job
+from mezzotint.sampling.prompts import read_texts
 from mezzotint.tools.summary import read_summary
 
 FID_SETS = ("inception-2048", "inception-sfid", "inception-logits")
 FLOPS = 790e12  # per second of one accelerator: a bf16 matrix product, measured on an H200
+
+
+_256 = "VIRTUAL_imagenet256_labeled.npz of ADM's evaluation suite, about 2 GB"
+_512 = "VIRTUAL_imagenet512.npz of ADM's evaluation suite, about 2 GB"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,20 +40,23 @@ class PublishedResult:
     weights: where to get them, or why they cannot be had.
     reference: the file of real images' statistics.
     guidance: this size's scale, where the protocol's is that of another.
+    num_images: that the paper samples.
+    prompts: the file of captions that a model of text needs; None for a model of classes.
     """
 
     numbers: dict[str, str]
     protocol: str
     weights: str
-    reference: str = "VIRTUAL_imagenet256_labeled.npz of ADM's evaluation suite, about 2 GB"
+    reference: str = _256
     guidance: float | None = None
+    num_images: int = 50_000
+    prompts: str | None = None
 
 
 _DIMR = "the release of qihao067/DiMR (docs/checkpoints.md); research use"
 _DIFFIT = "the release of NVlabs/DiffiT (docs/checkpoints.md); CC-BY-NC-SA-4.0, non-commercial"
 _JIT = "the release of LTH14/JiT (docs/checkpoints.md); MIT"
 _NONE = "none were released; train the recipe of the same name"
-_512 = "VIRTUAL_imagenet512.npz of ADM's evaluation suite, about 2 GB"
 
 # JiT's size -> (FID, guidance) at 256 and 512 pixels; of B at 512 it is 2.9 to 3.0.
 _JIT_RESULTS = {
@@ -93,6 +101,15 @@ PUBLISHED: dict[str, PublishedResult] = {
         weights=_NONE,
         reference=_512,
     ),
+    # Zero-shot on COCO; the paper's guidance, steps and split are not known.
+    "uvit-text-256": PublishedResult(
+        numbers={"FID": "8.30"},
+        protocol="simple-diffusion-512steps",
+        weights=_NONE,
+        reference="statistics of 30,000 of COCO's validation images at 256 pixels, made by you",
+        num_images=30_000,
+        prompts="one caption of each of these images, one a line; the text encoder T5-XXL",
+    ),
 } | {
     # specs/jit.md sections 2 and 4.
     f"jit-{letter}-{size}": PublishedResult(
@@ -100,7 +117,7 @@ PUBLISHED: dict[str, PublishedResult] = {
         protocol=f"jit-{size}",
         weights=_JIT,
         guidance=scale,
-        **({"reference": _512} if size == 512 else {}),
+        reference=_512 if size == 512 else _256,
     )
     for letter, results in _JIT_RESULTS.items()
     for size, (fid, scale) in zip((256, 512), results, strict=True)
@@ -114,7 +131,9 @@ def get_published(name: str) -> PublishedResult:
     return PUBLISHED[name]
 
 
-def _render_requirements(name: str, model: str | None, reference: str | None) -> Table:
+def _render_requirements(
+    name: str, model: str | None, reference: str | None, prompts: str | None
+) -> Table:
     """Lay out what the protocol needs, and whether it was given and exists."""
     published = get_published(name)
     protocol = protocols.get_protocol(published.protocol)
@@ -123,6 +142,8 @@ def _render_requirements(name: str, model: str | None, reference: str | None) ->
     codec = "not needed for pixels" if protocol.codec == "pixels" else "see mezzotint download"
     table.add_row("autoencoder", protocol.codec, codec)
     table.add_row("reference", published.reference, _describe_path("--reference", reference))
+    if published.prompts:
+        table.add_row("prompts", published.prompts, _describe_path("--prompts", prompts))
     inception = "pt_inception-2015-12-05-6726825d.pth, 91 MB"
     table.add_row("features", inception, "--weights, or the cache")
     table.add_row("protocol", f"{published.protocol}: {protocol.source}", "built in")
@@ -154,11 +175,12 @@ def reproduce(
     *,
     model: str | None = None,
     reference: str | None = None,
-    num_images: int = 50_000,
+    num_images: int | None = None,
     out: Path = Path("runs/reproduce"),
     weights: Path | None = None,
     features: tuple[str, ...] = FID_SETS,
     steps: int | None = None,
+    prompts: str | None = None,
     dry_run: bool = False,
 ) -> Evaluation | None:
     """Print the published numbers, what they need and the cost; then sample, evaluate and compare.
@@ -167,30 +189,38 @@ def reproduce(
         name: key of `PUBLISHED`.
         model: a model folder (see `mezzotint convert`).
         reference: file of real images' statistics.
-        num_images: the papers use 50,000.
+        num_images: the paper's by default, see `PublishedResult`.
         out: folder for the result and for features of an interrupted evaluation.
         weights: of the feature network; from the cache by default.
         features: other sets than the paper's, for a rehearsal; the result records them.
         steps: fewer than the protocol's, for a rehearsal; the result records them.
+        prompts: file of captions, for a model of text.
         dry_run: print the cost and stop.
 
     Errors: ValueError for an unknown name and for a missing model or reference.
     """
     published = get_published(name)
+    num_images = published.num_images if num_images is None else num_images
     console = open_console()
     numbers = ", ".join(f"{metric} {number}" for metric, number in published.numbers.items())
     console.print(f"published for {name}: {numbers}")
-    console.print(_render_requirements(name, model, reference))
+    console.print(_render_requirements(name, model, reference, prompts))
     if dry_run:
         console.print(_describe_cost(name, num_images))
         return None
     if model is None or reference is None:
         raise ValueError("give --model FOLDER and --reference FILE (see the table), or --dry-run")
+    if (published.prompts is None) != (prompts is None):
+        needed = "needs" if published.prompts else "takes no"
+        raise ValueError(f"{name} {needed} --prompts FILE")
     sets = open_features(features, weights)
-    return _evaluate_job(_make_job(name, model, steps), published, reference, sets, num_images, out)
+    job = _make_job(name, model, steps, prompts)
+    return _evaluate_job(job, published, reference, sets, num_images, out)
 
 
-def _make_job(name: str, model: str | None, steps: int | None = None) -> SamplingJob:
+def _make_job(
+    name: str, model: str | None, steps: int | None = None, prompts: str | None = None
+) -> SamplingJob:
     """Make the protocol's job for a model, or for the preset without weights to count its cost."""
     result = get_published(name)
     published = protocols.get_protocol(result.protocol)
@@ -201,7 +231,8 @@ def _make_job(name: str, model: str | None, steps: int | None = None) -> Samplin
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         if settings != published.settings:
             changes["guidance"] = settings.guidance
-        return make_job(model, changes, protocol=result.protocol)
+        texts = read_texts(Path(prompts)) if prompts else ()
+        return make_job(model, changes, protocol=result.protocol, prompts=texts)
     with torch.device("meta"):
         meta_model = create_model(name)
     return SamplingJob(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mezzotint.backbones import needs_label, text_width
+from mezzotint.backbones import native_size, needs_label, text_width
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import WorkShare, World, all_ranks
 from mezzotint.core.files import expand_user
@@ -46,8 +46,10 @@ def open_recipe_dataset(
     """
     source, config = source or recipe.data.source, info.config
     _check_augment(recipe, config, recipe.data.codec or info.codec)
-    if recipe.data.buckets:
-        dataset: Dataset = _open_buckets(recipe, info, source)
+    height, width = native_size(config)
+    buckets = recipe.data.buckets or (((height, width),) if height != width else ())
+    if buckets:
+        dataset: Dataset = _open_buckets(recipe, info, source, buckets)
     elif recipe.data.portrait:
         raise ValueError(
             "data.portrait turns images for a bucket wider than tall, but data.buckets is empty; "
@@ -91,18 +93,20 @@ def _columns(recipe: Recipe) -> dict[str, str]:
     return {role: name for role, name in chosen.items() if name is not None}
 
 
-def _open_buckets(recipe: Recipe, info: ModelInfo, source: str) -> BucketedDataset:
+def _open_buckets(
+    recipe: Recipe, info: ModelInfo, source: str, buckets: tuple[tuple[int, int], ...]
+) -> BucketedDataset:
     """Open images in aspect-ratio buckets; ValueError for a latent network."""
     if (recipe.data.codec or info.codec) != "pixels":
         raise ValueError(
-            "data.buckets holds sizes in pixels and this network works on latents; leave it out"
+            "images in aspect-ratio buckets, or of a size that is no square, are pixels, and this "
+            "network works on latents; leave data.buckets out and take a square size"
         )
-    size, channels = info.config.size, info.config.channels
-    opened, _ = open_source(source, size, _columns(recipe))
+    opened, _ = open_source(source, max(native_size(info.config)), _columns(recipe))
     return BucketedDataset(
         opened,
-        recipe.data.buckets,
-        channels=channels,
+        buckets,
+        channels=info.config.channels,
         portrait=recipe.data.portrait,
         full_scale=recipe.data.full_scale,
     )

@@ -127,12 +127,17 @@ def check(
     init_weights: Callable[[Model], None] | None = None,
     evaluator: Evaluator | None = None,
     accept_changed_data: bool = False,
+    lacking: list[str] | None = None,
 ) -> Start:
-    """Make every check of `train`, with its errors, and write nothing to the folder."""
+    """Make every check of `train`, with its errors, and write nothing to the folder.
+
+    Args:
+        lacking: gets what this machine lacks in place of an error, see `check_start`.
+    """
     check_extras(recipe, evaluator)
     check_run_folder(Path(folder), recipe.data.source)
     world = distributed.init_distributed()
-    return check_start(recipe, Path(folder), world, init_weights, accept_changed_data)
+    return check_start(recipe, Path(folder), world, init_weights, accept_changed_data, lacking)
 
 
 def check_extras(recipe: Recipe, evaluator: Evaluator | None) -> None:

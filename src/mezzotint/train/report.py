@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint import config
-from mezzotint.backbones import dummy_condition
+from mezzotint.backbones import dummy_condition, native_size
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import World, default_device
 from mezzotint.core.files import atomic_open, check_replaceable, read_json
@@ -293,7 +293,7 @@ class ZeroBackbone(nn.Module):
 
     def __init__(self, backbone: nn.Module, config: Any):
         super().__init__()
-        shape = (config.channels, config.size, config.size)
+        shape = (config.channels, *native_size(config))
         self.dtype_of_inputs = nn.Parameter(torch.zeros(()))
         with torch.device("meta"), torch.no_grad():
             z = torch.empty(1, *shape)
@@ -319,7 +319,7 @@ def zero_output_loss(recipe: Recipe, levels: int = 256, batch: int = 16) -> dict
     info = preset_info(recipe.preset, **recipe.model)
     with torch.device("meta"):
         real = build_model(info)
-    shape = (info.config.channels, info.config.size, info.config.size)
+    shape = (info.config.channels, *native_size(info.config))
     model = Model(ZeroBackbone(real.backbone, info.config), real.parameterisation, info)
     objective = build(objectives.registry, recipe.objective)
     schedule = build(schedules.registry, recipe.schedule or info.schedule)

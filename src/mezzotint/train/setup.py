@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mezzotint.backbones import dummy_condition, get_backbone, needs_label, text_width
+from mezzotint.backbones import (
+    dummy_condition,
+    get_backbone,
+    native_size,
+    needs_label,
+    text_width,
+)
 from mezzotint.backbones.flops import count_macs
 from mezzotint.config import Recipe
 from mezzotint.core import rng
@@ -23,6 +29,7 @@ from mezzotint.core.registry import Spec, build
 from mezzotint.data.content import Content, read_content
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import check_batch
+from mezzotint.data.text_encoder import find_text_encoder
 from mezzotint.models import ModelInfo, build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
@@ -94,21 +101,28 @@ def check_start(
     world: World,
     init_weights: Callable[[Model], None] | None = None,
     accept_changed_data: bool = False,
+    lacking: list[str] | None = None,
 ) -> Start:
     """Open the data, build the network and check that all fits together; write nothing to `folder`.
 
     `setup` goes on from here, and `train --dry-run` ends here. All ranks call it together: what
-    fails on one ends all. See `setup` for arguments and errors.
+    fails on one ends all. See `setup` for other arguments and errors.
+
+    Args:
+        lacking: of a dry run in one process: gets a line for the memory and for the text encoder
+            that this machine lacks, in place of the errors. Without the memory the network is on
+            the meta device, without the encoder the data have no captions.
     """
 
     def open_content() -> tuple[ModelInfo, Dataset, Content]:
         info = preset_info(recipe.preset, **recipe.model)
         check_batch(recipe.batch, world.size)
-        check_memory(recipe, meta_model(info), world)
+        _check_here(lambda: check_memory(recipe, meta_model(info), world), lacking)
         dataset = open_recipe_dataset(recipe, info, world)
         return info, dataset, read_content(dataset, captions=text_width(info.config) > 0)
 
     info, dataset, content = all_ranks(open_content, world)
+    fits = not lacking
     agreement.check_same_content(content, recipe.data.source, world)
     num_classes = recipe.model.get("num_classes", 0 if text_width(info.config) else None)
     decision = on_rank0(
@@ -119,14 +133,18 @@ def check_start(
     )
     if dataset.label_names is not None:
         dataset.relabel(decision.classes)
-    dataset.caption_embeddings = open_captions(recipe, dataset, text_width(info.config), world)
+    width = text_width(info.config)
+    if lacking is None or _check_here(lambda: _check_text_encoder(recipe, width), lacking):
+        dataset.caption_embeddings = open_captions(recipe, dataset, width, world)
     stream = on_rank0(lambda: resolve_stream(recipe, folder, world.device), world)
     recipe = dataclasses.replace(recipe, stream=stream)
     resolved, info = all_ranks(lambda: resolve(recipe, info, dataset), world)
     on_rank0(lambda: check_same_recipe(folder, resolved), world)
     newest, damaged = checkpoint.find_resume_point(folder, world)
     model, on_meta, objective, schedule = all_ranks(
-        lambda: _build_network(resolved, info, world, init_weights if newest is None else None),
+        lambda: _build_network(
+            resolved, info, world, init_weights if newest is None else None, fits
+        ),
         world,
     )
     return Start(
@@ -144,30 +162,61 @@ def check_start(
     )
 
 
+def _check_here(check: Callable[[], None], lacking: list[str] | None) -> bool:
+    """Return whether a check passes; its ValueError becomes a line of `lacking`, if given."""
+    try:
+        check()
+    except ValueError as error:
+        if lacking is None:
+            raise
+        lacking.append(str(error))
+        return False
+    return True
+
+
+def _check_text_encoder(recipe: Recipe, width: int) -> None:
+    """Raise ValueError for a text encoder that is not on this machine; download nothing."""
+    name = recipe.data.text_encoder
+    if width and name:
+        try:
+            find_text_encoder(name, fetch=False)
+        except ValueError:
+            raise ValueError(
+                f"text encoder {name} is not on this machine; mezzotint download {name} fetches "
+                "it, or data.text_encoder names its folder"
+            ) from None
+
+
 def _build_network(
     recipe: Recipe,
     info: ModelInfo,
     world: World,
     init_weights: Callable[[Model], None] | None,
+    fits: bool,
 ) -> tuple[Model, Model, Objective, Schedule]:
     """Return the network and it on the meta device, objective and schedule of a resolved recipe.
+
+    Args:
+        fits: whether this machine holds the network; else both are on the meta device, and what
+            needs weights is not checked.
 
     Errors: ValueError for what would fail hours into the run.
     """
     on_meta = meta_model(info)
     # The initial weights are the one thing drawn from torch's own generator here.
     torch.manual_seed(recipe.seed)
-    model = build_model(info).to(world.device)
+    model = build_model(info).to(world.device) if fits else on_meta
     objective = build(objectives.registry, recipe.objective)
     schedule = build(schedules.registry, info.schedule)
 
-    check_objective(recipe, model, objective, schedule)
+    if fits:
+        check_objective(recipe, model, objective, schedule)
     sample_grid.check_sample_grid(recipe.samples, on_meta)
     sample_grid.check_evaluation_sampler(recipe.evaluate, on_meta)
     for std in recipe.ema.power_stds:
         ema.power_gamma(std)
 
-    if init_weights is not None:
+    if init_weights is not None and fits:
         init_weights(model)
     backbone = get_backbone(model)
     backbone.checkpointing = recipe.engine.checkpointing
@@ -290,7 +339,7 @@ def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule
         )
     u = torch.tensor([0.001, 0.5, 0.999], dtype=torch.float64, device=device)
     x, eps = (
-        rng.normal(purpose, 0, [0, 1, 2], (config.channels, config.size, config.size)).to(device)
+        rng.normal(purpose, 0, [0, 1, 2], (config.channels, *native_size(config))).to(device)
         for purpose in ("sample", "noise")
     )
     logsnr = schedule(u)

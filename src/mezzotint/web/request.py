@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mezzotint.backbones import native_size
 from mezzotint.core.registry import Spec
 from mezzotint.data.autoencoder import find_autoencoder
 from mezzotint.data.text_encoder import find_text_encoder
@@ -182,7 +183,7 @@ def parse_input_size(model: Model, text: Any, limits: Limits) -> tuple[int, int]
     text = parse_text("size", text, 40)
     if not text:
         return None
-    size, largest = parse_size(text), limits.enlargement * model.info.config.size
+    size, largest = parse_size(text), limits.enlargement * max(native_size(model.info.config))
     if max(size) > largest:
         raise ValueError(f"size {text} is too large here; this model allows up to {largest}")
     return size
@@ -260,8 +261,8 @@ def with_steps(job: SamplingJob, steps: int) -> SamplingJob:
 
 def describe_settings(job: SamplingJob) -> str:
     """Return the settings as the line under an image."""
-    settings, side = job.settings, job.model.info.config.size
-    height, width = settings.size or (side, side)
+    settings = job.settings
+    height, width = settings.size or native_size(job.model.info.config)
     guidance = settings.guidance
     guided = "" if guidance is None else f" · guidance {guidance.peak:g}"
     return f"{settings.sampler.name} · {settings.steps} steps{guided} · {width}×{height}"
