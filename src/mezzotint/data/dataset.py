@@ -221,9 +221,10 @@ class PixelDataset:
         self, inputs: Pixels, draws: Draws, image_numbers: list[int], mirror: bool, send: Send
     ) -> Float[Tensor, "b c h w"]:
         """Return images in [-1, 1]; with `mirror`, half of the image numbers are mirrored."""
+        images = send(inputs)  # as bytes: what follows is done on the network's device
         if mirror:
-            inputs = flip(inputs, draw_flips(draws, image_numbers))
-        return to_model_range(send(inputs))
+            images = flip(images, draw_flips(draws, image_numbers))
+        return to_model_range(images)
 
     def mark_unreadable(self, reasons: dict[int, str]) -> None:
         """Record images that another process found unreadable: index -> reason."""

@@ -171,7 +171,8 @@ def open_images(
         size=size,
         channels=channels,
         crop=crop or prepared_crop or "adm",
-        keep=keep_in_memory and not is_prepared,  # the system caches memory maps already
+        # The system caches memory maps already.
+        keep=keep_in_memory and not (is_prepared and opened.form.is_raw),
         full_scale=full_scale,
     )
     _check_some_readable(dataset, str(source))

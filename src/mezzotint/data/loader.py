@@ -108,18 +108,13 @@ def _prefetch(
 ) -> Iterator[LoadedBatch]:
     """Load steps 0, 1, ... with `workers`, twice as many in flight, and yield them in order."""
     pool, load = _start_workers(dataset, workers, processes)
-    cuda = torch.cuda.is_available()
 
     def to_tensor(array: np.ndarray | None) -> Tensor | None:
         if array is None:
             return None
         if array.dtype == BFLOAT16:
-            tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            tensor = torch.from_numpy(array)
-        return (
-            tensor.pin_memory() if cuda else tensor
-        )  # only pinned memory is copied without waiting
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
     in_flight: deque[tuple[Tensor, Future[_Loaded]]] = deque()
     step = 0

@@ -1,14 +1,19 @@
 """Resize a set of images once and write it as Arrow, to be read through a memory map.
 
 `datasets.load_from_disk` opens a prepared folder too: one row per image with `pixels` (uint8,
-channels x size x size, as bytes), `label`, `text` (its caption) and `name`. The folder also holds
-`mezzotint.json`, which describes the bytes, and `report.json`.
+channels x size x size, as bytes, or a compressed file of `mezzotint.data.prepared_forms`), `label`,
+`text` (its caption) and `name`. The folder also holds `mezzotint.json`, which describes the bytes,
+and `report.json`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +23,9 @@ from mezzotint.data.audit import Audit, decode_all
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.columns import Columns
 from mezzotint.data.encode_latents import encode_latents
-from mezzotint.data.image_dataset import LATENTS, ImageDataset, open_images
+from mezzotint.data.image_dataset import LATENTS, DecodedImage, ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset, describe_latents
+from mezzotint.data.prepared_forms import Form, get_form
 from mezzotint.data.prepared_source import CARD
 from mezzotint.data.transforms import UnreadableImage
 
@@ -36,6 +42,7 @@ def prepare_source(
     crop: str = "adm",
     columns: Columns | None = None,
     full_scale: int | None = None,
+    form: str = "raw",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write the images of `source` at one size to the new folder `out`; return a report.
@@ -46,12 +53,13 @@ def prepare_source(
         source, size, channels, crop, columns, full_scale: see
             `mezzotint.data.image_dataset.open_images`.
         out: a folder that does not exist yet, or is empty.
+        form: how pixels are stored, a name of `mezzotint.data.prepared_forms.FORMS`.
         progress: show a bar on standard error.
 
     Returns:
         `mezzotint.data.audit.Audit.summary`, the content of `report.json`.
     """
-    out = Path(out)
+    out, chosen = Path(out), get_form(form)
     images = open_images(
         source,
         size=size,
@@ -64,7 +72,7 @@ def prepare_source(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
     with atomic_folder(out, complete=CARD) as folder:
-        return _write_images(images, folder, progress)
+        return _write_images(images, folder, chosen, progress)
 
 
 def prepare_latents(
@@ -144,7 +152,7 @@ def prepare_captions(
     ]
 
 
-def _write_images(images: ImageDataset, folder: Path, progress: bool) -> dict[str, Any]:
+def _write_images(images: ImageDataset, folder: Path, form: Form, progress: bool) -> dict[str, Any]:
     from datasets import ClassLabel, Features, Value
 
     names = images.label_names
@@ -160,12 +168,14 @@ def _write_images(images: ImageDataset, folder: Path, progress: bool) -> dict[st
     audit, content = Audit(images.size), hashlib.sha256()
     writer = _ArrowWriter(folder, features.arrow_schema, images.channels * images.size**2)
     with writer:
-        for i, decoded in decode_all(images, progress=progress):
+        for i, decoded, stored in _encode_all(decode_all(images, progress=progress), form):
             audit.add(images, i, decoded)
             if isinstance(decoded, UnreadableImage):
                 continue
-            row = (decoded.pixels.tobytes(), images.label(i), images.text(i), images.name(i))
-            content.update(row[0] + f"{row[1]} {row[2]!r}".encode())
+            row = (stored, images.label(i), images.text(i), images.name(i))
+            # Lossless forms of the same images have the same fingerprint.
+            hashed = decoded.pixels.tobytes() if form.is_lossless else stored
+            content.update(hashed + f"{row[1]} {row[2]!r}".encode())
             writer.add(row)
     if not audit.count:
         raise ValueError(f"nothing to prepare: no image can be read; {images.report}")
@@ -178,12 +188,33 @@ def _write_images(images: ImageDataset, folder: Path, progress: bool) -> dict[st
         "crop": images.crop,
         "label_names": images.label_names,
         "fingerprint": content.hexdigest()[:32],
+        "form": form.name,
         "left_out": [f"{name} ({reason})" for name, reason in audit.unreadable.items()],
     }
     write_json(folder / "report.json", report)
     _write_datasets_files(folder, features, writer.names, card["fingerprint"])
     write_json(folder / CARD, card)
     return report
+
+
+def _encode_all(
+    decoded: Iterator[tuple[int, DecodedImage | UnreadableImage]], form: Form
+) -> Iterator[tuple[int, DecodedImage | UnreadableImage, bytes]]:
+    """Yield each index and image with its bytes, made on all cores; b"" for a damaged one."""
+
+    def encode(image: DecodedImage | UnreadableImage) -> bytes:
+        return b"" if isinstance(image, UnreadableImage) else form.encode(image.pixels)
+
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        in_flight: deque[tuple[int, DecodedImage | UnreadableImage, Future[bytes]]] = deque()
+        for i, image in decoded:
+            in_flight.append((i, image, pool.submit(encode, image)))
+            if len(in_flight) > 2 * threads:
+                first, ready, stored = in_flight.popleft()
+                yield first, ready, stored.result()
+        for first, ready, stored in in_flight:
+            yield first, ready, stored.result()
 
 
 def _write_datasets_files(folder: Path, features: Any, names: list[str], fingerprint: str) -> None:

@@ -32,7 +32,8 @@ TRANSPOSES = {
 
 def to_model_range(pixels: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
     """Return float32 -1...1 of uint8 0...255: x / 127.5 - 1 (specs/dimr.md section 4)."""
-    return pixels.to(torch.float32) / 127.5 - 1
+    # In place: a new tensor of float32 costs more than the arithmetic.
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def to_uint8(x: Float[Tensor, "..."], rule: str = "round") -> UInt8[Tensor, "..."]:
@@ -52,6 +53,11 @@ def to_uint8(x: Float[Tensor, "..."], rule: str = "round") -> UInt8[Tensor, "...
 
 def flip(images: Tensor, mask: Bool[Tensor, " b"], dim: int = -1) -> Tensor:
     """Return images (b, ..., h, w), those where `mask` is True mirrored along `dim`."""
+    if images.device.type == "cpu":  # row by row, which mirrors no image in vain
+        mirrored = images.clone()
+        for i in mask.nonzero()[:, 0].tolist():
+            mirrored[i] = images[i].flip(dim)
+        return mirrored
     mask = mask.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
     return torch.where(mask, images.flip(dim), images)
 
@@ -146,7 +152,9 @@ def to_pixels(
 ) -> np.ndarray:
     """Return uint8 (channels, size, size) of a Pillow image; `UnreadableImage` if damaged."""
     with reserve_pixels(image):
-        return to_array(CROPS[crop](to_mode(image, channels, full_scale), size))
+        image = to_mode(image, channels, full_scale)
+        # Both crops return an image of the right size as it is.
+        return to_array(image if image.size == (size, size) else CROPS[crop](image, size))
 
 
 def to_array(image: Image.Image) -> np.ndarray:

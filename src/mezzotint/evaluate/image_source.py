@@ -28,7 +28,7 @@ from mezzotint.core.registry import Spec
 from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
 from mezzotint.data.full_scale import grey_kind, measure_full_scale
 from mezzotint.data.image_dataset import BUILTIN, LATENTS, ImageDataset, open_images, split_source
-from mezzotint.data.prepared_source import CARD
+from mezzotint.data.prepared_source import CARD, PreparedSource
 from mezzotint.data.sources import FileSource, open_files
 from mezzotint.data.stores import find_store
 from mezzotint.data.transforms import to_array, to_mode
@@ -89,6 +89,8 @@ def from_dataset(images: ImageDataset, name: str, num_images: int | None = None)
             yield images.batch([i * len(images) // count for i in part])[0]
 
     notes = [GREY_NOTE] if images.channels == 3 and _all_grey(images) else []
+    if isinstance(images.source, PreparedSource) and images.source.form.note:
+        notes.append(f"stored as {images.source.form.name}")
     return ImageSource(
         name=name,
         num_images=count,

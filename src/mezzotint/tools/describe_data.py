@@ -76,7 +76,7 @@ def _layout(source: object) -> Layout:
     if isinstance(source, FileSource | TableSource):
         return source.layout
     if isinstance(source, PreparedSource):
-        return Layout(kind="folder of mezzotint prepare", split="")
+        return Layout(kind=f"folder of mezzotint prepare, form {source.form.name}", split="")
     return Layout(kind="npz" if isinstance(source, NpzSource) else "built-in", split="")
 
 

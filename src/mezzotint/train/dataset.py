@@ -72,6 +72,20 @@ def open_recipe_dataset(
     return dataset
 
 
+def check_encoded_ahead(recipe: Recipe, dataset: Dataset, device: torch.device) -> None:
+    """Raise ValueError for a run on a GPU whose images would be encoded at every read.
+
+    The encoder would run on the images one by one, and both it and the training step would wait.
+    """
+    if device.type == "cuda" and isinstance(dataset, EncodedDataset):
+        source, size = recipe.data.source, dataset.images.size
+        raise ValueError(
+            f"{source} holds images, and {recipe.preset} trains on latents: to encode them at "
+            "every read would keep the GPU waiting. Encode them once: mezzotint prepare "
+            f"{source} FOLDER --size {size} --codec {dataset.codec_name}, then --data FOLDER"
+        )
+
+
 def _check_augment(recipe: Recipe, config: Any, codec: str) -> None:
     """Raise ValueError where data.augment is set and the network reads no augmentation label."""
     asked = f"data.augment {recipe.data.augment:g}"

@@ -52,6 +52,7 @@ from mezzotint.train.step import (
     reduce_step,
     update,
 )
+from mezzotint.train.transfer import SideStream
 
 
 class Listeners(NamedTuple):
@@ -264,7 +265,9 @@ def training_batches(run: Run) -> Iterator[Batch]:
     )
     num_classes = run.info.config.num_classes
     return prefetch(
-        loaded, lambda batch: make_batch(recipe, run.dataset, num_classes, batch, world.device)
+        loaded,
+        lambda batch: make_batch(recipe, run.dataset, num_classes, batch, world.device),
+        SideStream(world.device),
     )
 
 

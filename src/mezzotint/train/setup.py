@@ -36,7 +36,13 @@ from mezzotint.process.denoiser import Model, Schedule
 from mezzotint.process.objectives import Objective
 from mezzotint.process.schedules import Table
 from mezzotint.train import agreement, checkpoint, data_record, ema, log, parallel, sample_grid
-from mezzotint.train.dataset import data_notes, open_captions, open_recipe_dataset, resolve
+from mezzotint.train.dataset import (
+    check_encoded_ahead,
+    data_notes,
+    open_captions,
+    open_recipe_dataset,
+    resolve,
+)
 from mezzotint.train.draws import resolve_stream
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.run_folder import check_same_recipe, write_recipe
@@ -119,6 +125,7 @@ def check_start(
         check_batch(recipe.batch, world.size)
         _check_here(lambda: check_memory(recipe, meta_model(info), world), lacking)
         dataset = open_recipe_dataset(recipe, info, world)
+        check_encoded_ahead(recipe, dataset, world.device)
         return info, dataset, read_content(dataset, captions=text_width(info.config) > 0)
 
     info, dataset, content = all_ranks(open_content, world)

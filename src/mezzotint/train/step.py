@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from mezzotint.train.draws import draws_of
 from mezzotint.train.optim import learning_rate, set_learning_rate
 from mezzotint.train.parallel import group_norms, no_sync
 from mezzotint.train.setup import Run
+from mezzotint.train.transfer import SideStream, send_to
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Batch:
     u: Tensor
     cond: Cond
     image_numbers: list[int]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors of the batch."""
+        parts = (getattr(self.cond, field.name) for field in fields(self.cond))
+        return [self.x, self.eps, self.u, *(t for t in parts if isinstance(t, Tensor))]
 
     def split(self, size: int | None) -> Iterator[Batch]:
         """Yield microbatches of at most `size` images; the whole batch for None."""
@@ -100,13 +106,6 @@ def draw_times(time: Time, draws: rng.Draws, image_numbers: list[int], batch: in
     return (offset + position / batch).remainder(1.0).clamp(2.0**-54, 1 - 2.0**-53)
 
 
-def send_to(tensor: Tensor, device: torch.device) -> Tensor:
-    """Move a tensor to a device, from pinned memory: only that is copied without waiting."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
 def make_batch(
     recipe: Recipe,
     dataset: Dataset,
@@ -151,18 +150,21 @@ def make_batch(
 def prefetch(
     batches: Iterator[loader.LoadedBatch],
     make: Callable[[loader.LoadedBatch], Batch],
+    side: SideStream,
     ahead: int = 4,
 ) -> Iterator[Batch]:
     """Yield make(loaded) for each loaded batch, in order, made by threads `ahead` batches early.
 
-    Drawing the noise of 256 px images takes longer than a GPU's step, and releases Python's lock.
+    On a GPU they are made on the stream `side`: copies and noise do not wait for the step, nor the
+    step for them. On a CPU, drawing the noise of 256 px images takes long, and releases Python's
+    lock.
     """
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[tuple[Batch, Any]]] = deque()
     with ThreadPoolExecutor(ahead, thread_name_prefix="mezzotint-batch") as pool:
         while True:
             while len(pending) < ahead:
-                pending.append(pool.submit(make, next(batches)))
-            yield pending.popleft().result()
+                pending.append(pool.submit(side.make, partial(make, next(batches))))
+            yield side.hand_over(*pending.popleft().result())
 
 
 def gradient(run: Run, batch: Batch) -> Losses:
