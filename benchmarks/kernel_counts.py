@@ -24,8 +24,7 @@ aten = torch.ops.aten
 # One H200, as measured on such cards: copies reach 4.3 TB/s and products 790 TFLOP/s; whole steps
 # come to about nine tenths of that.
 BYTES_PER_SECOND = 3.9e12
-FLOP_PER_SECOND = {2: 680e12, 4: 45e12}  # by bytes of an element; float32 products without TF32
-TF32_FLOP_PER_SECOND = 340e12  # of cuDNN's float32 convolutions, which torch runs in TF32
+FLOP_PER_SECOND = {2: 680e12, 4: 45e12}  # by bytes of an element; float32 without TF32
 
 
 @dataclass
@@ -133,8 +132,7 @@ def convolution_flop(
     """Return the FLOP of a convolution and their rate; a depthwise one counts its bytes alone."""
     if groups > 1:
         return 0.0, 1.0
-    rate = TF32_FLOP_PER_SECOND if size == 4 else FLOP_PER_SECOND[2]
-    return 2.0 * out.numel() * weight[0].numel(), rate
+    return 2.0 * out.numel() * weight[0].numel(), FLOP_PER_SECOND[max(2, size)]
 
 
 def _needs_layout(x: Tensor, groups: int, size: int) -> bool:

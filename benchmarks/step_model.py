@@ -7,9 +7,9 @@
 Nothing runs: tensors are fake, with a shape, a dtype and the device cuda, but no storage. The
 network's own code runs on them under autocast, with autograd of the CUDA backend, and every kernel
 is counted with the bytes it moves, its FLOP, its dtype and the line it serves. Modelled time is the
-sum over kernels of max(bytes / 3.9 TB/s, FLOP / 680 TFLOP/s); float32 products have 45 TFLOP/s,
-float32 convolutions 340 (TF32). Attention is that of `fake_cuda.attention_kernel`, depthwise
-convolutions count their bytes alone, NCHW maps of 16-bit convolutions are copied to cuDNN's layout
+sum over kernels of max(bytes / 3.9 TB/s, FLOP / 680 TFLOP/s), float32 at 45 TFLOP/s (no TF32).
+Attention is that of `fake_cuda.attention_kernel`, depthwise convolutions count their bytes alone,
+NCHW maps of 16-bit convolutions are copied to cuDNN's layout
 and back (`kernel_counts.operation_kernels`). Not modelled: gaps between launches, caches, waiting
 for the host, loading. So times are a lower bound: expect 5 to 15 % more. `compiled` compiles each
 repeated block as the training loop does and counts after fusion (`fusion_model`); all else is

@@ -25,6 +25,7 @@ Interval = Annotated[int, Range(0, MOST_IMAGES, "images")]
 Positive = Annotated[int, Range(1, MOST_IMAGES, "images")]
 Batch = Annotated[int, Range(1, 1_000_000, "images at a time")]
 Steps = Annotated[int, Range(1, 10_000)]
+SamplingDType = Literal["auto", "float32", "bfloat16", "float16"]
 GuidanceScale = Annotated[float, Range(-1000, 1000, "1 is no guidance")]
 Side = Annotated[int, Range(1, 16_384, "pixels")]
 Beta = Annotated[float, Range(0, 1, "the part of a moment that a step keeps", below=True)]
@@ -151,6 +152,7 @@ class SampleGrid(Checked):
     sampler: with options as on the command line, "ancestral:variance=learned"; with the family's
         discretization, without clipping.
     guidance: classifier-free guidance scale in DiT's convention, 1 = none.
+    dtype: of the network's arithmetic; "auto" is bfloat16 on a GPU that has it, else float32.
     """
 
     prefix: ClassVar[str] = "samples."
@@ -160,6 +162,7 @@ class SampleGrid(Checked):
     sampler: str = "ddim"
     steps: Steps = 50
     guidance: GuidanceScale | None = None
+    dtype: SamplingDType = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +175,7 @@ class Evaluate(Checked):
     features: feature sets; the reference must have each of them.
     weights: file of their network; the one in the cache by default.
     reference_source: library that made the reference, where the file does not say.
-    sampler, steps, guidance: as for sample grids.
+    sampler, steps, guidance, dtype: as for sample grids; the likelihood is always in float32.
     batch: samples at a time on each rank.
     prompts: file of one prompt a line, used in turn, for a network that reads captions.
     bits_per_dim: measure the likelihood too, or alone where no reference is given.
@@ -191,6 +194,7 @@ class Evaluate(Checked):
     sampler: str = "ddim"
     steps: Steps = 50
     guidance: GuidanceScale | None = None
+    dtype: SamplingDType = "auto"
     batch: Batch = 64
     prompts: str | None = None
     bits_per_dim: bool = False

@@ -31,6 +31,7 @@ from mezzotint.core.files import (
 )
 from mezzotint.core.hub import download_model
 from mezzotint.core.json_values import check_fields, first_line
+from mezzotint.core.machine import use_full_float32
 from mezzotint.core.registry import Spec, build, check_options, suggest
 from mezzotint.core.tensor_files import (
     TensorSpec,
@@ -447,6 +448,7 @@ def open_model(source: str | Path, tuned: bool = False) -> Model:
         raise ValueError(
             f"{folder} is a run without a saved model yet; continue it with the same train command"
         )
+    use_full_float32()
     saved = folder / "model" if (folder / "model").exists() else str(source)
     model = load_model((find_tuned(folder) if tuned else None) or saved)
     return model.eval().requires_grad_(False).to(default_device())

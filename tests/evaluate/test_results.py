@@ -75,10 +75,12 @@ def test_an_unknown_metric_is_refused_with_a_suggestion():
 
 
 def test_sources_seeds_and_versions_may_differ():
-    other = make_evaluation(3.0, source="other", seeds="100...199", code_version="2")
+    other = make_evaluation(
+        3.0, source="other", seeds="100...199", code_version="2", dtype="bfloat16"
+    )
     comparison = require_comparable(make_evaluation(2.0), other)
     assert comparison.rows == (("FID", 2.0, 3.0),)
-    assert set(comparison.differences) == {"source", "seeds", "code_version"}
+    assert set(comparison.differences) == {"source", "seeds", "code_version", "dtype"}
     assert "steps" in comparison.unknown
 
 

@@ -7,8 +7,9 @@ import mezzotint as mz
 from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond
 from mezzotint.process.samplers import registry as samplers
-from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, record
-from mezzotint.sampling.sample import make_logsnr_steps, model_denoiser, run_sampler
+from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser
+from mezzotint.sampling.denoisers import FIRST_CALLS, model_denoiser
+from mezzotint.sampling.sample import make_logsnr_steps, run_sampler
 from mezzotint.sampling.settings import SamplingSettings
 
 
@@ -86,9 +87,55 @@ def test_a_sampler_on_graphs_gives_the_same_images(model):
 
 @pytest.mark.parametrize(
     ("exact", "recorder", "message"),
-    [(None, record, "CUDA device"), (True, emulated, "exact=True")],
+    [(None, None, "CUDA device"), (True, emulated, "exact=True")],
 )
 def test_settings_with_graphs_need_a_gpu_and_no_tiles(exact, recorder, message, model):
     settings = SamplingSettings(cuda_graphs=True, exact=exact)
     with pytest.raises(ValueError, match=message):
         model_denoiser(model, settings, recorder)
+
+
+def called(model, denoise, sizes):
+    """Call with batches of these sizes, and check each answer."""
+    for size in sizes:
+        z, cond = torch.randn(size, 3, 16, 16), Cond(label=torch.zeros(size, dtype=torch.long))
+        with torch.no_grad():
+            expected = model(z, torch.zeros(size), cond)
+        assert torch.equal(denoise(z, torch.zeros(size), cond).x, expected.x)
+
+
+def test_by_default_full_batches_and_single_images_are_recorded_after_some_calls(model):
+    settings = SamplingSettings(batch=4, exact=False)
+    denoise = model_denoiser(model, settings, emulated)
+    called(model, denoise, [4] * FIRST_CALLS)
+    assert not denoise.recordings  # a short run records nothing
+    called(model, denoise, [4])
+    assert len(denoise.recordings) == 1
+    called(model, denoise, [3] * (FIRST_CALLS + 1))  # a last batch that is not full
+    assert len(denoise.recordings) == 1
+    called(model, denoise, [size for size in (8, 1, 2) for _ in range(FIRST_CALLS + 1)])
+    assert len(denoise.recordings) == 4
+
+
+@pytest.mark.parametrize("fields", [{"cuda_graphs": False, "exact": False}, {}])
+def test_no_graphs_where_they_are_off_or_the_cpu_evaluates_in_tiles(fields, model):
+    settings = SamplingSettings(**fields)
+    assert not isinstance(model_denoiser(model, settings, emulated), CudaGraphDenoiser)
+    assert not isinstance(model_denoiser(model, settings), CudaGraphDenoiser)
+
+
+def test_by_default_a_failed_recording_costs_one_line(model, capsys):
+    attempts = []
+
+    def broken(function):
+        attempts.append(1)
+        raise RuntimeError("CUDA error: capture\nwith details")
+
+    denoise = model_denoiser(model, SamplingSettings(batch=2, exact=False), broken)
+    called(model, denoise, [2, 1] * (FIRST_CALLS + 2))
+    assert attempts == [1]
+    out = capsys.readouterr().out
+    assert out == "sampling goes on without CUDA graphs, which failed: CUDA error: capture\n"
+    asked = model_denoiser(model, SamplingSettings(cuda_graphs=True, exact=False), broken)
+    with pytest.raises(RuntimeError, match="capture"):
+        called(model, asked, [2])

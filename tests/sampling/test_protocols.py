@@ -161,6 +161,7 @@ def test_every_setting_changes_the_card():
         "size": (16, 8),
         "exact": False,
         "dtype": "bfloat16",
+        "compile": True,
     }
     # These two change the speed alone.
     fields = {f.name for f in dataclasses.fields(SamplingSettings)}

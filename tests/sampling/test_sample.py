@@ -18,8 +18,8 @@ from mezzotint.models import get_schedule
 from mezzotint.process.denoiser import Cond
 from mezzotint.sampling import sample as sample_module
 from mezzotint.sampling.conditioning import label_condition, label_indices, list_seeds
+from mezzotint.sampling.denoisers import batched_by_tile
 from mezzotint.sampling.sample import (
-    batched_by_tile,
     count_network_calls,
     draw_start_noise,
     generate,

@@ -53,7 +53,7 @@ def test_the_options_of_sample(models, tmp_path, monkeypatch, capsys):
         monkeypatch, capsys, "sample", models / "strong", "-n", 6, "--steps", 3, "--out", out,
         "--sampler", "ddim:eta=0.5", "--discretization", "even_logsnr:logsnr_min=-8,logsnr_max=8",
         "--guidance", "scale=2,low=-3,high=4", "--clip", "static", "--label", "c", "7",
-        "--size", "8x16",
+        "--size", "8x16", "--dtype", "bfloat16",
     )  # fmt: skip
     assert code == 0, printed
     card = json.loads((tmp_path / "a.npz.json").read_text())
@@ -68,6 +68,7 @@ def test_the_options_of_sample(models, tmp_path, monkeypatch, capsys):
     assert card["discretization"]["name"] == "even_logsnr"
     assert card["guidance"] == {"scale": 2.0, "convention": "dit", "low": -3.0, "high": 4.0}
     assert card["logsnr"] == [-8.0, "inf"]
+    assert (card["dtype"], card["compiled"]) == ("bfloat16", None)
 
 
 def test_a_protocol_and_what_deviates_from_it(models, tmp_path, monkeypatch, capsys):
@@ -164,7 +165,7 @@ def test_edit(mode, columns, rows, names, models, tmp_path, monkeypatch, capsys)
         (["sample", "strong", "--guide-model", "weak"], "e.g. 1.5"),
         (["sample", "strong", "--codec", "taesd"], "taesd"),
         (["sample", "strong", "--latents"], ".npz"),
-        (["sample", "strong", "--cuda-graphs"], "cuda_graphs"),
+        (["sample", "strong", "--graphs", "on"], "cuda_graphs"),
         (["sample", "absent"], "absent"),
         (["edit", "trajectory", "strong", "--out", "a.npz"], "a.npz"),
         (["edit", "trajectory", "strong", "-n", "0"], "--num-images 0 must be"),

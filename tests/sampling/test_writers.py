@@ -25,10 +25,14 @@ from mezzotint.core.registry import Spec
 from mezzotint.data.image_dataset import open_images
 from mezzotint.evaluate.image_source import from_job, open_image_source
 from mezzotint.evaluate.results import make_protocol
-from mezzotint.sampling.generate_images import consecutive_batches, generate_images
+from mezzotint.sampling.generate_images import (
+    BackgroundWriter,
+    consecutive_batches,
+    generate_images,
+)
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.settings import Guidance, SamplingSettings
-from mezzotint.sampling.writers import make_writer
+from mezzotint.sampling.writers import encode_png, encode_pngs, make_writer
 
 N = 11
 SETTINGS = SamplingSettings(
@@ -285,6 +289,45 @@ def test_a_large_file_is_written_in_bounded_memory(tmp_path, ending):
     tracemalloc.stop()
     assert (tmp_path / f"a{ending}").stat().st_size > 16 * images.nbytes
     assert peak < 4 * images.nbytes
+
+
+def test_a_batch_is_written_while_the_next_is_drawn():
+    """The first write ends only once the second batch is handed over."""
+    second, written = threading.Event(), []
+
+    def write(batch, images):
+        if batch.start == 0:
+            assert second.wait(60)
+        written.append(batch)
+
+    with BackgroundWriter(write) as background:
+        background.put(range(2), torch.zeros(2))
+        assert not written
+        second.set()
+        background.put(range(2, 4), torch.zeros(2))
+        assert written[0] == range(2)
+    assert written == [range(2), range(2, 4)]
+
+
+def test_an_error_of_writing_is_raised_once_at_the_next_batch():
+    def write(batch, images):
+        raise OSError(28, "full")
+
+    with BackgroundWriter(write) as background:
+        background.put(range(2), torch.zeros(2))
+        with pytest.raises(OSError, match="full"):
+            background.put(range(2, 4), torch.zeros(2))
+        background.wait()
+
+
+def test_pngs_encoded_in_threads_are_those_encoded_one_by_one():
+    images = torch.randint(0, 256, (9, 3, 5, 7), dtype=torch.uint8)
+    labels = list(range(9))
+    assert list(encode_pngs(images, labels)) == [
+        encode_png(image, label) for image, label in zip(images, labels, strict=True)
+    ]
+    assert list(encode_pngs(images[:2])) == [encode_png(image) for image in images[:2]]
+    assert len({*encode_pngs(images[:1], [0]), *encode_pngs(images[:1])}) == 2
 
 
 def test_batches_are_consecutive():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,6 +44,11 @@ def test_labels_are_in_class_order_and_as_even_as_the_count_allows(num_classes, 
     found = grid_labels(num_classes, count)
     assert found is not None
     assert found.tolist() == labels
+
+
+def test_a_grid_is_in_the_dtype_of_its_settings():
+    assert grid_settings(GRID).dtype == "auto"
+    assert grid_settings(dataclasses.replace(GRID, dtype="float32")).dtype == "float32"
 
 
 def test_without_classes_there_are_no_labels():

@@ -35,7 +35,7 @@ class TextConditioning(nn.Module):
 
         The mask (b, t) is True for real tokens.
         """
-        weight = self.tokens.weight
+        weight = self.norm.weight  # float32 where the weights of products are stored in bfloat16
         text, mask = cond.text, cond.text_mask
         if text is None:
             text, mask = (

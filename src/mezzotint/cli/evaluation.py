@@ -81,6 +81,7 @@ def evaluate(
     guidance: Annotated[str | None, arg(metavar="S", help_behavior_hint="")] = None,
     prompts: OptionalFile = None,
     encoder: OptionalText = None,
+    dtype: OptionalText = None,
     clip: Annotated[tuple[str, ...] | None, arg(metavar="[M ...]", help_behavior_hint="")] = None,
     sweep: OptionalText = None,
     train_images: OptionalText = None,
@@ -111,6 +112,7 @@ def evaluate(
         guidance: For a model.
         prompts: One per line; with --protocol coco-fid-30k, COCO's captions (JSON).
         encoder: Folder of a model's text encoder, if it moved.
+        dtype: For a model's samples, as in `mezzotint sample`.
         clip: CLIP score, by ViT-L/14 or by these: hub names or folders.
         sweep: guidance=1,2,4: draw CLIP score (else IS, precision) over distance.
         train_images: Training images, for a copy rate and a sheet of nearest neighbours.
@@ -133,7 +135,7 @@ def evaluate(
     }  # fmt: skip
     of_samples = {
         "--reference": reference, "--heldout": heldout, "--protocol": protocol,
-        "--sampler": sampler, "--guidance": guidance, "--size": size,
+        "--sampler": sampler, "--guidance": guidance, "--dtype": dtype, "--size": size,
         "--train-images": train_images, "--prompts": prompts, "--encoder": encoder,
         "--clip": clip, "--sweep": sweep,
     }  # fmt: skip
@@ -160,6 +162,7 @@ def evaluate(
     images = measure.Source(
         name=source, num_images=num_images, channels=channels, protocol=protocol, sampler=sampler,
         steps=steps, guidance=guidance, prompts=prompts, encoder=encoder,
+        dtype=dtype,
     )  # fmt: skip
     measures = measure.Measures(
         reference=reference, reference_source=reference_source, heldout=heldout, features=features,

@@ -30,6 +30,7 @@ class Source:
     guidance: str | None = None
     prompts: Path | None = None
     encoder: str | None = None
+    dtype: str | None = None
 
     @property
     def is_model(self) -> bool:
@@ -59,6 +60,7 @@ class Source:
             "steps": self.steps,
             "sampler": self.sampler and parse.parse_sampler(self.sampler),
             "guidance": self.guidance and parse.parse_guidance(self.guidance),
+            "dtype": self.dtype,
         }
         changes = {k: v for k, v in changes.items() if v}
         if sweep and self.protocol is None:

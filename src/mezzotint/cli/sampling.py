@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, arg, subcommand
@@ -67,11 +67,15 @@ class SamplingOptions:
     size: OptionalText = None
     """Of the network's input: 64, or 48x64 (height first)."""
     dtype: OptionalText = None
-    """float32 (default), bfloat16, float16."""
+    """auto (default: bfloat16 on a GPU that has it), float32, bfloat16, float16."""
     batch: OptionalBatch = None
     """Images per network call; 64 by default."""
-    cuda_graphs: Switch = False
-    """Replay the network from CUDA graphs: faster for small batches."""
+    graphs: Annotated[Literal["auto", "on", "off"], arg(metavar="TEXT", help_behavior_hint="")] = (
+        "auto"
+    )
+    """CUDA graphs: auto (default: on a GPU), on, off."""
+    compile: Switch = False
+    """torch.compile: faster on a GPU, after a minute or more."""
     codec: OptionalText = None
     """Autoencoder to decode with; by default the model's."""
 
@@ -88,7 +92,8 @@ class SamplingOptions:
             "size": parse.parse_size,
             "clip": parse.parse_clip,
         }
-        changes: dict[str, Any] = {"cuda_graphs": self.cuda_graphs}
+        graphs = {"auto": None, "on": True, "off": False}[self.graphs]
+        changes: dict[str, Any] = {"cuda_graphs": graphs, "compile": self.compile}
         for name in (*parsers, "steps", "dtype", "batch"):
             value = getattr(self, name)
             if value is not None:

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mezzotint.core.machine import use_full_float32
+
 T = TypeVar("T")
 
 
@@ -65,6 +67,7 @@ def init_distributed() -> World:
 
     Errors: ValueError for ranks that do not fit together; RankFailed where a rank does not come.
     """
+    use_full_float32()
     device = default_device()
     cuda = device.type == "cuda"
     if cuda:

@@ -22,6 +22,16 @@ def describe_machine(device: str) -> dict[str, Any]:
     }
 
 
+def use_full_float32() -> None:
+    """Compute in all of float32's bits where float32 is chosen: no TF32 in products, convolutions.
+
+    torch's own default is TF32 in the convolutions of a GPU, though not in its products. Every
+    command calls this; code that imports mezzotint keeps its own setting.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def memory_bytes(device: torch.device) -> int:
     """Return the bytes of a GPU's memory, or of this machine's for the CPU."""
     if device.type == "cuda":

@@ -229,6 +229,7 @@ def _make_job(settings: Evaluate, model: Model) -> SamplingJob:
             sampler=parse.parse_sampler(settings.sampler),
             steps=settings.steps,
             guidance=None if settings.guidance is None else Guidance(scale=settings.guidance),
+            dtype=settings.dtype,
             batch=settings.batch,
         ),
         classes=tuple(range(model.info.config.num_classes)),

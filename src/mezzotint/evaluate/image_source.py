@@ -132,6 +132,7 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
         "network_calls": card["network_calls_per_image"],
         "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
         "ema": f"{average} at {card['model']['training_images']:,} images",
+        "dtype": card["dtype"],
         "uint8_rule": card["uint8_rule"],
         "preprocessing": "none",
         "tuned": card.get("tuned") or "none",

@@ -43,7 +43,7 @@ from mezzotint.process.likelihood import (
     reconstruction_term,
 )
 from mezzotint.sampling.conditioning import text_encoder_for
-from mezzotint.sampling.sample import model_denoiser
+from mezzotint.sampling.denoisers import model_denoiser
 from mezzotint.sampling.settings import SamplingSettings
 
 BOUND, ODE = "bits/dim", "bits/dim by ODE"
@@ -137,7 +137,9 @@ def bits_per_dim(
     # Neither the batch nor the ranks change a value.
     essence = dataclasses.asdict(dataclasses.replace(settings, num_images=count, batch=1))
     key = json.dumps(["bits per dim 1", model_hash, images.fingerprint, essence])
-    denoise, training = model_denoiser(model, SamplingSettings()), model.training
+    # Graphs have no gradients, which the probability flow needs.
+    denoise = model_denoiser(model, SamplingSettings(dtype="float32", cuda_graphs=False))
+    training = model.training
 
     def compute(start: int, stop: int) -> dict[str, Tensor]:
         parts = []
@@ -190,6 +192,7 @@ def _make_protocol(model: Model, images: ImageDataset, count: int) -> Protocol:
         code_version=__version__,
         resolution=(images.size, images.size),
         ema=f"the saved average at {info.images:,} images",
+        dtype="float32",
         uint8_rule=RULE,
         preprocessing=f"crop {images.crop} to {images.size} px",
     )

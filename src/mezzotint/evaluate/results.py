@@ -23,7 +23,7 @@ FORMAT = 1
 
 # Fields in which two comparable evaluations may differ: what is compared, and what has no effect on
 # the expected value. All others must agree.
-FREE_FIELDS = ("source", "seeds", "code_version", "tuned")
+FREE_FIELDS = ("source", "seeds", "code_version", "dtype", "tuned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Protocol:
     prompts: how many, and a hash of them. sampler, steps: of the sampler.
     network_calls: forward passes per image, guidance included.
     guidance: scale and interval. ema: which average of the weights.
+    dtype: of the network's arithmetic.
     uint8_rule: "round" or "truncate", see `mezzotint.data.transforms.to_uint8`.
     preprocessing: crop and resize applied to the images.
     tuned: which of these `mezzotint tune` chose, by what distance and reference.
@@ -52,6 +53,7 @@ class Protocol:
     network_calls: int | None = None
     guidance: str | None = None
     ema: str | None = None
+    dtype: str | None = None
     uint8_rule: str | None = None
     preprocessing: str | None = None
     tuned: str | None = None

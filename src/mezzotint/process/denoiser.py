@@ -87,20 +87,28 @@ class Model(nn.Module):
             last.
         parameterisation: what those outputs mean.
         info: `mezzotint.models.ModelInfo`, from which the same model can be built again.
+        input_dtype: of the backbone's input; None is that of its first parameter.
     """
 
-    def __init__(self, backbone: nn.Module, parameterisation: Parameterisation, info: Any = None):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        parameterisation: Parameterisation,
+        info: Any = None,
+        input_dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.backbone = backbone
         self.parameterisation = parameterisation
         self.info = info
+        self.input_dtype = input_dtype
 
     def raw(self, z: Image, logsnr: PerImage, cond: Cond) -> Sequence[Tensor]:
         """Return the backbone's outputs, coarse to fine, in its dtype; the last has z's size."""
         p = self.parameterisation
         # Samplers give log-SNRs on the CPU, where guidance reads them without waiting for the GPU.
         logsnr = to_device_of(logsnr, z)
-        dtype = next(self.backbone.parameters()).dtype
+        dtype = self.input_dtype or next(self.backbone.parameters()).dtype
         scaled = append_dims(p.scale(logsnr), z).to(z.dtype) * z
         return self.backbone(scaled.to(dtype), p.noise(logsnr), cond)
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import errno
 import functools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+from torch import Tensor
 
 from mezzotint.backbones import native_size
 from mezzotint.core.distributed import (
@@ -72,11 +75,9 @@ def _generate(
         _check_free_space(out, writer.bytes_needed(seeds, len(missing), _bytes_per_image(job)))
         return consecutive_batches(missing, job.settings.batch)
 
-    def write_batch(shares: Sequence[range]) -> None:
-        if world.rank < len(shares):
-            batch = shares[world.rank]
-            with _explain_full_disk(out):
-                writer.write(batch, job.draw(batch), job.labels(batch))
+    def write(batch: range, images: Tensor) -> None:
+        with _explain_full_disk(out):
+            writer.write(batch, images, job.labels(batch))
 
     def close_writer() -> None:
         with _explain_full_disk(out):
@@ -84,14 +85,56 @@ def _generate(
 
     batches = on_rank0(open_writer, world)
     done, show = len(seeds) - sum(map(len, batches)), world.is_rank0 and not quiet
-    with ProgressBar("sampling", len(seeds), done, show=show) as bar:
+    with (
+        ProgressBar("sampling", len(seeds), done, show=show) as bar,
+        BackgroundWriter(write) as background,
+    ):
+
+        def draw_batch(shares: Sequence[range]) -> None:
+            if world.rank < len(shares):
+                batch = shares[world.rank]
+                background.put(batch, job.draw(batch))
+
         # One batch per rank, then all wait for each other: an error on one rank ends all of them.
         for start in range(0, len(batches), world.size):
             shares = batches[start : start + world.size]
-            all_ranks(functools.partial(write_batch, shares), world)
+            all_ranks(functools.partial(draw_batch, shares), world)
             done += sum(map(len, shares))
             bar.update(done, line=done == len(seeds))
+        all_ranks(background.wait, world)
     on_rank0(close_writer, world)
+
+
+class BackgroundWriter:
+    """Writes batches in a thread, one at a time and in order, while the network computes the next.
+
+    Use it as a context. At its end the last batch is written, also where the network failed.
+    """
+
+    def __init__(self, write: Callable[[range, Tensor], None]):
+        self.write = write
+        self.pool = ThreadPoolExecutor(1, "image-writer")
+        self.pending: Future[None] | None = None
+
+    def __enter__(self) -> BackgroundWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(wait=True)
+
+    def put(self, batch: range, images: Tensor) -> None:
+        """Wait until the batch before is written, then start to write this one.
+
+        Errors: those of the batch before.
+        """
+        self.wait()
+        self.pending = self.pool.submit(self.write, batch, images)
+
+    def wait(self) -> None:
+        """Wait until everything is written; raise the error of writing it, once."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
 
 def consecutive_batches(seeds: Sequence[int], batch: int) -> list[range]:

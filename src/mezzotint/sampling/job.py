@@ -27,6 +27,7 @@ from mezzotint.sampling.conditioning import (
     label_indices,
     text_encoder_for,
 )
+from mezzotint.sampling.denoisers import check_cuda_graphs, is_exact
 from mezzotint.sampling.sample import (
     count_network_calls,
     draw_start_noise,
@@ -35,7 +36,7 @@ from mezzotint.sampling.sample import (
     run_sampler,
     sample_batches,
 )
-from mezzotint.sampling.settings import SamplingSettings
+from mezzotint.sampling.settings import SamplingSettings, resolve_dtype
 from mezzotint.sampling.tuned import WIDTH, TunedSettings, read_tuned
 
 CARD_FORMAT = 1
@@ -142,8 +143,9 @@ class SamplingJob:
 
         A change of any value but `num_images` changes the images.
         """
-        s, config = self.settings, self.model.info.config
-        device = next(self.model.parameters()).device.type
+        device = next(self.model.parameters()).device
+        dtype = resolve_dtype(self.settings.dtype, device)
+        s, config = dataclasses.replace(self.settings, dtype=dtype), self.model.info.config
         ends = make_logsnr_steps(self.model, s)[[0, -1]]
         deviations = self.protocol and protocols.find_deviations(
             self.protocol, s, self.label_order, self.uint8_rule, self.codec or "none"
@@ -170,8 +172,9 @@ class SamplingJob:
             "clip": parse.to_plain(s.clip),
             "size": list(s.size or native_size(config)),
             "dtype": s.dtype,
-            "same_bytes_for_any_batch": device == "cpu" if s.exact is None else s.exact,
-            "device": device,
+            "compiled": s.compile or None,
+            "same_bytes_for_any_batch": is_exact(s, device),
+            "device": device.type,
             "codec": None
             if self.decoder is None
             else {"name": self.decoder.name, "sha256": self.decoder.hash},
@@ -209,7 +212,7 @@ def _describe_classes(classes: Sequence[int]) -> str | list[int] | None:
 
 def check_sampler(job: SamplingJob) -> None:
     """Raise ValueError for a sampler, options or guidance that the job's model cannot use."""
-    make_denoiser(job.model, job.settings, job.guide_model)
+    check_cuda_graphs(job.settings, next(job.model.parameters()).device)
     count_network_calls(job.model, job.settings, job.guide_model is not None)
 
 

@@ -82,6 +82,7 @@ def _jit(noise_scale: float) -> Protocol:
             discretization=Spec("flow", own),
             steps=50,
             guidance=Guidance(scale=3.0, low=low, high=100.0),
+            dtype="float32",
         ),
         label_order="balanced",
         uint8_rule="round",
@@ -102,6 +103,7 @@ PROTOCOLS: dict[str, Protocol] = {
             discretization=Spec("even"),
             steps=512,
             clip=Spec("static"),
+            dtype="float32",
         ),
         label_order="random",
         uint8_rule="round",
@@ -132,7 +134,9 @@ PROTOCOLS: dict[str, Protocol] = {
     # specs/diffit.md 2.1 and section 5.
     "diffit-256": Protocol(
         settings=SamplingSettings(
-            **_RESPACED, guidance=Guidance(scale=4.4, power=4.0, time="index", channels=3)
+            **_RESPACED,
+            guidance=Guidance(scale=4.4, power=4.0, time="index", channels=3),
+            dtype="float32",
         ),
         label_order="random",
         uint8_rule="truncate",  # as its released sampling script ends
@@ -142,7 +146,9 @@ PROTOCOLS: dict[str, Protocol] = {
         chosen=_DIFFIT_CHOSEN,
     ),
     "diffit-512": Protocol(
-        settings=SamplingSettings(**_RESPACED, guidance=Guidance(scale=1.49, channels=3)),
+        settings=SamplingSettings(
+            **_RESPACED, guidance=Guidance(scale=1.49, channels=3), dtype="float32"
+        ),
         label_order="random",
         uint8_rule="truncate",  # as its released sampling script ends
         codec="sd-vae-ft-ema",
@@ -156,6 +162,7 @@ PROTOCOLS: dict[str, Protocol] = {
             discretization=Spec("even", {"end": 1e-3, "clean": False}),
             steps=250,
             guidance=Guidance(scale=0.4, convention="dimr"),
+            dtype="float32",
         ),
         label_order="balanced",
         uint8_rule="round",

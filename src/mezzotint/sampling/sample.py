@@ -32,11 +32,10 @@ from mezzotint.sampling.conditioning import (
     null_condition,
     text_condition,
 )
-from mezzotint.sampling.cuda_graphs import CudaGraphDenoiser, Recorder, record
-from mezzotint.sampling.settings import CLIPS, DTYPES, Guidance, SamplingSettings
+from mezzotint.sampling.denoisers import model_denoiser
+from mezzotint.sampling.noise import NoiseAhead
+from mezzotint.sampling.settings import CLIPS, Guidance, SamplingSettings, resolve_dtype
 from mezzotint.sampling.tuned import read_tuned
-
-TILE_SIZE = 4  # images; a larger tile is a little faster for many images and slower for one
 
 
 def sample(
@@ -156,13 +155,10 @@ def run_sampler(
     Errors: FloatingPointError for images that are not finite numbers.
     """
     run = get_sampler(settings)
-
-    def noise(i: int, z: Image) -> Image:
-        return rng.normal("sampler", 0, list(seeds), tuple(z.shape[1:]), draw=i).to(z)
-
-    if "noise" in inspect.signature(run).parameters:
-        run = functools.partial(run, noise=noise)
-    images = run(denoise, z, logsnr_steps, cond.map(lambda t: t.to(z.device)))
+    with NoiseAhead(seeds, tuple(z.shape[1:]), z.device) as noise:
+        if "noise" in inspect.signature(run).parameters:
+            run = functools.partial(run, noise=noise)
+        images = run(denoise, z, logsnr_steps, cond.map(lambda t: t.to(z.device)))
     if not images.is_meta:  # which has no values
         check_finite(images, seeds, settings)
     return images
@@ -174,10 +170,11 @@ def check_finite(images: Image, seeds: Sequence[int], settings: SamplingSettings
     bad = [seed for seed, good in zip(seeds, finite, strict=True) if not good]
     if bad:
         shown = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if bad[8:] else "")
-        half = "" if settings.dtype == "float32" else "dtype float32, "
+        dtype = resolve_dtype(settings.dtype, images.device)
+        half = "" if dtype == "float32" else "dtype float32, "
         raise FloatingPointError(
             f"the samples of seed {shown} are not finite numbers (sampler {settings.sampler}, "
-            f"{settings.steps} steps, dtype {settings.dtype}); try {half}more steps, less guidance "
+            f"{settings.steps} steps, dtype {dtype}); try {half}more steps, less guidance "
             "or another sampler; if no setting helps, the weights are damaged"
         )
 
@@ -258,34 +255,6 @@ def make_denoiser(
     return build_denoiser(model_denoiser(model, settings), model, settings, weak)
 
 
-def model_denoiser(
-    model: Model, settings: SamplingSettings, recorder: Recorder = record
-) -> Denoiser:
-    """Return the unguided model: evaluated in tiles or by CUDA graphs, and in the settings' dtype.
-
-    Args:
-        recorder: replaces CUDA graphs, in tests.
-
-    Errors: ValueError for CUDA graphs without a CUDA device, or of a model evaluated in tiles.
-    """
-    device = next(model.parameters()).device
-    exact = device.type == "cpu" if settings.exact is None else settings.exact
-    denoise: Denoiser = model
-    if settings.cuda_graphs:
-        if device.type != "cuda" and recorder is record:
-            raise ValueError(
-                f"cuda_graphs needs a CUDA device and the model is on {device}; leave it out"
-            )
-        if exact:
-            raise ValueError("cuda_graphs cannot evaluate in tiles; leave out exact=True or it")
-        denoise = CudaGraphDenoiser(model, recorder)
-    elif exact:
-        denoise = batched_by_tile(model)
-    if settings.dtype == "float32":
-        return denoise
-    return autocast_denoiser(denoise, DTYPES[settings.dtype])
-
-
 def build_denoiser(
     strong: Denoiser, model: Model, settings: SamplingSettings, weak: Denoiser | None = None
 ) -> Denoiser:
@@ -345,34 +314,3 @@ def _guidance_time(name: str, schedule: Schedule) -> Callable[[Tensor], Tensor]:
             "time=index needs a discrete table (linear_ddpm, scaled_linear ...); leave it out for u"
         )
     return lambda logsnr: schedule.index(logsnr) / len(schedule)
-
-
-def batched_by_tile(denoise: Denoiser, size: int = TILE_SIZE) -> Denoiser:
-    """Return the same denoiser, called with exactly `size` images at a time.
-
-    Matrix kernels choose their blocking, and with it their rounding, by the shape of the call. With
-    one shape for every call an image's bytes do not depend on its batch.
-    """
-
-    def denoise_tiles(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        tiles = []
-        for start in range(0, len(z), size):
-            # The last tile is filled up with copies of the last image.
-            rows = torch.arange(start, start + size).clamp(max=len(z) - 1)
-            on_device = rows.to(z.device)
-            tiles.append(denoise(z[on_device], logsnr[rows.to(logsnr.device)], cond[on_device]))
-        x, eps, var = zip(*tiles, strict=True)
-        learned = None if var[0] is None else torch.cat(var)[: len(z)]
-        return Denoised(torch.cat(x)[: len(z)], torch.cat(eps)[: len(z)], learned)
-
-    return denoise_tiles
-
-
-def autocast_denoiser(denoise: Denoiser, dtype: torch.dtype) -> Denoiser:
-    """Return the denoiser with its matrix products in another dtype (autocast)."""
-
-    def denoise_autocast(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
-        with torch.autocast(z.device.type, dtype):
-            return denoise(z, logsnr, cond)
-
-    return denoise_autocast

@@ -31,6 +31,18 @@ CONVENTIONS: dict[str, Callable[[float], float]] = {
 }
 
 
+def resolve_dtype(dtype: str, device: torch.device) -> str:
+    """Return the dtype of the network's arithmetic; "auto" depends on the device.
+
+    It is bfloat16 on a GPU with native bfloat16 and float32 on all other devices.
+    """
+    if dtype != "auto":
+        return dtype
+    # Emulated bfloat16 is slower than float32.
+    is_fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if is_fast else "float32"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Guidance(Checked):
     """How strongly to guide, and where.
@@ -91,10 +103,13 @@ class SamplingSettings(Checked):
     batch: images per network call; with `exact` it changes speed and memory only.
     exact: evaluate the network in tiles of one size, for the same bytes at every batch size. None
         does so on the CPU.
-    dtype: of the network's arithmetic: "float32", "bfloat16" or "float16". The solver always
-        computes in float32.
-    cuda_graphs: record the network once per batch size and replay it, without Python's cost per
-        kernel. Needs a CUDA device and excludes `exact`.
+    dtype: of the network's arithmetic: "float32", "bfloat16", "float16", or "auto", see
+        `resolve_dtype`. The solver always computes in float32.
+    cuda_graphs: record the network once for full batches and once for single images, and replay it
+        without Python's cost per kernel. None does so on CUDA where `exact` is off, and goes on
+        without where recording fails. True needs a CUDA device, excludes `exact`, records every
+        batch size, and raises where recording fails.
+    compile: torch.compile each repeated block, which takes a minute or more before the first image.
     """
 
     sampler: Spec = field(default_factory=lambda: Spec("ddim"))
@@ -105,16 +120,17 @@ class SamplingSettings(Checked):
     size: tuple[Side, Side] | None = None
     batch: Annotated[int, Range(1, 1_000_000, "images at a time")] = 64
     exact: bool | None = None
-    dtype: str = "float32"
-    cuda_graphs: bool = False
+    dtype: str = "auto"
+    cuda_graphs: bool | None = None
+    compile: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("steps", "batch"):
             if not isinstance(value := getattr(self, name), numbers.Integral):
                 raise ValueError(f"{name} is {shorten(value)}; a whole number is needed")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; {suggest(self.dtype, DTYPES)}")
+        if self.dtype not in (known := ["auto", *DTYPES]):
+            raise ValueError(f"unknown dtype {self.dtype!r}; {suggest(self.dtype, known)}")
         if self.clip is not None and self.clip.name not in CLIPS:
             raise ValueError(
                 f"unknown clipping {self.clip.name!r}; {suggest(self.clip.name, CLIPS)}"

@@ -58,7 +58,9 @@ def grid_settings(grid: SampleGrid) -> SamplingSettings:
     guidance = None if grid.guidance is None else Guidance(scale=grid.guidance)
     try:
         sampler = parse_sampler(grid.sampler)
-        return SamplingSettings(sampler=sampler, steps=grid.steps, guidance=guidance)
+        return SamplingSettings(
+            sampler=sampler, steps=grid.steps, guidance=guidance, dtype=grid.dtype
+        )
     except ValueError as error:
         raise ValueError(f"samples.sampler={grid.sampler}: {error}") from None
 
