@@ -117,6 +117,11 @@ def test_docs_list_every_protocol():
         assert p.codec in page
 
 
+def test_every_protocol_states_its_dtype():
+    """The default would depend on the machine."""
+    assert {p.settings.dtype for p in protocols.PROTOCOLS.values()} == {"float32", "float16"}
+
+
 def test_fifty_per_class_of_fifty_thousand():
     labels = protocols.choose_labels("balanced", range(50_000), range(1000))
     assert set(Counter(labels).values()) == {50}

@@ -249,8 +249,12 @@ class Block(nn.Module):
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Normalise over the last dimension, without weights, epsilon 1e-6 (section 1)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    """Normalise over the last dimension, without weights, epsilon 1e-6 (section 1).
+
+    In float32 or wider. On a CPU torch would keep the statistics of bfloat16 in bfloat16.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(wide, x.shape[-1:], eps=1e-6).to(x.dtype)
 
 
 class DiffiT(Backbone):

@@ -51,8 +51,13 @@ class TimeVectors(nn.Module):
 
 
 def time_layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """TD-LN (section 3.2): layer norm, eps 1e-5 in the root, with gain and shift per image."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-5), gain)
+    """TD-LN (section 3.2): layer norm, eps 1e-5 in the root, with gain and shift per image.
+
+    In float32 or wider. On a CPU torch would keep the statistics of bfloat16 in bfloat16.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = F.layer_norm(wide, x.shape[-1:], eps=1e-5)
+    return torch.addcmul(shift, normed.to(torch.promote_types(x.dtype, gain.dtype)), gain)
 
 
 class TimeLayerNorm(nn.Module):

@@ -286,11 +286,11 @@ class PositionEmbedding(nn.Module):
         self.table = nn.Parameter(std * torch.randn(1, channels, *size))
 
     def forward(self, h: Tensor) -> Tensor:
-        """Add the positions to (b, c, h, w), in its dtype."""
+        """Add the positions to (b, c, h, w), which keeps its dtype: that of the residual stream."""
         table = self.table
         if table.shape[2:] != h.shape[2:]:
             table = F.interpolate(table, h.shape[2:], mode="bilinear", align_corners=False)
-        return h + table.to(h.dtype)
+        return (h + table).to(h.dtype)
 
 
 class Down(nn.Module):

@@ -121,6 +121,7 @@ PROTOCOLS: dict[str, Protocol] = {
             discretization=Spec("even"),
             steps=512,
             clip=Spec("static"),
+            dtype="float32",
         ),
         label_order="random",
         uint8_rule="round",
