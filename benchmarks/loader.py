@@ -1,36 +1,47 @@
 """Images per second of the data loader per core, and the cores that each preset needs.
 
-    OMP_NUM_THREADS=1 python benchmarks/loader.py --out benchmarks/results/loader-cpu.json
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --photos PHOTOS \\
+        --out benchmarks/results/loader-cpu.json
 
 Rates are processor time of one thread in random order: JPEG files decoded, resized and cropped; the
 same images prepared once (memory-mapped rows of uint8); latents of a 256 px image, drawn from
-float16 moments of 4 x 32 x 32. Mirroring and scaling to the model's range are included.
-`--gpu-flops` is the most that the network could run at; a preset's demand is that rate over 6 GMAC,
-so 8 cores suffice if 8 times the rate is more.
+float16 moments of 4 x 32 x 32. Mirroring and scaling to the model's range are included; "for a GPU"
+leaves them out, because they are done there, and has one copy of the bytes in place of that to
+pinned memory. `--photos` are prepared in each form, for sizes and rates. Noise is that of one image
+in either stream of random numbers.
+
+`--gpu-flops` is the most that the network could run at; a preset's demand is that rate over 6 GMAC.
+A row compares it, for 8 GPUs that reach 45 % of that rate, with 16 cores that read images or
+latents for them. They draw their random numbers themselves.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from common import RESULTS, one_thread, write
-from mezzotint.core import rng
+from mezzotint.core.rng import Draws, Stream
 from mezzotint.data.autoencoder import draw_latents
 from mezzotint.data.encode_latents import encode_latents
 from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.data.latent_dataset import LatentDataset
 from mezzotint.data.prepare import prepare_source
+from mezzotint.data.prepared_forms import FORMS
 from mezzotint.tools import summary
 from mezzotint.tools.benchmark import time_interleaved
 
-CORES = 8
+GPUS, CORES, UTILISATION = 8, 16, 0.45
+STREAMS: tuple[Stream, ...] = get_args(Stream)
+NOISE = ((4, 32, 32), (3, 64, 64), (3, 256, 256), (3, 512, 512))
 
 
 def jpegs(folder: Path, count: int, side: int) -> None:
@@ -73,22 +84,55 @@ class Pooled:
         return torch.nn.functional.interpolate(latents[:, :3], scale_factor=8.0).clamp(-1, 1)
 
 
-def rate(images: ImageDataset | LatentDataset, device: str, batch: int = 64) -> float:
+def rate(
+    images: ImageDataset | LatentDataset, device: str, batch: int = 64, for_gpu: bool = False
+) -> float:
     """Return images per second of one core in random order; the median of five batches."""
     generator = torch.Generator().manual_seed(1)
-    numbers = list(range(batch))
+    numbers, draws = list(range(batch)), Draws(0)
 
     def read() -> None:
         loaded, _ = images.batch(torch.randint(len(images), (batch,), generator=generator).tolist())
-        images.to_model(loaded, 0, numbers, True, lambda t: t)
+        if for_gpu:
+            loaded.clone()
+        else:
+            images.to_model(loaded, draws, numbers, True, lambda t: t)
 
     return batch / time_interleaved({"read": read}, device)["read"]
 
 
-def noise_rate(shape: tuple[int, ...], device: str, batch: int = 16) -> float:
-    """Return images per second whose noise one core draws, each image's from its own seed."""
-    works = {"draw": lambda: rng.normal("noise", 0, list(range(batch)), shape)}
-    return batch / time_interleaved(works, device)["draw"]
+def noise_rates(shape: tuple[int, ...], device: str, batch: int = 8) -> dict[str, float]:
+    """Return by stream the images per second whose noise one core draws, each from its number."""
+    batch = batch if shape[-1] > 64 else 8 * batch
+    works = {
+        stream: partial(Draws(0, stream).normal, "noise", list(range(batch)), shape)
+        for stream in STREAMS
+    }
+    return {stream: batch / seconds for stream, seconds in time_interleaved(works, device).items()}
+
+
+def measure_forms(photos: Path, size: int, folder: Path, device: str) -> list[dict[str, Any]]:
+    """Return bytes and images per second and core of each form of the photographs at `size`."""
+    rows = []
+    for name in FORMS:
+        out = folder / f"{name}{size}"
+        start = time.process_time()
+        report = prepare_source(photos, out, size, form=name, progress=False)
+        seconds = time.process_time() - start
+        images = open_images(str(out), keep_in_memory=False)
+        stored = sum(path.stat().st_size for path in out.glob("*.arrow"))
+        rows.append(
+            {
+                "form": name,
+                "size": size,
+                "images": report["images"],
+                "bytes_per_image": stored / report["images"],
+                "read_for_a_gpu_per_core": rate(images, device, 32, for_gpu=True),
+                "prepared_per_core": report["images"] / seconds,
+            }
+        )
+        print(rows[-1])
+    return rows
 
 
 def demands(flops: float) -> dict[str, float]:
@@ -115,6 +159,7 @@ def main() -> None:
         default=790e12,
         help="790e12: bf16 products of one H200, measured",
     )
+    parser.add_argument("--photos", type=Path, help="folder of photographs for the forms")
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--device", default="cpu", choices=("cpu",))
     parser.add_argument("--out", type=Path, default=RESULTS / "loader-cpu.json")
@@ -122,6 +167,7 @@ def main() -> None:
     one_thread()
     count, sizes = (16, [32]) if args.small else (args.count, args.sizes)
     rates: dict[str, float] = {}
+    forms: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         for size in sizes:
@@ -137,30 +183,45 @@ def main() -> None:
             prepare_source(source, folder / f"prepared{size}", size, progress=False)
             images = open_images(str(folder / f"prepared{size}"), size=size, keep_in_memory=False)
             rates[f"prepared {size}"] = rate(images, args.device)
+            rates[f"prepared {size}, for a GPU"] = rate(images, args.device, for_gpu=True)
         images = open_images(
             str(folder / f"jpeg{max(sizes[0], 256)}"), size=256, keep_in_memory=False
         )
         encode_latents(images, folder / "latents", Pooled(), progress=False)
         rates["latents"] = rate(LatentDataset(folder / "latents"), args.device)
-    for shape in ((4, 32, 32), (3, 64, 64), (3, 256, 256)):
-        rates[f"noise {'x'.join(map(str, shape))}"] = noise_rate(shape, args.device)
+        latents = LatentDataset(folder / "latents")
+        rates["latents, for a GPU"] = rate(latents, args.device, for_gpu=True)
+        for size in (sizes if args.small else (256, 512)) if args.photos else ():
+            forms += measure_forms(args.photos, size, folder, args.device)
+    for shape in NOISE[:1] if args.small else NOISE:
+        for stream, value in noise_rates(shape, args.device).items():
+            rates[f"noise {'x'.join(map(str, shape))}, {stream}"] = value
     for name, value in rates.items():
         print(f"{name:24} {value:12,.0f} images/s per core")
     rows: list[dict[str, Any]] = []
-    for preset, demand in demands(args.gpu_flops).items():
-        source = source_of(preset)
-        supply = CORES * rates[source] if source in rates else None
+    for preset, most in demands(args.gpu_flops).items():
+        source, demand = source_of(preset), GPUS * UTILISATION * most
+        read = rates.get(f"{source}, for a GPU")
         rows.append(
             {
                 "preset": preset,
                 "source": source,
-                "demand": demand,
-                "supply_8_cores": supply,
-                "outruns": None if supply is None else supply > demand,
+                "demand_8_gpus": demand,
+                "supply_16_cores": read and CORES * read,
+                "outruns": read and CORES * read > demand,
             }
         )
         print(rows[-1])
-    write(args.out, args.device, rates_per_core=rates, gpu_flops=args.gpu_flops, rows=rows)
+    write(
+        args.out,
+        args.device,
+        rates_per_core=rates,
+        gpu_flops=args.gpu_flops,
+        utilisation=UTILISATION,
+        photos=args.photos and args.photos.name,
+        forms=forms,
+        rows=rows,
+    )
 
 
 if __name__ == "__main__":
