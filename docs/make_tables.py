@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parent))
 from core_minutes_table import DISTANCES, QUALITY, core_minutes, mean_error, time_to_quality
 from few_steps_table import few_steps
 from likelihood_table import bits_per_dimension
+from loader_table import loader
 from prediction_table import prediction_patches
 from step_model_table import step_model
 from table_text import (
@@ -290,20 +291,6 @@ def switches() -> str:
     ]
     table = markdown_table(["family", "alternative", *keys], rows, left=2)
     return f"{how_measured(result)}\n\n{table}"
-
-
-def loader() -> str:
-    """Return the loading rates per core, and which presets eight cores can feed."""
-    result = read_result("loader-cpu.json")
-    rows = [[name, f"{rate:,.0f}"] for name, rate in result["rates_per_core"].items()]
-    slow = [f"`{r['preset']}`" for r in result["rows"] if not r["outruns"]]
-    fed = f"{len(result['rows']) - len(slow)} of {len(result['rows'])}"
-    text = (
-        f"{how_measured(result)} Eight such cores load faster than {fed} presets can train, even "
-        f"at {result['gpu_flops'] / 1e12:.0f} TFLOP/s, which no step reaches. The others "
-        f"({', '.join(slow)}) are limited by kernel launches long before."
-    )
-    return f"{text}\n\n{markdown_table(['source', 'images per second and core'], rows)}"
 
 
 def distances() -> str:
