@@ -229,5 +229,5 @@ def test_two_ranks_give_the_sweep_of_one(world, tmp_path):
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         found = json.loads(out.read_text())["points"]
-        points.append([(p["x"], p["y"], p["y_error"]) for p in found])
+        points.append([p[key] for p in found for key in ("x", "y", "y_error")])
     assert points[0] == pytest.approx(points[1], rel=1e-9)
