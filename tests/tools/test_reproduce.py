@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+
 import pytest
 import torch
 
 import mezzotint as mz
+from helpers.coco import write_coco
+from helpers.text_model import save_text_model
+from helpers.tiny_t5 import saved_t5
 from mezzotint.backbones import presets
 from mezzotint.cli import evaluation, sampling
+from mezzotint.evaluate import features
+from mezzotint.evaluate.features import from_module
 from mezzotint.evaluate.results import load_evaluation, require_comparable
+from mezzotint.sampling import protocols
+from mezzotint.sampling.coco import draw_coco_captions
 from mezzotint.tools.reproduce import PUBLISHED, reproduce
 
 
@@ -47,6 +58,31 @@ def test_whole_protocol_on_a_tiny_model(model, reference, tmp_path, capsys):
     assert result["FD-digits"].value > 0
     assert load_evaluation(tmp_path / "out" / "evaluation.json") == result
     assert "FID 2.77" in capsys.readouterr().out
+
+
+def test_zero_shot_on_coco_with_a_tiny_model(tmp_path, monkeypatch):
+    """Its prompts are the captions that the protocol draws from the annotations."""
+    t5, annotations = saved_t5(tmp_path / "t5", seed=0), write_coco(tmp_path / "coco")
+    save_text_model(tmp_path / "model", t5, str(t5))
+    few = dataclasses.replace(protocols.PROTOCOLS["coco-fid-30k"], coco_captions=12)
+    monkeypatch.setitem(protocols.PROTOCOLS, "coco-fid-30k", few)
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    random = from_module(network, name="random", dims=3, size=8)
+    monkeypatch.setattr(features, "open_features", lambda *_: [random])
+    monkeypatch.setattr("mezzotint.tools.reproduce.open_features", lambda *_: [random])
+    evaluation.reference(str(tmp_path / "coco" / "val2014"), tmp_path / "coco.npz", size=16)
+    given = {"model": str(tmp_path / "model"), "reference": str(tmp_path / "coco.npz")}
+    with pytest.raises(ValueError, match="needs --prompts"):
+        reproduce("uvit-text-256", **given, out=tmp_path / "out")
+    result = reproduce(
+        "uvit-text-256", **given, prompts=str(annotations), num_images=12, steps=2,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    assert result is not None
+    assert result["FD-random"].value > 0
+    drawn = draw_coco_captions(annotations, 12)
+    digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
+    assert result.protocol.prompts == f"12 in turn, SHA-256 {digest}"
 
 
 def test_dry_run_prints_the_cost_and_runs_nothing(tmp_path, capsys):

@@ -221,7 +221,7 @@ def reproduce(
         reference: File of real statistics; the printed table says which.
         num_images: By default the paper's: 50,000, or 30,000 of text.
         steps: Fewer than the protocol's, for a rehearsal; the evaluation records it.
-        prompts: File of captions, one per line, for a model of text.
+        prompts: For a model of text: captions_val2014.json of COCO 2014.
         features: Other feature sets than the papers', for a rehearsal.
         weights: Of the feature network.
         out: Folder for the evaluation and for stored features.

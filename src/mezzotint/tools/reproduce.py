@@ -19,8 +19,8 @@ from mezzotint.evaluate.references import complete_reference, read_reference
 from mezzotint.evaluate.results import Evaluation
 from mezzotint.models import create_model
 from mezzotint.sampling import protocols
+from mezzotint.sampling.coco import read_protocol_texts
 from mezzotint.sampling.job import SamplingJob, make_job
-from mezzotint.sampling.prompts import read_texts
 from mezzotint.tools.summary import read_summary
 
 FID_SETS = ("inception-2048", "inception-sfid", "inception-logits")
@@ -101,14 +101,15 @@ PUBLISHED: dict[str, PublishedResult] = {
         weights=_NONE,
         reference=_512,
     ),
-    # Zero-shot on COCO; the paper's guidance, steps and split are not known.
+    # Zero-shot on COCO; the paper's guidance, steps and captions are not known.
     "uvit-text-256": PublishedResult(
         numbers={"FID": "8.30"},
-        protocol="simple-diffusion-512steps",
+        protocol="coco-fid-30k",
         weights=_NONE,
-        reference="statistics of 30,000 of COCO's validation images at 256 pixels, made by you",
+        reference="of all of COCO 2014's validation images: mezzotint reference COCO/val2014 FILE "
+        "--size 256",
         num_images=30_000,
-        prompts="one caption of each of these images, one a line; the text encoder T5-XXL",
+        prompts="captions_val2014.json of COCO 2014; the text encoder T5-XXL",
     ),
 } | {
     # specs/jit.md sections 2 and 4.
@@ -194,7 +195,7 @@ def reproduce(
         weights: of the feature network; from the cache by default.
         features: other sets than the paper's, for a rehearsal; the result records them.
         steps: fewer than the protocol's, for a rehearsal; the result records them.
-        prompts: file of captions, for a model of text.
+        prompts: file of captions, for a model of text; see `read_protocol_texts`.
         dry_run: print the cost and stop.
 
     Errors: ValueError for an unknown name and for a missing model or reference.
@@ -231,7 +232,7 @@ def _make_job(
         changes: dict[str, Any] = {} if steps is None else {"steps": steps}
         if settings != published.settings:
             changes["guidance"] = settings.guidance
-        texts = read_texts(Path(prompts)) if prompts else ()
+        texts = read_protocol_texts(Path(prompts), result.protocol) if prompts else ()
         return make_job(model, changes, protocol=result.protocol, prompts=texts)
     with torch.device("meta"):
         meta_model = create_model(name)
