@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, UInt8
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -238,6 +239,21 @@ def train_scorer(
     parameters = [*scorer.tower.parameters(), *scorer.text.parameters()]
     _optimise(parameters, pixels, scorer.tower, encode, number, steps, generator)
     scorer.tower.eval(), scorer.text.eval()
+    return scorer
+
+
+def save_scorer(scorer: Scorer, folder: Path) -> None:
+    """Write the two trained networks of a scorer; its encoder stays where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(scorer.tower.state_dict(), folder / "images.safetensors")
+    save_file(scorer.text.state_dict(), folder / "captions.safetensors")
+
+
+def load_scorer(encoder: Path, folder: Path) -> Scorer:
+    """Return the scorer that `save_scorer` wrote."""
+    scorer = Scorer(encoder, ImageTower(), TextTower())
+    scorer.tower.load_state_dict(load_file(folder / "images.safetensors"))
+    scorer.text.load_state_dict(load_file(folder / "captions.safetensors"))
     return scorer
 
 

@@ -5,12 +5,13 @@
     python benchmarks/openclipart.py drawings --source clipart    # RUNS/sets: two prepared sets
     python benchmarks/openclipart.py encoder                      # RUNS/encoder: a T5 of two layers
     python benchmarks/openclipart.py train --images 150000        # RUNS/run; resumes
+    python benchmarks/openclipart.py judge                        # RUNS/judge: an image tower
     python benchmarks/openclipart.py score                        # the result file and the sheet
 
 No weights are downloaded. The T5 is trained here on the training drawings and their captions.
-`score` draws every held-out caption and asks a judge, trained on the training part alone, which of
-100 captions each sample shows. The judge's answers on the real held-out drawings stand beside it,
-and those for samples with each other's captions, which must be chance.
+`score` draws held-out captions and asks a judge, trained on the training part alone, which of 100
+captions each sample shows. The judge's answers on the real held-out drawings stand beside it, and
+those for samples with each other's captions, which must be chance.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from torch import Tensor
 
 from clipart_drawings import write_drawings
 from common import RESULTS, one_thread, write
-from contrastive import WIDTH, retrieval_ranks, train_encoder, train_scorer
+from contrastive import (
+    WIDTH,
+    load_scorer,
+    retrieval_ranks,
+    save_scorer,
+    train_encoder,
+    train_scorer,
+)
 from mezzotint import config
 from mezzotint.core.files import read_json, write_json
 from mezzotint.core.image_grid import make_grid, save_png
@@ -118,28 +126,49 @@ def summarise(ranks: Tensor, num_captions: int) -> dict[str, float]:
     return {**result, "mean rank of 100": round(float(ranks.float().mean()) + 1, 1)}
 
 
+def draw_captions(captions: Sequence[str], count: int, seed: int) -> list[str]:
+    """Draw at most `count` different captions, in an order that the seed decides."""
+    distinct = list(dict.fromkeys(captions))
+    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed))
+    return [distinct[i] for i in order[:count].tolist()]
+
+
+def make_judge(out: Path, steps: int, seed: int) -> None:
+    """Train the judge, and measure it on the real drawings of both parts."""
+    pixels, captions = open_set(out, "train")
+    judge = train_scorer(pixels, captions, out / "encoder", steps, seed + 1)
+    save_scorer(judge, out / "judge")
+    held_out, real_captions = open_set(out, "test")
+    real = retrieval_ranks(judge, held_out, real_captions, AMONG, seed)
+    generator = torch.Generator().manual_seed(seed)
+    seen = torch.randperm(len(pixels), generator=generator)[: len(held_out)].tolist()
+    known = retrieval_ranks(judge, pixels[seen], [captions[i] for i in seen], AMONG, seed)
+    found = {
+        "judge_steps": steps,
+        "real held-out drawings": summarise(real, len(real)),
+        "real training drawings": summarise(known, len(known)),
+    }
+    write_json(out / "judge" / "real.json", found)
+    print(json.dumps(found, indent=1))
+
+
 def score(args: argparse.Namespace) -> None:
     """Measure retrieval of held-out captions from samples, write the result and the sheet."""
     out = args.out.resolve()
     start = time.monotonic()
-    pixels, captions = open_set(out, "train")
-    judge = train_scorer(pixels, captions, out / "encoder", args.judge_steps, seed=args.seed + 1)
-    held_out, real_captions = open_set(out, "test")
-    real = retrieval_ranks(judge, held_out, real_captions, AMONG, args.seed)
-    seen = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(args.seed))
-    seen = seen[: len(held_out)].tolist()
-    seen_captions = [captions[i] for i in seen]
-    in_training = retrieval_ranks(judge, pixels[seen], seen_captions, AMONG, args.seed)
-    judged = time.monotonic() - start
-    distinct = list(dict.fromkeys(real_captions))[: args.num_captions]
+    judge = load_scorer(out / "encoder", out / "judge")
+    _, real_captions = open_set(out, "test")
+    distinct = draw_captions(real_captions, args.num_captions, args.seed)
     wanted = [caption for caption in distinct for _ in range(args.each)]
     samples, images = sample_captions(out / "run" / "model", wanted, args.guidance, args.steps)
     ranks = retrieval_ranks(judge, samples, wanted, AMONG, args.seed)
     shifted = wanted[args.each :] + wanted[: args.each]
     control = retrieval_ranks(judge, samples, shifted, AMONG, args.seed)
+    recorded = config.to_dict(recipe(out, args.images, args.patches))
+    recorded["data"].update(source="sets/train", text_encoder="encoder")  # no path of this machine
     content: dict[str, Any] = {
         "data": read_json(out / "drawings.json", "run the stage drawings"),
-        "recipe": config.to_dict(recipe(out, args.images, args.patches)),
+        "recipe": recorded,
         "training_images": images,
         "guidance": args.guidance,
         "steps": args.steps,
@@ -149,40 +178,37 @@ def score(args: argparse.Namespace) -> None:
         "target": TARGET,
         "samples": summarise(ranks, len(distinct)),
         "samples with another caption": summarise(control, len(distinct)),
-        "real held-out drawings": summarise(real, len(real)),
-        "real training drawings": summarise(in_training, len(in_training)),
-        "seconds": {"judge": round(judged), "all": round(time.monotonic() - start)},
+        **read_json(out / "judge" / "real.json", "run the stage judge"),
+        "seconds": round(time.monotonic() - start),
     }
     write(args.result, "cpu", **content)
     print(json.dumps({k: content[k] for k in content if "recipe" not in k}, indent=1))
-    torch.save({"samples": samples, "wanted": wanted, "ranks": ranks}, out / "samples.pt")
     draw_sheet(out, distinct, args)
 
 
 def draw_sheet(out: Path, distinct: Sequence[str], args: argparse.Namespace) -> None:
-    """Draw held-out captions that the seed chooses, a row of seeds each."""
-    order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(args.seed))
-    shown = [distinct[i] for i in order[:SHEET_CAPTIONS].tolist()]
+    """Draw the first captions, two in a row, each with a row of seeds; print them."""
+    shown = distinct[:SHEET_CAPTIONS]
     wanted = [caption for caption in shown for _ in range(SHEET_SEEDS)]
     samples, _ = sample_captions(out / "run" / "model", wanted, args.guidance, args.steps)
     save_png(make_grid(samples, columns=2 * SHEET_SEEDS), args.sheet)
-    for row, caption in enumerate(shown):
-        print(f"{row // 2 + 1},{row % 2 + 1}: {caption}")
+    for k, caption in enumerate(shown):
+        print(f"row {k // 2 + 1}, {('left', 'right')[k % 2]}: {caption}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("stage", choices=("drawings", "encoder", "train", "score"))
+    parser.add_argument("stage", choices=("drawings", "encoder", "train", "judge", "score"))
     parser.add_argument("--source", type=Path, help="folder of the package, for drawings")
     parser.add_argument("--out", type=Path, default=Path("runs/openclipart"))
     parser.add_argument("--size", type=int, default=128, help="side in pixels, for drawings")
     parser.add_argument("--encoder-steps", type=int, default=1000)
-    parser.add_argument("--judge-steps", type=int, default=1000)
+    parser.add_argument("--judge-steps", type=int, default=600)
     parser.add_argument("--images", type=int, default=150_000, help="training length")
     parser.add_argument("--patches", type=int, default=4, help="along a side; 8 is 4 times dearer")
-    parser.add_argument("--num-captions", type=int, default=1000, help="at most so many, for score")
+    parser.add_argument("--num-captions", type=int, default=100, help="at most so many, for score")
     parser.add_argument("--each", type=int, default=4, help="samples of every held-out caption")
     parser.add_argument("--guidance", type=float, default=4.0, help="as DiT counts it; 1 is none")
     parser.add_argument("--steps", type=int, default=25)
@@ -200,6 +226,8 @@ def main() -> None:
         train_encoder(*open_set(out, "train"), out / "encoder", args.encoder_steps, args.seed)
     elif args.stage == "train":
         train(recipe(out, args.images, args.patches), out / "run")
+    elif args.stage == "judge":
+        make_judge(out, args.judge_steps, args.seed)
     else:
         score(args)
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.tiny_t5 import saved_t5
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SVG = """<?xml version="1.0"?>{doctype}
 <svg xmlns="http://www.w3.org/2000/svg" width="100" height="50"><metadata>
@@ -160,3 +162,17 @@ def test_the_contrastive_loss_shares_the_target_among_equal_captions(contrastive
     assert apart == pytest.approx(torch.log(1 + torch.exp(torch.tensor(-1.0))).item())
     alike = contrastive.contrastive_loss(x, x, torch.tensor(0.0), torch.ones(2, 2))
     assert alike == pytest.approx(apart.item() + 0.5)
+
+
+def test_a_saved_judge_answers_as_before(contrastive, tmp_path):
+    encoder = saved_t5(tmp_path / "t5", seed=0)
+    contrastive.WIDTH = 16
+    torch.manual_seed(0)
+    judge = contrastive.Scorer(encoder, contrastive.ImageTower(), contrastive.TextTower())
+    contrastive.save_scorer(judge, tmp_path / "judge")
+    again = contrastive.load_scorer(encoder, tmp_path / "judge")
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(judge.images(pixels), again.images(pixels))
+    captions = ["a red ring", "a green square"]
+    assert torch.equal(judge.captions(captions), again.captions(captions))
+    assert judge.captions(captions).norm(dim=1) == pytest.approx(torch.ones(2))
