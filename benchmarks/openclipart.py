@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from clipart_drawings import write_drawings
@@ -192,6 +193,9 @@ def draw_sheet(out: Path, distinct: Sequence[str], args: argparse.Namespace) -> 
     wanted = [caption for caption in shown for _ in range(SHEET_SEEDS)]
     samples, _ = sample_captions(out / "run" / "model", wanted, args.guidance, args.steps)
     save_png(make_grid(samples, columns=2 * SHEET_SEEDS), args.sheet)
+    with Image.open(args.sheet) as image:
+        small = image.quantize(128)  # a fourth of the bytes
+    small.save(args.sheet, optimize=True)
     for k, caption in enumerate(shown):
         print(f"row {k // 2 + 1}, {('left', 'right')[k % 2]}: {caption}")
 

@@ -23,7 +23,7 @@ def _published(preset: str, classes: str, objective: str) -> Recipe:
         recipe_for(classes),
         preset=preset,
         # A mirrored image would contradict "left" and "right" in its caption (our choice).
-        data=Data(crop="adm", flip=False, text_encoder=XXL),
+        data=Data(crop="adm", flip=False, text_encoder=XXL, text_dtype="bfloat16"),
         objective=Spec(objective),
     )
 
