@@ -98,8 +98,12 @@ class Measures:
         """Open the reference and that of held-out images."""
         from mezzotint.evaluate.references import read_reference
 
-        real = self.reference and read_reference(self.reference, self.reference_source)
-        return real or None, None if self.heldout is None else read_reference(self.heldout)
+        real, heldout = None, None
+        if self.reference is not None:
+            real = read_reference(self.reference, self.reference_source)
+        if self.heldout is not None:
+            heldout = read_reference(self.heldout)
+        return real, heldout
 
     def open_networks(
         self, reference: Reference | None
