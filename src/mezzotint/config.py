@@ -223,6 +223,8 @@ class Engine(Checked):
 
     precision: of the passes, weights are always float32; "auto" is bf16 where that is fast.
     strategy: for several processes, "ddp" copies the weights, "fsdp" shards them per block.
+    shard_ranks: with "fsdp", ranks that together hold one copy of the weights, e.g. a node's 8;
+        then only gradients go from node to node, once a step (HSDP). None for all ranks.
     microbatch: images per forward pass and process; None for its share of the batch.
     checkpointing: what each block keeps for the backward pass: everything for "none"; for
         "selective" the results of products, convolutions and attention; for "full" its input alone.
@@ -235,6 +237,7 @@ class Engine(Checked):
 
     precision: Literal["auto", "float32", "bf16"] = "auto"
     strategy: Literal["ddp", "fsdp"] = "ddp"
+    shard_ranks: Annotated[int, Range(2, 10**6)] | None = None
     microbatch: Batch | None = None
     checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import inspect
 import io
 import json
 import os
@@ -30,14 +29,12 @@ from mezzotint.tools.accelerators import ACCELERATORS, Accelerator, detect_devic
 from mezzotint.tools.memory import LiveBytes, StepMemoryEstimator
 from mezzotint.tools.plan import (
     MEMORY_PARTS,
-    PREFETCHED_BATCHES,
     gathered_bytes,
     optimiser_bytes,
     plan,
     render_plan,
 )
 from mezzotint.train.loop import train
-from mezzotint.train.step import prefetch
 
 MIB = 2**20
 # Large activations, so that the interpreter's own few MiB do not matter; small images (digits).
@@ -162,7 +159,6 @@ def test_fsdp_shards_what_ddp_repeats():
         assert fsdp[key] == ddp[key] // 4
     # Four batches ahead of 16 images per rank, with their noise.
     assert ddp["batches"] == 4 * 16 * 2 * 4 * 3 * 16**2
-    assert inspect.signature(prefetch).parameters["ahead"].default == PREFETCHED_BATCHES
     assert ddp["gathered"] == 0 < fsdp["gathered"] == gathered_bytes(model, 4)
     for c in result["memory"]:
         assert c["total"] == sum(c[part] for part in MEMORY_PARTS)
@@ -171,6 +167,34 @@ def test_fsdp_shards_what_ddp_repeats():
     printed = text(result)
     assert "fsdp, full checkpointing" in " ".join(printed.split())
     assert "a100" in printed
+
+
+def test_host_memory_counts_a_checkpoint_once_per_job():
+    recipe = make_recipe("unet-tiny", *SMALL, "batch=64", "ema.power_stds=[0.05]", "data.workers=2")
+    count = sum(p.numel() for p in meta_model(recipe).parameters())
+    state = (4 + 8 + 2 * 4) * count  # weights, moments, two averages
+    one, node, nodes, hsdp = (
+        plan(config.override(recipe, changes), gpus=gpus, device="h100", compare=False)
+        for gpus, changes in [
+            (1, []), (8, []), (16, []), (16, ["engine.strategy=fsdp", "engine.shard_ranks=4"]),
+        ]
+    )  # fmt: skip
+    assert [r["host_memory"]["ranks"] for r in (one, node, nodes, hsdp)] == [1, 8, 8, 4]
+    shares = [r["host_memory"]["checkpoint"] for r in (one, node, nodes, hsdp)]
+    assert shares == [state, state, state // 2, state // 4]
+    for r in (one, node, nodes, hsdp):
+        host = r["host_memory"]
+        assert host["models"] == 3 * 4 * count
+        assert host["total"] == sum(
+            host[k] for k in ("processes", "batches", "checkpoint", "models")
+        )
+    # Four loaded uint8 batches and four drawn ones with noise, of 8 images on each of 8 ranks.
+    assert node["host_memory"]["batches"] == 64 * 3 * 16**2 * (4 + 4 * 2 * 4)
+    assert hsdp["memory"][0]["weights"] == node["memory"][0]["weights"] // 4
+    assert "a machine of 8 ranks needs" in " ".join(text(node).split())
+    uneven = config.override(recipe, ["engine.strategy=fsdp", "engine.shard_ranks=4", "batch=60"])
+    with pytest.raises(ValueError, match="does not divide 6 ranks; 2, 3, 6 do"):
+        plan(uneven, gpus=6)
 
 
 def test_time_follows_from_flop_rate_and_efficiency():

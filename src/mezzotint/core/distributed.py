@@ -78,12 +78,25 @@ def init_distributed() -> World:
         with lost_ranks(world):
             # torchrun gives all its processes one world size.
             store = None if "TORCHELASTIC_RUN_ID" in os.environ else _meet(world)
-            dist.init_process_group("nccl" if cuda else "gloo")
+            # With its device named, NCCL connects here and not in the first step.
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", timeout=STEP_TIMEOUT, device_id=device if cuda else None
+            )
             del store  # rank 0 serves it until here
     return World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
 
 
+MOST_GPUS_PER_NODE = 8  # of the machines that are sold for training
 MEETING_SECONDS = 1800  # a queue may start the ranks of a job one after another
+
+# Within a step all ranks do the same work, so that none waits long for the others in NCCL; the
+# first step also compiles.
+STEP_TIMEOUT = timedelta(minutes=30)
+# Work of uneven length: one rank may embed captions, write a checkpoint, read a slow disk or
+# compute statistics for hours while the others wait. All but the collectives of a step runs in a
+# gloo group of this timeout, on the host. A rank that ends breaks its connections, which ends the
+# wait at once.
+HOST_TIMEOUT = timedelta(days=1)
 
 
 def _meet(world: World) -> dist.TCPStore:
@@ -150,59 +163,121 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def any_rank(flag: bool, world: World) -> bool:
-    """Return whether the flag is set on at least one rank, on every rank."""
-    if world.size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=world.device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+_host_group: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
+
+
+def host_group() -> dist.ProcessGroup:
+    """Return the gloo group with `HOST_TIMEOUT`, made on first use by all ranks together."""
+    global _host_group
+    if _host_group is None or _host_group[0] is not dist.group.WORLD:
+        _host_group = dist.group.WORLD, new_host_group()
+    return _host_group[1]
+
+
+def new_host_group() -> dist.ProcessGroup:
+    """Make another such group, for a thread of its own; all ranks call this together."""
+    group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return group
 
 
 def sum_over_ranks(tensor: Tensor, world: World) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum over ranks, in place, on the device.
+
+    The only function here that waits in the group of the training step: ranks come to it from the
+    same work.
+    """
     if world.size > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def broadcast_from_rank0(value: T, world: World) -> T:
+def any_rank(flag: bool, world: World | None = None) -> bool:
+    """Return whether the flag is set on at least one rank, on every rank.
+
+    Args:
+        world: this process and its peers; by default those of the process group, if there is one.
+    """
+    if _size(world) == 1:
+        return flag
+    value = torch.tensor(float(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=host_group())
+    return bool(value.item())
+
+
+def wait_for_ranks(world: World) -> None:
+    """Return once all ranks have come here."""
+    any_rank(False, world)
+
+
+def broadcast_from_rank0(value: T, world: World | None = None) -> T:
     """Return rank 0's value, on every rank; it must pickle."""
     box: list[Any] = [value]
-    if world.size > 1:
-        dist.broadcast_object_list(box, src=0)
+    if _size(world) > 1:
+        dist.broadcast_object_list(box, src=0, group=host_group())
     return box[0]
 
 
-def gather_from_ranks(value: T, world: World) -> list[T]:
+def gather_from_ranks(value: T, world: World | None = None) -> list[T]:
     """Return every rank's value, in rank order, on every rank; values must pickle."""
-    if world.size == 1:
+    if _size(world) == 1:
         return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    values: list[Any] = [None] * _size(world)
+    dist.all_gather_object(values, value, group=host_group())
     return values
 
 
-def raise_on_all_ranks(error: Exception | None, world: World) -> None:
+def gather_to_rank0(value: T) -> list[T] | None:
+    """Return every rank's value, in rank order, on rank 0; None on the others."""
+    if get_world_size() == 1:
+        return [value]
+    values: list[Any] | None = [None] * get_world_size() if get_rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=host_group())
+    return values
+
+
+def _size(world: World | None) -> int:
+    return get_world_size() if world is None else world.size
+
+
+def raise_on_all_ranks(error: Exception | None, world: World | None = None) -> None:
     """Raise on every rank if any rank has an error: its own, else `RankFailed` with the others'.
 
     All ranks call it together, after work that may fail, so that no rank waits for one that left.
     """
     # An error is rare: one reduction of a flag first, the messages only if one is set.
-    if any_rank(error is not None, world):
-        _raise_own_or_others(error, gather_from_ranks(_describe(error), world))
-
-
-def _describe(error: Exception | None) -> str | None:
-    return None if error is None else f"{type(error).__name__}: {error}"
-
-
-def _raise_own_or_others(error: Exception | None, reports: list[str | None]) -> None:
+    if not any_rank(error is not None, world):
+        return
+    described = None if error is None else f"{type(error).__name__}: {error}"
+    reports = gather_from_ranks(described, world)
     if error is not None:
         raise error
     failed = [f"rank {i} failed: {text}" for i, text in enumerate(reports) if text is not None]
-    if failed:
-        raise RankFailed("; ".join(failed))
+    raise RankFailed("; ".join(failed))
+
+
+def all_ranks(work: Callable[[], T], world: World | None = None) -> T:
+    """Return `work()` of this rank; if it raises on any rank, raise on all once all are done.
+
+    A rank raises its own error, or else `RankFailed`. `work` must not communicate: the others would
+    wait for a rank that failed.
+    """
+    if _size(world) == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    raise_on_all_ranks(error, world)
+    return cast(T, result)
+
+
+def on_rank0(work: Callable[[], T], world: World | None = None) -> T:
+    """Run `work()` on rank 0 and return its result on every rank; errors as for `all_ranks`."""
+    is_rank0 = get_rank() == 0 if world is None else world.is_rank0
+    result = all_ranks(lambda: work() if is_rank0 else None, world)
+    return cast(T, broadcast_from_rank0(result, world))
 
 
 @contextmanager
@@ -218,61 +293,3 @@ def lost_ranks(world: World) -> Iterator[None]:
             f"rank {world.rank} has lost the others: one of them ended (an error of its own, "
             f"killed, or out of memory); its output says why ({str(error).splitlines()[0]})"
         ) from error
-
-
-# Work of uneven length: rank 0 may embed captions or compute statistics for hours while the others
-# wait. Their collectives run in a gloo group of this timeout; NCCL's default is minutes.
-TIMEOUT = timedelta(days=1)
-_patient_group: tuple[dist.ProcessGroup | None, dist.ProcessGroup] | None = None
-
-
-def _get_patient_group() -> dist.ProcessGroup:
-    """Return the gloo group with the long timeout, made on first use by all ranks together."""
-    global _patient_group
-    if _patient_group is None or _patient_group[0] is not dist.group.WORLD:
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(group, dist.ProcessGroup), "every rank is a member"
-        _patient_group = dist.group.WORLD, group
-    return _patient_group[1]
-
-
-def all_ranks(work: Callable[[], T], world: World | None = None) -> T:
-    """Return `work()` of this rank; if it raises on any rank, raise on all once all are done.
-
-    A rank raises its own error, or else `RankFailed`. `work` must not communicate: the others would
-    wait for a rank that failed.
-
-    Args:
-        world: this process and its peers; by default those of the process group, if there is one.
-    """
-    size = get_world_size() if world is None else world.size
-    if size == 1:
-        return work()
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
-    reports: list[Any] = [None] * size
-    dist.all_gather_object(reports, _describe(error), group=_get_patient_group())
-    _raise_own_or_others(error, reports)
-    return cast(T, result)
-
-
-def on_rank0(work: Callable[[], T], world: World | None = None) -> T:
-    """Run `work()` on rank 0 and return its result on every rank; errors as for `all_ranks`."""
-    is_rank0 = get_rank() == 0 if world is None else world.is_rank0
-    result = all_ranks(lambda: work() if is_rank0 else None, world)
-    box: list[Any] = [result]
-    if (get_world_size() if world is None else world.size) > 1:
-        dist.broadcast_object_list(box, src=0, group=_get_patient_group())
-    return box[0]
-
-
-def gather_to_rank0(value: T) -> list[T] | None:
-    """Return every rank's value, in rank order, on rank 0; None on the others."""
-    if get_world_size() == 1:
-        return [value]
-    values: list[Any] | None = [None] * get_world_size() if get_rank() == 0 else None
-    dist.gather_object(value, values, dst=0, group=_get_patient_group())
-    return values

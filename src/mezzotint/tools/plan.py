@@ -39,9 +39,12 @@ from mezzotint.tools.benchmark import (
     make_training_step,
     measure_matmul_flops,
 )
+from mezzotint.tools.host_memory import describe_host_memory, host_memory
 from mezzotint.tools.memory import StepMemoryEstimator
 from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
+from mezzotint.train.parallel import check_sharding
+from mezzotint.train.step import PREFETCHED_BATCHES
 
 Precision = Literal["float32", "bf16"]
 FLOAT = 4  # bytes of a float32: weights, gradients, averages and the optimiser's moments
@@ -57,8 +60,6 @@ TIMED_IMAGES, MOST_SECONDS, STEP_SECONDS = 8, 2.0, 0.3
 # Part of the memory kept free for the CUDA context (about half a GiB), kernels' workspaces and
 # fragmentation. Our choice.
 MEMORY_MARGIN = 0.08
-# Batches that `train.step.prefetch` keeps on the device ahead of time.
-PREFETCHED_BATCHES = 4
 # Parts of a rank's memory, in the order of the printed table.
 MEMORY_PARTS = (
     "weights",
@@ -95,7 +96,8 @@ def plan(
     Returns:
         JSON-ready: params, gmac (one forward pass of one image), per_rank_batch, microbatch;
         flops, the device's rate; efficiency, and `timed`, the words that say how it was found;
-        `memory`, one entry per strategy and checkpointing, see `memory_per_rank`; seconds_per_step,
+        `memory`, one entry per strategy and checkpointing, see `memory_per_rank`; `host_memory`, of
+        a machine's own memory, see `tools.host_memory`; seconds_per_step,
         images_per_second (all ranks), days; flop (of the run as papers count it: 3 forward passes
         per image, 4 of consistency tuning, without recomputation); advice, in sentences.
 
@@ -115,6 +117,7 @@ def plan(
             memory_per_rank(recipe, model, strategy=strategy, checkpointing=how, **shared)
             for strategy, how in _layouts(recipe.engine, gpus, compare)
         ]
+        host = host_memory(recipe, model, gpus, optimiser_bytes(recipe, model))
     # A backward pass costs two forward passes, and full checkpointing repeats the forward pass.
     passes = 3 + objectives.EXTRA_PASSES.get(recipe.objective.name, 0)
     repeated = 1 if recipe.engine.checkpointing == "full" else 0
@@ -147,6 +150,7 @@ def plan(
         "per_rank_batch": rank_batch,
         "microbatch": _microbatch(recipe, gpus),
         "memory": memory,
+        "host_memory": host,
         "seconds_per_step": seconds,
         "images_per_second": recipe.batch / seconds,
         "images": recipe.images,
@@ -215,6 +219,7 @@ def _check_plan(recipe: Recipe, gpus: int, efficiency: float | None) -> None:
     if gpus < 1:
         raise ValueError(f"gpus {gpus} must be at least 1")
     check_batch(recipe.batch, gpus)
+    check_sharding(recipe.engine, gpus)
 
 
 def _microbatch(recipe: Recipe, gpus: int) -> int:
@@ -280,7 +285,7 @@ def memory_per_rank(
     micro = _microbatch(recipe, gpus)
     rank_batch = recipe.batch // gpus
     sharded = strategy == "fsdp"
-    shards = gpus if sharded else 1
+    shards = recipe.engine.shard_ranks or gpus if sharded else 1
     params = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # As `train.parallel.wrap` sets it: FSDP gathers weights in bf16 on a GPU only.
@@ -416,6 +421,7 @@ def render_plan(result: dict[str, Any]) -> RenderableType:
         f"{MEMORY_MARGIN:.0%} of it kept free; "
         f"{r['flops'] / 1e12:,.4g} TFLOP/s ({r['source']}), "
         f"{r['efficiency']:.2g} of it reached by a step ({r['timed']})",
+        describe_host_memory(r["host_memory"]),
         f"batch {r['batch']:,} ({r['per_rank_batch']:,} per rank): "
         f"{r['seconds_per_step']:.3g} s per step, {r['images_per_second']:,.4g} images/s",
         f"{r['images']:,} images take {_format_days(r['days'])} and {r['flop']:.3g} FLOP",

@@ -35,6 +35,8 @@ from mezzotint.core.distributed import (
     World,
     all_ranks,
     any_rank,
+    host_group,
+    new_host_group,
     on_rank0,
     raise_on_all_ranks,
     sum_over_ranks,
@@ -47,6 +49,7 @@ from mezzotint.train.checkpoint_reader import (
     file_sizes,
     read_metadata,
 )
+from mezzotint.train.staging import share_of_rank
 
 MANIFEST = "manifest.json"
 RECENT_LOSSES = 128  # kept to detect spikes
@@ -220,7 +223,7 @@ class CheckpointWriter:
         # training's group would pair with one of the training step.
         self.group: dist.ProcessGroup | None = None
         if world.size > 1:
-            self.group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+            self.group = new_host_group()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="mezzotint-writer")
         self._pending: Future[object] | None = None
 
@@ -256,8 +259,8 @@ def begin_checkpoint(
 ) -> Callable[[], Path]:
     """Copy the state to the CPU; return the function that writes it as checkpoint `state.images`.
 
-    All ranks call both together. On failure nothing half-written stays, and earlier checkpoints are
-    untouched.
+    Each rank copies and writes its share, see `train.staging`. All ranks call both together. On
+    failure nothing half-written stays, and earlier checkpoints are untouched.
 
     Errors: OSError from the returned function when the disk is full, not writable or gone.
     """
@@ -276,7 +279,7 @@ def begin_checkpoint(
     # Without a process group torch warns that it assumes a single process, as no_dist says.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     writing = dcp.async_save(
-        state.tensors(world),
+        share_of_rank(state.tensors(world), world),
         checkpoint_id=partial,
         process_group=writer.group,
         no_dist=world.size == 1,
@@ -398,6 +401,7 @@ def _load(state: TrainingState, folder: Path, world: World) -> None:
         tensors,
         storage_reader=reader,
         planner=PlainValues(),
+        process_group=host_group() if world.size > 1 else None,
         no_dist=world.size == 1,
     )
     set_model_state_dict(state.backbone, tensors["model"])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mezzotint.config import Ema
+from mezzotint.train.parallel import local_tensor
 
 Weights = dict[str, Tensor]
 
@@ -83,4 +84,6 @@ def copy_weights(weights: Weights) -> Weights:
 @torch.no_grad()
 def update(average: Weights, weights: Weights, beta: float) -> None:
     """Set average to beta average + (1 - beta) weights, in place."""
-    torch._foreach_lerp_(list(average.values()), [weights[k].detach() for k in average], 1 - beta)
+    # Each rank its shards: as a whole, a sharded tensor costs the host time at every operation.
+    own = [local_tensor(tensor) for tensor in average.values()]
+    torch._foreach_lerp_(own, [local_tensor(weights[k].detach()) for k in average], 1 - beta)

@@ -29,7 +29,6 @@ from mezzotint.train import (
     trackers,
 )
 from mezzotint.train.evaluation import Evaluator
-from mezzotint.train.parallel import full_tensor
 from mezzotint.train.progress import ProgressDisplay
 from mezzotint.train.run_folder import check_run_folder, run_lock
 from mezzotint.train.sample_grid import grid_path, save_sample_grid
@@ -38,11 +37,13 @@ from mezzotint.train.setup import (
     Start,
     averaged_model,
     check_start,
-    copy_to_cpu,
     count_training_flop,
+    empty_model,
+    fill_model,
     setup,
 )
 from mezzotint.train.signals import StopSignal
+from mezzotint.train.staging import gather_to_host
 from mezzotint.train.step import (
     Batch,
     gradient,
@@ -178,15 +179,20 @@ def loop(
     if evaluator is not None and evaluation_pending(run):
         run_evaluation(run, evaluator, stop, progress, listeners)
     batches = training_batches(run)
+    batch = next(batches)
+    distributed.wait_for_ranks(world)
     logged_images, logged_at = state.images, time.monotonic()
 
     while state.images < recipe.images:
-        # Threads draw and load several batches ahead, so this does not wait for the data.
-        batch = next(batches)
-
         # Forward and backward pass. The norms stay on the device: reading them here would stall it.
         losses = gradient(run, batch)
         norms = gradient_norms(run)
+
+        # The next batch, while the device computes. Threads load and draw several ahead, so this
+        # rarely waits for the data; where it does on one rank, the others wait for it here and not
+        # in a collective of the device.
+        following = next(batches)
+        distributed.wait_for_ranks(world)
 
         # All ranks agree whether the step is finite, and whether to stop. Before the update, so
         # that nothing has to be undone; the step's only wait for the device.
@@ -201,6 +207,8 @@ def loop(
             event = nonfinite.detect_spike(run, result)
         else:
             event = nonfinite.handle_nonfinite(run, batch, losses, result)
+
+        batch = following
 
         # Skipped images count as seen: data order, draws and learning rate are functions of this.
         state.images += recipe.batch
@@ -371,8 +379,7 @@ def save(
     tasks: list[Callable[[], object]] = []
     images, keep = run.state.images, run.recipe.save
     for std in snapshot_stds:
-        average = run.state.averages[f"power-{std:g}"]
-        weights = {name: full_tensor(w).to("cpu", copy=True) for name, w in average.items()}
+        weights = gather_to_host(run.state.averages[f"power-{std:g}"], run.world)
         if run.world.is_rank0:
             tasks.append(partial(posthoc_ema.write_snapshot, run.folder, weights, images, std))
     if with_checkpoint:
@@ -382,13 +389,25 @@ def save(
         if run.world.is_rank0:
             tasks.append(partial(prune, keep.keep, keep.keep_every_images))
     if with_models:
-        model, raw = copy_to_cpu(averaged_model(run)), copy_to_cpu(averaged_model(run, None))
-        if run.world.is_rank0:
-            tasks.append(partial(save_model, model, run.folder / "model"))
-            tasks.append(partial(save_model, raw, run.folder / "model-raw"))
+        buffers = dict(run.state.backbone.named_buffers())
+        kinds = {
+            "model": run.state.averages["ema"],
+            "model-raw": ema.weights_of(run.state.backbone),
+        }
+        model = empty_model(run) if run.world.is_rank0 else None
+        for name, weights in kinds.items():
+            copies = gather_to_host({**buffers, **weights}, run.world)
+            if model is not None:
+                tasks.append(partial(write_model, model, copies, run.folder / name))
     if tasks:
         write = partial(checkpoint.run_tasks, run.folder, run.check_folder, images, tasks)
         run.writer.start(write)
+
+
+def write_model(model: Model, weights: ema.Weights, folder: Path) -> None:
+    """Save a model with these weights, which then leave the memory."""
+    save_model(fill_model(model, weights), folder)
+    weights.clear()
 
 
 def draw_grid(run: Run, progress: ProgressDisplay) -> None:

@@ -19,9 +19,10 @@ from mezzotint import config
 from mezzotint.core.distributed import gather_from_ranks, on_rank0
 from mezzotint.core.files import partial_folder
 from mezzotint.core.tensor_files import save_tensors
-from mezzotint.train import checkpoint, log
-from mezzotint.train.parallel import full_tensor, group_norms
+from mezzotint.train import checkpoint, ema, log
+from mezzotint.train.parallel import clear_gradients, group_norms
 from mezzotint.train.setup import Run
+from mezzotint.train.staging import gather_to_host
 from mezzotint.train.step import Batch, Losses, StepResult
 
 WEIGHTS, FACTS, RECIPE = "weights.safetensors", "bundle.json", "recipe.yaml"  # a bundle's files
@@ -84,16 +85,18 @@ def handle_nonfinite(run: Run, batch: Batch, losses: Losses, result: StepResult)
     facts = gather_facts(run, batch, losses, result)
     failure = describe_failure(facts)
     bundle = run.folder / "bundles" / str(state.images)
-    advice = f"repeat it with: mezzotint replay {bundle}"
-    weights = {name: full_tensor(p.detach()).cpu() for name, p in state.backbone.named_parameters()}
-    if run.world.is_rank0:
+    weights = gather_to_host(ema.weights_of(state.backbone), run.world)
+
+    def write() -> str:
         try:
             run.check_folder()
             write_bundle(bundle, config.to_yaml(recipe), facts, weights)
         except OSError as error:  # must not hide the failure of the step
-            advice = f"its bundle could not be written: {error}"
-    for optimiser in state.optimisers:
-        optimiser.zero_grad(set_to_none=True)
+            return f"its bundle could not be written: {error}"
+        return f"repeat it with: mezzotint replay {bundle}"
+
+    advice = on_rank0(write, run.world)
+    clear_gradients(run.model.backbone, state.optimisers)
 
     choice, limit = recipe.nonfinite.on_nonfinite, recipe.nonfinite.limit
     if choice == "stop":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mezzotint.backbones.blocks import compile_blocks, repeated_blocks
@@ -28,27 +30,74 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
         return nn.parallel.DistributedDataParallel(
             backbone, device_ids=ids, gradient_as_bucket_view=True
         )
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     # Autocast casts the inputs: the noise level must reach its embedding in full precision.
-    low = torch.bfloat16 if precision == "bf16" and world.device.type == "cuda" else None
     policy = MixedPrecisionPolicy(
-        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=gathered_dtype(precision, world),
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
+    mesh = device_mesh(engine, world)
+    # It warns where a network returns a view: nothing here changes an output in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for block in repeated_blocks(backbone):
-        fully_shard(block, mp_policy=policy)
-    fully_shard(backbone, mp_policy=policy)
+        fully_shard(block, mp_policy=policy, mesh=mesh)
+    fully_shard(backbone, mp_policy=policy, mesh=mesh)
     return backbone
 
 
-def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
-    """Return a context in which backward passes under DDP do not reduce gradients over ranks.
+def gathered_dtype(precision: str, world: World) -> torch.dtype | None:
+    """Return the dtype in which FSDP2 gathers weights; None for their own."""
+    return torch.bfloat16 if precision == "bf16" and world.device.type == "cuda" else None
 
-    FSDP2 reduces every time: without, it would hold the gradients of all weights unsharded.
+
+def check_sharding(engine: Engine, world_size: int) -> None:
+    """Raise ValueError where `engine.shard_ranks` does not fit the strategy or the ranks."""
+    ranks = engine.shard_ranks
+    if ranks is None:
+        return
+    if engine.strategy == "ddp":
+        raise ValueError(
+            f"engine.shard_ranks={ranks} and engine.strategy=ddp, which shards nothing; set "
+            "engine.strategy=fsdp or leave shard_ranks out"
+        )
+    if world_size > 1 and world_size % ranks:
+        even = [n for n in range(2, world_size + 1) if world_size % n == 0]
+        raise ValueError(
+            f"engine.shard_ranks={ranks} does not divide {world_size} ranks; "
+            f"{', '.join(map(str, even))} do"
+        )
+
+
+def device_mesh(engine: Engine, world: World) -> DeviceMesh:
+    """Return the ranks as FSDP2 sees them: in one line, or by copies and shards (HSDP)."""
+    kind, shards = world.device.type, engine.shard_ranks or world.size
+    if shards == world.size:
+        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shards",))
+    # Neighbours share a copy: torchrun numbers the ranks of a node one after another.
+    shape = (world.size // shards, shards)
+    return init_device_mesh(kind, shape, mesh_dim_names=("copies", "shards"))
+
+
+def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
+    """Return a context in which backward passes do not yet reduce gradients over all ranks.
+
+    DDP reduces nothing. FSDP2 always reduces over the ranks of one copy: without, it would hold the
+    gradients of all weights unsharded. With several copies (HSDP) it does not reduce over these.
     """
     if isinstance(wrapped, nn.parallel.DistributedDataParallel):
         return wrapped.no_sync()
+    if isinstance(wrapped, FSDPModule):
+        return _without_all_reduce(wrapped)
     return nullcontext()
+
+
+@contextmanager
+def _without_all_reduce(wrapped: FSDPModule) -> Iterator[None]:
+    wrapped.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        wrapped.set_requires_all_reduce(True)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -75,6 +124,19 @@ def group_norms(groups: Sequence[Sequence[Tensor]], world: World) -> Tensor:
         for group in groups
     ]
     total = torch.stack(squares)
-    if any(isinstance(t, DTensor) for group in groups for t in group):
-        sum_over_ranks(total, world)
+    sharded = next((t for group in groups for t in group if isinstance(t, DTensor)), None)
+    if sharded is not None:
+        # Each shard is on one rank of every copy. Over all ranks, so that all get the same bits.
+        shards = sharded.device_mesh.size(-1)
+        sum_over_ranks(total, world).div_(world.size // shards)
     return total.sqrt()
+
+
+def clear_gradients(wrapped: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
+    """Zero the gradients under DDP, whose buckets they lie in; free them otherwise.
+
+    A gradient that is freed is made anew by the next backward pass, and copied into its bucket.
+    """
+    keep = isinstance(wrapped, nn.parallel.DistributedDataParallel)
+    for optimiser in optimisers:
+        optimiser.zero_grad(set_to_none=not keep)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mezzotint.backbones import (
     dummy_condition,
@@ -123,6 +123,7 @@ def check_start(
     def open_content() -> tuple[ModelInfo, Dataset, Content]:
         info = preset_info(recipe.preset, **recipe.model)
         check_batch(recipe.batch, world.size)
+        parallel.check_sharding(recipe.engine, world.size)
         _check_here(lambda: check_memory(recipe, meta_model(info), world), lacking)
         dataset = open_recipe_dataset(recipe, info, world)
         check_encoded_ahead(recipe, dataset, world.device)
@@ -382,24 +383,25 @@ def count_training_flop(model: Model, objective: str) -> float:
     return passes * 2.0 * count_macs(get_backbone(model)).computed
 
 
-def averaged_model(run: Run, name: str | None = "ema") -> Model:
-    """Return a model in eval mode that shares the weights of an average; all ranks call it.
+def averaged_model(run: Run) -> Model:
+    """Return a model in eval mode that shares the averaged weights; all ranks call it together.
 
-    Args:
-        name: of the average; None for the weights that train. Sharded weights are gathered.
+    Sharded weights are gathered.
     """
+    state = {**dict(run.state.backbone.named_buffers()), **run.state.averages["ema"]}
+    weights = {name: parallel.full_tensor(tensor) for name, tensor in state.items()}
+    return fill_model(empty_model(run), weights)
+
+
+def empty_model(run: Run) -> Model:
+    """Return a model of the images seen by now, in eval mode and without weights."""
     model = copy.deepcopy(run.meta_model)
     model.info = dataclasses.replace(run.info, images=run.state.images)
-    chosen = ema.weights_of(run.state.backbone) if name is None else run.state.averages[name]
-    weights = {k: parallel.full_tensor(w) for k, w in chosen.items()}
-    # Buffers are constants of the config; the trained module holds them on its device.
-    buffers = {k: parallel.full_tensor(b) for k, b in run.state.backbone.named_buffers()}
-    model.backbone.load_state_dict({**buffers, **weights}, assign=True, strict=False)
     return model
 
 
-def copy_to_cpu(model: Model) -> Model:
-    """Give the model a copy of its weights on the CPU, which later steps do not change."""
-    state = {k: t.to("cpu", copy=True) for k, t in model.backbone.state_dict().items()}
-    model.backbone.load_state_dict(state, assign=True)
+def fill_model(model: Model, weights: Mapping[str, Tensor]) -> Model:
+    """Give a model these weights and buffers, not copied."""
+    # Buffers that are not saved are not loaded either: they are constants of the config.
+    model.backbone.load_state_dict(weights, assign=True, strict=False)
     return model

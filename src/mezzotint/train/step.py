@@ -25,9 +25,11 @@ from mezzotint.process.objectives import at_images
 from mezzotint.process.schedules import slope
 from mezzotint.train.draws import draws_of
 from mezzotint.train.optim import learning_rate, set_learning_rate
-from mezzotint.train.parallel import group_norms, no_sync
+from mezzotint.train.parallel import clear_gradients, group_norms, no_sync
 from mezzotint.train.setup import Run
 from mezzotint.train.transfer import SideStream, send_to
+
+PREFETCHED_BATCHES = 4  # drawn and on the device before the loop asks for them
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def prefetch(
     batches: Iterator[loader.LoadedBatch],
     make: Callable[[loader.LoadedBatch], Batch],
     side: SideStream,
-    ahead: int = 4,
+    ahead: int = PREFETCHED_BATCHES,
 ) -> Iterator[Batch]:
     """Yield make(loaded) for each loaded batch, in order, made by threads `ahead` batches early.
 
@@ -229,4 +231,4 @@ def update(run: Run, grad_norm: Tensor) -> None:
     set_learning_rate(state.optimisers, learning_rate(recipe.optim, state.images, recipe.images))
     for optimiser in state.optimisers:
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+    clear_gradients(run.model.backbone, state.optimisers)
