@@ -19,12 +19,12 @@ from mezzotint.tools import budget, summary
 sys.path.append(str(Path(__file__).parent))
 from core_minutes_table import DISTANCES, QUALITY, core_minutes, mean_error, time_to_quality
 from few_steps_table import few_steps
+from gpu_table import gpu_targets
 from likelihood_table import bits_per_dimension
 from loader_table import loader
 from prediction_table import prediction_patches
 from step_model_table import step_model
 from table_text import (
-    RESULTS,
     ROOT,
     how_measured,
     markdown_table,
@@ -169,55 +169,6 @@ def speed_targets() -> str:
         rows.append([network, what, ratio(value), ratio(most), *aim])
     head = ["network", "what", "measured", "upper bound", "target", "reached"]
     return f"{how_measured(result)}\n\n{markdown_table(head, rows, left=2)}"
-
-
-def gpu_rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows that benchmarks/gpu.sh wrote to one file, or none."""
-    path = RESULTS / "gpu" / f"{name}.json"
-    return json.loads(path.read_text())["rows"] if path.exists() else []
-
-
-def best_on_gpu(preset: str, mode: str, key: str) -> float | None:
-    """Return the largest value of `key` measured for a preset."""
-    rows = [r for r in gpu_rows("presets") if (r["preset"], r["mode"]) == (preset, mode)]
-    return max((r[key] for r in rows if key in r), default=None)
-
-
-def graph_speedup(preset: str) -> float | None:
-    """Return the latency without CUDA graphs over the latency with them, not compiled."""
-    seconds = {
-        r.get("graphs", False): r["latency_seconds"]
-        for r in gpu_rows("presets")
-        if (r["preset"], r["mode"]) == (preset, "sample") and "latency_seconds" in r
-        if not r.get("compile", False)
-    }
-    return seconds[False] / seconds[True] if len(seconds) == 2 else None
-
-
-def gpu_targets() -> str:
-    """Return every GPU target with what benchmarks/gpu.sh measured, where it has run."""
-    twins = {r["network"]: r["train"]["bf16 against bf16 twin"] for r in gpu_rows("twins")}
-    xl, diffit = "dimr-xl-2r-256", "diffit-256"
-    rate, share = "images_per_second", "fraction"
-    shares, percent = [0.35, 0.45], "{:.0%}"
-    products = "share of the rate of matrix products"
-    targets: list[tuple[str, float | None, list[float], str]] = [
-        ("train DiMR-XL/2R, images/s", best_on_gpu(xl, "train", rate), [290, 370], "{:.0f}"),
-        (f"train DiMR-XL/2R, {products}", best_on_gpu(xl, "train", share), shares, percent),
-        (f"train DiffiT-256, {products}", best_on_gpu(diffit, "train", share), shares, percent),
-        (f"sample DiMR-XL/2R, {products}", best_on_gpu(xl, "sample", share), shares, percent),
-        ("training step relative to the plain network", twins.get("dimr-2r"), [2.5], "{:.2f}×"),
-        ("latency at batch 1, without graphs over with graphs", graph_speedup(xl), [3], "{:.2f}×"),
-    ]  # fmt: skip
-    rows = []
-    for what, value, aims, form in targets:
-        reached = "–" if value is None else " / ".join("yes" if value >= a else "no" for a in aims)
-        measured = "not measured" if value is None else form.format(value)
-        rows.append([what, measured, ", then ".join(form.format(aim) for aim in aims), reached])
-    text = "`OUT=benchmarks/results/gpu bash benchmarks/gpu.sh` on one H200."
-    if not (RESULTS / "gpu").exists():
-        text += " It has not been run yet, for lack of a GPU."
-    return f"{text}\n\n{markdown_table(['in bf16', 'measured', 'target', 'reached'], rows)}"
 
 
 def memory() -> str:
