@@ -14,6 +14,7 @@ from typing import Any
 
 from mezzotint.recipes import recipe_for
 from mezzotint.tools import budget, summary
+from mezzotint.tools.step_times import TABLE as STEP_TIMES
 
 # Tests run this file by its path, which does not put its folder there.
 sys.path.append(str(Path(__file__).parent))
@@ -23,7 +24,7 @@ from gpu_table import gpu_targets
 from likelihood_table import bits_per_dimension
 from loader_table import loader
 from prediction_table import prediction_patches
-from step_model_table import step_model
+from step_model_table import step_model, step_times
 from table_text import (
     ROOT,
     how_measured,
@@ -330,7 +331,8 @@ def main() -> None:
                 content = f"Not measured yet: benchmarks/results/{missing} is absent."
             text = replace_between(text, table.__name__.replace("_", " "), content)
         page.write_text(text, encoding="utf-8")
-    budget.TABLE.write_text(json.dumps(time_to_quality(), indent=1) + "\n", encoding="utf-8")
+    for table, content in ((budget.TABLE, time_to_quality()), (STEP_TIMES, step_times())):
+        table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,17 @@ DTYPES = {"bfloat16": "bf16", "float32": "float32"}
 STEPS = {"train": "training", "sample": "sampling"}
 
 
+def step_times() -> dict[str, dict[str, Any]]:
+    """Return the training steps in bf16 by preset, for `mezzotint.tools.step_times`."""
+    times: dict[str, dict[str, Any]] = {}
+    for row in read_result("step-model.json"):
+        kind = row["step"], row["dtype"], row.get("depthwise", "cudnn")
+        if kind == ("train", "bfloat16", "cudnn"):
+            preset = times.setdefault(row["preset"], {"batch": row["batch"]})
+            preset |= {"teraflop": row["teraflop"], row["mode"]: row["milliseconds"]}
+    return times
+
+
 def step_model() -> str:
     """Return one row per preset and step: eager beside compiled."""
     found: dict[tuple[str, int, str, str], dict[str, dict[str, Any]]] = {}

@@ -25,6 +25,7 @@ from mezzotint.process import objectives
 from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.tools import plan as planning
+from mezzotint.tools import step_times
 from mezzotint.tools.accelerators import ACCELERATORS, Accelerator, detect_device
 from mezzotint.tools.memory import LiveBytes, StepMemoryEstimator
 from mezzotint.tools.plan import (
@@ -219,6 +220,50 @@ def test_time_follows_from_flop_rate_and_efficiency():
     )
     for key in ("seconds_per_step", "flop"):  # the target of consistency is a forward pass
         assert tuned[key] == pytest.approx(a[key] * 4 / 3)
+
+
+def test_time_on_an_h200_is_modelled_for_presets_that_were():
+    recipe = make_recipe("diffit-256", "engine.precision=bf16")
+    row = step_times.read_table()["diffit-256"]
+    eager = step_times.modelled_flops(recipe, "h200")
+    assert eager == pytest.approx(row["teraflop"] * 1e15 / row["eager"] / 1.1)
+    compiled = config.override(recipe, ["engine.compile=true"])
+    faster = step_times.modelled_flops(compiled, "h200")
+    assert faster / eager == pytest.approx(row["eager"] / row["compiled"])
+    # An H100 is between as fast and as much slower as its memory.
+    slower = step_times.modelled_flops(recipe, "h100")
+    assert 3.0 / 3.9 < slower / eager < 1
+    for other, device in (
+        (recipe, "b200"),
+        (make_recipe("unet-tiny"), "h200"),
+        (make_recipe("diffit-256", "model.depth=2"), "h200"),
+    ):
+        assert step_times.modelled_flops(other, device) is None
+
+
+def test_the_plan_says_that_a_time_is_modelled(monkeypatch):
+    table = {"unet-tiny": {"batch": 64, "teraflop": 1.0, "eager": 4.0, "compiled": 2.0}}
+    monkeypatch.setattr(step_times, "read_table", lambda: table)
+    recipe = make_recipe("unet-tiny", "batch=64", "engine.precision=bf16")
+    result = plan(recipe, device="h200", compare=False)
+    assert result["efficiency"] == pytest.approx(1e12 / (1.1 * 4e-3) / 790e12)
+    assert "modelled kernel by kernel for eager blocks, not measured" in text(result)
+    assert plan(recipe, device="h200", efficiency=0.5, compare=False)["efficiency"] == 0.5
+
+
+def test_the_packaged_step_times_are_those_of_the_step_model():
+    """`python docs/make_tables.py` writes them."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "step-model.json"
+    if not results.exists():
+        pytest.skip("benchmarks are not part of the source distribution")
+    found = {
+        (r["preset"], r["mode"]): r["milliseconds"]
+        for r in json.loads(results.read_text())
+        if (r["step"], r["dtype"], r["depthwise"]) == ("train", "bfloat16", "cudnn")
+    }
+    table = step_times.read_table()
+    packaged = {(p, mode): table[p][mode] for p in table for mode in ("eager", "compiled")}
+    assert packaged == found
 
 
 def test_advice_for_a_step_that_does_not_fit(monkeypatch):

@@ -92,7 +92,8 @@ def plan(
         strategy: The one to advise on; both are shown.
         precision: Precision of the forward and backward pass.
         checkpointing: The one to advise on; all are shown.
-        efficiency: Part of the peak rate that a step reaches, 0 to 1; 0.35, or timed on a CPU.
+        efficiency: Part of the peak rate that a step reaches, 0 to 1; by default modelled for some
+            presets on h200 and h100, timed on a CPU, else 0.35.
         json: Print one JSON object.
     """
     from json import dumps

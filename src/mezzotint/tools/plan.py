@@ -1,8 +1,9 @@
 """Estimate the memory, time and FLOP of a run before it starts.
 
 Memory is counted, see `mezzotint.tools.memory`. Time is the run's FLOP over the device's peak rate
-times an efficiency; the plan states both. On this machine's CPU both are measured, the efficiency
-by real steps where the network is small enough.
+times an efficiency; the plan states both. For some large presets on an H200 or H100 the efficiency
+is modelled. On this machine's CPU both are measured, the efficiency by real steps where the network
+is small enough.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from mezzotint.tools.benchmark import (
 )
 from mezzotint.tools.host_memory import describe_host_memory, host_memory
 from mezzotint.tools.memory import StepMemoryEstimator
+from mezzotint.tools.step_times import modelled_flops
 from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.parallel import check_sharding
@@ -90,7 +92,8 @@ def plan(
         gpus: ranks, one process each.
         device: key of `ACCELERATORS`.
         efficiency: part of the device's peak rate that a step reaches, 0 to 1. By default that of a
-            step timed here for a CPU and a network small enough, else `EFFICIENCY`.
+            step timed here for a CPU and a network small enough, that of `tools.step_times` for
+            what is modelled there, else `EFFICIENCY`.
         compare: also count the other strategy and every kind of checkpointing.
 
     Returns:
@@ -132,6 +135,12 @@ def plan(
             images, step_seconds = time_step(recipe, precision, images, _microbatch(recipe, gpus))
             efficiency = images * flop_per_image / (step_seconds * peak_flops)
             timed = f"a step of {images} images timed here: {step_seconds:.3g} s"
+    if efficiency is None and precision == "bf16":
+        reached = modelled_flops(recipe, device)
+        if reached is not None:
+            efficiency = reached / peak_flops
+            kind = "compiled" if recipe.engine.compile else "eager"
+            timed = f"modelled kernel by kernel for {kind} blocks, not measured"
     efficiency = EFFICIENCY if efficiency is None else efficiency
     seconds = rank_batch * flop_per_image / (efficiency * peak_flops)
     result = {
