@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mezzotint.backbones import native_size
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import MOST_GPUS_PER_NODE
 from mezzotint.process.denoiser import Model
@@ -38,7 +39,8 @@ def host_memory(recipe: Recipe, model: Model, gpus: int, optimiser_bytes: int) -
     params = sum(p.numel() for p in model.parameters())
     powers = len(recipe.ema.power_stds)
     state = FLOAT * params * (2 + powers) + optimiser_bytes  # weights and averages
-    numel = config.channels * config.size**2
+    height, width = native_size(config)
+    numel = config.channels * height * width
     # One byte a channel of a pixel; of a latent, mean and log-variance of two views in float16.
     loaded = numel if model.info.codec == "pixels" else 2 * 2 * 2 * numel
     workers = recipe.data.workers

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from mezzotint.backbones.blocks import compile_blocks, repeated_blocks
 from mezzotint.config import Engine
-from mezzotint.core.distributed import World, sum_over_ranks
+from mezzotint.core.distributed import STEP_TIMEOUT, World, sum_over_ranks
 
 
 def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> nn.Module:
@@ -75,7 +75,11 @@ def device_mesh(engine: Engine, world: World) -> DeviceMesh:
         return init_device_mesh(kind, (world.size,), mesh_dim_names=("shards",))
     # Neighbours share a copy: torchrun numbers the ranks of a node one after another.
     shape = (world.size // shards, shards)
-    return init_device_mesh(kind, shape, mesh_dim_names=("copies", "shards"))
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=("copies", "shards"))
+    for group in mesh.get_all_groups():
+        # torch's own default is shorter, and there is no public way yet.
+        torch.distributed.distributed_c10d._set_pg_timeout(STEP_TIMEOUT, group)
+    return mesh
 
 
 def no_sync(wrapped: nn.Module) -> AbstractContextManager[None]:
