@@ -16,6 +16,9 @@ DEVICE=${DEVICE:-cuda}
 OUT=${OUT:-benchmarks/results/gpu}
 SMALL=${SMALL:+--small}
 LIMIT=${LIMIT:-480} # seconds of all parts together
+# The machine of a rehearsal is slow, or busy with other work: its limits are wider.
+if [ -n "$SMALL" ]; then factor=4; else factor=1; fi
+LIMIT=$((LIMIT * factor))
 mkdir -p "$OUT"
 rm -f "$OUT/gpu.log" "$OUT/gpu.jsonl"
 
@@ -29,7 +32,7 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HU
 
 failed=0
 part() { # name, seconds at most
-  local name=$1 limit=$2 began=$SECONDS status
+  local name=$1 limit=$(($2 * factor)) began=$SECONDS status
   [ $((LIMIT - SECONDS)) -lt "$limit" ] && limit=$((LIMIT - SECONDS))
   if [ "$limit" -lt 15 ]; then
     echo "== $name: not begun, $limit s left" | tee -a "$OUT/gpu.log"
@@ -54,4 +57,5 @@ part checks 50
 part twins 45
 
 ls -l "$OUT"
+times # the processor time of a rehearsal is what it takes on a free core
 exit $failed
