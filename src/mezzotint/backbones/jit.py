@@ -154,9 +154,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) to the same shape and dtype."""
-        # Under autocast x may be narrower than the weight.
-        wide = x.to(torch.promote_types(x.dtype, self.weight.dtype))
-        return F.rms_norm(wide, self.weight.shape, self.weight, 1e-6).to(x.dtype)
+        # Under autocast x may be narrower than the weight, with FSDP wider.
+        wide = torch.promote_types(x.dtype, self.weight.dtype)
+        weight = self.weight.to(wide)
+        return F.rms_norm(x.to(wide), self.weight.shape, weight, 1e-6).to(x.dtype)
 
 
 class Block(nn.Module):

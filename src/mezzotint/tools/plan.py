@@ -354,11 +354,11 @@ def gathered_bytes(model: Model, weight_bytes: int) -> int:
     """Return the bytes of FSDP2's working set at the peak of the backward pass.
 
     Args:
-        weight_bytes: of one gathered weight.
+        weight_bytes: of one gathered weight of a block.
 
-    Weights outside blocks stay gathered. The block at work and the prefetched one are held twice,
-    as gathered and as copied out. The first also has its gradients, and a float32 copy of them on
-    its way to the other ranks.
+    Weights outside blocks stay gathered, in float32. The block at work and the prefetched one are
+    held twice, as gathered and as copied out. The first also has its gradients, and a float32 copy
+    of them on its way to the other ranks.
     """
 
     def num_params(module: nn.Module) -> int:
@@ -366,7 +366,7 @@ def gathered_bytes(model: Model, weight_bytes: int) -> int:
 
     blocks = [num_params(block) for block in repeated_blocks(model.backbone)]
     largest, outside = max(blocks, default=0), num_params(model.backbone) - sum(blocks)
-    return outside * weight_bytes + largest * (4 * weight_bytes + weight_bytes + FLOAT)
+    return outside * FLOAT + largest * (4 * weight_bytes + weight_bytes + FLOAT)
 
 
 def _suffix(checkpointing: Checkpointing, joint: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mezzotint.backbones.blocks import compile_blocks, repeated_blocks
+from mezzotint.backbones.precision import product_parameters
 from mezzotint.config import Engine
 from mezzotint.core.distributed import STEP_TIMEOUT, World, sum_over_ranks
 
@@ -30,24 +32,34 @@ def wrap(backbone: nn.Module, engine: Engine, precision: str, world: World) -> n
         return nn.parallel.DistributedDataParallel(
             backbone, device_ids=ids, gradient_as_bucket_view=True
         )
-    # Autocast casts the inputs: the noise level must reach its embedding in full precision.
-    policy = MixedPrecisionPolicy(
-        param_dtype=gathered_dtype(precision, world),
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-    )
-    mesh = device_mesh(engine, world)
     # It warns where a network returns a view: nothing here changes an output in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for block in repeated_blocks(backbone):
-        fully_shard(block, mp_policy=policy, mesh=mesh)
-    fully_shard(backbone, mp_policy=policy, mesh=mesh)
+    shard(backbone, gathered_dtype(precision, world), device_mesh(engine, world))
     return backbone
 
 
 def gathered_dtype(precision: str, world: World) -> torch.dtype | None:
-    """Return the dtype in which FSDP2 gathers weights; None for their own."""
+    """Return the dtype in which FSDP2 gathers the weights of blocks; None for their own."""
     return torch.bfloat16 if precision == "bf16" and world.device.type == "cuda" else None
+
+
+def shard(
+    backbone: nn.Module, gathered: torch.dtype | None, mesh: DeviceMesh | None = None
+) -> None:
+    """Shard a backbone over the ranks of `mesh`: each block by itself, all else together.
+
+    Args:
+        gathered: dtype in which the weights of blocks are gathered; None for their own. All else
+            is gathered in float32: time vectors, positions, tables, weights that autocast casts.
+        mesh: of all ranks by default.
+    """
+    # Autocast casts the inputs: the noise level must reach its embedding in full precision.
+    options: dict[str, Any] = {"reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    low, full = MixedPrecisionPolicy(gathered, **options), MixedPrecisionPolicy(**options)
+    for block in repeated_blocks(backbone):
+        if product_parameters(block):  # SiD2's positions are no block
+            fully_shard(block, mp_policy=low, mesh=mesh)
+    fully_shard(backbone, mp_policy=full, mesh=mesh)
 
 
 def check_sharding(engine: Engine, world_size: int) -> None:
