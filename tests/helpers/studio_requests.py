@@ -34,8 +34,9 @@ def refused(request) -> tuple[int, str, bytes]:
 
 def values(**changes) -> list:
     """Return the arguments of `generate` in the order of the form."""
-    form = {"model": "good", "label": "every class in turn", "prompts": "", "seeds": "0"}
+    form = {"model": "good", "label": "every class in turn", "prompts": "", "negative": ""}
     form |= {
+        "seeds": "0",
         "sampler": "ddim",
         "steps": 2,
         "guidance": 1,

@@ -17,6 +17,7 @@ from helpers.studio_requests import fetched, refused, values
 from mezzotint.core.image_grid import to_pil
 from mezzotint.models import open_model
 from mezzotint.sampling.job import SamplingJob
+from mezzotint.sampling.prompts import make_prompts
 from mezzotint.sampling.settings import SamplingSettings
 
 SEEDS = "#seeds :is(textarea, input)"
@@ -237,7 +238,7 @@ def test_prompts(visit, server, shot):
     job = SamplingJob(
         model=open_model(server.folder / "text"),
         settings=settings,
-        prompts=("a red ring", "a blue square"),
+        prompts=make_prompts(("a red ring", "a blue square"), None),
     )
     for uri, image in zip(images, job.draw([0, 1]), strict=True):
         assert np.array_equal(np.array(decoded(uri)), np.array(to_pil(image)))

@@ -73,14 +73,15 @@ class Source:
     def open(self) -> ImageSource:
         """Open the images, or samples of the model."""
         from mezzotint.evaluate.image_source import caption_images, from_job, open_image_source
-        from mezzotint.sampling.coco import read_protocol_texts
+        from mezzotint.sampling.coco import read_protocol_prompts
 
         if self.is_model:
             return from_job(self.open_job(), self.samples)
         images = open_image_source(self.name, self.channels)
         if self.prompts is None:
             return images
-        return caption_images(images, read_protocol_texts(self.prompts, self.protocol))
+        prompts = read_protocol_prompts(self.prompts, self.protocol)
+        return caption_images(images, [prompt.text for prompt in prompts])
 
 
 @dataclass(frozen=True, kw_only=True)

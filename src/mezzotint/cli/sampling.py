@@ -14,6 +14,7 @@ from mezzotint.cli.arguments import (
     NumImages,
     OptionalBatch,
     OptionalFile,
+    OptionalNumImages,
     OptionalText,
     Seed,
     Steps,
@@ -47,7 +48,9 @@ class SamplingOptions:
     text: PromptArgs = ()
     """Prompt of a model with text conditioning; may be repeated."""
     prompts: OptionalFile = None
-    """File of prompts, one per line, taken in turn."""
+    """File of prompts in turn: one a line, or .jsonl: text, negative, seed, guidance, size."""
+    negative_text: OptionalText = None
+    """Guide away from these words instead of from the empty caption."""
     encoder: OptionalText = None
     """Folder of the text encoder, if it moved."""
     protocol: OptionalText = None
@@ -82,7 +85,7 @@ class SamplingOptions:
     def make_job(self, model: str, latents: bool = False) -> SamplingJob:
         """Open the model and return the job that these options describe."""
         from mezzotint.sampling import parse
-        from mezzotint.sampling.coco import read_protocol_texts
+        from mezzotint.sampling.coco import read_protocol_prompts
         from mezzotint.sampling.job import make_job
 
         parsers = {
@@ -98,7 +101,7 @@ class SamplingOptions:
             value = getattr(self, name)
             if value is not None:
                 changes[name] = parsers[name](value) if name in parsers else value
-        texts = () if self.prompts is None else read_protocol_texts(self.prompts, self.protocol)
+        prompts = () if self.prompts is None else read_protocol_prompts(self.prompts, self.protocol)
         return make_job(
             model,
             changes,
@@ -108,7 +111,8 @@ class SamplingOptions:
             guide_model=self.guide_model,
             codec=self.codec,
             latents=latents,
-            prompts=(*self.text, *texts),
+            prompts=(*self.text, *prompts),
+            negative_text=self.negative_text,
             encoder=self.encoder,
         )
 
@@ -126,6 +130,17 @@ def tell_tuned(job: SamplingJob, source: str) -> None:
         echo(f"{folder / TUNED} is of earlier weights and not used; run mezzotint tune again")
 
 
+def tell_cut(job: SamplingJob) -> None:
+    """Print what the model does not read of its prompts."""
+    from mezzotint.core.distributed import get_rank
+    from mezzotint.sampling.conditioning import text_encoder_for
+    from mezzotint.sampling.prompts import describe_cut
+
+    if job.prompts and get_rank() == 0:
+        for line in describe_cut(text_encoder_for(job.model, job.encoder), job.prompts):
+            echo(line)
+
+
 def sample(
     model: Positional[Annotated[str, MODEL]],
     /,
@@ -133,7 +148,7 @@ def sample(
     out: Annotated[Path, arg(aliases=["-o"], metavar="OUT", help_behavior_hint="")] = Path(
         "samples.png"
     ),
-    num_images: NumImages = 16,
+    num_images: OptionalNumImages = None,
     latents: Switch = False,
     overwrite: Switch = False,
     sampling: OmitArgPrefixes[SamplingOptions] = SamplingOptions(),
@@ -142,7 +157,7 @@ def sample(
 
     Args:
         out: FILE.png (one grid, the default), a folder of PNGs, .npz (ADM's), .tar.
-        num_images: Number of images; 16 by default.
+        num_images: Number of images; 16 by default, with --prompts one per prompt.
         latents: Write latents (.npz) instead of images.
         overwrite: Replace an output that exists or has other settings.
     """
@@ -151,6 +166,9 @@ def sample(
     check_outside_run(out)
     job = sampling.make_job(model, latents)
     tell_tuned(job, model)
+    tell_cut(job)
+    if num_images is None:
+        num_images = len(job.prompts) if sampling.prompts else 16
     written = generate_images(job, out, num_images, sampling.seed, overwrite)
     echo(f"{num_images} images, {job.network_calls} network calls each:", written)
 
@@ -253,7 +271,10 @@ def edit(
     """Edit images with a model: from a given image, between seeds, or along the sampler's way."""
     check_outside_run(mode.out)
     job = mode.make_job(mode.model)
+    if len(job.sizes()) > 1:
+        raise ValueError("an edit makes images of one size; give the prompts one size, or --size")
     tell_tuned(job, mode.model)
+    tell_cut(job)
     written = mode.save(job, range(mode.seed, mode.seed + mode.num_images))
     echo(f"{mode.num_images} images, {job.network_calls} network calls each:", *written)
 

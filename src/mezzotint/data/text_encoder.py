@@ -62,10 +62,18 @@ class TextEncoder:
 
     def tokens(self, caption: str) -> tuple[list[int], bool]:
         """Return token ids with the end token, cut to max_tokens, and whether they were cut."""
-        ids = self.tokenizer(caption, truncation=False)["input_ids"]
+        ids = self._ids(caption)
         if len(ids) <= self.max_tokens:
             return ids, False
         return [*ids[: self.max_tokens - 1], ids[-1]], True  # keep the end token
+
+    def count_tokens(self, caption: str) -> int:
+        """Return the number of tokens of a caption with the end token, none cut."""
+        return len(self._ids(caption))
+
+    def _ids(self, caption: str) -> list[int]:
+        # Not verbose: the tokenizer would warn of its own length, which does not matter here.
+        return self.tokenizer(caption, truncation=False, verbose=False)["input_ids"]
 
     @torch.no_grad()
     def encode(self, caption: str) -> Float[Tensor, "t d"]:

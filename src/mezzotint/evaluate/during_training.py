@@ -29,7 +29,7 @@ from mezzotint.models import build_model, preset_info
 from mezzotint.process.denoiser import Model
 from mezzotint.sampling import parse
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.prompts import read_texts
+from mezzotint.sampling.prompts import make_prompts, read_texts
 from mezzotint.sampling.sample import count_network_calls
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 from mezzotint.train.evaluation import Evaluator
@@ -234,7 +234,7 @@ def _make_job(settings: Evaluate, model: Model) -> SamplingJob:
         ),
         classes=tuple(range(model.info.config.num_classes)),
         codec=model.info.codec,
-        prompts=() if settings.prompts is None else read_texts(Path(settings.prompts)),
+        prompts=make_prompts(read_texts(Path(settings.prompts)) if settings.prompts else (), None),
     )
 
 

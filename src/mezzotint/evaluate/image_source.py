@@ -378,7 +378,7 @@ def from_job(job: SamplingJob, num_images: int, first_seed: int = 0) -> ImageSou
         channels=job.model.info.config.channels if job.codec == "pixels" else 3,
     )
     seeds = range(first_seed, first_seed + num_images)
-    return caption_images(source, [job.prompt(s) for s in seeds]) if job.prompts else source
+    return caption_images(source, [job.prompt(s).text for s in seeds]) if job.prompts else source
 
 
 def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:

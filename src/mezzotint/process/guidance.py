@@ -26,8 +26,14 @@ Scale = Callable[[Tensor], Tensor]  # log-SNR (b,) -> guidance scale (b,) in DiT
 Null = Callable[[Cond], Cond]  # a condition -> the empty condition of the same batch
 
 
-def dit_s(s: float) -> Scale:
-    """Return DiT's, DiffiT's and EDM2's constant scale: uncond + s (cond - uncond); 1 is none."""
+def dit_s(s: float | Tensor) -> Scale:
+    """Return DiT's, DiffiT's and EDM2's constant scale: uncond + s (cond - uncond); 1 is none.
+
+    Args:
+        s: one for all images, or (b,).
+    """
+    if isinstance(s, Tensor):
+        return s.to
     return lambda logsnr: torch.full_like(logsnr, s)
 
 
@@ -56,13 +62,13 @@ def interval(scale: Scale, low: float, high: float) -> Scale:
     return lambda logsnr: torch.where((logsnr >= low) & (logsnr <= high), scale(logsnr), 1.0)
 
 
-def power_cosine(peak: float, power: float, time: Callable[[Tensor], Tensor]) -> Scale:
+def power_cosine(peak: float | Tensor, power: float, time: Callable[[Tensor], Tensor]) -> Scale:
     """Return MDT's curve: 1 at pure noise, `peak` at the clean end.
 
     DiffiT uses it at 256 pixels, and DiMR.
 
     Args:
-        peak: scale in DiT's unit at time 0.
+        peak: scale in DiT's unit at time 0; one for all images, or (b,).
         power: exponent; a larger one stays near 1 for longer.
         time: log-SNR (b,) to t / T in [0, 1], 1 noisiest: DiffiT's index / 1000, DiMR's n / 1000.
 
@@ -73,7 +79,9 @@ def power_cosine(peak: float, power: float, time: Callable[[Tensor], Tensor]) ->
 
     def scale(logsnr: Tensor) -> Tensor:
         # specs/diffit.md 2.1: s(t) = 1 + (w - 1) / 2 (1 - cos(pi (1 - t/T)^p))
-        return 1 + (peak - 1) / 2 * (1 - torch.cos(math.pi * (1 - time(logsnr)) ** power))
+        rise = 1 - torch.cos(math.pi * (1 - time(logsnr)) ** power)
+        half = (peak - 1) / 2
+        return 1 + (half.to(rise) if isinstance(half, Tensor) else half) * rise
 
     return scale
 
@@ -94,6 +102,11 @@ def null_label(num_classes: int) -> Null:
         return Cond(label=torch.full_like(cond.label, num_classes), augment=cond.augment)
 
     return null
+
+
+def negative_text(negative: Cond) -> Null:
+    """Return the function that replaces the text of a batch by that of `negative`."""
+    return lambda cond: replace(cond, text=negative.text, text_mask=negative.text_mask)
 
 
 def null_text(cond: Cond) -> Cond:
@@ -121,6 +134,8 @@ def _mix(strong: Denoised, weak: Denoised, scale: Tensor, channels: int | None) 
         s = append_dims(to_device_of(scale, c), c).to(c.dtype)
         # DiT, section 3: eps = eps_u + s (eps_c - eps_u)
         mixed = u[:, :channels] + s * (c[:, :channels] - u[:, :channels])
+        # Exactly the strong guess, as for a batch that needs no weak pass.
+        mixed = torch.where(s == 1, c[:, :channels], mixed)
         return mixed if channels is None else torch.cat([mixed, c[:, channels:]], 1)
 
     return Denoised(mix(strong.x, weak.x), mix(strong.eps, weak.eps), strong.var)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mezzotint.core.files import read_json
 from mezzotint.core.json_values import check_fields
 from mezzotint.core.rng import philox
-from mezzotint.sampling.prompts import read_texts
+from mezzotint.sampling.prompts import Prompt, make_prompts, read_prompts, read_texts
 from mezzotint.sampling.protocols import get_protocol
 
 ANNOTATIONS = "captions_val2014.json"  # 202,654 captions of 40,504 images
@@ -47,7 +47,15 @@ def draw_coco_captions(path: Path, count: int, seed: int = 0) -> tuple[str, ...]
     return tuple(captions[i] for i in chosen)
 
 
-def read_protocol_texts(path: Path, protocol: str | None) -> tuple[str, ...]:
+def read_protocol_prompts(path: Path, protocol: str | None) -> tuple[Prompt, ...]:
     """Read the prompts of a file: those that the protocol draws from COCO, or one a line."""
+    count = None if protocol is None else get_protocol(protocol).coco_captions
+    if count is None:
+        return read_prompts(path)
+    return make_prompts(draw_coco_captions(path, count), None)
+
+
+def read_protocol_texts(path: Path, protocol: str | None) -> tuple[str, ...]:
+    """Read the texts of `read_protocol_prompts`; ValueError for a prompt with its own settings."""
     count = None if protocol is None else get_protocol(protocol).coco_captions
     return read_texts(path) if count is None else draw_coco_captions(path, count)

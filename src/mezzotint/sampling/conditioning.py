@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, SupportsIndex, TypeAlias
@@ -16,6 +17,7 @@ from mezzotint.data.labels import find_class
 from mezzotint.data.text_encoder import TextEncoder, open_text_encoder
 from mezzotint.process import guidance as guide
 from mezzotint.process.denoiser import Cond, Model
+from mezzotint.sampling.prompts import describe_cut, make_prompts
 
 # One or several, as integers of Python, numpy or torch; tensors and arrays of one dimension too.
 Seeds: TypeAlias = SupportsIndex | torch.Generator | Iterable[Any]
@@ -117,6 +119,8 @@ def text_condition(model: Model, text: str | Sequence[str] | Tensor | None, coun
         raise ValueError(
             f"{len(prompts)} prompts for {count} seeds; give one prompt, or one per seed"
         )
+    for line in describe_cut(text_encoder_for(model), make_prompts(prompts, None)):
+        warnings.warn(line, stacklevel=3)
     return encode_prompts(model, prompts)
 
 

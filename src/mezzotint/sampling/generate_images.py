@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mezzotint.backbones import native_size
 from mezzotint.core.distributed import (
     World,
     all_ranks,
@@ -65,19 +65,24 @@ def generate_images(
 def _generate(
     job: SamplingJob, out: Path, seeds: range, world: World, overwrite: bool, quiet: bool
 ) -> None:
-    writer = make_writer(out, job.model.info.labels, job.codec is None)
+    describe = job.describe_image if job.prompts else None
+    writer = make_writer(out, job.model.info.labels, job.codec is None, describe, job.sizes())
 
-    def open_writer() -> list[range]:
+    def open_writer() -> list[Sequence[int]]:
         check_sampler(job)
         check_network(job)
         writer.open(job.card(len(seeds), seeds.start), overwrite)
         missing = writer.missing(seeds)
         _check_free_space(out, writer.bytes_needed(seeds, len(missing), _bytes_per_image(job)))
-        return consecutive_batches(missing, job.settings.batch)
+        return batches_by_size(job, missing)
 
-    def write(batch: range, images: Tensor) -> None:
+    def write(batch: Sequence[int], images: Tensor) -> None:
+        labels, start = job.labels(batch), 0
         with _explain_full_disk(out):
-            writer.write(batch, images, job.labels(batch))
+            for run in consecutive_batches(batch, len(batch)):
+                part = slice(start, start + len(run))
+                writer.write(run, images[part], None if labels is None else labels[part])
+                start = part.stop
 
     def close_writer() -> None:
         with _explain_full_disk(out):
@@ -90,7 +95,7 @@ def _generate(
         BackgroundWriter(write) as background,
     ):
 
-        def draw_batch(shares: Sequence[range]) -> None:
+        def draw_batch(shares: Sequence[Sequence[int]]) -> None:
             if world.rank < len(shares):
                 batch = shares[world.rank]
                 background.put(batch, job.draw(batch))
@@ -111,7 +116,7 @@ class BackgroundWriter:
     Use it as a context. At its end the last batch is written, also where the network failed.
     """
 
-    def __init__(self, write: Callable[[range, Tensor], None]):
+    def __init__(self, write: Callable[[Sequence[int], Tensor], None]):
         self.write = write
         self.pool = ThreadPoolExecutor(1, "image-writer")
         self.pending: Future[None] | None = None
@@ -122,7 +127,7 @@ class BackgroundWriter:
     def __exit__(self, *error: object) -> None:
         self.pool.shutdown(wait=True)
 
-    def put(self, batch: range, images: Tensor) -> None:
+    def put(self, batch: Sequence[int], images: Tensor) -> None:
         """Wait until the batch before is written, then start to write this one.
 
         Errors: those of the batch before.
@@ -135,6 +140,17 @@ class BackgroundWriter:
         pending, self.pending = self.pending, None
         if pending is not None:
             pending.result()
+
+
+def batches_by_size(job: SamplingJob, seeds: Sequence[int]) -> list[Sequence[int]]:
+    """Return rising seeds as batches of images of one size each."""
+    if len(job.sizes()) == 1:
+        return [*consecutive_batches(seeds, job.settings.batch)]
+    groups: dict[tuple[int, int], list[int]] = {}
+    for seed in seeds:
+        groups.setdefault(job.size(seed), []).append(seed)
+    size = job.settings.batch
+    return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
 
 
 def consecutive_batches(seeds: Sequence[int], batch: int) -> list[range]:
@@ -164,7 +180,7 @@ def _explain_full_disk(out: Path) -> Iterator[None]:
 
 def _bytes_per_image(job: SamplingJob) -> int:
     config = job.model.info.config
-    height, width = job.settings.size or native_size(config)
+    height, width = max(job.sizes(), key=math.prod)
     if job.decoder is None:
         return 4 * config.channels * height * width
     channels = config.channels if job.codec == "pixels" else 3

@@ -11,7 +11,6 @@ import torch
 from PIL import Image as Pillow
 from torch import Tensor
 
-from mezzotint.backbones import native_size
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.data.decode import open_image_file
 from mezzotint.data.transforms import to_mode, to_model_range, to_pixels
@@ -20,7 +19,7 @@ from mezzotint.process.guidance import with_image
 from mezzotint.process.logsnr import diffuse
 from mezzotint.process.samplers import Grid
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
+from mezzotint.sampling.sample import make_logsnr_steps
 from mezzotint.sampling.writers import check_edit_output, write_card
 
 
@@ -120,7 +119,7 @@ def _steps_from(job: SamplingJob, start_logsnr: float) -> Grid:
 
 def _noise(job: SamplingJob, seeds: Sequence[int], x: Tensor, steps: Grid) -> Image:
     """Return x at the first log-SNR of `steps`, with each seed's noise."""
-    eps = draw_start_noise(job.model, seeds, job.settings)
+    eps = job.start_noise(seeds)
     return diffuse(x.expand(len(seeds), -1, -1, -1), eps, steps[:1].expand(len(seeds)).to(eps))
 
 
@@ -152,8 +151,7 @@ def read_image_and_mask(job: SamplingJob, path: Path, mask: Path) -> tuple[Tenso
 def _fit(job: SamplingJob, image: Pillow.Image, path: Path, channels: int) -> Tensor:
     """Return an image as (channels, h, w) uint8 in the job's size."""
     factor = 1 if job.decoder is None else job.decoder.factor
-    native = native_size(job.model.info.config)
-    height, width = (side * factor for side in job.settings.size or native)
+    height, width = (side * factor for side in job.size(0))
     if image.size == (width, height):
         array = torch.from_numpy(np.array(to_mode(image, channels)))
         return array[None] if channels == 1 else array.permute(2, 0, 1)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mezzotint import __version__
 from mezzotint.backbones import native_size
+from mezzotint.core.fields import shorten
 from mezzotint.core.tensor_files import sha256_of_module
 from mezzotint.data import autoencoder
 from mezzotint.data.transforms import to_uint8
@@ -27,19 +28,21 @@ from mezzotint.sampling.conditioning import (
     label_indices,
     text_encoder_for,
 )
-from mezzotint.sampling.denoisers import check_cuda_graphs, is_exact
+from mezzotint.sampling.denoisers import check_cuda_graphs, is_exact, model_denoiser
+from mezzotint.sampling.prompts import Prompt, make_prompts
 from mezzotint.sampling.sample import (
+    ImageGuidance,
+    build_denoiser,
     count_network_calls,
     draw_start_noise,
-    make_denoiser,
     make_logsnr_steps,
     run_sampler,
-    sample_batches,
 )
-from mezzotint.sampling.settings import SamplingSettings, resolve_dtype
+from mezzotint.sampling.settings import Guidance, SamplingSettings, resolve_dtype
 from mezzotint.sampling.tuned import WIDTH, TunedSettings, read_tuned
 
 CARD_FORMAT = 1
+PROMPT_SEEDS = "; a prompt's own seed replaces i, plus 1 each time the prompts come round again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,8 @@ class SamplingJob:
 
     model: in eval mode on its device.
     guide_model: a weaker model for autoguidance.
-    prompts: of a model with text conditioning, taken in turn by seed.
+    prompts: of a model with text conditioning, taken in turn by seed. What a prompt sets by itself
+        replaces the settings for its images.
     encoder: folder of the text encoder, if it is not where the model's info says.
     classes: the classes to choose labels from; empty for no class.
     label_order: of `protocols.LABEL_ORDERS`.
@@ -62,7 +66,7 @@ class SamplingJob:
     model: Model
     settings: SamplingSettings
     guide_model: Model | None = None
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[Prompt, ...] = ()
     encoder: str | None = None
     classes: tuple[int, ...] = ()
     label_order: str = "turn"
@@ -83,14 +87,54 @@ class SamplingJob:
         return codec
 
     @functools.cached_property
-    def denoiser(self) -> Denoiser:
-        """The model as the settings ask for it, guided and clipped."""
-        return make_denoiser(self.model, self.settings, self.guide_model)
+    def networks(self) -> tuple[Denoiser, Denoiser | None]:
+        """The model and the guide model, unguided."""
+        weak = self.guide_model and model_denoiser(self.guide_model, self.settings)
+        return model_denoiser(self.model, self.settings), weak
+
+    def denoiser(self, seeds: Sequence[int]) -> Denoiser:
+        """Return the model as the settings and the prompts of these images ask for it."""
+        strong, weak = self.networks
+        own = self.image_guidance([self.prompt(seed) for seed in seeds] if self.prompts else ())
+        return build_denoiser(strong, self.model, self.guided_settings, weak, own)
+
+    @functools.cached_property
+    def guided_settings(self) -> SamplingSettings:
+        """The settings, with a guidance if any prompt has its own."""
+        if self.settings.guidance or all(p.guidance is None for p in self.prompts):
+            return self.settings
+        return dataclasses.replace(self.settings, guidance=Guidance(scale=1.0))
+
+    def image_guidance(self, prompts: Sequence[Prompt]) -> ImageGuidance:
+        """Return what guides the images of these prompts by itself, if any of the job's does."""
+        guidance, peak, negative = self.guided_settings.guidance, None, None
+        if guidance is not None and any(p.guidance is not None for p in self.prompts):
+            peaks = [self._guidance(prompt).peak for prompt in prompts]
+            peak = torch.tensor(peaks, dtype=torch.float64)
+        if guidance is not None and any(p.negative for p in self.prompts):
+            texts = [p.negative or "" for p in prompts]
+            negative = encode_prompts(self.model, texts, self.encoder).map(self._to_device)
+        return ImageGuidance(peak=peak, negative=negative)
+
+    def _guidance(self, prompt: Prompt) -> Guidance:
+        """Return the guidance of a prompt's image, of a job that guides."""
+        guidance = self.guided_settings.guidance
+        assert guidance is not None
+        own = prompt.guidance
+        return guidance if own is None else dataclasses.replace(guidance, scale=own)
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(next(self.model.parameters()).device)
 
     @functools.cached_property
     def network_calls(self) -> int:
         """Network calls per image; guidance and a guide model count as calls of their own."""
-        return count_network_calls(self.model, self.settings, self.guide_model is not None)
+        settings, scales = self.guided_settings, [p.guidance for p in self.prompts]
+        if settings.guidance is not None and any(scale is not None for scale in scales):
+            # An image whose own scale is 1 shares its batch with guided ones, and so their calls.
+            guided = [s for p in self.prompts for s in [self._guidance(p)] if s.peak != 1]
+            settings = dataclasses.replace(settings, guidance=guided[0] if guided else None)
+        return count_network_calls(self.model, settings, self.guide_model is not None)
 
     def labels(self, seeds: Sequence[int]) -> list[int] | None:
         """Return the class of each image; None for no class."""
@@ -98,24 +142,65 @@ class SamplingJob:
             return None
         return protocols.choose_labels(self.label_order, seeds, self.classes)
 
-    def prompt(self, seed: int) -> str:
+    def prompt(self, seed: int) -> Prompt:
         """Return the prompt of an image."""
         return self.prompts[seed % len(self.prompts)]
+
+    def noise_seeds(self, seeds: Sequence[int]) -> list[int]:
+        """Return the seed of each image's noise: its own, or one that its prompt sets.
+
+        When the prompts come round again, such a seed grows by one.
+        """
+        if not self.prompts:
+            return list(seeds)
+        own = [(self.prompt(seed).seed, seed // len(self.prompts)) for seed in seeds]
+        return [s if o is None else o + r for s, (o, r) in zip(seeds, own, strict=True)]
+
+    def size(self, seed: int) -> tuple[int, int]:
+        """Return the height and width of the network's input for an image."""
+        own = self.prompt(seed).size if self.prompts else None
+        return own or self.settings.size or native_size(self.model.info.config)
+
+    def describe_image(self, seed: int) -> dict[str, Any]:
+        """Return the row of an image: its prompt with everything it was made with.
+
+        A file of such rows (`read_prompts`) makes the same images again, under the same settings.
+        """
+        prompt = self.prompt(seed)
+        scale = self.guided_settings.guidance and self._guidance(prompt).scale
+        row = dataclasses.replace(
+            prompt, seed=self.noise_seeds((seed,))[0], guidance=scale, size=self.size(seed)
+        ).to_json()
+        assert isinstance(row, dict)
+        return row
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return the sizes that the images have."""
+        return sorted({self.size(i) for i in range(max(1, len(self.prompts)))})
+
+    def start_noise(self, seeds: Sequence[int]) -> Image:
+        """Draw the noise from which these images start; ValueError for images of several sizes."""
+        sizes = {self.size(seed) for seed in seeds} or {self.size(0)}
+        if len(sizes) > 1:
+            raise ValueError(f"images of sizes {sorted(sizes)} in one batch; draw each size alone")
+        settings = dataclasses.replace(self.settings, size=sizes.pop())
+        return draw_start_noise(self.model, self.noise_seeds(seeds), settings)
 
     def cond(self, seeds: Sequence[int]) -> Cond:
         """Return the labels and prompts of these images as a condition."""
         label = label_condition(self.model, self.labels(seeds), len(seeds))
         if not self.prompts:
             return Cond(label=label)
-        text = encode_prompts(self.model, [self.prompt(seed) for seed in seeds], self.encoder)
+        texts = [self.prompt(seed).text for seed in seeds]
+        text = encode_prompts(self.model, texts, self.encoder)
         return dataclasses.replace(text, label=label)
 
     def draw(self, seeds: Sequence[int]) -> Tensor:
         """Sample images: (b, c, h, w) uint8 on the CPU, or float32 latents without a codec."""
-        cond = self.cond(seeds)
-        return self.decode(
-            sample_batches(self.denoiser, self.model, list(seeds), cond, self.settings)
-        )
+        steps, batch = make_logsnr_steps(self.model, self.settings), self.settings.batch
+        parts = [seeds[i : i + batch] for i in range(0, len(seeds), batch)]
+        images = [self.run_sampler(self.start_noise(part), steps, part) for part in parts]
+        return self.decode(torch.cat(images or [self.start_noise(())]))
 
     def run_sampler(
         self,
@@ -129,8 +214,10 @@ class SamplingJob:
         Args:
             wrap: wraps the guided and clipped denoiser once more.
         """
-        denoise = self.denoiser if wrap is None else wrap(self.denoiser)
-        return run_sampler(denoise, z, logsnr_steps, seeds, self.cond(seeds), self.settings)
+        denoise = self.denoiser(seeds)
+        denoise = denoise if wrap is None else wrap(denoise)
+        noise_seeds = self.noise_seeds(seeds)
+        return run_sampler(denoise, z, logsnr_steps, noise_seeds, self.cond(seeds), self.settings)
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode the model's samples, in the form that `draw` returns."""
@@ -145,7 +232,8 @@ class SamplingJob:
         """
         device = next(self.model.parameters()).device
         dtype = resolve_dtype(self.settings.dtype, device)
-        s, config = dataclasses.replace(self.settings, dtype=dtype), self.model.info.config
+        s, sizes = dataclasses.replace(self.settings, dtype=dtype), self.sizes()
+        own_seeds = any(p.seed is not None for p in self.prompts)
         ends = make_logsnr_steps(self.model, s)[[0, -1]]
         deviations = self.protocol and protocols.find_deviations(
             self.protocol, s, self.label_order, self.uint8_rule, self.codec or "none"
@@ -159,10 +247,10 @@ class SamplingJob:
             "guide_model": None if self.guide_model is None else _describe_model(self.guide_model),
             "num_images": num_images,
             "first_seed": first_seed,
-            "seed_rule": protocols.SEED_RULE,
+            "seed_rule": protocols.SEED_RULE + (PROMPT_SEEDS if own_seeds else ""),
             "label_order": protocols.LABEL_ORDER_RULES[self.label_order] if self.classes else None,
             "classes": _describe_classes(self.classes),
-            "prompts": list(self.prompts) or None,
+            "prompts": [p.to_json() for p in self.prompts] or None,
             "text_encoder": self.model.info.extra.get("text"),
             "sampler": parse.to_plain(s.sampler),
             "discretization": parse.to_plain(s.discretization) or "the family's own",
@@ -170,7 +258,7 @@ class SamplingJob:
             "logsnr": [round(float(v), 6) if v.isfinite() else "inf" for v in ends],
             "guidance": parse.to_plain(s.guidance),
             "clip": parse.to_plain(s.clip),
-            "size": list(s.size or native_size(config)),
+            "size": list(sizes[0]) if len(sizes) == 1 else "of each prompt",
             "dtype": s.dtype,
             "compiled": s.compile or None,
             "same_bytes_for_any_batch": is_exact(s, device),
@@ -213,7 +301,7 @@ def _describe_classes(classes: Sequence[int]) -> str | list[int] | None:
 def check_sampler(job: SamplingJob) -> None:
     """Raise ValueError for a sampler, options or guidance that the job's model cannot use."""
     check_cuda_graphs(job.settings, next(job.model.parameters()).device)
-    count_network_calls(job.model, job.settings, job.guide_model is not None)
+    assert job.network_calls > 0
 
 
 def check_decoder(job: SamplingJob) -> None:
@@ -223,10 +311,12 @@ def check_decoder(job: SamplingJob) -> None:
 
 
 def check_network(job: SamplingJob) -> None:
-    """Call the network on one image, so that a size it cannot take raises before files are made."""
-    z = draw_start_noise(job.model, (0,), job.settings)
-    with torch.no_grad():
-        job.model(z, torch.zeros(1), job.cond((0,)).map(lambda t: t.to(z.device)))
+    """Call the network on one image of each size, so that a wrong one raises before any file."""
+    device = next(job.model.parameters()).device
+    for i in {job.size(i): i for i in range(max(1, len(job.prompts)))}.values():
+        with torch.no_grad():
+            cond = job.cond((i,)).map(lambda t: t.to(device))
+            job.model(job.start_noise((i,)), torch.zeros(1), cond)
 
 
 def make_job(
@@ -239,7 +329,8 @@ def make_job(
     guide_model: str | Path | None = None,
     codec: str | None = None,
     latents: bool = False,
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str | Prompt] = (),
+    negative_text: str | None = None,
     encoder: str | None = None,
 ) -> SamplingJob:
     """Open models by name and return a SamplingJob.
@@ -255,6 +346,7 @@ def make_job(
         codec: autoencoder that decodes; by default the protocol's, or the model's own.
         latents: do not decode.
         prompts: for a model with text conditioning, taken in turn.
+        negative_text: guides away from these words, for prompts without such of their own.
         encoder: folder of the text encoder, if it is not where the model's info says.
 
     Errors: ValueError for unknown names, labels of an unconditional model, prompts of a model
@@ -292,12 +384,13 @@ def make_job(
         uint8_rule=published.uint8_rule if published else "round",
         codec=None if latents else codec,
         protocol=protocol,
-        prompts=tuple(prompts),
+        prompts=make_prompts(prompts, negative_text),
         encoder=encoder,
         tuned=tuned,
         tuned_fields=tuple(free) if tuned is None or tuned.width is None else (*free, WIDTH),
     )
     protocols.choose_labels(job.label_order, (), job.classes)  # raises for an unknown order
+    _check_negative(job, negative_text)
     if prompts:
         text_encoder_for(model, encoder)
     elif reads_text and settings.guidance is not None:
@@ -305,6 +398,21 @@ def make_job(
             "guidance of a model with text conditioning needs prompts; give --text or --prompts"
         )
     return job
+
+
+def _check_negative(job: SamplingJob, negative_text: str | None) -> None:
+    """Raise ValueError for negative words that cannot act."""
+    if negative_text is not None and not job.prompts:
+        raise ValueError("a negative text needs prompts; give --text or --prompts")
+    negative = [p for p in job.prompts if p.negative]
+    if negative and job.guide_model is not None:
+        raise ValueError("a guide model takes the place of the negative text; leave one out")
+    for prompt in negative:
+        if prompt.guidance is None and job.settings.guidance is None:
+            raise ValueError(
+                f"the negative text {shorten(prompt.negative)} acts through guidance; give "
+                "--guidance 3, or so"
+            )
 
 
 def _open_guide_model(source: str | Path, model: Model) -> Model:

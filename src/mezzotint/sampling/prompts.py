@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from mezzotint.core.fields import MOST_SEED, Checked, Range, parse, shorten
 from mezzotint.core.files import open_regular
 from mezzotint.core.json_values import first_line, parse_json
+from mezzotint.data.text_encoder import TextEncoder
 from mezzotint.sampling.parse import parse_size
 from mezzotint.sampling.settings import Side
 
@@ -51,6 +53,30 @@ class Prompt(Checked):
 
 
 FIELDS = ("text", "negative", "seed", "guidance", "size")
+# As other programs write the weight of a word: "(red:1.5)".
+WEIGHT = re.compile(r"\([^()]+:\s*[\d.]+\s*\)")
+
+
+def make_prompts(prompts: Sequence[str | Prompt], negative: str | None) -> tuple[Prompt, ...]:
+    """Return prompts of texts and of prompts; `negative` is for those that have none."""
+    made = [p if isinstance(p, Prompt) else Prompt(text=p) for p in prompts]
+    return tuple(replace(p, negative=negative) if p.negative is None else p for p in made)
+
+
+def describe_cut(encoder: TextEncoder, prompts: Sequence[Prompt]) -> list[str]:
+    """Return what a model does not read of its prompts: a line on their ends, one on weights."""
+    texts = list(dict.fromkeys(t for p in prompts for t in (p.text, p.negative) if t))
+    counts = {text: encoder.count_tokens(text) for text in texts}
+    long, lines = [t for t in texts if counts[t] > encoder.max_tokens], []
+    if long:
+        longest = max(long, key=counts.__getitem__)
+        lines.append(
+            f"{len(long)} of {len(texts)} texts are cut to the {encoder.max_tokens} tokens that "
+            f"the model reads; {shorten(longest)} has {counts[longest]}"
+        )
+    if weighted := next((t for t in texts if WEIGHT.search(t)), None):
+        lines.append(f"weights in parentheses are read as words: {shorten(weighted)}")
+    return lines
 
 
 def read_prompts(path: Path) -> tuple[Prompt, ...]:
@@ -71,7 +97,7 @@ def read_prompts(path: Path) -> tuple[Prompt, ...]:
         text = content.decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise ValueError(f"prompts {path} cannot be read: {_explain(error)}") from None
-    read_line = _read_row if path.suffix.lower() in JSON_LINES else _read_text
+    read_line = read_row if path.suffix.lower() in JSON_LINES else _read_text
     # Not str.splitlines, which also ends lines at characters that a JSON text may hold.
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = tuple(
@@ -119,7 +145,8 @@ def _read_text(line: str) -> Prompt:
     return Prompt(text=line.strip())
 
 
-def _read_row(line: str) -> Prompt:
+def read_row(line: str) -> Prompt:
+    """Return the prompt of a JSON object, see `read_prompts`; ValueError for any other text."""
     try:
         row = parse_json(line)
     except ValueError as error:

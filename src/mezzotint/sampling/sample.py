@@ -6,7 +6,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 import torch
@@ -28,6 +28,7 @@ from mezzotint.sampling.conditioning import (
     Seeds,
     empty_condition,
     label_condition,
+    list_items,
     list_seeds,
     null_condition,
     text_condition,
@@ -38,6 +39,24 @@ from mezzotint.sampling.settings import CLIPS, Guidance, SamplingSettings, resol
 from mezzotint.sampling.tuned import read_tuned
 
 
+@dataclass(frozen=True, kw_only=True)
+class ImageGuidance:
+    """What guides each image of a batch by itself; None takes what holds for all.
+
+    peak: (b,) scale as DiT counts it, in place of the settings'.
+    negative: (b,) texts that guide in place of the empty condition, as conditions.
+    """
+
+    peak: Tensor | None = None
+    negative: Cond | None = None
+
+    def __getitem__(self, rows: slice) -> ImageGuidance:
+        """Return the guidance of some images of the batch."""
+        peak = None if self.peak is None else self.peak[rows]
+        negative = None if self.negative is None else self.negative[rows]
+        return ImageGuidance(peak=peak, negative=negative)
+
+
 def sample(
     model: Model,
     seeds: Seeds,
@@ -45,8 +64,9 @@ def sample(
     text: str | Sequence[str] | Tensor | None = None,
     sampler: str | None = None,
     steps: int | None = None,
-    guidance: float | None = None,
+    guidance: float | Sequence[float] | None = None,
     size: SupportsIndex | tuple[SupportsIndex, SupportsIndex] | None = None,
+    negative_text: str | Sequence[str] | None = None,
 ) -> Image:
     """Sample one image per seed.
 
@@ -58,10 +78,13 @@ def sample(
         text: for models with text conditioning: one prompt for all images, one per image, or token
             embeddings (b, t, d).
         sampler, steps: see `mezzotint.process.samplers`.
-        guidance: classifier-free scale as DiT counts it; 1 is no guidance.
+        guidance: classifier-free scale as DiT counts it, for all images or one per image; 1 is no
+            guidance.
             Of sampler, steps and guidance, None takes the model's tuned setting (`mezzotint tune`),
             or else ddim, 50 steps and no guidance. Images without label and text are not guided.
         size: height and width of the network's input; one number for a square.
+        negative_text: for guidance: one text for all images, or one per image, to guide away from
+            in place of the empty caption.
 
     Returns:
         (number of seeds, c, h, w) float32: images in [-1, 1] of pixel models, latents of latent
@@ -75,10 +98,11 @@ def sample(
         raise ValueError(
             f"{model!r} is not a model; open one first: sample(load_model(folder_or_hub_name), ...)"
         )
+    scales = [] if guidance is None else list_items(guidance)
     given = {
         "sampler": None if sampler is None else Spec(sampler),
         "steps": steps,
-        "guidance": None if guidance is None else Guidance(scale=guidance),
+        "guidance": Guidance(scale=scales[0]) if scales else None,
         "size": None if size is None else _height_and_width(size),
     }
     tuned = read_tuned(model.info)
@@ -88,8 +112,33 @@ def sample(
     cond = replace(
         text_condition(model, text, len(listed)), label=label_condition(model, label, len(listed))
     )
-    images = generate(model, listed, cond, settings)
+    own = _own_guidance(model, scales, negative_text, len(listed))
+    in_words = text is not None and not isinstance(text, Tensor)
+    if own.negative is not None and (settings.guidance is None or not in_words):
+        raise ValueError(
+            "a negative text acts through guidance beside a text in words; give text and "
+            "guidance=3, or so"
+        )
+    images = generate(model, listed, cond, settings, own=own)
     return images.clamp(-1, 1) if model.info.codec == "pixels" else images
+
+
+def _own_guidance(
+    model: Model, scales: Sequence[float], negative: str | Sequence[str] | None, count: int
+) -> ImageGuidance:
+    """Return what guides each of `count` images by itself; ValueError for another number."""
+    peak = None
+    if len(scales) > 1:
+        if len(scales) != count:
+            raise ValueError(
+                f"{len(scales)} guidance scales for {count} seeds; give one, or one per seed"
+            )
+        peak = torch.tensor([Guidance(scale=s).peak for s in scales], dtype=torch.float64)
+    if negative is None:
+        return ImageGuidance(peak=peak)
+    device = next(model.parameters()).device
+    given = text_condition(model, negative, count).map(lambda t: t.to(device))
+    return ImageGuidance(peak=peak, negative=given)
 
 
 def _height_and_width(size: Any) -> tuple[int, int]:
@@ -109,28 +158,43 @@ def generate(
     cond: Cond,
     settings: SamplingSettings,
     guide_model: Model | None = None,
+    own: ImageGuidance | None = None,
 ) -> Image:
     """Sample one image per seed under `settings`, unclamped; see `sample`.
 
     Args:
         cond: one row per seed, on any device.
         guide_model: a weaker model that guides in place of the empty condition (autoguidance).
+        own: what guides each image by itself.
     """
-    denoise = make_denoiser(model, settings, guide_model)
-    return sample_batches(denoise, model, seeds, cond, settings)
+    strong = model_denoiser(model, settings)
+    weak = None if guide_model is None else model_denoiser(guide_model, settings)
+
+    def sample_batch(part: slice, z: Image, logsnr_steps: Grid) -> Image:
+        denoise = build_denoiser(strong, model, settings, weak, own and own[part])
+        return run_sampler(denoise, z, logsnr_steps, seeds[part], cond[part], settings)
+
+    return sample_batches(sample_batch, model, seeds, settings)
 
 
 def sample_batches(
-    denoise: Denoiser, model: Model, seeds: Sequence[int], cond: Cond, settings: SamplingSettings
+    sample_batch: Callable[[slice, Image, Grid], Image],
+    model: Model,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
 ) -> Image:
-    """Sample one image per seed with `denoise`, `settings.batch` images at a time."""
+    """Sample one image per seed, `settings.batch` images at a time.
+
+    Args:
+        sample_batch: (rows, their start noise, log-SNR steps) to images.
+    """
     logsnr_steps = make_logsnr_steps(model, settings)
     images = [draw_start_noise(model, (), settings)]
     for start in range(0, len(seeds), settings.batch):
         part = slice(start, start + settings.batch)
         # At the noisy end z is standard normal, up to the image's trace of alpha(logsnr_steps[0]).
         z = draw_start_noise(model, seeds[part], settings)
-        images.append(run_sampler(denoise, z, logsnr_steps, seeds[part], cond[part], settings))
+        images.append(sample_batch(part, z, logsnr_steps))
     return torch.cat(images)
 
 
@@ -256,25 +320,34 @@ def make_denoiser(
 
 
 def build_denoiser(
-    strong: Denoiser, model: Model, settings: SamplingSettings, weak: Denoiser | None = None
+    strong: Denoiser,
+    model: Model,
+    settings: SamplingSettings,
+    weak: Denoiser | None = None,
+    own: ImageGuidance | None = None,
 ) -> Denoiser:
     """Wrap a denoiser in guidance, then in clipping.
 
     Args:
         strong: evaluates `model`, whose info says what classes and schedule it has.
         weak: guides in place of the empty condition (autoguidance).
+        own: what guides each image of the batch by itself; the denoiser is of that batch alone.
     """
-    g, denoise = settings.guidance, strong
+    g, denoise, own = settings.guidance, strong, own or ImageGuidance()
     if settings.sampler.name == "consistency":
         check_consistency_row(model.parameterisation.kind, "sampler consistency")
     if weak is not None and g is None:
         raise ValueError("a guide model needs a guidance scale, e.g. 1.5")
-    if g is not None and g.peak != 1:
-        scale, channels = guidance_scale(g, get_schedule(model)), model.info.config.channels
+    if g is not None and (g.peak != 1 or own.peak is not None):
+        scale = guidance_scale(g, get_schedule(model), own.peak)
+        channels = model.info.config.channels
         if g.channels is not None and not 1 <= g.channels <= channels:
             raise ValueError(f"{g.channels} guided channels; this model has {channels}")
         if weak is None:
-            denoise = guide.classifier_free(denoise, null_condition(model), scale, g.channels)
+            null = null_condition(model)
+            if own.negative is not None:
+                null = guide.negative_text(own.negative)
+            denoise = guide.classifier_free(denoise, null, scale, g.channels)
         elif g.channels is not None:
             raise ValueError("autoguidance guides all channels; leave channels out")
         else:
@@ -285,16 +358,22 @@ def build_denoiser(
     return denoise
 
 
-def guidance_scale(guidance: Guidance, schedule: Schedule) -> guide.Scale:
+def guidance_scale(
+    guidance: Guidance, schedule: Schedule, peak: Tensor | None = None
+) -> guide.Scale:
     """Return the guidance scale as a function of log-SNR, as DiT counts it.
+
+    Args:
+        peak: (b,) scale of each image in place of the guidance's.
 
     Errors: ValueError for an interval outside the schedule, and for time "index" of a schedule that
         is not a table.
     """
-    scale = guide.dit_s(guidance.peak)
+    largest = guidance.peak if peak is None else peak
+    scale = guide.dit_s(largest)
     if guidance.power is not None:
         time = _guidance_time(guidance.time or "u", schedule)
-        scale = guide.power_cosine(guidance.peak, guidance.power, time)
+        scale = guide.power_cosine(largest, guidance.power, time)
     if guidance.low is None or guidance.high is None:
         return scale
     noisy, clean = schedule(torch.tensor([1.0, 0.0], dtype=torch.float64)).tolist()

@@ -13,7 +13,7 @@ from mezzotint.core.files import atomic_open, is_special
 from mezzotint.core.image_grid import make_grid, save_png
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Image, PerImage
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
+from mezzotint.sampling.sample import make_logsnr_steps
 from mezzotint.sampling.writers import check_edit_output, write_card
 
 FILMSTRIP_COLUMNS = 10
@@ -43,8 +43,8 @@ def trajectory(job: SamplingJob, seeds: Sequence[int]) -> tuple[list[Tensor], li
         One (b, c, h, w) uint8 tensor per network call, and the log-SNR of each. The last one is the
         finished image, at log-SNR +inf.
     """
-    recorder = TrajectoryRecorder(job.denoiser)
-    z = draw_start_noise(job.model, seeds, job.settings)
+    recorder = TrajectoryRecorder(job.denoiser(seeds))
+    z = job.start_noise(seeds)
     steps = make_logsnr_steps(job.model, job.settings)
     last = job.run_sampler(z, steps, seeds, lambda _: recorder)
     frames = [job.decode(x) for x in [*recorder.x, last.cpu()]]
@@ -79,7 +79,7 @@ def interpolate(job: SamplingJob, seeds: Sequence[int], frames: int) -> Tensor:
             f"{len(seeds)} images and {frames} frames; interpolation needs two or more of each"
         )
     steps, rows = make_logsnr_steps(job.model, job.settings), []
-    noise = draw_start_noise(job.model, seeds, job.settings)
+    noise = job.start_noise(seeds)
     for seed, start, end in zip(seeds[:-1], noise[:-1], noise[1:], strict=True):
         z = torch.stack([slerp(start, end, k / (frames - 1)) for k in range(frames)])
         rows.append(job.decode(job.run_sampler(z, steps, [seed] * frames)))

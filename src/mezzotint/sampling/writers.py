@@ -8,8 +8,10 @@ system that all of them see. Every output has a card: card.json in a folder, FIL
 
 from __future__ import annotations
 
+import functools
 import glob
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -37,6 +39,7 @@ from mezzotint.core.image_grid import class_captions, make_grid, to_pil
 
 SamplingCard = dict[str, Any]  # how images were made, as JSON values
 WriteShard = Callable[[IO[bytes], Sequence[int], Tensor, Sequence[int] | None], None]
+DescribeImage = Callable[[int], dict[str, Any]]  # an image's prompt and settings, by seed
 MergeShards = Callable[[IO[bytes], Sequence[Path], Sequence[int] | None], None]
 
 ARCHIVE_TIME = (
@@ -48,6 +51,7 @@ ARCHIVE_TIME = (
     0,
 )  # of every archive member, so that equal images are equal files
 ENCODERS = min(4, os.cpu_count() or 1)  # threads
+METADATA = "metadata.jsonl"  # of a folder of images with prompts
 BLOCK_BYTES = 4096  # a file system rounds a file up to this
 
 
@@ -145,9 +149,13 @@ def encode_pngs(images: Tensor, labels: Sequence[int] | None = None) -> Iterator
 
 @dataclass(frozen=True)
 class FolderWriter:
-    """One PNG per image, named by its seed, and card.json."""
+    """One PNG per image, named by its seed, and card.json; of prompts, metadata.jsonl too.
+
+    metadata.jsonl has a row per image, as `read_prompts` and data sets read it.
+    """
 
     path: Path
+    describe: DescribeImage | None = None
 
     def _image_path(self, seed: int) -> Path:
         return self.path / f"{seed:06d}.png"
@@ -167,6 +175,7 @@ class FolderWriter:
                 for file in self.path.glob("*.png"):
                     if file.stem.isdigit():
                         file.unlink()
+                (self.path / METADATA).unlink(missing_ok=True)
         elif self.path.exists() and any(self.path.iterdir()):
             raise ValueError(
                 f"{self.path} holds files that mezzotint sample did not write; choose another --out"
@@ -192,7 +201,13 @@ class FolderWriter:
         return missing * (image_bytes + BLOCK_BYTES)
 
     def close(self, seeds: range, labels: Sequence[int] | None) -> None:
-        """Do nothing: the folder is complete."""
+        """See `ImageWriter`: write the images' prompts; all else is there."""
+        if self.describe is not None:
+            lines = (
+                json.dumps({"file_name": self._image_path(i).name} | self.describe(i))
+                for i in seeds
+            )
+            atomic_write(self.path / METADATA, "".join(f"{line}\n" for line in lines))
 
 
 @dataclass(frozen=True)
@@ -316,9 +331,16 @@ def _open_tar(file: IO[bytes]) -> tarfile.TarFile:
 
 
 def _write_tar(
-    file: IO[bytes], seeds: Sequence[int], images: Tensor, labels: Sequence[int] | None
+    file: IO[bytes],
+    seeds: Sequence[int],
+    images: Tensor,
+    labels: Sequence[int] | None,
+    describe: DescribeImage | None = None,
 ) -> None:
-    """Write WebDataset's samples: SEED.png, and SEED.cls with the class index as text."""
+    """Write WebDataset's samples: SEED.png, and SEED.cls with the class index as text.
+
+    Of prompts, SEED.json holds what `describe` returns.
+    """
 
     def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
         entry = tarfile.TarInfo(name)
@@ -330,6 +352,8 @@ def _write_tar(
             add(archive, f"{seed:09d}.png", content)
             if labels is not None:
                 add(archive, f"{seed:09d}.cls", str(labels[i]).encode())
+            if describe is not None:
+                add(archive, f"{seed:09d}.json", json.dumps(describe(seed)).encode())
 
 
 def _merge_tar(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | None) -> None:
@@ -352,28 +376,42 @@ def _make_grid_merger(names: Sequence[str] | None) -> MergeShards:
 
 
 def make_writer(
-    path: Path, label_names: Sequence[str] | None = None, latents: bool = False
+    path: Path,
+    label_names: Sequence[str] | None = None,
+    latents: bool = False,
+    describe: DescribeImage | None = None,
+    sizes: Sequence[tuple[int, int]] = (),
 ) -> ImageWriter:
     """Return the writer that a path's ending names.
 
     No ending is a folder of PNGs. .npz and .tar hold all images. .png is one grid with labels under
     the images; so does a device or pipe of another name.
 
-    Errors: ValueError for other endings, and for latents in anything but a .npz.
+    Args:
+        describe: of images with prompts: a folder and a .tar keep it for each image.
+        sizes: of the images.
+
+    Errors: ValueError for other endings, for latents in anything but a .npz, and for images of
+        several sizes in anything but a folder or a .tar.
     """
+    if len(sizes) > 1 and path.suffix not in ("", ".tar"):
+        shown = ", ".join(f"{height}x{width}" for height, width in sizes[:4])
+        raise ValueError(
+            f"images of several sizes ({shown}) do not fit in {path}; name a folder or a .tar"
+        )
     if latents and path.suffix != ".npz":
         raise ValueError(f"latents are written as .npz; given {path}")
     if path.suffix == ".npz":
         return ShardedWriter(path, _write_array, _merge_npz)
     if path.suffix == ".tar":
-        return ShardedWriter(path, _write_tar, _merge_tar)
+        return ShardedWriter(path, functools.partial(_write_tar, describe=describe), _merge_tar)
     if path.suffix == ".png" or is_special(path):
         return ShardedWriter(
             path, _write_array, _make_grid_merger(label_names), keep_finished=False
         )
     if path.suffix:
         raise ValueError(f"{path} is neither a folder nor a .npz, .tar or .png")
-    return FolderWriter(path)
+    return FolderWriter(path, describe)
 
 
 def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> None:

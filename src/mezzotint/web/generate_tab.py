@@ -81,7 +81,7 @@ def model_fields(
     prompts = gr.Textbox(
         "",
         label="Prompts",
-        info="one a line, used in turn by seed",
+        info='one a line, used in turn by seed; or {"text": ..., "negative": ..., "guidance": 3}',
         placeholder="a red ring at the top left",
         lines=2,
         max_lines=6,
@@ -89,16 +89,25 @@ def model_fields(
         visible=studio.takes_prompts(first),
     )
 
-    def show_fields(name: Any) -> tuple[Any, Any]:
+    negative = gr.Textbox(
+        "",
+        label="Negative text",
+        info="guide away from these words; needs guidance",
+        max_length=studio.limits.prompt_chars,
+        visible=studio.takes_prompts(first),
+    )
+
+    def show_fields(name: Any) -> tuple[Any, Any, Any]:
         choices = label_choices(studio, name)
         classes = gr.Dropdown(choices=choices, value=choices[0], visible=len(choices) > 1)
         if studio.takes_prompts(name):
-            return classes, gr.Textbox(visible=True)
+            return classes, gr.Textbox(visible=True), gr.Textbox(visible=True)
         # Clear the prompts when hiding them: when showing, the first words typed could be lost.
-        return classes, gr.Textbox(value="", visible=False)
+        hidden = gr.Textbox(value="", visible=False)
+        return classes, hidden, gr.Textbox(value="", visible=False)
 
-    model.change(show_fields, model, [label, prompts], **QUIET)
-    return {"model": model, "label": label, "prompts": prompts}
+    model.change(show_fields, model, [label, prompts, negative], **QUIET)
+    return {"model": model, "label": label, "prompts": prompts, "negative": negative}
 
 
 def sampler_fields(studio: Studio, start: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +226,8 @@ def generate_tab(studio: Studio) -> None:
     def draw(values: dict[Any, Any]) -> str:
         return plot_guidance(studio, read_form(fields, values))
 
-    names = ("model", "prompts", "steps", "guidance", "curve", "power", "limited", "low", "high")
+    names = ("model", "prompts", "negative", "steps", "guidance")
+    names += ("curve", "power", "limited", "low", "high")
     changes = [fields[name].change for name in names]
     gr.on(changes, draw, set(fields.values()), plot, trigger_mode="always_last", **QUIET)
 

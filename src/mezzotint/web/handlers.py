@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mezzotint.sampling.conditioning import text_encoder_for
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.sample import draw_start_noise
+from mezzotint.sampling.prompts import describe_cut
 from mezzotint.sampling.trajectory import slerp
 from mezzotint.web import html
 from mezzotint.web.html import Figure
@@ -55,7 +56,7 @@ def report_errors(steps: Iterator[Step]) -> Iterator[Step]:
 def image_titles(job: SamplingJob, seeds: Sequence[int]) -> list[str]:
     """Return each image's seed with its prompt or class, where one is chosen."""
     if job.prompts:
-        names = [job.prompt(seed) for seed in seeds]
+        names = [job.prompt(seed).text for seed in seeds]
     elif labels := job.labels(seeds):
         known = job.model.info.labels or ()
         names = [known[i] if i < len(known) else f"class {i}" for i in labels]
@@ -94,6 +95,14 @@ def finished_figures(
     ]
 
 
+def cut_note(job: SamplingJob) -> str:
+    """Return what the model does not read of the prompts, to follow another sentence."""
+    if not job.prompts:
+        return ""
+    lines = describe_cut(text_encoder_for(job.model, job.encoder), job.prompts)
+    return "".join(f" · {line}" for line in lines)
+
+
 def sample_figures(
     job: SamplingJob, seeds: list[int], limits: Limits, heading: str = ""
 ) -> Iterator[tuple[list[Figure], str, bool]]:
@@ -101,7 +110,7 @@ def sample_figures(
     titles = image_titles(job, seeds)
 
     def work(channel: UpdateChannel) -> tuple[Tensor, dict[str, Any]]:
-        z = draw_start_noise(job.model, seeds, job.settings)
+        z = job.start_noise(seeds)
         return sample_stream(job, z, seeds, channel), job.card(1, seeds[0])
 
     updates = stream(work, limits.seconds)
@@ -113,7 +122,9 @@ def sample_figures(
         images, card = end.value
     finally:
         updates.close()
-    status = html.note(f"{heading}done · {job.network_calls} network calls per image")
+    status = html.note(
+        f"{heading}done · {job.network_calls} network calls per image{cut_note(job)}"
+    )
     yield finished_figures(job, images, seeds, card), status, True
 
 
@@ -133,7 +144,7 @@ def interpolation(
     job = make_job(studio, request)
     a, b = parse_seed(first), parse_seed(last)
     count = parse_integer("images", count, 2, studio.limits.images)
-    ends = draw_start_noise(job.model, [a, b], job.settings)
+    ends = job.start_noise([a, b])
     fractions = [k / (count - 1) for k in range(count)]
     z = torch.stack([slerp(ends[0], ends[1], t) for t in fractions])
     titles = [f"seed {a}", *(f"{100 * t:.0f} %" for t in fractions[1:-1]), f"seed {b}"]

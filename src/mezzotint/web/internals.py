@@ -20,7 +20,7 @@ from mezzotint.backbones.diffit import TMSA
 from mezzotint.data.transforms import to_uint8
 from mezzotint.process.prediction import solve
 from mezzotint.sampling.job import SamplingJob
-from mezzotint.sampling.sample import draw_start_noise, make_logsnr_steps
+from mezzotint.sampling.sample import make_logsnr_steps
 from mezzotint.tools import summary
 from mezzotint.web import handlers, html
 from mezzotint.web.html import Figure
@@ -131,7 +131,7 @@ def branches(studio: Studio, name: Any, seed: Any, steps: Any) -> Iterator[handl
             results.append(StepImages(level, branch_images(job, args[0].float(), outputs, level)))
 
         with forward_hook(job.model.backbone, record):
-            z = draw_start_noise(job.model, [seed], job.settings)
+            z = job.start_noise([seed])
             sample_stream(job, z, [seed], channel)
         return results
 
@@ -213,7 +213,7 @@ def attention(
             channel(make_update)
 
         with forward_hook(attn, record, before=True):
-            z = draw_start_noise(job.model, [seed], job.settings)
+            z = job.start_noise([seed])
             sample_stream(job, z, [seed], send)
         levels = make_logsnr_steps(job.model, job.settings).tolist()
         return [  # the last log-SNR is the clean end, where the network is not called

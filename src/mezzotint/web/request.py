@@ -18,6 +18,7 @@ from mezzotint.sampling import conditioning
 from mezzotint.sampling.conditioning import label_condition, label_indices
 from mezzotint.sampling.job import SamplingJob
 from mezzotint.sampling.parse import parse_size
+from mezzotint.sampling.prompts import Prompt, make_prompts, read_row
 from mezzotint.sampling.settings import Guidance, SamplingSettings
 from mezzotint.sampling.tuned import TunedSettings, read_tuned
 from mezzotint.web.studio import Limits, Studio
@@ -33,7 +34,9 @@ class Request:
 
     model: name.
     label: class names or numbers, ALL_CLASSES or NO_CLASS.
-    prompts: one a line, used in turn by seed.
+    prompts: one a line, used in turn by seed; a line {"text": ..., "guidance": 3} is a row as in a
+        file of prompts (`read_prompts`), without a size.
+    negative: words to guide away from.
     seeds: "3", "0-7" or "1, 5, 9".
     guidance: scale as DiT counts it; 1 is none.
     curve: one of CURVES. power: exponent of the power-cosine.
@@ -44,6 +47,7 @@ class Request:
     model: Any
     label: Any = ALL_CLASSES
     prompts: Any = ""
+    negative: Any = ""
     seeds: Any = "0"
     steps: Any = 50
     sampler: Any = "ddim"
@@ -127,8 +131,14 @@ def parse_classes(model: Model, label: Any) -> tuple[int, ...]:
     return tuple(classes)
 
 
-def parse_prompts(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
+def parse_prompts(
+    model: Model, text: Any, negative: Any, guided: bool, limits: Limits
+) -> tuple[Prompt, ...]:
     """Return one prompt a line, without blank lines; at most `limits.images` of them.
+
+    Args:
+        negative: words for prompts without negative words of their own. guided: whether guidance,
+            through which they act, is on.
 
     Errors: ValueError also for a model without text conditioning, and for a text encoder that is
         not on this machine.
@@ -138,15 +148,27 @@ def parse_prompts(model: Model, text: Any, limits: Limits) -> tuple[str, ...]:
         raise ValueError(
             f"the prompts are too long; at most {limits.prompt_chars:,} characters fit"
         )
-    prompts = tuple(line.strip() for line in text.splitlines() if line.strip())
+    negative = parse_text("negative text", negative, limits.prompt_chars)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = make_prompts([_parse_prompt(line) for line in lines], negative or None)
     if len(prompts) > limits.images:
         raise ValueError(
             f"{len(prompts)} prompts, one a line; at most {limits.images}, one for each image"
         )
+    if any(p.negative and p.guidance is None for p in prompts) and not guided:
+        raise ValueError("a negative text acts through guidance; set it to 3, or so")
     if prompts:
         name = conditioning.text_encoder_info(model)["encoder"]
         check_cached("text encoder", name, find_text_encoder)
     return prompts
+
+
+def _parse_prompt(line: str) -> Prompt:
+    """Return a line as a prompt, or as a row of a file of prompts if it begins like one."""
+    prompt = read_row(line) if line.startswith("{") else Prompt(text=line)
+    if prompt.size is not None:
+        raise ValueError(f"{line[:60]!r}: all images here have one size; leave size out")
+    return prompt
 
 
 def check_cached(kind: str, name: str, find: Callable[[str, bool], Path]) -> None:
@@ -242,7 +264,9 @@ def make_job(studio: Studio, request: Request, decode: bool = True) -> SamplingJ
         model=model,
         settings=settings,
         classes=parse_classes(model, request.label),
-        prompts=parse_prompts(model, request.prompts, studio.limits),
+        prompts=parse_prompts(
+            model, request.prompts, request.negative, settings.guidance is not None, studio.limits
+        ),
         codec=model.info.codec if decode or pixels else None,
     )
 
@@ -251,7 +275,8 @@ def with_guidance(job: SamplingJob, scale: float) -> SamplingJob:
     """Return the job with another guidance scale on the same curve."""
     guidance = job.settings.guidance or Guidance(scale=1.0)
     new = None if scale == 1 else replace(guidance, scale=scale)
-    return replace(job, settings=replace(job.settings, guidance=new))
+    prompts = tuple(replace(prompt, guidance=None) for prompt in job.prompts)
+    return replace(job, settings=replace(job.settings, guidance=new), prompts=prompts)
 
 
 def with_steps(job: SamplingJob, steps: int) -> SamplingJob:
