@@ -133,7 +133,7 @@ def main() -> None:
     (out / "prompts.txt").write_text("\n".join(captions) + "\n")
     features = ["--features", "inception-64", "--weights", str(args.weights)]
     reference, size = str(out / "shapes.npz"), str(args.size)
-    run_command("reference", "shapes:test,count=2000", reference, "--size", size, *features)
+    run_command("reference", "shapes:test,count=500", reference, "--size", size, *features)
     run_command(
         "evaluate", str(out / "run"), "--prompts", str(out / "prompts.txt"),
         "-n", str(args.each * len(captions)), "--steps", str(args.steps), "--reference", reference,
