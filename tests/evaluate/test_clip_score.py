@@ -220,10 +220,11 @@ def test_samples_bring_their_prompts(tmp_path, clip):
     """A folder or file of `mezzotint sample` has a card with its prompts and seeds."""
     pixels = images()[:4].permute(0, 2, 3, 1).numpy()
     card = {
-        "mezzotint_samples": 1, "first_seed": 1, "num_images": 4, "prompts": ["red", "blue"],
+        "mezzotint_samples": 1, "first_seed": 1, "num_images": 4,
+        "prompts": ["red", {"text": "blue", "guidance": 2.0}],
         "discretization": "own", "model": {"training_images": 0}, "label_order": None,
         "sampler": {"name": "ddim"}, "steps": 5, "network_calls_per_image": 5, "guidance": None,
-        "uint8_rule": "round",
+        "uint8_rule": "round", "dtype": "float32",
     }  # fmt: skip
     np.savez(tmp_path / "samples.npz", arr_0=pixels)
     (tmp_path / "samples.npz.json").write_text(json.dumps(card))

@@ -139,7 +139,7 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
     }
 
 
-def _describe_prompts(prompts: list[str] | None) -> str:
+def _describe_prompts(prompts: list[str | dict[str, Any]] | None) -> str:
     """Return how many prompts there are, and a hash of them."""
     if not prompts:
         return "none"
@@ -158,8 +158,9 @@ def _read_card(path: Path, num_images: int) -> tuple[dict[str, Any], tuple[str, 
             metadata, prompts = read_metadata(card, num_images), card.get("prompts")
             if not prompts or num_images != card["num_images"]:
                 return metadata, None
+            texts = [p if isinstance(p, str) else p["text"] for p in prompts]
             seeds = range(card["first_seed"], card["first_seed"] + num_images)
-            return metadata, tuple(prompts[seed % len(prompts)] for seed in seeds)
+            return metadata, tuple(texts[seed % len(texts)] for seed in seeds)
     except (ValueError, LookupError, TypeError):  # no file, or not a sampling card
         pass
     return {"preprocessing": "none"}, None
