@@ -55,10 +55,21 @@ def core_minutes_of(result: dict[str, Any]) -> str:
     text = (
         f"{result['data']}: {result['samples']} samples ({result['sampler']}) against "
         f"{result['reference']}; the mean error is geometric over the log-SNRs -6 to 6. "
-        f"{last['processor']}, {last['threads']} thread, torch {last['torch']}, load "
+        f"{processors(result['rows'])}, {last['threads']} thread, torch {last['torch']}, load "
         f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
     )
     return f"{text}\n\n{markdown_table(head, rows)}"
+
+
+def processors(rows: list[dict[str, Any]]) -> str:
+    """Return the processors of the rows, the commonest first, others with their entrants."""
+    by_name: dict[str, list[str]] = {}
+    for row in rows:
+        by_name.setdefault(row["processor"], []).append(row["entrant"])
+    first, *others = sorted(by_name.items(), key=lambda item: -len(item[1]))
+    return "; ".join(
+        [first[0], *(f"of {', '.join(dict.fromkeys(names))}: {name}" for name, names in others)]
+    )
 
 
 def time_to_quality() -> dict[str, Any]:
