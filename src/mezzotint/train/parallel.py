@@ -151,7 +151,7 @@ def group_norms(groups: Sequence[Sequence[Tensor]], world: World) -> Tensor:
 def clear_gradients(wrapped: nn.Module, optimisers: Sequence[torch.optim.Optimizer]) -> None:
     """Zero the gradients under DDP, whose buckets they lie in; free them otherwise.
 
-    A gradient that is freed is made anew by the next backward pass, and copied into its bucket.
+    The next backward pass would allocate a freed gradient again, and copy it into its bucket.
     """
     keep = isinstance(wrapped, nn.parallel.DistributedDataParallel)
     for optimiser in optimisers:
