@@ -94,17 +94,19 @@ def _jit(noise_scale: float) -> Protocol:
     )
 
 
+# specs/simple-diffusion.md section 2: x is clipped after guidance, u is even from 1 to 0, and the
+# last step gives x.
+SIMPLE_DIFFUSION = SamplingSettings(
+    sampler=Spec("ancestral", {"variance": "posterior"}),
+    discretization=Spec("even"),
+    steps=512,
+    clip=Spec("static"),
+    dtype="float32",
+)
+
 PROTOCOLS: dict[str, Protocol] = {
-    # specs/simple-diffusion.md section 2: x is clipped after guidance, u is even from 1 to 0, and
-    # the last step gives x.
     "simple-diffusion-512steps": Protocol(
-        settings=SamplingSettings(
-            sampler=Spec("ancestral", {"variance": "posterior"}),
-            discretization=Spec("even"),
-            steps=512,
-            clip=Spec("static"),
-            dtype="float32",
-        ),
+        settings=SIMPLE_DIFFUSION,
         label_order="random",
         uint8_rule="round",
         codec="pixels",
@@ -116,13 +118,7 @@ PROTOCOLS: dict[str, Protocol] = {
     # specs/simple-diffusion.md section 8; Imagen (arXiv 2205.11487), section 4: 30,000 captions of
     # the validation set at random, against all of its images.
     "coco-fid-30k": Protocol(
-        settings=SamplingSettings(
-            sampler=Spec("ancestral", {"variance": "posterior"}),
-            discretization=Spec("even"),
-            steps=512,
-            clip=Spec("static"),
-            dtype="float32",
-        ),
+        settings=SIMPLE_DIFFUSION,
         label_order="random",
         uint8_rule="round",
         codec="pixels",
