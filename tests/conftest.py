@@ -40,6 +40,15 @@ def _one_thread():
 
 
 @pytest.fixture
+def s3_server(tmp_path):
+    """Return a real S3 server that serves `tmp_path / "s3"`; skip without rclone."""
+    from helpers.s3_server import running_server
+
+    with running_server(tmp_path / "s3") as server:
+        yield server
+
+
+@pytest.fixture
 def shared():
     """Return a function from a relative path to a file in ../shared; skip where it is absent."""
 
