@@ -56,8 +56,10 @@ def test_a_shard_lies_beside_its_card(card):
 
 
 def test_every_part_of_a_row_counts():
-    rows = [(b"ab", 1, "x", "n"), (b"a", 1, "x", "n"), (b"ab", None, "x", "n"),
-            (b"ab", 1, None, "n"), (b"ab", 1, "None", "n"), (b"ab", 1, "x", "m")]  # fmt: skip
+    first = (b"ab", 1, "x", "n", b"t")
+    others = [(b"a",), (b"ab", None), (b"ab", 1, None), (b"ab", 1, "null"), (b"ab", 1, "x", "m"),
+              (b"ab", 1, "x", "n", None)]  # fmt: skip
+    rows = [first, *((*other, *first[len(other) :]) for other in others)]
     hashes = set()
     for row in rows:
         one = RowHash()

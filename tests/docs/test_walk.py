@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from docs.test_commands import ROOT, read_blocks, read_commands
+from helpers.s3_server import running_server
 from mezzotint import cli
 
 SHORT = ["images=16", "batch=8", "samples.count=2", "samples.steps=2"]
@@ -60,6 +61,9 @@ def shorten(args: list[str]) -> list[str]:
         i = args.index("--num-images") + 1
         steps = [] if "--steps" in args else ["--steps", "2"]
         return [*args[:i], "2", *args[i + 1 :], *steps]
+    if "--shards" in args:
+        i = args.index("--shards") + 1
+        return [*args[:i], "2", *args[i + 1 :]]
     return args
 
 
@@ -83,7 +87,12 @@ WALKS = {
     "README.md": ("FOLDER", {"samples.png", "runs/mine/model/model.safetensors"}),
     "docs/train-on-your-images.md": (
         "flowers",
-        {"samples.png", "many/000001.png", "runs/tuned/model/model.safetensors"},
+        {
+            "samples.png",
+            "many/000001.png",
+            "served/bucket/flowers64/mezzotint-shards.json",
+            "runs/tuned/model/model.safetensors",
+        },
     ),
     "docs/export.md": (
         "FOLDER",
@@ -100,9 +109,15 @@ def _no_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def s3(tmp_path):
+    with running_server(tmp_path / "served") as server:
+        yield server
+
+
 @pytest.mark.usefixtures("_no_shape_checks")
 @pytest.mark.parametrize("page", WALKS)
-def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
+def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys, request):
     monkeypatch.chdir(tmp_path)
     source, expected = WALKS[page]
     write_images(tmp_path / source)
@@ -115,6 +130,8 @@ def test_the_commands_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys
         train = f"mezzotint train unet-tiny --data {source} model.size=32 --out runs/mine"
         commands.insert(0, train.split())
     for args in map(shorten, commands):
+        if any(arg.startswith("s3://") for arg in args):
+            request.getfixturevalue("s3")
         if "runs/other" in args:
             shutil.copytree("runs/flowers", "runs/other")
         monkeypatch.setattr(sys, "argv", args)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from mezzotint.cli.arguments import NUMBER, Overrides, Side, Switch
+from mezzotint.cli.arguments import NUMBER, Overrides, Seed, Side, Switch
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
 
 
 def prepare(
     source: Positional[Annotated[str, arg(metavar="SOURCE")]],
-    out: Positional[Annotated[Path, arg(metavar="OUT")]],
+    out: Positional[Annotated[str, arg(metavar="OUT")]],
     /,
     *,
     size: Annotated[int, NUMBER, Side],
@@ -25,15 +24,18 @@ def prepare(
     text: Annotated[str, arg(metavar="ENCODER", help_behavior_hint="")] = "",
     text_dtype: Literal["float16", "bfloat16"] = "float16",
     full_scale: Annotated[int | None, NUMBER, Range(1, 2**32, "the value of white")] = None,
+    shards: Annotated[int | None, NUMBER, Range(1, 1_000_000)] = None,
+    seed: Seed = 0,
 ) -> None:
     """Resize a dataset once, so that training reads it without decoding.
 
-    With --codec, write latents of the images and of their mirror images instead. Run the same
-    command again to resume; torchrun splits the work over processes.
+    With --codec, write latents of the images and of their mirror images instead. With --shards,
+    write parquet files for a disk or object store that many machines read. Run the same command
+    again to resume; torchrun splits the work of latents and shards over processes.
 
     Args:
         source: Folder of images (class subfolders or flat), zip, parquet or hub name.
-        out: Folder to write; it appears when it is complete.
+        out: Folder to write; with --shards also an address: s3://bucket/folder, gs://, hf://, ...
         size: Height and width in pixels.
         crop: Centre crop after adm's resizing, as in the papers, or one plain antialiased resize.
         columns: Columns of a table, or of a file of labels and captions: image=NAME, label=NAME,
@@ -46,14 +48,32 @@ def prepare(
         text_dtype: Of the embedded captions, as the recipe's data.text_dtype.
         full_scale: White in grey images of more than 8 bits, e.g. 4095; by default the smallest
             usual one that holds a sample's largest value.
+        shards: Number of parquet files, each with images drawn from all of the source; some for
+            every process that will read them, of 100 MB to 1 GB.
+        seed: Of the draw, with --shards.
     """
+    from mezzotint.core.object_store import is_address
     from mezzotint.data.audit import describe_audit
     from mezzotint.data.columns import parse_columns
     from mezzotint.data.prepare import prepare_captions, prepare_latents, prepare_source
+    from mezzotint.data.prepare_shards import prepare_shards
 
     chosen = parse_columns(columns)
     if codec != "pixels" and form != "raw":
         raise ValueError(f"--form {form} stores images, --codec {codec} latents; give one")
+    if shards is None and is_address(out):
+        raise ValueError(
+            f"{out} is an address, which takes shards; add --shards N, or give a folder"
+        )
+    if shards is None and seed:
+        raise ValueError(f"--seed {seed} draws images into shards; add --shards N, or leave it out")
+    if shards is not None:
+        words = prepare_shards(
+            source, out, size, shards, seed=seed, form=form, codec_name=codec, encoder_name=text,
+            text_dtype=text_dtype, crop=crop, columns=chosen, full_scale=full_scale,
+        )  # fmt: skip
+        echo(words)
+        return
     if codec == "pixels":
         report = prepare_source(
             source, out, size=size, crop=crop, columns=chosen, full_scale=full_scale, form=form

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 from mezzotint.core.progress import track
+from mezzotint.core.threads import map_in_order
 from mezzotint.data.image_dataset import DecodedImage, ImageDataset
 from mezzotint.data.transforms import UnreadableImage
 
@@ -103,17 +103,9 @@ def decode_all(
         except UnreadableImage as reason:
             return reason
 
-    threads = os.cpu_count() or 1
-    indices = range(len(dataset))
-    with ThreadPoolExecutor(threads) as pool:
-        in_flight: deque[Future[DecodedImage | UnreadableImage]] = deque(
-            pool.submit(decode, i) for i in indices[: 4 * threads]
-        )
-        for i in track(indices, "reading images", len(dataset), show=progress):
-            decoded = in_flight.popleft().result()
-            if i + 4 * threads < len(dataset):
-                in_flight.append(pool.submit(decode, i + 4 * threads))
-            yield i, decoded
+    indices = track(range(len(dataset)), "reading images", len(dataset), show=progress)
+    decoded = map_in_order(decode, range(len(dataset)), os.cpu_count() or 1)
+    yield from zip(indices, decoded, strict=True)
 
 
 def audit_images(dataset: ImageDataset, *, progress: bool = False) -> dict[str, Any]:
@@ -152,11 +144,13 @@ def list_problems(summary: dict[str, Any]) -> list[str]:
         problems.append(
             f"{len(unreadable):,} unreadable: {', '.join(listed)}{_count_unlisted(unreadable)}"
         )
-    if groups := summary["duplicates"]:
+    if groups := summary.get(
+        "duplicates"
+    ):  # of shards, which are counted one by one, there is none
         extra = sum(len(group) - 1 for group in groups)
         first = ", ".join(groups[0][:MAX_LISTED])
         problems.append(f"{extra:,} duplicates in {len(groups):,} groups, first: {first}")
-    if differing := summary["duplicates_with_other_labels"]:
+    if differing := summary.get("duplicates_with_other_labels"):
         first = ", ".join(differing[0][:MAX_LISTED])
         problems.append(
             f"{len(differing):,} groups of duplicates have different labels, first: {first}"

@@ -53,12 +53,7 @@ def encode_latents(
         "pictures": images.fingerprint,
         "label_names": list(images.label_names) if images.label_names else None,
     }
-    if images.size % codec.factor:
-        nearest = max(1, images.size // codec.factor) * codec.factor
-        raise ValueError(
-            f"size {images.size} is not a multiple of the codec's {codec.factor}; "
-            f"try --size {nearest}"
-        )
+    check_size(images.size, codec)
     _claim_folder(out, plan)
     # Two views of mean and log-variance, in float16.
     image_bytes = 2 * 2 * 2 * codec.channels * (images.size // codec.factor) ** 2
@@ -70,6 +65,15 @@ def encode_latents(
         if all(piece_path(out, k, "json").is_file() for k in pieces):
             _complete_folder(out, plan, len(pieces))
     return (out / LATENTS).is_file()
+
+
+def check_size(size: int, codec: Codec) -> None:
+    """Raise ValueError where the codec does not take images of this side in pixels."""
+    if size % codec.factor:
+        nearest = max(1, size // codec.factor) * codec.factor
+        raise ValueError(
+            f"size {size} is not a multiple of the codec's {codec.factor}; try --size {nearest}"
+        )
 
 
 def _claim_folder(out: Path, plan: dict[str, Any]) -> None:
@@ -139,15 +143,42 @@ def _write_piece(out: Path, k: int, moments: np.ndarray, facts: dict[str, Any]) 
 
     The second file marks the piece as complete.
     """
-    mean = moments[:, :, 0].astype(np.float64)
-    variance = np.exp(moments[:, :, 1].astype(np.float64))
-    axes = (0, 1, 3, 4)
-    facts["sum"] = mean.sum(axes).tolist()
-    facts["sum_of_squares"] = (mean**2 + variance).sum(axes).tolist()  # E z² = mean² + variance
-    facts["numbers"] = int(np.prod([2, *moments.shape[-2:], len(moments)]))  # per channel
+    facts.update(sum_latents(moments))
     with atomic_open(piece_path(out, k, "npy")) as file:
         np.save(file, moments)
     write_json(piece_path(out, k, "json"), facts)
+
+
+def sum_latents(moments: np.ndarray) -> dict[str, Any]:
+    """Return the sums of latents (n, view, 2, c, h, w), and of their squares, by channel."""
+    mean = moments[:, :, 0].astype(np.float64)
+    variance = np.exp(moments[:, :, 1].astype(np.float64))
+    axes = (0, 1, 3, 4)
+    return {
+        "sum": mean.sum(axes).tolist(),
+        "sum_of_squares": (mean**2 + variance).sum(axes).tolist(),  # E z² = mean² + variance
+        "numbers": mean.size // mean.shape[2],  # per channel
+    }
+
+
+def measure_latents(sums: list[dict[str, Any]], scale: float) -> tuple[dict[str, Any], list[str]]:
+    """Return the statistics of a card from those of its parts, and notes on what is unusual.
+
+    Args:
+        sums: of `sum_latents`.
+        scale: of the codec.
+    """
+    n = sum(s["numbers"] for s in sums)
+    mean = np.sum([s["sum"] for s in sums], 0) / n
+    std = np.sqrt(np.sum([s["sum_of_squares"] for s in sums], 0) / n - mean**2)
+    overall_std = float(np.sqrt(np.mean(std**2)))
+    notes = []
+    if not EXPECTED_STD[0] <= overall_std <= EXPECTED_STD[1]:
+        notes.append(
+            f"the latents' standard deviation is {overall_std:.3g}; networks and schedules expect "
+            f"about 1. Is the scale {scale:g} right for this autoencoder?"
+        )
+    return {"mean": mean.tolist(), "std": std.tolist(), "overall_std": overall_std}, notes
 
 
 def _complete_folder(out: Path, plan: dict[str, Any], num_pieces: int) -> None:
@@ -161,16 +192,8 @@ def _complete_folder(out: Path, plan: dict[str, Any], num_pieces: int) -> None:
     if not sum(counts):
         example = left_out[0] if left_out else "there are none"
         raise ValueError(f"nothing to prepare: no image can be read, e.g. {example}")
-    n = sum(f["numbers"] for f in facts)
-    mean = np.sum([f["sum"] for f in facts], 0) / n
-    std = np.sqrt(np.sum([f["sum_of_squares"] for f in facts], 0) / n - mean**2)
-    overall_std = float(np.sqrt(np.mean(std**2)))
-    notes = [f"left out when it was prepared: {name}" for name in left_out]
-    if not EXPECTED_STD[0] <= overall_std <= EXPECTED_STD[1]:
-        notes.append(
-            f"the latents' standard deviation is {overall_std:.3g}; networks and schedules expect "
-            f"about 1. Is the scale {plan['scale']:g} right for this autoencoder?"
-        )
+    statistics, unusual = measure_latents(facts, plan["scale"])
+    notes = [*(f"left out when it was prepared: {name}" for name in left_out), *unusual]
     all_labels = [NO_LABEL if k is None else k for f in facts for k in f["label"]]
     labels = np.array(all_labels, dtype=np.int64)
     content = [labels.tobytes(), *(json.dumps([f["name"], f["text"]]) for f in facts)]
@@ -178,7 +201,7 @@ def _complete_folder(out: Path, plan: dict[str, Any], num_pieces: int) -> None:
         **plan,
         "count": sum(counts),
         "pieces": counts,
-        "statistics": {"mean": mean.tolist(), "std": std.tolist(), "overall_std": overall_std},
+        "statistics": statistics,
         "notes": notes,
         "fingerprint": hash_parts([plan["pictures"], plan["codec_hash"], *content]),
     }

@@ -11,14 +11,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mezzotint.core.distributed import WorkShare, default_device
 from mezzotint.core.files import atomic_folder, write_json
+from mezzotint.core.threads import map_in_order
 from mezzotint.data.audit import Audit, decode_all
 from mezzotint.data.autoencoder import open_codec
 from mezzotint.data.columns import Columns
@@ -200,21 +199,15 @@ def _write_images(images: ImageDataset, folder: Path, form: Form, progress: bool
 def _encode_all(
     decoded: Iterator[tuple[int, DecodedImage | UnreadableImage]], form: Form
 ) -> Iterator[tuple[int, DecodedImage | UnreadableImage, bytes]]:
-    """Yield each index and image with its bytes, made on all cores; b"" for a damaged one."""
+    """Return each index and image with its bytes, made on all cores; b"" for a damaged one."""
 
-    def encode(image: DecodedImage | UnreadableImage) -> bytes:
-        return b"" if isinstance(image, UnreadableImage) else form.encode(image.pixels)
+    def encode(
+        one: tuple[int, DecodedImage | UnreadableImage],
+    ) -> tuple[int, DecodedImage | UnreadableImage, bytes]:
+        i, image = one
+        return i, image, b"" if isinstance(image, UnreadableImage) else form.encode(image.pixels)
 
-    threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        in_flight: deque[tuple[int, DecodedImage | UnreadableImage, Future[bytes]]] = deque()
-        for i, image in decoded:
-            in_flight.append((i, image, pool.submit(encode, image)))
-            if len(in_flight) > 2 * threads:
-                first, ready, stored = in_flight.popleft()
-                yield first, ready, stored.result()
-        for first, ready, stored in in_flight:
-            yield first, ready, stored.result()
+    return map_in_order(encode, decoded, os.cpu_count() or 1)
 
 
 def _write_datasets_files(folder: Path, features: Any, names: list[str], fingerprint: str) -> None:

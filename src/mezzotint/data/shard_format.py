@@ -54,17 +54,19 @@ class ShardEntry:
 class RowHash:
     """The SHA-256 of the rows of a shard, in order; another writer of parquet does not change it.
 
-    Of each row: the stored bytes and the UTF-8 of "LABEL TEXT NAME", the first two as in JSON, each
-    preceded by its length in 8 bytes, little-endian.
+    Of each row: the stored bytes; the UTF-8 of "LABEL TEXT NAME", the first two as in JSON; and, if
+    there are any, the tokens. Each is preceded by its length in 8 bytes, little-endian.
     """
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def add(self, image: bytes, label: int | None, text: str | None, name: str) -> None:
+    def add(
+        self, image: bytes, label: int | None, text: str | None, name: str, tokens: bytes | None
+    ) -> None:
         """Add a row."""
         facts = f"{json.dumps(label)} {json.dumps(text)} {name}".encode()
-        for part in (image, facts):
+        for part in (image, facts, *([] if tokens is None else [tokens])):
             self._hash.update(len(part).to_bytes(8, "little"))
             self._hash.update(part)
 
