@@ -193,6 +193,8 @@ def test_host_memory_counts_a_checkpoint_once_per_job():
     assert node["host_memory"]["batches"] == 64 * 3 * 16**2 * (4 + 4 * 2 * 4)
     assert hsdp["memory"][0]["weights"] == node["memory"][0]["weights"] // 4
     assert "a machine of 8 ranks needs" in " ".join(text(node).split())
+    three = plan(recipe, gpus=3, device="h100", compare=False)
+    assert three["per_rank_batch"] == 22  # the largest of three shares
     uneven = config.override(recipe, ["engine.strategy=fsdp", "engine.shard_ranks=4", "batch=60"])
     with pytest.raises(ValueError, match="does not divide 6 ranks; 2, 3, 6 do"):
         plan(uneven, gpus=6)
@@ -295,8 +297,8 @@ def test_errors_name_the_value_and_an_allowed_one():
     recipe = make_recipe("unet-tiny", "batch=64")
     with pytest.raises(ValueError, match=r"h20.*h200"):
         plan(recipe, device="h20")
-    with pytest.raises(ValueError, match="batch=63"):
-        plan(recipe, gpus=3)
+    with pytest.raises(ValueError, match="batch=65"):
+        plan(recipe, gpus=65)
     for gpus in (0, -8):
         with pytest.raises(ValueError, match=f"gpus {gpus}"):
             plan(recipe, gpus=gpus)

@@ -123,6 +123,7 @@ def test_no_rank_waits_in_a_step_for_one_that_starts_reads_evaluates_or_writes_l
 @pytest.mark.parametrize(
     ("engine", "size", "named"),
     [
+        (Engine(strategy="fsdp", microbatch=1), 3, "set engine.microbatch=2, or batch=9"),
         (Engine(shard_ranks=2), 4, "shard_ranks=2 and engine.strategy=ddp"),
         (Engine(shard_ranks=2), 1, "shard_ranks=2 and engine.strategy=ddp"),
         (Engine(strategy="fsdp", shard_ranks=3), 4, "does not divide 4 ranks; 2, 4 do"),
@@ -130,7 +131,7 @@ def test_no_rank_waits_in_a_step_for_one_that_starts_reads_evaluates_or_writes_l
 )
 def test_ranks_that_cannot_share_the_weights_are_refused(engine, size, named):
     with pytest.raises(ValueError, match=named):
-        parallel.check_sharding(engine, size)
+        parallel.check_sharding(engine, size, 8)
 
 
 def test_a_start_checks_the_sharding(tmp_path):

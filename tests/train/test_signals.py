@@ -215,6 +215,26 @@ def test_a_signal_that_torchrun_repeats_counts_once(exits, monkeypatch):
     assert exits == [128 + signal.SIGTERM]
 
 
+@pytest.mark.parametrize(
+    ("restarts", "signalled", "status"),
+    [("0", False, 0), ("0", True, 0), ("3", True, 0), ("3", False, 75)],
+)
+def test_a_rank_that_stops_for_another_is_started_again(monkeypatch, restarts, signalled, status):
+    """Under a torchrun that restarts ranks; it would take 0 for the end of the run."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    monkeypatch.setattr("mezzotint.train.signals.TORCHRUN_FOLLOWS_SECONDS", 0.1)
+    stop = loop.StopSignal()
+    stop.requested = signalled
+    assert stop.exit_status() == status
+
+
+def test_a_rank_waits_for_the_signal_of_its_own_torchrun(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    stop = loop.StopSignal()
+    threading.Timer(0.2, setattr, (stop, "requested", True)).start()
+    assert stop.exit_status() == 0
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_that_is_ignored_stays_ignored(number):
     """As `nohup` ignores SIGHUP, and a shell SIGINT for its jobs in the background."""

@@ -112,6 +112,20 @@ def test_a_split_batch_keeps_its_rows_together(digits):
     assert only.image_numbers == batch.image_numbers
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 9, 10, 11, None])
+@pytest.mark.parametrize("share", [5, 10])
+def test_ranks_with_an_image_less_take_as_many_microbatches(digits, share, size):
+    """FSDP2 gathers and reduces in each."""
+    more, less = (
+        [p.image_numbers for p in batch_of(digits, loaded_batch(0, n), 0.5).split(size, share)]
+        for n in (share, share - 1)
+    )
+    assert len(more) == len(less) == -(-share // (size or share))
+    for parts, images in ((more, share), (less, share - 1)):
+        assert [n for part in parts for n in part] == list(range(images))
+        assert all(1 <= len(part) <= (size or share) for part in parts)
+
+
 @pytest.mark.parametrize("augment", [0.12, 1.0])
 def test_the_network_is_told_how_its_images_are_augmented(digits, augment):
     loaded = loaded_batch(40, 60)

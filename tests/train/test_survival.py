@@ -127,6 +127,18 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     train(small("images=16"), tmp_path, quiet=True)
 
 
+def test_a_run_that_torchrun_restarts_waits_for_the_process_before_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    lock = run_folder.run_lock(tmp_path)
+    lock.__enter__()
+    threading.Timer(0.3, lock.__exit__, (None, None, None)).start()
+    with run_folder.run_lock(tmp_path):
+        pass
+    monkeypatch.setattr(run_folder, "RESTART_SECONDS", 0.3)
+    with run_folder.run_lock(tmp_path), pytest.raises(ValueError, match="another process"):
+        train(small(), tmp_path, quiet=True)
+
+
 def test_a_checkpoints_folder_that_cannot_be_written_is_named(tmp_path):
     """A file is in its place: root may write to any folder, so a read-only one would not do."""
     (tmp_path / "recipe.yaml").write_text(config.to_yaml(small()))

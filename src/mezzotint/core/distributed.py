@@ -48,6 +48,11 @@ class WorkShare:
         return WorkShare(rank, world)
 
 
+def restarts_ranks() -> bool:
+    """Return whether torchrun started this process and restarts ranks that fail."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
 class RankFailed(OSError):
     """Another rank failed; raised on the ranks that did not fail themselves.
 
@@ -65,8 +70,10 @@ def default_device() -> torch.device:
 def init_distributed() -> World:
     """Join the process group of torchrun's RANK, WORLD_SIZE and LOCAL_RANK, if there is one.
 
-    Errors: ValueError for ranks that do not fit together; RankFailed where a rank does not come.
+    Errors: ValueError for ranks that do not fit together, and for a torchrun whose restarts would
+        fail; RankFailed where a rank does not come.
     """
+    _check_restarts()
     use_full_float32()
     device = default_device()
     cuda = device.type == "cuda"
@@ -84,6 +91,19 @@ def init_distributed() -> World:
             )
             del store  # rank 0 serves it until here
     return World(rank=dist.get_rank() if size > 1 else 0, size=size, device=device)
+
+
+def _check_restarts() -> None:
+    """Raise ValueError for a torchrun that keeps one store for all starts of the ranks.
+
+    There, ranks that start again find the addresses of the dead (pytorch issue 135712).
+    """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts_ranks() and shared:
+        raise ValueError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
+            "and --rdzv-backend c10d: without, ranks that start again do not find each other"
+        )
 
 
 MOST_GPUS_PER_NODE = 8  # of the machines that are sold for training

@@ -48,12 +48,22 @@ _Loaded = tuple[list[Any], dict[int, str]]  # LoadedBatch after `image_numbers`;
 
 
 def check_batch(batch: int, world: int) -> None:
-    """Raise ValueError for a batch that `world` ranks cannot share evenly."""
-    if batch < 1 or batch % world:
-        nearest = max(1, round(batch / world)) * world
+    """Raise ValueError for a batch of which `world` ranks cannot each get an image."""
+    if batch < max(1, world):
         raise ValueError(
-            f"batch {batch} cannot be split evenly over {world} ranks; try batch={nearest}"
+            f"batch {batch} has fewer images than there are ranks, {world}; give at least batch="
+            f"{max(1, world)}, or start at most {max(1, batch)} ranks"
         )
+
+
+def share_batch(batch: int, world: int, rank: int) -> slice:
+    """Return the images of a batch that a rank gets; ranks differ by one image at most."""
+    return slice(batch * rank // world, batch * (rank + 1) // world)
+
+
+def largest_share(batch: int, world: int) -> int:
+    """Return the most images of a batch that one of `world` ranks gets."""
+    return -(-batch // world)
 
 
 def load_batches(
@@ -75,8 +85,9 @@ def load_batches(
         dataset: what to load; images that a worker finds unreadable are added to its report.
         seed: of the data order, see `mezzotint.data.shuffle`.
         start_image: images that the run has seen, over all ranks.
-        batch: images per step over all ranks; a multiple of `world`.
-        rank: number of this process, 0...world-1; it gets slice `rank` of every batch.
+        batch: images per step over all ranks; at least `world`.
+        rank: number of this process, 0...world-1; it gets its slice of every batch, see
+            `share_batch`.
         world: number of ranks.
         workers: how many load at once; each is at most two batches ahead.
         processes: use spawned processes instead of threads. Worth it where decoding holds the GIL
@@ -91,8 +102,9 @@ def load_batches(
         raise ValueError(f"workers {workers}; give at least 1")
     if start_image < 0:
         raise ValueError(f"start_image {start_image} is negative")
-    share = batch // world
-    first = start_image + rank * share
+    own = share_batch(batch, world, rank)
+    share = own.stop - own.start
+    first = start_image + own.start
 
     def plan(step: int) -> tuple[Tensor, Tensor]:
         """Return this rank's sample numbers in batch number `step`, and their image indices."""

@@ -7,6 +7,7 @@ from typing import Any
 from mezzotint.backbones import native_size
 from mezzotint.config import Recipe
 from mezzotint.core.distributed import MOST_GPUS_PER_NODE
+from mezzotint.data.loader import largest_share
 from mezzotint.process.denoiser import Model
 from mezzotint.tools.accelerators import GIB
 from mezzotint.train.step import PREFETCHED_BATCHES
@@ -47,7 +48,7 @@ def host_memory(recipe: Recipe, model: Model, gpus: int, optimiser_bytes: int) -
     in_flight = 2 * max(1, workers) * loaded + PREFETCHED_BATCHES * 2 * FLOAT * numel
     parts = {
         "processes": ranks * (RANK_BYTES + workers * WORKER_BYTES),
-        "batches": ranks * (recipe.batch // gpus) * in_flight,
+        "batches": ranks * largest_share(recipe.batch, gpus) * in_flight,
         "checkpoint": state * ranks // gpus,
         "models": FLOAT * params * (2 + powers),
     }

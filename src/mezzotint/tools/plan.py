@@ -27,7 +27,7 @@ from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.config import Engine, Recipe
 from mezzotint.core.registry import build
-from mezzotint.data.loader import check_batch
+from mezzotint.data.loader import check_batch, largest_share
 from mezzotint.data.text_encoder import MAX_TOKENS
 from mezzotint.models import build_model, preset_info
 from mezzotint.process import objectives
@@ -109,7 +109,7 @@ def plan(
     chip = get_accelerator(device)
     _check_plan(recipe, gpus, efficiency)
     precision = resolve_precision(recipe.engine, device)
-    rank_batch = recipe.batch // gpus
+    rank_batch = largest_share(recipe.batch, gpus)
     info = preset_info(recipe.preset, **recipe.model)
     with _countable(native_side(info.config)):
         with torch.device("meta"):
@@ -228,12 +228,12 @@ def _check_plan(recipe: Recipe, gpus: int, efficiency: float | None) -> None:
     if gpus < 1:
         raise ValueError(f"gpus {gpus} must be at least 1")
     check_batch(recipe.batch, gpus)
-    check_sharding(recipe.engine, gpus)
+    check_sharding(recipe.engine, gpus, recipe.batch)
 
 
 def _microbatch(recipe: Recipe, gpus: int) -> int:
     """Images per forward pass on one rank."""
-    rank_batch = recipe.batch // gpus
+    rank_batch = largest_share(recipe.batch, gpus)
     return min(recipe.engine.microbatch or rank_batch, rank_batch)
 
 
@@ -292,7 +292,7 @@ def memory_per_rank(
         largest_microbatch: the most images per forward pass that fit.
     """
     micro = _microbatch(recipe, gpus)
-    rank_batch = recipe.batch // gpus
+    rank_batch = largest_share(recipe.batch, gpus)
     sharded = strategy == "fsdp"
     shards = recipe.engine.shard_ranks or gpus if sharded else 1
     params = sum(p.numel() for p in model.parameters())

@@ -114,7 +114,7 @@ def train(
         if checks:  # on rank 0, which holds the lock
             run.check_folder = checks[0]
         if distributed.any_rank(stop.requested, world):
-            exit_gracefully(run, progress)
+            exit_gracefully(run, progress, stop)
         environment.record(run)
         writers = []
         if world.is_rank0:
@@ -233,7 +233,7 @@ def loop(
         evaluation_due = evaluator is not None and due(run, recipe.evaluate.every_images)
         save_if_due(run, result.stopping or evaluation_due)
         if result.stopping:
-            exit_gracefully(run, progress)
+            exit_gracefully(run, progress, stop)
 
         # Last, because both sample from the averages, which are on disk by now.
         if grid_due(run):
@@ -458,15 +458,15 @@ def run_evaluation(
         event = {"images": images, "event": "evaluation failed", "why": failure}
         emit(event, listeners.events)
     else:
-        exit_gracefully(run, progress)
+        exit_gracefully(run, progress, stop)
 
 
-def exit_gracefully(run: Run, progress: ProgressDisplay) -> NoReturn:
-    """Wait for the checkpoint, say how to resume, and exit with status 0."""
+def exit_gracefully(run: Run, progress: ProgressDisplay, stop: StopSignal) -> NoReturn:
+    """Wait for the checkpoint, say how to resume, and exit; for the status see `StopSignal`."""
     run.writer.wait()
     command = environment.command_line()
     resume = f": {command}" if run.world.size == 1 else ", under the same launcher"
     progress.print_line(
         f"stopped at {run.state.images:,} images; run the same command again to go on{resume}"
     )
-    raise SystemExit(0)
+    raise SystemExit(stop.exit_status())

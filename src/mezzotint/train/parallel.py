@@ -62,8 +62,14 @@ def shard(
     fully_shard(backbone, mp_policy=full, mesh=mesh)
 
 
-def check_sharding(engine: Engine, world_size: int) -> None:
-    """Raise ValueError where `engine.shard_ranks` does not fit the strategy or the ranks."""
+def check_sharding(engine: Engine, world_size: int, batch: int) -> None:
+    """Raise ValueError where `engine` does not fit the ranks or their shares of the batch."""
+    if engine.strategy == "fsdp" and engine.microbatch == 1 and batch % world_size:
+        raise ValueError(
+            f"engine.microbatch=1 and batch {batch} on {world_size} ranks: some would take one "
+            "microbatch more than others, and ranks that share weights take the same number; set "
+            f"engine.microbatch=2, or batch={-(-batch // world_size) * world_size}"
+        )
     ranks = engine.shard_ranks
     if ranks is None:
         return

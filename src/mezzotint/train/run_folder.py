@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import IO, Any
 
 from mezzotint import config
 from mezzotint.config import Recipe
+from mezzotint.core.distributed import restarts_ranks
 from mezzotint.core.files import atomic_write, expand_user, is_special, no_follow
 from mezzotint.data.image_dataset import split_source
 
 RECIPE = "recipe.yaml"
+# The former rank 0 of a run that torchrun restarts may still save, or its machine is lost and a
+# network file system keeps its lock for a while.
+RESTART_SECONDS = 120.0
 # Fields that may differ when a run is resumed: how long, how fast, how often, what to do on
 # failure.
 CHANGEABLE = (
@@ -67,14 +72,19 @@ def check_run_folder(folder: Path, source: str) -> None:
 
 def _lock(folder: Path, file: IO[Any]) -> None:
     """Lock an open file; ValueError where another process holds it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"another process is training in {folder}; wait for it or use another --out"
-        ) from None
-    except OSError:
-        pass  # some network file systems have no locks
+    until = time.monotonic() + (RESTART_SECONDS if restarts_ranks() else 0.0)
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise ValueError(
+                    f"another process is training in {folder}; wait for it or use another --out"
+                ) from None
+        except OSError:
+            return  # some network file systems have no locks
+        time.sleep(0.2)
 
 
 @contextmanager

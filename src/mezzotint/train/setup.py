@@ -28,7 +28,7 @@ from mezzotint.core.machine import memory_bytes
 from mezzotint.core.registry import Spec, build
 from mezzotint.data.content import Content, read_content
 from mezzotint.data.dataset import Dataset
-from mezzotint.data.loader import check_batch
+from mezzotint.data.loader import check_batch, largest_share
 from mezzotint.data.text_encoder import find_text_encoder
 from mezzotint.models import ModelInfo, build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
@@ -123,7 +123,7 @@ def check_start(
     def open_content() -> tuple[ModelInfo, Dataset, Content]:
         info = preset_info(recipe.preset, **recipe.model)
         check_batch(recipe.batch, world.size)
-        parallel.check_sharding(recipe.engine, world.size)
+        parallel.check_sharding(recipe.engine, world.size, recipe.batch)
         _check_here(lambda: check_memory(recipe, meta_model(info), world), lacking)
         dataset = open_recipe_dataset(recipe, info, world)
         check_encoded_ahead(recipe, dataset, world.device)
@@ -273,6 +273,12 @@ def setup(
         print_line(f"resuming at {state.images:,} images")
     for line in data_notes(start.info, start.dataset):
         print_line(line)
+    if recipe.batch % world.size:
+        largest = largest_share(recipe.batch, world.size)
+        print_line(
+            f"batch {recipe.batch} on {world.size} ranks: {largest - 1} or {largest} images each, "
+            f"and all wait for those with {largest}; a multiple of {world.size} keeps all busy"
+        )
     # Last, so that a start that fails leaves the folder to the corrected command.
     on_rank0(lambda: write_recipe(folder, recipe), world)
     on_rank0(

@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from mezzotint.core.distributed import restarts_ranks
+
 # torchrun passes on a signal that the terminal has sent to every process already.
 TORCHRUN_REPEATS_SECONDS = 3.0
+# Until the torchrun of this machine has heard of a machine that joins, and stops its ranks too.
+TORCHRUN_FOLLOWS_SECONDS = 5.0
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class StopSignal:
@@ -28,6 +33,20 @@ class StopSignal:
 
     def __init__(self):
         self.requested = self.interrupting = False
+
+    def exit_status(self) -> int:
+        """Return the exit status of a rank that has saved since it, or another, got a signal.
+
+        It is 0, but under a torchrun that restarts ranks `TRY_AGAIN` for a rank that got none
+        itself: a machine leaves, and the ranks of the others are to start again without it. With 0
+        their torchrun would call the run finished.
+        """
+        if not restarts_ranks():
+            return 0
+        until = time.monotonic() + TORCHRUN_FOLLOWS_SECONDS
+        while not self.requested and time.monotonic() < until:
+            time.sleep(0.05)
+        return 0 if self.requested else TRY_AGAIN
 
     @contextmanager
     def listening(self) -> Iterator[None]:

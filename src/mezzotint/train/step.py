@@ -54,11 +54,20 @@ class Batch:
         parts = (getattr(self.cond, field.name) for field in fields(self.cond))
         return [self.x, self.eps, self.u, *(t for t in parts if isinstance(t, Tensor))]
 
-    def split(self, size: int | None) -> Iterator[Batch]:
-        """Yield microbatches of at most `size` images; the whole batch for None."""
-        size = size or len(self.image_numbers)
-        for i in range(0, len(self.image_numbers), size):
-            rows = slice(i, i + size)
+    def split(self, size: int | None, largest_share: int | None = None) -> Iterator[Batch]:
+        """Yield microbatches of at most `size` images; the whole batch for None.
+
+        Ranks with one image less than others yield as many: FSDP2's are collectives.
+
+        Args:
+            largest_share: images of the rank that has most; those of this batch by default.
+        """
+        images = len(self.image_numbers)
+        most = largest_share or images
+        parts = min(images, -(-most // (size or most)))
+        end = 0
+        for left in reversed(range(parts)):  # each of them needs an image
+            rows = slice(end, end := min(end + (size or images), images - left))
             yield Batch(
                 self.x[rows],
                 self.eps[rows],
@@ -177,7 +186,8 @@ def gradient(run: Run, batch: Batch) -> Losses:
     torch.manual_seed(int(bits.integers(2**62)))
     seen = batch.image_numbers[0] // recipe.batch * recipe.batch  # before this step, on any rank
     objective = at_images(run.objective, seen)
-    microbatches = list(batch.split(recipe.engine.microbatch))
+    largest = loader.largest_share(recipe.batch, run.world.size)
+    microbatches = list(batch.split(recipe.engine.microbatch, largest))
     done: list[Losses] = []
     for part in microbatches:
         # Ranks add up their gradients once, in the backward pass of the last microbatch.
