@@ -28,7 +28,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from itertools import chain, islice
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Any
 from common import RESULTS, one_thread, write
 from shard_libraries import LIBRARIES, Settings
 from shard_sets import BUCKET, ImageSet, Row, eurosat, photographs, serve, write_set
+from shard_upkeep import NOT_RUN, STORES, describe_library
 
 Batches = list[list[int]]
 STEPS = 20  # steps before an interruption, of 50
@@ -335,15 +335,22 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
                 "damage": partial(measure_damage, library, settings),
                 "seconds to the first batch": partial(measure_restart, library, restart),
             }
-            of = "datasets" if library == "mezzotint" else library
-            libraries[library] = {"version": f"{of} {version(of)}"}
+            libraries[library] = {}
             for name, work in works.items():
                 libraries[library][name] = attempt(work)
                 print(library, name, libraries[library][name], flush=True)
     finally:
         server.terminate()
     described = {s.name: {"images": s.total, "shards": len(s.counts)} for s in sets.values()}
-    write(arguments.out, "cpu", sets=described, rates=rates, libraries=libraries)
+    write(
+        arguments.out,
+        "cpu",
+        sets=described,
+        rates=rates,
+        libraries=libraries,
+        upkeep={name: describe_library(name) for name in STORES},
+        not_run=NOT_RUN,
+    )
 
 
 if __name__ == "__main__":

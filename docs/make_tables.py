@@ -24,6 +24,7 @@ from gpu_table import gpu_targets
 from likelihood_table import bits_per_dimension
 from loader_table import loader
 from prediction_table import prediction_patches
+from shards_table import shard_order, shard_readers
 from step_model_table import step_model, step_times
 from table_text import (
     ROOT,
@@ -314,6 +315,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
         scaling,
         loader,
     ),
+    "docs/shards.md": (shard_readers, shard_order),
     "benchmarks/targets.md": (speed_targets, gpu_targets),
 }
 
