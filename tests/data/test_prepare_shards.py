@@ -184,6 +184,13 @@ def test_captions_are_embedded_as_in_training(pictures, tmp_path):
     assert card.captions["longest"] == 4  # "the red circle" and its end
 
 
+def test_an_encoder_needs_captions(tmp_path):
+    bare = write_folder(tmp_path / "bare", {f"{i}.png": png(i) for i in range(3)})
+    with pytest.raises(ValueError, match="no image has a caption"):
+        prepare_shards(str(bare), str(tmp_path / "out"), 16, 1, encoder_name="t5", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
 # --- who writes them
 
 

@@ -10,7 +10,7 @@ tokenizer's hash and counts, complete the folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
@@ -118,7 +118,7 @@ class LiveCaptions:
 
     def __init__(self, texts: Sequence[str | None], encoder: TextEncoder):
         unique = unique_captions(texts)
-        check_any(unique)
+        check_any_caption(unique.distinct)
         self.distinct, self.captions, self.encoder = unique.distinct, unique.numbers, encoder
         split = [encoder.tokens(caption) for caption in unique.distinct]
         self.max_tokens = max(len(ids) for ids, _ in split)
@@ -167,9 +167,9 @@ def unique_captions(texts: Sequence[str | None]) -> UniqueCaptions:
     return UniqueCaptions(tuple(seen), np.array(numbers, dtype=np.int64))
 
 
-def check_any(captions: UniqueCaptions) -> None:
+def check_any_caption(texts: Iterable[str | None]) -> None:
     """Raise ValueError where no image has a caption."""
-    if not captions.distinct:
+    if not any((text or "").strip() for text in texts):
         raise ValueError(
             "no image has a caption; add NAME.txt for each, a metadata.jsonl, or a column 'text'"
         )
@@ -205,7 +205,7 @@ def fill_cache(
     Errors: ValueError if no image has a caption.
     """
     captions = unique_captions(texts)
-    check_any(captions)
+    check_any_caption(captions.distinct)
     facts = [encoder.hash, encoder.tokenizer_hash, str(encoder.max_tokens), encoder.dtype_name]
     key = hash_parts(["shards", *facts, *captions.distinct])
     folder = cache_dir() / "caption-embeddings" / key

@@ -38,7 +38,7 @@ from mezzotint.core.object_store import (
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.audit import describe_audit
 from mezzotint.data.autoencoder import open_codec
-from mezzotint.data.caption_embeddings import describe_encoder
+from mezzotint.data.caption_embeddings import check_any_caption, describe_encoder
 from mezzotint.data.columns import Columns
 from mezzotint.data.encode_latents import measure_latents
 from mezzotint.data.image_dataset import open_images
@@ -102,6 +102,8 @@ def prepare_shards(
     images = open_images(
         source, size=size, crop=crop, columns=columns, full_scale=full_scale, keep_in_memory=False
     )
+    if encoder_name:
+        check_any_caption(images.text(i) for i in range(len(images)))
     device = default_device()
     plan = ShardPlan(
         images,
