@@ -45,10 +45,36 @@ class Columns(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shards(Checked):
+    """Data in shards, at an address or in a folder of `mezzotint prepare --shards`.
+
+    lanes: parts of an epoch that are read side by side, a divisor of the batch; by default two for
+        each rank of the start, at least 8. More ranks than lanes share them. With shuffle_images it
+        decides the order, and both stay for the run.
+    shuffle_images: images of a lane that are permuted together.
+    cache: folder on a local disk that keeps the shards in use; $MEZZOTINT_CACHE/shards by default.
+    cache_gb: most of it, in 1e9 bytes, for all runs and ranks of a machine.
+    missing: of a shard that is missing, cut, changed or damaged: "stop" all ranks, or "skip" it,
+        count it, and train on images of other shards in place of its own.
+    patience_s: seconds to wait for a store that does not answer.
+    """
+
+    prefix: ClassVar[str] = "data.shards."
+
+    lanes: Annotated[int, Range(1, 10**6)] | None = None
+    shuffle_images: Annotated[int, Range(1, 10**8)] = 4096
+    cache: str = ""
+    cache_gb: Annotated[float, Range(1e-3, 1e6)] = 50.0
+    missing: Literal["stop", "skip"] = "stop"
+    patience_s: Annotated[float, Range(0, 1e6)] = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data(Checked):
     """The training data.
 
-    source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes").
+    source: folder, zip, prepared dataset, parquet, hub name or built-in set ("digits", "shapes");
+        or an address of shards, e.g. s3://bucket/train.
     crop: "adm" (halve with BOX, bicubic, centre) or "plain" (one antialiased resize, centre).
     flip: mirror each image with probability 1/2.
     augment: probability of each of EDM's non-leaky augmentations (EDM: 0.12 on CIFAR-10, 0.15 on
@@ -80,6 +106,7 @@ class Data(Checked):
     portrait: bool = False
     workers: Annotated[int, Range(0, 1024, "0 decodes in a thread")] = 0
     full_scale: Annotated[int, Range(1, 2**32, "the value of white")] | None = None
+    shards: Shards = field(default_factory=Shards)
 
 
 @dataclass(frozen=True, kw_only=True)

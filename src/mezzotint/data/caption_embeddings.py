@@ -38,15 +38,11 @@ ADVICE = "remove the folder"
 class Captions(Protocol):
     """Embedded captions by image index.
 
-    captions: for every image, the number of its caption among the distinct ones, or -1.
     max_tokens: that all are padded to. card: encoder, encoder_hash, tokenizer_hash, dtype, ...
     """
 
-    captions: np.ndarray
     max_tokens: int
     card: dict[str, Any]
-
-    def __len__(self) -> int: ...
 
     def batch(self, indices: Sequence[int]) -> tuple[Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
         """Return token embeddings, zero where the mask is False; no token for a missing caption."""
@@ -292,7 +288,7 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
     }
 
 
-def describe_captions(embeddings: Captions) -> list[str]:
+def describe_captions(embeddings: CaptionEmbeddings) -> list[str]:
     """Return lines of text: how many captions there are, how many are missing or were cut."""
     card = embeddings.card
     missing = int((embeddings.captions < 0).sum())

@@ -22,6 +22,7 @@ import numpy as np
 
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.labels import NO_LABEL
+from mezzotint.data.sharded_dataset import ShardedDataset
 from mezzotint.data.sources import hash_parts
 from mezzotint.data.transforms import UnreadableImage
 
@@ -35,10 +36,14 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Content:
-    """The images of a dataset in its order, as ROWs, and the names of its classes."""
+    """The images of a dataset in its order, as ROWs, and the names of its classes.
+
+    of_shards: the rows are shards, because a list of the images may not fit.
+    """
 
     rows: np.ndarray
     label_names: tuple[str, ...]
+    of_shards: bool = False
 
     @cached_property
     def classes(self) -> np.ndarray:
@@ -70,6 +75,8 @@ def read_content(dataset: Dataset, *, captions: bool) -> Content:
         captions: whether captions count, for a network that reads text.
     """
     names, sizes = dataset.inventory()
+    if isinstance(dataset, ShardedDataset):
+        return _read_shards(dataset, names, sizes)
     rows = np.zeros(len(names), ROW)
     rows["name"] = [_hash(name) for name in names]
     rows["size"] = sizes
@@ -95,6 +102,15 @@ def read_content(dataset: Dataset, *, captions: bool) -> Content:
     return Content(rows, dataset.label_names or ())
 
 
+def _read_shards(dataset: ShardedDataset, names: list[str], sizes: np.ndarray) -> Content:
+    """Return the content of shards; no image is looked at."""
+    rows = np.zeros(len(names), ROW)
+    rows["name"] = [_hash(name) for name in names]
+    rows["size"], rows["label"] = sizes, NO_LABEL
+    rows["checksum"] = [dataset.checksum(k) for k in range(len(names))]
+    return Content(rows, dataset.label_names or (), of_shards=True)
+
+
 @dataclass(frozen=True)
 class Changes:
     """How one dataset differs from another.
@@ -112,14 +128,17 @@ class Changes:
     renamed_classes: dict[str, str] = field(default_factory=dict)
     new_classes: tuple[str, ...] = ()
     gone_classes: tuple[str, ...] = ()
+    unit: str = "image"
 
     def __bool__(self) -> bool:
-        return any(vars(self).values())
+        return any(value for name, value in vars(self).items() if name != "unit")
 
     def __str__(self) -> str:
         words = ("added", "removed", "replaced", "relabelled", "recaptioned")
         counts = {word: getattr(self, word) for word in words}
-        parts = [f"{n:,} image{'s' if n > 1 else ''} {word}" for word, n in counts.items() if n]
+        parts = [
+            f"{n:,} {self.unit}{'s' if n > 1 else ''} {word}" for word, n in counts.items() if n
+        ]
         parts += [f"class {old} renamed {new}" for old, new in self.renamed_classes.items()]
         parts += [_list_classes("new", self.new_classes), _list_classes("gone", self.gone_classes)]
         return ", ".join(filter(None, parts))
@@ -164,6 +183,7 @@ def compare(old: Content, new: Content) -> Changes:
         renamed_classes=renamed,
         new_classes=tuple(name for name in new.label_names if name not in known),
         gone_classes=tuple(name for name in old.label_names if name in gone),
+        unit="shard" if new.of_shards else "image",
     )
 
 

@@ -10,15 +10,17 @@ from typing import NamedTuple, final
 
 import numpy as np
 from jaxtyping import Int64
+from PIL import Image
 from torch import Tensor
 
 from mezzotint.core.files import expand_user
+from mezzotint.core.object_store import is_address
 from mezzotint.core.paths import explain_path, is_hub_name, kind_of
 from mezzotint.core.registry import suggest
 from mezzotint.data.builtin import open_digits
 from mezzotint.data.columns import Columns, check_columns
 from mezzotint.data.dataset import PixelDataset
-from mezzotint.data.full_scale import measure_full_scale
+from mezzotint.data.full_scale import FullScale, measure_full_scale
 from mezzotint.data.npz_source import open_npz
 from mezzotint.data.prepared_source import CARD, PreparedSource, open_prepared
 from mezzotint.data.row_files import ROW_FILES, check_saved_files, find_row_files, is_webdataset
@@ -117,15 +119,23 @@ class ImageDataset(PixelDataset):
     def decode(self, i: int) -> DecodedImage:
         """Read image i from the source; `UnreadableImage` if it is damaged."""
         stored = self.source.read(i)
-        if isinstance(stored, np.ndarray):
-            channels, height, width = stored.shape
-            mode = {1: "L", 3: "RGB"}[channels]
-            if stored.shape == (self.channels, self.size, self.size):
-                return DecodedImage(stored, mode, width, height)
-            stored = to_pillow(stored)
-        mode, (width, height) = stored.mode, stored.size
-        pixels = to_pixels(stored, self.size, self.channels, self.crop, self.full_scale)
-        return DecodedImage(pixels, mode, width, height)
+        return decode_stored(stored, self.size, self.channels, self.crop, self.full_scale)
+
+
+def decode_stored(
+    stored: Image.Image | np.ndarray, size: int, channels: int, crop: str, full_scale: FullScale
+) -> DecodedImage:
+    """Return what `Source.read` returned at one size; `UnreadableImage` if it is damaged.
+
+    Pixels of that size and number of channels stay as they are.
+    """
+    if isinstance(stored, np.ndarray):
+        mode, (height, width) = {1: "L", 3: "RGB"}[stored.shape[0]], stored.shape[1:]
+        if stored.shape == (channels, size, size):
+            return DecodedImage(stored, mode, width, height)
+        stored = to_pillow(stored)
+    mode, (width, height) = stored.mode, stored.size
+    return DecodedImage(to_pixels(stored, size, channels, crop, full_scale), mode, width, height)
 
 
 def open_images(
@@ -208,6 +218,11 @@ def check_no_columns(what: str, columns: Columns | None) -> None:
 
 
 def _open_path(base: str, path: Path, split: str | None, columns: Columns | None) -> Source:
+    if is_address(base):
+        raise ValueError(
+            f"{base} is an address: `mezzotint train --data` reads its shards; here, give images "
+            "on a disk"
+        )
     suffix = path.suffix.lower()
     if (found := find_store(path)) is not None:
         return _open_files_or_rows(base, split, *found, columns)

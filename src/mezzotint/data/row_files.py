@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 from mezzotint.core.files import expand_user, read_json
 from mezzotint.core.json_values import check_fields
+from mezzotint.core.object_store import is_address
 from mezzotint.core.paths import printable
 from mezzotint.data.decode import image_suffixes
 from mezzotint.data.side_tables import decode_text
@@ -65,6 +66,8 @@ def patched_webdataset() -> Iterator[None]:
 def find_row_files(folder: str, listing: Listing) -> tuple[str, dict[str, list[str]]] | None:
     """Return the builder and the files of each split in a folder that holds rows and no images.
 
+    Of an address, the files are names below it.
+
     A file's split is in its name (train-00000-of-00004.parquet, test.parquet), or in that of its
     folder, else it is "train". Without files of rows, or beside images, the result is None.
 
@@ -84,7 +87,7 @@ def find_row_files(folder: str, listing: Listing) -> tuple[str, dict[str, list[s
     parts: set[str] = set()
     for name in names:
         split, part = _split_of(name)
-        splits[split].append(str(expand_user(folder) / name))
+        splits[split].append(name if is_address(folder) else str(expand_user(folder) / name))
         parts.add(part)
     if len(parts) > 1:
         shown = ", ".join(printable(part) or "the folder itself" for part in sorted(parts))

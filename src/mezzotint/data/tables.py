@@ -153,7 +153,11 @@ def table_source(
     layout = Layout(columns=choice, notes=tuple(notes))
     labels = names = None
     if choice.label is not None:
-        labels, names, note = _labels(dataset, others, choice.label, what) or (None, None, "")
+        labels, names, note = read_label_column(dataset, others, choice.label, what) or (
+            None,
+            None,
+            "",
+        )
         notes += [note] if note else []
         if labels is None:
             notes.append(f"no labels: column {choice.label!r} is empty")
@@ -235,8 +239,8 @@ def _cells(dataset: Any, column: Column) -> list[Any]:
     return [nested_value(cell, column.key) for cell in cells]
 
 
-def _labels(dataset: Any, others: Sequence[Any], column: str, what: str) -> Labels | None:
-    """Return the labels of a dataset; of others, the classes count too."""
+def read_label_column(dataset: Any, others: Sequence[Any], column: str, what: str) -> Labels | None:
+    """Return the labels of a `datasets.Dataset`; of others, the classes count too."""
     field = all_columns(dataset.features)[column]
     cells = _cells(dataset, field)
     more = [_cells(other, field) for other in others if field.top in other.features]

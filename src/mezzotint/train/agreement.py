@@ -24,7 +24,10 @@ from mezzotint.data.sources import hash_parts
 from mezzotint.train.run_folder import flatten_recipe
 
 # The data may lie elsewhere on each machine, and each may load it with its own number of processes.
-OWN = ("data.source", "data.workers")
+OWN = (
+    "data.source", "data.workers", "data.shards.cache", "data.shards.cache_gb",
+    "data.shards.patience_s",
+)  # fmt: skip
 SHARED_FOLDER_SECONDS = 10.0  # network disks show a new file after a few
 
 

@@ -104,14 +104,20 @@ def update_record(
     facts = {
         "source": source,
         "fingerprint": content.fingerprint,
-        "images": len(content.rows),
-        "unlabelled": content.unlabelled,
-        "captions": int((content.rows["caption"] != 0).sum()),
+        **_count_rows(content),
         "label_names": list(content.label_names),
         "classes": list(decision.classes),
         "history": history,
     }
     write_json(folder / FACTS, facts)
+
+
+def _count_rows(content: Content) -> dict[str, int]:
+    """Return how many images there are, without a label, and with a caption; or how many shards."""
+    if content.of_shards:
+        return {"shards": len(content.rows)}
+    captions = int((content.rows["caption"] != 0).sum())
+    return {"images": len(content.rows), "unlabelled": content.unlabelled, "captions": captions}
 
 
 def decide(

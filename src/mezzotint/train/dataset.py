@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mezzotint.backbones import native_size, needs_label, text_width
-from mezzotint.config import Recipe
-from mezzotint.core.distributed import WorkShare, World, all_ranks
-from mezzotint.core.files import expand_user
+from mezzotint.config import Recipe, Shards
+from mezzotint.core.distributed import WorkShare, World, all_ranks, on_rank0
+from mezzotint.core.files import cache_dir, expand_user
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import Captions, LiveCaptions, embed_captions, fill_cache
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.image_dataset import open_source
 from mezzotint.data.latent_dataset import EncodedDataset, open_dataset
+from mezzotint.data.shard_cache import ShardCache
+from mezzotint.data.shard_index import is_sharded
+from mezzotint.data.shard_order import choose_lanes
+from mezzotint.data.sharded_captions import ShardedCaptions
+from mezzotint.data.sharded_dataset import ShardedDataset, open_shards
 from mezzotint.data.text_encoder import XXL, TextEncoder, open_text_encoder
 from mezzotint.models import ModelInfo
+from mezzotint.train.run_folder import started_recipe
 
 
 def open_data(recipe: Recipe, info: ModelInfo, world: World, source: str | None = None) -> Dataset:
@@ -48,8 +55,11 @@ def open_recipe_dataset(
     _check_augment(recipe, config, recipe.data.codec or info.codec)
     height, width = native_size(config)
     buckets = recipe.data.buckets or (((height, width),) if height != width else ())
-    if buckets:
-        dataset: Dataset = _open_buckets(recipe, info, source, buckets)
+    if is_sharded(source):
+        dataset: Dataset = _open_shards(recipe, info, source, bool(buckets))
+        _check_codec(recipe, dataset, source)
+    elif buckets:
+        dataset = _open_buckets(recipe, info, source, buckets)
     elif recipe.data.portrait:
         raise ValueError(
             "data.portrait turns images for a bucket wider than tall, but data.buckets is empty; "
@@ -126,6 +136,70 @@ def _open_buckets(
     )
 
 
+def _open_shards(recipe: Recipe, info: ModelInfo, source: str, has_buckets: bool) -> ShardedDataset:
+    """Open an address of shards; ValueError for buckets, which need every image's size first."""
+    if has_buckets:
+        raise ValueError(
+            f"{source} holds shards, which are read at one square size; leave data.buckets out, "
+            "or give a folder of images on a disk"
+        )
+    given, config = recipe.data.shards, info.config
+    folder = expand_user(given.cache) if given.cache else cache_dir() / "shards"
+    return open_shards(
+        source,
+        ShardCache(folder.absolute(), int(given.cache_gb * 1e9), given.patience_s),
+        size=config.size,
+        channels=config.channels,
+        crop=recipe.data.crop,
+        columns=_columns(recipe) or None,
+        codec_name=recipe.data.codec or info.codec,
+        missing=given.missing,
+        full_scale=recipe.data.full_scale,
+    )
+
+
+def resolve_order(recipe: Recipe, folder: Path, dataset: Dataset, world: World) -> Recipe:
+    """Return the recipe with the lanes of its shards, and set the order of the dataset.
+
+    A run that has started keeps its lanes, whatever the number of ranks. All ranks call it.
+
+    Errors: ValueError for lanes that do not divide the batch, and for a cache too small for them.
+    """
+    if not isinstance(dataset, ShardedDataset):
+        return recipe
+    given = recipe.data.shards
+    lanes = on_rank0(lambda: _choose_lanes(recipe, folder, dataset, world), world)
+    dataset.set_order(lanes, given.shuffle_images)
+    all_ranks(lambda: _check_cache(given, dataset, lanes, world), world)
+    shards = dataclasses.replace(given, lanes=lanes)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, shards=shards))
+
+
+def _choose_lanes(recipe: Recipe, folder: Path, dataset: ShardedDataset, world: World) -> int:
+    started = started_recipe(folder)
+    lanes = recipe.data.shards.lanes or (started.data.shards.lanes if started else None)
+    lanes = lanes or choose_lanes(recipe.batch, len(dataset.counts), world.size)
+    if recipe.batch % lanes:
+        nearest = max(n for n in range(1, lanes) if recipe.batch % n == 0)
+        raise ValueError(
+            f"data.shards.lanes={lanes} does not divide batch={recipe.batch}; try "
+            f"data.shards.lanes={nearest}, or leave it out"
+        )
+    return lanes
+
+
+def _check_cache(given: Shards, dataset: ShardedDataset, lanes: int, world: World) -> None:
+    """Raise ValueError where the shards that are in use at once do not fit the cache."""
+    local_ranks = WorkShare.from_environment(local=True).world
+    needed, most = dataset.bytes_needed(world.size, local_ranks), given.cache_gb * 1e9
+    if needed > most:
+        raise ValueError(
+            f"data.shards.cache_gb={given.cache_gb:g} is too small: {lanes} lanes of "
+            f"{given.shuffle_images:,} images need about {needed / 1e9:.3g} GB on each machine; "
+            "give more, or smaller data.shards.lanes or data.shards.shuffle_images"
+        )
+
+
 def _check_codec(recipe: Recipe, dataset: Dataset, source: str) -> None:
     """Raise ValueError where prepared latents are of another autoencoder than data.codec."""
     wanted, actual = recipe.data.codec, dataset.codec_name
@@ -147,6 +221,8 @@ def open_captions(recipe: Recipe, dataset: Dataset, width: int, world: World) ->
     encoder = all_ranks(lambda: _open_encoder(recipe, width, world), world)
     if encoder is None:
         return None
+    if isinstance(dataset, ShardedDataset):
+        return all_ranks(lambda: _open_sharded_captions(recipe, dataset, encoder), world)
     captions = all_ranks(lambda: [dataset.text(i) for i in range(len(dataset))], world)
 
     if not recipe.data.text_cache:
@@ -160,6 +236,26 @@ def open_captions(recipe: Recipe, dataset: Dataset, width: int, world: World) ->
     for share in (WorkShare(world.rank, world.size), WorkShare.from_environment(local=True)):
         all_ranks(lambda: fill_cache(captions, encoder, share, progress=world.is_rank0), world)  # noqa: B023
     return all_ranks(lambda: embed_captions(captions, encoder), world)  # from the cache
+
+
+def _open_sharded_captions(
+    recipe: Recipe, dataset: ShardedDataset, encoder: TextEncoder
+) -> ShardedCaptions:
+    """Return the captions of shards; ValueError where they would have to be embedded ahead."""
+    captions = ShardedCaptions(dataset, encoder)
+    if captions.is_stored:
+        return captions
+    if not dataset.has_captions:
+        raise ValueError(
+            f"{recipe.data.source} holds no captions; give shards with a column 'text'"
+        )
+    if recipe.data.text_cache or recipe.data.workers:
+        raise ValueError(
+            f"the captions of {recipe.data.source} are not embedded: prepare the shards with "
+            "--text-encoder, or embed them at every read in the training process: "
+            "data.text_cache=false data.workers=0"
+        )
+    return captions
 
 
 def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | None:

@@ -26,6 +26,7 @@ RESTART_SECONDS = 120.0
 CHANGEABLE = (
     "images", "engine", "save", "samples", "evaluate", "log_every_images", "nonfinite", "trackers",
     "data.workers", "data.text_cache", "ema.snapshot_every_images",
+    "data.shards.cache", "data.shards.cache_gb", "data.shards.missing", "data.shards.patience_s",
     "data.source",  # the data is known by its content, see `train.data_record`
 )  # fmt: skip
 

@@ -42,6 +42,7 @@ from mezzotint.train.dataset import (
     open_captions,
     open_recipe_dataset,
     resolve,
+    resolve_order,
 )
 from mezzotint.train.draws import resolve_stream
 from mezzotint.train.optim import make_optimisers
@@ -146,6 +147,7 @@ def check_start(
         dataset.caption_embeddings = open_captions(recipe, dataset, width, world)
     stream = on_rank0(lambda: resolve_stream(recipe, folder, world.device), world)
     recipe = dataclasses.replace(recipe, stream=stream)
+    recipe = resolve_order(recipe, folder, dataset, world)
     resolved, info = all_ranks(lambda: resolve(recipe, info, dataset), world)
     on_rank0(lambda: check_same_recipe(folder, resolved), world)
     newest, damaged = checkpoint.find_resume_point(folder, world)

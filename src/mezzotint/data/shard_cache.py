@@ -1,0 +1,218 @@
+"""Shards on a local disk: each is fetched once, kept as Arrow and read through a memory map.
+
+`datasets` parses a shard, parquet or webdataset, into one Arrow file; see docs/shards.md for why.
+Processes of a machine share the cache: a lock per shard lets one of them fetch, and the shards used
+least recently make room for new ones. A file that a process still maps can be removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mezzotint.core.files import atomic_replace, format_bytes
+from mezzotint.core.object_store import StoredFile, download_file, patience, stat_file
+from mezzotint.data.row_files import patched_webdataset
+from mezzotint.data.shard_format import IMAGE, LABEL, NAME, TEXT, RowHash
+from mezzotint.data.sources import hash_parts
+
+ARROW, LOCK = ".arrow", ".lock"
+BATCH_ROWS = 256  # in one Arrow record batch
+LEFTOVER_S = 3600.0  # after which a file that is still being written is a killed process's
+
+
+class UnreadableShardError(Exception):
+    """A shard that is missing, cut, changed or damaged; the message says which."""
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """A folder of at most `max_bytes` of shards.
+
+    patience_s: seconds to wait for a store that does not answer.
+    """
+
+    folder: Path
+    max_bytes: int
+    patience_s: float = 60.0
+
+    def check(self) -> None:
+        """Raise ValueError where the disk cannot hold the cache, OSError where it is not writable.
+
+        What the cache holds already counts as free. What killed processes left is removed.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("*.stored", ".*.partial"):
+            for path in self.folder.glob(pattern):
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > LEFTOVER_S:
+                        path.unlink()
+        free = shutil.disk_usage(self.folder).free + sum(size for _, size, _ in self._files())
+        if self.max_bytes > free:
+            raise ValueError(
+                f"data.shards.cache_gb={self.max_bytes / 1e9:g} is more than the disk of "
+                f"{self.folder} has free, {format_bytes(free)}; give less, or another disk by "
+                "data.shards.cache=FOLDER"
+            )
+
+    def open(self, shard: StoredFile, builder: str, row_hash: str = "") -> Any:
+        """Return a shard's rows as a `datasets.Dataset` on a memory map; fetch it if need be.
+
+        Args:
+            builder: of `datasets`: parquet, arrow or webdataset.
+            row_hash: that its rows must have, see `shard_format.RowHash`; "" where none is known.
+
+        Errors: `UnreadableShardError`; OSError where the store does not answer or the disk is full.
+        """
+        path = self.path(shard, builder)
+        for _ in range(
+            3
+        ):  # another process may remove it before it is mapped; a disk may damage it
+            if not path.is_file():
+                self.fetch(shard, builder, row_hash)
+            with suppress(FileNotFoundError):
+                os.utime(path)
+                try:
+                    return _map_rows(path)
+                except (ValueError, EOFError):  # of pyarrow, for a file that is cut
+                    path.unlink(missing_ok=True)
+        raise OSError(f"{path} was removed as soon as it was fetched; raise data.shards.cache_gb")
+
+    def path(self, shard: StoredFile, builder: str) -> Path:
+        """Return where a shard lies once it is fetched; another version lies elsewhere."""
+        key = hash_parts([shard.address, str(shard.num_bytes), shard.version, builder])
+        return self.folder / f"{key}{ARROW}"
+
+    def fetch(self, shard: StoredFile, builder: str, row_hash: str = "") -> None:
+        """Fetch a shard that is not here; processes that ask for the same one wait for the first.
+
+        Errors: as `open`.
+        """
+        path = self.path(shard, builder)
+        with locked(path.with_suffix(LOCK)):
+            if path.is_file():
+                return
+            self._make_room(2 * shard.num_bytes)  # as it is stored, and as Arrow
+            stored = path.with_suffix(f".{os.getpid()}.stored")
+            try:
+                with patience(self.patience_s):
+                    check_unchanged(shard)
+                    download_file(shard.address, stored)
+                if stored.stat().st_size != shard.num_bytes:
+                    raise UnreadableShardError("it was cut while it was read")
+
+                def write(partial: Path) -> None:
+                    write_arrow(stored, builder, partial)
+                    if row_hash and hash_rows(_map_rows(partial)) != row_hash:
+                        raise UnreadableShardError("its rows are not those that its card states")
+
+                atomic_replace(path, write)
+            finally:
+                stored.unlink(missing_ok=True)
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """Return (last use, bytes, path) of the shards here."""
+        found = []
+        for path in self.folder.glob(f"*{ARROW}"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                found.append((status.st_mtime, status.st_size, path))
+        return found
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Remove the shards used least recently until `num_bytes` more fit."""
+        with locked(self.folder / f"room{LOCK}"):
+            files = sorted(self._files())
+            excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
+            for _, size, path in files:
+                if excess <= 0:
+                    break
+                path.unlink(missing_ok=True)
+                path.with_suffix(LOCK).unlink(missing_ok=True)
+                excess -= size
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock among the processes of a machine; it ends with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # A lock file that was removed while we waited locks nobody out.
+            with suppress(FileNotFoundError):
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    yield
+                    return
+
+
+def check_unchanged(shard: StoredFile) -> None:
+    """Raise `UnreadableShardError` for a shard that is missing, or not as it was indexed."""
+    found = stat_file(shard.address)
+    if found is None:
+        raise UnreadableShardError("it is missing")
+    if found.num_bytes != shard.num_bytes:
+        raise UnreadableShardError(
+            f"it has {found.num_bytes:,} bytes, and {shard.num_bytes:,} when it was indexed"
+        )
+    if shard.version and found.version and shard.version != found.version:
+        raise UnreadableShardError("it was written again after it was indexed")
+
+
+def write_arrow(stored: Path, builder: str, target: Path) -> None:
+    """Write the rows of a parquet, Arrow or webdataset file as an Arrow stream.
+
+    Errors: `UnreadableShardError` for a damaged file; OSError where the disk is full.
+    """
+    import datasets
+    import pyarrow as pa
+
+    try:
+        with patched_webdataset():
+            rows = datasets.load_dataset(
+                builder, data_files={"train": [str(stored)]}, split="train", streaming=True
+            )
+            batches = iter(rows.with_format("arrow").iter(BATCH_ROWS))
+            first = next(batches)
+            # Features that a tar's first rows state are in the rows' type, not in their metadata.
+            features = rows.features or datasets.Features.from_arrow_schema(first.schema)
+            schema = features.arrow_schema
+            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                writer.write_table(first.cast(schema))
+                for batch in batches:
+                    writer.write_table(batch.cast(schema))
+    except StopIteration:
+        raise UnreadableShardError("it holds no rows") from None
+    except OSError as error:
+        if error.errno:
+            raise
+        raise UnreadableShardError(f"it is damaged: {_first_line(error)}") from error
+    except Exception as error:  # every builder raises its own
+        raise UnreadableShardError(f"it is damaged: {_first_line(error)}") from error
+
+
+def hash_rows(rows: Any) -> str:
+    """Return the `RowHash` of a prepared shard's rows, a `datasets.Dataset`."""
+    columns = (IMAGE, LABEL, TEXT, NAME)
+    total = RowHash()
+    for batch in rows.with_format("arrow").select_columns(list(columns)).iter(BATCH_ROWS):
+        for cells in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+            total.add(*cells)
+    return total.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def _map_rows(path: Path) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_file(str(path))

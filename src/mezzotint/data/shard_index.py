@@ -1,0 +1,299 @@
+"""What the shards of an address hold: their images, classes and columns, before any is trained on.
+
+Shards of `mezzotint prepare --shards` have a card that says so. Of others, the footer and the
+column of labels of each parquet file are read, and the whole of each tar; the result is kept beside
+the cached shards, under a key that changes with any of them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mezzotint.core.files import expand_user, read_json, write_json
+from mezzotint.core.object_store import (
+    StoredFile,
+    is_address,
+    join_address,
+    list_files,
+    open_file,
+    patience,
+    read_bytes,
+    stat_file,
+)
+from mezzotint.core.progress import ProgressBar
+from mezzotint.data.columns import Columns
+from mezzotint.data.image_dataset import check_no_columns, split_source
+from mezzotint.data.labels import NO_LABEL, sort_classes
+from mezzotint.data.row_files import ROW_FILES, find_row_files
+from mezzotint.data.shard_cache import ShardCache, UnreadableShardError, locked
+from mezzotint.data.shard_format import SHARDS_CARD, ShardCard, parse_card
+from mezzotint.data.sources import hash_parts
+from mezzotint.data.splits import choose_split
+from mezzotint.data.stores import Listing
+from mezzotint.data.tables import read_label_column, table_source
+
+THREADS = 16  # that ask the store at once
+Role = str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The shards of a data set.
+
+    address: of the folder. builder: of `datasets`, that parses them. files, counts: each shard and
+    its images, int64 (shards,). checksums: of each shard's content, 0 where none is known, uint32.
+    row_hashes: as in the card, "" without one. columns: role -> name, the same for all shards.
+    label_names: of all shards together. unlabelled: images without a label. card: of shards that
+    `mezzotint prepare` wrote.
+    """
+
+    address: str
+    builder: str
+    files: tuple[StoredFile, ...] = field(repr=False)
+    counts: np.ndarray = field(repr=False)
+    checksums: np.ndarray = field(repr=False)
+    columns: dict[Role, str]
+    label_names: tuple[str, ...] | None
+    unlabelled: int = 0
+    row_hashes: tuple[str, ...] = field(default=(), repr=False)
+    card: ShardCard | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def name(self, shard: int) -> str:
+        """Return the address of a shard below that of the data set."""
+        return self.files[shard].address.removeprefix(self.address).lstrip("/")
+
+    def open(self, shard: int, cache: ShardCache) -> Any:
+        """Return a shard's rows, see `ShardCache.open`."""
+        return cache.open(self.files[shard], self.builder, self._row_hash(shard))
+
+    def fetch(self, shard: int, cache: ShardCache) -> None:
+        """Fetch a shard that the cache lacks, see `ShardCache.open` for errors."""
+        if not cache.path(self.files[shard], self.builder).is_file():
+            cache.fetch(self.files[shard], self.builder, self._row_hash(shard))
+
+    def _row_hash(self, shard: int) -> str:
+        return self.row_hashes[shard] if self.row_hashes else ""
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash that changes when shards are added, removed or replaced."""
+        names = [self.name(k) for k in range(len(self.files))]
+        sizes = [str(file.num_bytes) for file in self.files]
+        return hash_parts([*names, *sizes, self.counts.tobytes(), self.checksums.tobytes()])
+
+
+def is_sharded(source: str) -> bool:
+    """Return whether training reads a source shard by shard: an address, or prepared shards."""
+    base = split_source(source)[0]
+    return is_address(base) or (expand_user(base) / SHARDS_CARD).is_file()
+
+
+def open_index(source: str, cache: ShardCache, columns: Columns | None = None) -> ShardIndex:
+    """Return the index of an address of shards; "ADDRESS:SPLIT" chooses one that their names state.
+
+    The processes of a machine make it once.
+
+    Args:
+        columns: see `mezzotint.data.image_dataset.open_images`.
+
+    Errors: ValueError for an address without shards, or with shards that differ in columns; OSError
+        where the store does not answer.
+    """
+    base, split = split_source(source)
+    base = base.rstrip("/") if is_address(base) else str(expand_user(base).resolve())
+    with patience(cache.patience_s):
+        card_address = join_address(base, SHARDS_CARD)
+        if stat_file(card_address) is not None:
+            check_no_columns(base, columns)
+            if split:
+                raise ValueError(
+                    f"{base} was prepared as shards, which have no split {split!r}; leave it out, "
+                    f"or prepare each split of its own: mezzotint prepare SOURCE:{split} ADDRESS"
+                )
+            return _prepared_index(base, parse_card(read_bytes(card_address), card_address))
+        builder, files, notes = _find_shards(base, split or None)
+        key = hash_parts([base, builder, repr(sorted((columns or {}).items())), *map(repr, files)])
+        path = cache.folder / f"index-{key}.json"
+        with locked(path.with_suffix(".lock")):
+            if not path.is_file():
+                write_json(path, _index_shards(base, builder, files, cache, columns))
+            found = read_json(path, "delete it")
+    return ShardIndex(
+        base, builder, tuple(files),
+        np.array(found["counts"], np.int64), np.array(found["checksums"], np.uint32),
+        columns=found["columns"],
+        label_names=None if found["label_names"] is None else tuple(found["label_names"]),
+        unlabelled=found["unlabelled"],
+        notes=(*notes, *found["notes"]),
+    )  # fmt: skip
+
+
+def _prepared_index(base: str, card: ShardCard) -> ShardIndex:
+    entries = [entry for entry in card.shards if entry.rows]
+    if not entries:
+        raise ValueError(f"{base} holds shards without images; prepare them again")
+    return ShardIndex(
+        base,
+        "parquet",
+        tuple(StoredFile(join_address(base, e.name), e.bytes, "") for e in entries),
+        np.array([entry.rows for entry in entries], np.int64),
+        np.array([int(entry.sha256[:8], 16) for entry in entries], np.uint32),
+        columns={},
+        label_names=tuple(card.label_names) if card.label_names else None,
+        row_hashes=tuple(entry.sha256 for entry in entries),
+        card=card,
+        notes=tuple(card.notes),
+    )
+
+
+def _find_shards(base: str, split: str | None) -> tuple[str, list[StoredFile], list[str]]:
+    """Return the builder, the shards of one split, and notes."""
+    files = {file.address: file for file in list_files(base, tuple(ROW_FILES))}
+    if not files:
+        raise ValueError(
+            f"{base} holds no shards ({', '.join(ROW_FILES)}); give the folder of the shards, or "
+            f"write some: mezzotint prepare FOLDER {base} --size PIXELS --shards N"
+        )
+    folder = base if "*" not in base else base[: base.index("*")].rpartition("/")[0]
+    names = {address.removeprefix(folder).lstrip("/") or address: address for address in files}
+    listing = Listing({name: files[address].num_bytes for name, address in names.items()})
+    found = find_row_files(folder, listing)
+    assert found is not None, "the listing holds files of rows alone"
+    builder, splits = found
+    counts = {name: len(of) for name, of in splits.items()}
+    if split is None and ("train" in splits or len(splits) == 1):
+        split = "train" if "train" in splits else next(iter(splits))
+    if split != "all" or "all" in splits:
+        splits = {split: splits[choose_split(base, counts, split)]}
+    chosen = sorted(name for of in splits.values() for name in of)
+    left_out = len(files) - len(chosen)
+    notes = [f"{left_out:,} files of other splits or kinds were left out"] if left_out else []
+    return builder, [files[names[name]] for name in chosen], notes
+
+
+class _ShardFacts(NamedTuple):
+    """Images, checksum, class names and unlabelled images of one shard."""
+
+    count: int
+    checksum: int
+    label_names: tuple[str, ...] | None
+    unlabelled: int
+
+
+def _index_shards(
+    base: str,
+    builder: str,
+    files: list[StoredFile],
+    cache: ShardCache,
+    columns: Columns | None,
+) -> dict[str, Any]:
+    """Return the content of an index file; the first shard chooses the columns of all."""
+    first = table_source(_open_first(files[0], builder, cache), base, columns=columns)
+    choice = first.layout.columns
+    assert choice is not None, "a table has columns"
+    chosen = {"image": choice.image, "label": choice.label or "", "caption": choice.caption or ""}
+
+    def look(file: StoredFile) -> _ShardFacts:
+        try:
+            if builder == "parquet":
+                return _read_parquet_facts(file, chosen)
+            return _read_row_facts(cache.open(file, builder), file, chosen)
+        except UnreadableShardError as reason:
+            raise ValueError(_describe_unreadable(file, reason)) from None
+
+    facts = []
+    with (
+        ProgressBar("looking at shards", len(files), unit="shards", show=len(files) > 1) as bar,
+        ThreadPoolExecutor(THREADS if builder == "parquet" else 1) as pool,
+    ):
+        for one in pool.map(look, files):
+            facts.append(one)
+            bar.advance()
+    named = [one.label_names for one in facts if one.label_names is not None]
+    return {
+        "counts": [one.count for one in facts],
+        "checksums": [one.checksum for one in facts],
+        "columns": chosen,
+        "label_names": list(_merge_classes(named)) if named else None,
+        "unlabelled": sum(one.unlabelled for one in facts) if named else 0,
+        "notes": list(first.notes),
+    }
+
+
+def _merge_classes(named: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the classes of all shards: as declared where all declare the same, else sorted."""
+    if all(names == named[0] for names in named):
+        return named[0]
+    return sort_classes({name for names in named for name in names})
+
+
+def _open_first(file: StoredFile, builder: str, cache: ShardCache) -> Any:
+    try:
+        return cache.open(file, builder)
+    except UnreadableShardError as reason:
+        raise ValueError(_describe_unreadable(file, reason)) from None
+
+
+def _describe_unreadable(file: StoredFile, reason: Exception) -> str:
+    return f"{file.address} cannot be read: {reason}; write it again, or take it out of the folder"
+
+
+def _read_parquet_facts(file: StoredFile, columns: dict[Role, str]) -> _ShardFacts:
+    """Read a parquet file's footer and labels."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open_file(file.address) as opened:
+            parquet = pq.ParquetFile(opened)
+            _check_columns(file, parquet.schema_arrow.names, columns)
+            label = columns["label"].partition(".")[0]
+            table = parquet.read(columns=[label] if label else [])
+            footer = parquet.metadata
+            # The offsets and statistics of every column: another content has another footer.
+            checksum = zlib.crc32(repr(footer.to_dict()).encode())
+            count = footer.num_rows
+    except pa.ArrowInvalid as error:
+        raise UnreadableShardError(f"it is damaged: {str(error).splitlines()[0][:200]}") from None
+    if not label:
+        return _ShardFacts(count, checksum, None, 0)
+    features = datasets.Features.from_arrow_schema(table.schema)
+    rows = datasets.Dataset(
+        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features)
+    )
+    return _label_facts(rows, count, checksum, file, columns)
+
+
+def _read_row_facts(rows: Any, file: StoredFile, columns: dict[Role, str]) -> _ShardFacts:
+    """Look at the rows of a cached shard."""
+    _check_columns(file, rows.column_names, columns)
+    if not columns["label"]:
+        return _ShardFacts(len(rows), 0, None, 0)
+    return _label_facts(rows, len(rows), 0, file, columns)
+
+
+def _label_facts(
+    rows: Any, count: int, checksum: int, file: StoredFile, columns: dict[Role, str]
+) -> _ShardFacts:
+    labels = read_label_column(rows, [], columns["label"], file.address)
+    if labels is None:
+        return _ShardFacts(count, checksum, (), count)
+    return _ShardFacts(count, checksum, labels.names, int((labels.indices == NO_LABEL).sum()))
+
+
+def _check_columns(file: StoredFile, names: list[str], columns: dict[Role, str]) -> None:
+    """Raise ValueError for a shard without the columns of the first."""
+    wanted = [name.partition(".")[0] for name in columns.values() if name]
+    if lacking := [name for name in wanted if name not in names]:
+        raise ValueError(
+            f"{file.address} has no column {lacking[0]!r}, which the first shard has; its columns "
+            f"are {', '.join(names)[:300]}. Give shards of one data set, e.g. by a pattern: "
+            "ADDRESS/train-*.parquet"
+        )

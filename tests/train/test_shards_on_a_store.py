@@ -1,0 +1,200 @@
+"""Training from a real S3 server: the same promises as from a disk, with kills on both sides."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from helpers.launch import run_here, torchrun
+from helpers.runs import assert_same_tensors, last_state, records, weights
+
+SHARDS, ROWS = 20, 12
+RECIPE = [
+    "unet-tiny", "model.size=16", "model.width=16", "model.emb_dim=32", "batch=12",
+    "images=480", "log_every_images=48", "samples.count=0", "save.every_images=48",
+    "engine.precision=float32", "optim.warmup_images=0", "data.shards.shuffle_images=16",
+    "data.shards.patience_s=60",
+]  # fmt: skip
+
+
+def write_set(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for shard in range(SHARDS):
+        rows = []
+        for _ in range(ROWS):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
+            rows.append({"image": {"bytes": file.getvalue()}, "label": int(rng.integers(3))})
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{shard:05d}.parquet")
+
+
+@pytest.fixture
+def stored_set(s3_server):
+    """Return the address of a set on a running server."""
+    write_set(s3_server.folder / "bucket" / "set")
+    return "s3://bucket/set"
+
+
+def arguments(source: str, out: Path, *more: str) -> list[str]:
+    cache = f"data.shards.cache={out.parent / f'cache-{out.name}'}"
+    return ["train", *RECIPE, cache, *more, "--data", source, "--out", str(out)]
+
+
+def start(*command: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mezzotint", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+def wait_for_images(out: Path, images: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a run has saved a checkpoint of so many images."""
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoints" / str(images) / "manifest.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def assert_bitwise(a: Path, b: Path) -> None:
+    """Weights, newest checkpoint and log of two runs are equal, bit for bit."""
+    assert records(a) == records(b)
+    for of in (weights, last_state):
+        assert_same_tensors(of(a), of(b))
+
+
+@pytest.fixture
+def undisturbed(stored_set, s3_server, tmp_path):
+    """Return a run from the same shards on a disk."""
+    shutil.copytree(s3_server.folder / "bucket" / "set", tmp_path / "copy")
+    run_here(*arguments(f"file://{tmp_path}/copy", tmp_path / "disk"))
+    return tmp_path / "disk"
+
+
+def test_a_run_from_a_store_is_bitwise_that_from_a_disk_with_kills(
+    stored_set, undisturbed, tmp_path
+):
+    out = tmp_path / "killed"
+    for images in (96, 240):
+        process = start(*arguments(stored_set, out))
+        wait_for_images(out, images, process)
+        process.kill()
+        process.communicate()
+    run_here(*arguments(stored_set, out))
+    assert_bitwise(undisturbed, out)
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+def test_a_run_waits_for_a_server_that_goes_and_returns(
+    fault, stored_set, s3_server, undisturbed, tmp_path
+):
+    out = tmp_path / fault
+    process = start(*arguments(stored_set, out))
+    wait_for_images(out, 48, process)
+    getattr(s3_server, fault)()
+    time.sleep(6)
+    assert process.poll() is None
+    s3_server.start() if fault == "kill" else s3_server.thaw()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    assert_bitwise(undisturbed, out)
+
+
+def test_a_store_that_does_not_return_ends_the_run_which_resumes(
+    stored_set, s3_server, undisturbed, tmp_path
+):
+    out = tmp_path / "gone"
+    process = start(*arguments(stored_set, out, "data.shards.patience_s=1"))
+    wait_for_images(out, 48, process)
+    s3_server.kill()
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "Traceback" not in printed
+    last = printed.strip().splitlines()[-1]
+    assert "s3://bucket/set" in last
+    s3_server.start()
+    run_here(*arguments(stored_set, out))
+    assert_bitwise(undisturbed, out)
+
+
+def test_ranks_come_and_go(stored_set, undisturbed, tmp_path):
+    """2, then 1, then 3 ranks see what one rank sees; their sums round otherwise."""
+    out = tmp_path / "ranks"
+    for ranks, images in ((2, 144), (1, 288), (3, 480)):
+        command = arguments(stored_set, out, f"images={images}")
+        if ranks == 1:
+            run_here(*command)
+        else:
+            done = torchrun(ranks, *command)
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["images"] for line in records(out)] == list(range(48, 481, 48))
+    for name, value in weights(out).items():
+        torch.testing.assert_close(value, weights(undisturbed)[name], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("missing", ["stop", "skip"])
+def test_a_shard_that_is_lost_stops_all_ranks_or_is_counted(
+    missing, stored_set, s3_server, tmp_path
+):
+    out = tmp_path / missing
+    command = arguments(stored_set, out, f"data.shards.missing={missing}")
+    run_here(*command, "images=12")  # indexes the set; fetches a few shards
+    for path in sorted((s3_server.folder / "bucket" / "set").iterdir())[:3]:
+        path.unlink()
+    shutil.rmtree(out)
+    done = torchrun(2, *command, "images=240", "batch=24", "data.shards.lanes=4")
+    printed = done.stdout + done.stderr
+    assert "Traceback" not in printed.replace("traceback : ", "")
+    if missing == "stop":
+        assert done.returncode != 0
+    else:
+        assert done.returncode == 0, printed
+
+
+@pytest.mark.parametrize(
+    ("source", "variables", "words"),
+    [
+        ("s3://no-such-bucket/set", {}, "no-such-bucket"),
+        ("s3://bucket/empty", {}, "empty"),
+        ("s3://bucket/set", {"AWS_SECRET_ACCESS_KEY": "wrong"}, "AWS_SECRET_ACCESS_KEY"),
+        ("gs://bucket/set", {}, "gcsfs"),
+    ],
+)
+def test_bad_addresses_are_one_line(source, variables, words, stored_set, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=words) as raised:
+        run_here(*arguments(source, out, "data.shards.patience_s=1"))
+    assert "\n" not in str(raised.value)
+    assert not out.exists()
+
+
+def test_a_cache_too_small_for_the_lanes_is_refused(stored_set, tmp_path):
+    with pytest.raises(ValueError, match="lanes of 16 images need about"):
+        run_here(*arguments(stored_set, tmp_path / "run", "data.shards.cache_gb=0.001",
+                            "batch=480", "data.shards.lanes=480"))  # fmt: skip
+
+
+def test_signals_save_and_end(stored_set, tmp_path):
+    out = tmp_path / "noticed"
+    process = start(*arguments(stored_set, out, "images=100000"))
+    wait_for_images(out, 48, process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
