@@ -64,7 +64,7 @@ class Shards(Checked):
     lanes: Annotated[int, Range(1, 10**6)] | None = None
     shuffle_images: Annotated[int, Range(1, 10**8)] = 4096
     cache: str = ""
-    cache_gb: Annotated[float, Range(1e-3, 1e6)] = 50.0
+    cache_gb: Annotated[float, Range(1e-6, 1e6)] = 50.0
     missing: Literal["stop", "skip"] = "stop"
     patience_s: Annotated[float, Range(0, 1e6)] = 600.0
 

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar
 
 from mezzotint.core.files import atomic_replace, atomic_write
 from mezzotint.core.store_errors import (
@@ -160,14 +160,14 @@ def read_bytes(address: str, start: int | None = None, end: int | None = None) -
     return _call(address, read)
 
 
-def open_file(address: str) -> BinaryIO:
+def open_file(address: str) -> io.BufferedReader:
     """Open a file for reading at any place; every read waits for the store like `read_bytes`."""
     if scheme_of(address) == "file":
-        return cast(BinaryIO, open(_local_path(address), "rb"))
+        return open(_local_path(address), "rb")
     found = stat_file(address)
     if found is None:
         raise MissingFileError(f"{without_query(address)} does not exist; check the address")
-    return cast(BinaryIO, io.BufferedReader(_RangeReader(found), READ_AHEAD_BYTES))
+    return io.BufferedReader(_RangeReader(found), READ_AHEAD_BYTES)
 
 
 class _RangeReader(io.RawIOBase):
