@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +241,7 @@ def test_a_killed_process_costs_one_shard(pictures, once, tmp_path, monkeypatch)
     with running_server(tmp_path / "served"):
         done = subprocess.run(
             [sys.executable, "-c", KILLED, str(pictures), str(NUM_SHARDS), *addresses],
-            capture_output=True, text=True, timeout=120, check=True,
+            capture_output=True, text=True, timeout=300, check=True,
         )  # fmt: skip
         assert done.stdout.splitlines() == ["[-9, 0, 0]"] * 2
         for address in addresses:
@@ -271,6 +272,21 @@ def _noting(write, written: list[int]):
         write(plan, k, path, bar)
 
     return write_and_note
+
+
+def test_a_store_that_is_away_for_a_while_is_waited_for(pictures, once, tmp_path, monkeypatch):
+    write = module.write_shard
+    with running_server(tmp_path / "served") as server:
+
+        def write_while_away(plan, k, path, bar):
+            write(plan, k, path, bar)
+            if k == 1:
+                server.kill()
+                threading.Timer(1.0, server.start).start()
+
+        monkeypatch.setattr(module, "write_shard", write_while_away)
+        assert write_shards(plan_of(pictures), "s3://bucket/shards") is not None
+        assert content_of("s3://bucket/shards") == content_of(once)
 
 
 def test_ranks_of_torchrun_share_the_shards(pictures, once, tmp_path, monkeypatch):

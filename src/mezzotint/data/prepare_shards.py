@@ -190,8 +190,10 @@ def _write_missing(plan: ShardPlan, k: int, address: str, bar: ProgressBar) -> N
         atomic_replace(path, lambda partial: write_shard(plan, k, partial, bar))
     else:
         with partial_folder(Path(tempfile.gettempdir()) / "mezzotint-shards") as folder:
-            write_shard(plan, k, folder / shard_name(k), bar)
-            upload_file(folder / shard_name(k), address)
+            path = folder / shard_name(k)
+            # Names the file in the error of a full disk.
+            atomic_replace(path, lambda partial: write_shard(plan, k, partial, bar))
+            upload_file(path, address)
 
 
 def _read_reports(plan: ShardPlan, files: Iterable[StoredFile]) -> list[dict[str, Any]]:
