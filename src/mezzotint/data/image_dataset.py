@@ -220,8 +220,8 @@ def check_no_columns(what: str, columns: Columns | None) -> None:
 def _open_path(base: str, path: Path, split: str | None, columns: Columns | None) -> Source:
     if is_address(base):
         raise ValueError(
-            f"{base} is an address: `mezzotint train --data` reads its shards; here, give images "
-            "on a disk"
+            f"{base} is an address: `mezzotint train PRESET --data {base}` reads its shards, and "
+            "--dry-run checks them; here, give images on a disk"
         )
     suffix = path.suffix.lower()
     if (found := find_store(path)) is not None:

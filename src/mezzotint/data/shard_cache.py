@@ -20,7 +20,7 @@ from typing import Any
 from mezzotint.core.files import atomic_replace, format_bytes
 from mezzotint.core.object_store import StoredFile, download_file, patience, stat_file
 from mezzotint.data.row_files import patched_webdataset
-from mezzotint.data.shard_format import IMAGE, LABEL, NAME, TEXT, RowHash
+from mezzotint.data.shard_format import COLUMNS, TOKENS, RowHash
 from mezzotint.data.sources import hash_parts
 
 ARROW, LOCK = ".arrow", ".lock"
@@ -200,11 +200,12 @@ def write_arrow(stored: Path, builder: str, target: Path) -> None:
 
 def hash_rows(rows: Any) -> str:
     """Return the `RowHash` of a prepared shard's rows, a `datasets.Dataset`."""
-    columns = (IMAGE, LABEL, TEXT, NAME)
     total = RowHash()
-    for batch in rows.with_format("arrow").select_columns(list(columns)).iter(BATCH_ROWS):
-        for cells in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-            total.add(*cells)
+    names = [*COLUMNS, TOKENS] if TOKENS in rows.column_names else [*COLUMNS]
+    for batch in rows.with_format("arrow").select_columns(names).iter(BATCH_ROWS):
+        cells = [batch.column(name).to_pylist() for name in names]
+        for image, label, text, name, *tokens in zip(*cells, strict=True):
+            total.add(image, label, text, name, tokens[0] if tokens else None)
     return total.hexdigest()
 
 

@@ -40,7 +40,7 @@ class ShardedCaptions:
                     f"({self.card[fact]}); name the same encoder, or prepare the shards again"
                 )
         self.is_stored = stored is not None
-        self.max_tokens: int = stored["max_tokens"] if stored else encoder.max_tokens
+        self.max_tokens: int = stored["longest"] if stored else encoder.max_tokens
         self.width, self.dtype = encoder.width, DTYPES[encoder.dtype_name]
         # Worker processes of stored captions need no encoder, which they could not share.
         self.encoder = None if self.is_stored else encoder
