@@ -113,6 +113,7 @@ def test_the_report_adds_up_to_that_of_one_folder(pictures, once, tmp_path):
     assert {name: total[name] for name in same} == {name: whole[name] for name in same}
     assert (total["shards"], total["bytes"]) == (NUM_SHARDS, 21 * 16 * 16 * 3)
     card = read_card(once)
+    assert card.unlabelled == 0
     assert sorted(name[:8] for name in card.left_out) == ["a/03.png", "b/17.png"]
     assert sum(shard.unreadable for shard in card.shards) == 2
     assert (card.kind, card.form, card.label_names) == ("images", "raw", ["a", "b"])

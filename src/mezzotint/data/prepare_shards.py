@@ -276,6 +276,7 @@ def _complete(plan: ShardPlan, address: str, files: list[StoredFile]) -> ShardCa
             for k, (file, report) in enumerate(zip(files, reports, strict=True))
         ],
         captions=_describe_captions(plan, total),
+        unlabelled=total["classes"].get("no label", 0),
         left_out=[f"{name} ({why})" for name, why in total["unreadable"].items()][:MAX_LEFT_OUT],
         notes=notes,
         **(codec or {}),

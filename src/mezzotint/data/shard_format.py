@@ -77,7 +77,7 @@ class RowHash:
 
 ENTRY_KINDS = {"name": str, "rows": int, "bytes": int, "unreadable": int, "sha256": str}
 CARD_KINDS = {
-    **dict.fromkeys(("size", "channels", "factor", "count"), int),
+    **dict.fromkeys(("size", "channels", "factor", "count", "unlabelled"), int),
     **dict.fromkeys(("kind", "crop", "form", "codec", "codec_hash", "plan", "fingerprint"), str),
     **dict.fromkeys(("scale", "shift"), float),
     "mirror": bool,
@@ -98,10 +98,11 @@ class ShardCard:
     latents. codec, codec_hash, factor, scale, shift: of the latents; "pixels", "", 1, 1 and 0 for
     images. statistics: of the latents, as in the card of a folder of latents. mirror: whether
     latents have the mirror image as a second view. label_names: of the classes, None without
-    labels. count: rows of all shards. plan: hash of all that the preparation was given, which every
-    shard holds. fingerprint: hash of the rows of all shards, in order. left_out: the first
-    MAX_LEFT_OUT unreadable images, with reasons. captions: of the column `tokens`: encoder,
-    encoder_hash, tokenizer_hash, dtype, width, max_tokens; None without it.
+    labels. unlabelled: images without a label among labelled ones. count: rows of all shards. plan:
+    hash of all that the preparation was given, which every shard holds. fingerprint: hash of the
+    rows of all shards, in order. left_out: the first MAX_LEFT_OUT unreadable images, with reasons.
+    captions: of the column `tokens`: encoder, encoder_hash, tokenizer_hash, dtype, width,
+    max_tokens, longest; None without it.
     """
 
     kind: str
@@ -120,6 +121,7 @@ class ShardCard:
     statistics: dict[str, Any] | None = None
     mirror: bool = False
     captions: dict[str, Any] | None = None
+    unlabelled: int = 0
     left_out: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
