@@ -62,11 +62,9 @@ def shell_lines(block):
 def split_command(line):
     """Return the arguments of a mezzotint command, or None for any other line.
 
-    This includes `torchrun ... -m mezzotint train ...` and the last line of a SLURM script. Shell
-    comments and redirections are dropped.
+    This includes `torchrun ... -m mezzotint train ...`. Shell comments and redirections are
+    dropped.
     """
-    if task := re.search(r"exec (mezzotint [^']*)'", line):
-        line = task[1]
     if not line.startswith(("mezzotint ", "torchrun ", "accelerate launch ")):
         return None
     args = shlex.split(line, comments=True)

@@ -71,7 +71,7 @@ def open_gate(folder: Path, images: int) -> None:
     (folder / ".gate").rename(folder / "gate")
 
 
-def wait_until(condition: Callable[[], bool], folder: Path, seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], folder: Path, seconds: float = 300) -> None:
     """Wait for a condition; AssertionError with what the agents printed."""
     until = time.monotonic() + seconds
     while not condition():

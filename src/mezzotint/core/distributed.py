@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -81,6 +82,7 @@ def init_distributed() -> World:
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size > 1 and not dist.is_initialized():
+        _allow_connections()
         world = World(rank=int(os.environ.get("RANK", -1)), size=size, device=device)
         with lost_ranks(world):
             # torchrun gives all its processes one world size.
@@ -104,6 +106,16 @@ def _check_restarts() -> None:
             "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
             "and --rdzv-backend c10d: without, ranks that start again do not find each other"
         )
+
+
+def _allow_connections() -> None:
+    """Raise this process's limit of open files to the most it may have.
+
+    gloo connects every rank with every other, once for each group; the usual limit is 1,024.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # macOS states a limit that it does not accept
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 MOST_GPUS_PER_NODE = 8  # of the machines that are sold for training

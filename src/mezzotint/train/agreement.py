@@ -17,7 +17,14 @@ import torch
 
 import mezzotint
 from mezzotint.config import Recipe
-from mezzotint.core.distributed import World, all_ranks, gather_from_ranks, on_rank0
+from mezzotint.core.distributed import (
+    World,
+    all_ranks,
+    any_rank,
+    broadcast_from_rank0,
+    gather_from_ranks,
+    on_rank0,
+)
 from mezzotint.core.files import sha256_of_file
 from mezzotint.data.content import Content
 from mezzotint.data.sources import hash_parts
@@ -33,14 +40,15 @@ SHARED_FOLDER_SECONDS = 10.0  # network disks show a new file after a few
 
 def check_same(facts: Mapping[str, Any], world: World) -> None:
     """Raise ValueError, on every rank, where a rank has other facts than rank 0."""
-    ranks = gather_from_ranks(dict(facts), world)
-    differences = [
-        f"rank {rank} has {name} {own.get(name)}, rank 0 {ranks[0].get(name)}"
-        for rank, own in enumerate(ranks)
-        for name in {**ranks[0], **own}
-        if own.get(name) != ranks[0].get(name)
+    theirs = broadcast_from_rank0(dict(facts), world)
+    own = [
+        f"rank {world.rank} has {name} {facts.get(name)}, rank 0 {theirs.get(name)}"
+        for name in {**theirs, **facts}
+        if facts.get(name) != theirs.get(name)
     ]
-    if differences:
+    # One flag first: the facts of thousands of ranks would be megabytes on each.
+    if any_rank(bool(own), world):
+        differences = [line for lines in gather_from_ranks(own, world) for line in lines]
         shown = [*differences[:5], *([f"{len(differences) - 5} more"] if differences[5:] else [])]
         raise ValueError(
             f"the ranks differ: {'; '.join(shown)}; start every rank with the same command, data "
@@ -80,7 +88,8 @@ def check_same_content(content: Content, source: str, world: World) -> None:
         f"{len(content.rows):,} images of {classes} classes (fingerprint "
         f"{content.fingerprint[:8]}) in {source}"
     )
-    if len(set(gather_from_ranks(content.fingerprint, world))) > 1:
+    differs = broadcast_from_rank0(content.fingerprint, world) != content.fingerprint
+    if any_rank(differs, world):
         check_same({"data": described}, world)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mezzotint.core.distributed import gather_from_ranks
+from mezzotint.core.distributed import gather_to_rank0
 from mezzotint.core.files import open_regular, write_json
 from mezzotint.core.machine import describe_machine
 from mezzotint.train.setup import Run
@@ -40,8 +40,8 @@ def record(run: Run) -> None:
     Errors: OSError where the folder cannot be written.
     """
     name = describe_machine(run.world.device.type)["processor"]
-    names = gather_from_ranks(name, run.world)
-    if run.world.is_rank0:
+    names = gather_to_rank0(name)
+    if names is not None:
         path = run.folder / FILE
         write_json(path, [*read(path), describe_start(run.state.images, names)])
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from mezzotint import config
-from mezzotint.core.distributed import gather_from_ranks, on_rank0
+from mezzotint.core.distributed import gather_from_ranks, gather_to_rank0, on_rank0
 from mezzotint.core.files import partial_folder
 from mezzotint.core.tensor_files import save_tensors
 from mezzotint.train import checkpoint, ema, log
@@ -207,8 +207,8 @@ def record_unreadable(run: Run) -> None:
 
     A list that cannot be written waits for the next call: it must not stop a checkpoint.
     """
-    shares = gather_from_ranks(run.dataset.report.unreadable, run.world)
-    if run.world.is_rank0:
+    shares = gather_to_rank0(run.dataset.report.unreadable)
+    if shares is not None:
         reasons = {name: reason for share in shares for name, reason in share.items()}
         with contextlib.suppress(OSError):
             log.append_unreadable(run.folder / "unreadable.txt", reasons)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from mezzotint.config import Evaluate, SampleGrid
-from mezzotint.core.distributed import World, gather_from_ranks, raise_on_all_ranks
+from mezzotint.core.distributed import World, gather_to_rank0, raise_on_all_ranks
 from mezzotint.core.files import atomic_write
 from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.core.registry import Spec
@@ -139,8 +139,8 @@ def save_sample_grid(
         error = failure
     raise_on_all_ranks(error, world)
     path = grid_path(folder, model.info.images)
-    shares = gather_from_ranks((positions, pixels), world)
-    if world.is_rank0:
+    shares = gather_to_rank0((positions, pixels))
+    if shares is not None:
         images = torch.empty(grid.count, *pixels.shape[1:], dtype=torch.uint8)
         for rows, share in shares:
             images[rows] = share
