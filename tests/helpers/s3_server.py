@@ -1,4 +1,7 @@
-"""A real S3 server on this machine: `rclone serve s3` over a folder, whose folders are buckets."""
+"""A real S3 server on this machine: `rclone serve s3` over a folder, whose folders are buckets.
+
+It remembers its folders: change a file through the server, or before it starts, or restart it.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class S3Server:
             [
                 rclone, "serve", "s3", "--auth-key", f"{KEY},{SECRET}",
                 "--addr", f"127.0.0.1:{self.port}", "--config", os.devnull,
-                "--dir-cache-time", "0s", *arguments, str(self.folder),
+                *arguments, str(self.folder),
             ],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip

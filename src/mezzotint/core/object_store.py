@@ -344,6 +344,8 @@ def _local_path(address: str) -> Path:
 
 def _call(address: str, act: Callable[[Any, str], T], attempts: int = 1) -> T:
     """Return `act(file system, path)`, repeated while it fails for reasons that pass."""
+    if "::" in address:
+        raise StoreError(f"{address} chains file systems with ::, which is not read")
     begin, wait_s = time.monotonic(), _patience_s
     pause, told = 0.2, False
     while True:
@@ -373,8 +375,6 @@ def _call(address: str, act: Callable[[Any, str], T], attempts: int = 1) -> T:
 
 def _plain(address: str) -> str:
     """Return an address as its file system expects it: an absolute path for a local one."""
-    if "::" in address:
-        raise StoreError(f"{address} chains file systems with ::, which is not read")
     return str(_local_path(address)) if scheme_of(address) == "file" else address
 
 
