@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 
 from mezzotint.core.fields import MOST_IMAGES, MOST_SEED, Checked, Range, parse, type_hints
+from mezzotint.core.object_store import is_address
 from mezzotint.core.registry import Spec, suggest
 
 MOST_BYTES = 1_000_000  # of a recipe's file
@@ -235,6 +236,8 @@ class Save(Checked):
     every_images: between checkpoints; one is saved at the end of the run too, 0 for that one alone.
     keep: newest checkpoints to keep.
     keep_every_images: keep those at multiples of it too.
+    store: address, e.g. s3://bucket/runs/xl, where checkpoints go in place of the run folder, with
+        a copy of its other files: a fresh machine goes on from there (see docs/checkpoints.md).
     """
 
     prefix: ClassVar[str] = "save."
@@ -242,6 +245,15 @@ class Save(Checked):
     every_images: Interval = 1_000_000
     keep: Annotated[int, Range(1, 1_000_000)] = 2
     keep_every_images: Positive | None = None
+    store: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.store and not is_address(self.store):
+            raise ValueError(
+                f"save.store {self.store} is no address; give e.g. s3://bucket/runs/xl, or leave "
+                "it out to keep checkpoints in the run folder"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

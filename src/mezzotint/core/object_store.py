@@ -101,7 +101,7 @@ def list_files(
 
     Errors: StoreError for no access, no such bucket, and no files; StoreUnavailable.
     """
-    scheme = scheme_of(address)
+    scheme = _written_scheme(address)
 
     def find(fs: Any, path: str) -> list[StoredFile]:
         fs.invalidate_cache()  # the hub's file system keeps listings whatever it is told
@@ -136,7 +136,7 @@ def stat_file(address: str) -> StoredFile | None:
     def stat(fs: Any, path: str) -> StoredFile | None:
         fs.invalidate_cache()
         return next(
-            (_stored(scheme_of(address), *item) for item in _single(fs, path).items()), None
+            (_stored(_written_scheme(address), *item) for item in _single(fs, path).items()), None
         )
 
     try:
@@ -336,6 +336,10 @@ def _stored(scheme: str, name: str, info: dict[str, Any]) -> StoredFile:
         name if "://" in name else f"{scheme}://{name if scheme == 'file' else name.lstrip('/')}"
     )
     return StoredFile(address, int(info.get("size") or 0), version.strip('"'))
+
+
+def _written_scheme(address: str) -> str:
+    return address.partition("://")[0] if "://" in address else "file"
 
 
 def _local_path(address: str) -> Path:

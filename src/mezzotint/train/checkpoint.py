@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -254,15 +254,35 @@ class CheckpointWriter:
         self._pool.shutdown(wait=True)
 
 
+@runtime_checkable
+class Target(Protocol):
+    """Where a checkpoint goes that leaves the run folder, see `train.checkpoint_store`."""
+
+    @property
+    def address(self) -> str:
+        """Its name in messages."""
+        ...
+
+    def publish(
+        self, facts: dict[str, Any], folder: Path, metadata: Metadata, writer: CheckpointWriter
+    ) -> None:
+        """Take over the files that this rank has written to `folder`; all ranks call it."""
+        ...
+
+
 def begin_checkpoint(
-    state: TrainingState, run: Path, writer: CheckpointWriter
+    state: TrainingState, run: Path, writer: CheckpointWriter, target: Target | None = None
 ) -> Callable[[], Path]:
     """Copy the state to the CPU; return the function that writes it as checkpoint `state.images`.
 
     Each rank copies and writes its share, see `train.staging`. All ranks call both together. On
     failure nothing half-written stays, and earlier checkpoints are untouched.
 
-    Errors: OSError from the returned function when the disk is full, not writable or gone.
+    Args:
+        target: where it goes; it stays in `run`, which all ranks share, by default.
+
+    Errors: OSError from the returned function when the disk is full, not writable or gone, and
+        where the target does not take the checkpoint.
     """
     world, images = writer.world, state.images
     final = run / "checkpoints" / str(images)
@@ -276,6 +296,8 @@ def begin_checkpoint(
             error = _write_error(images, run, reason)
     # Also a barrier: no rank writes before the folder exists.
     raise_on_all_ranks(error, world)
+    if target is not None:  # every node has a disk of its own
+        all_ranks(lambda: partial.mkdir(parents=True, exist_ok=True), world)
     # Without a process group torch warns that it assumes a single process, as no_dist says.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     writing = dcp.async_save(
@@ -289,15 +311,16 @@ def begin_checkpoint(
     def finish() -> Path:
         try:
             metadata = cast(Metadata, writing.result())
-            if world.is_rank0:
-                files = [METADATA, *file_sizes(metadata)]
-                facts = {"images": images, "ranks": world.size, "torch": torch.__version__}
-                write_manifest(partial, files=files, **facts)
+            facts = {"images": images, "ranks": world.size, "torch": torch.__version__}
+            if target is not None:
+                target.publish(facts, partial, metadata, writer)
+            elif world.is_rank0:
+                write_manifest(partial, files=[METADATA, *file_sizes(metadata)], **facts)
                 publish_folder(partial, final)
         except (Exception, CheckpointException) as reason:
-            raise _write_error(images, run, reason) from reason
+            raise _write_error(images, target.address if target else run, reason) from reason
         finally:
-            if world.is_rank0:
+            if world.is_rank0 or target is not None:
                 shutil.rmtree(partial, ignore_errors=True)
         return final
 
@@ -333,11 +356,11 @@ def run_tasks(
             ) from error
 
 
-def _write_error(images: int, run: Path, reason: BaseException) -> SaveError:
+def _write_error(images: int, place: Path | str, reason: BaseException) -> SaveError:
+    advice = "Free some space or repair the folder" if isinstance(place, Path) else "Repair that"
     return SaveError(
-        f"the checkpoint at {images} images could not be written to {run}: {one_line(reason)}; "
-        "earlier checkpoints are intact. Free some space or repair the folder, and repeat the "
-        "command."
+        f"the checkpoint at {images} images could not be written to {place}: {one_line(reason)}; "
+        f"earlier checkpoints are intact. {advice}, and repeat the command."
     )
 
 
@@ -365,10 +388,19 @@ def prune_checkpoints(run: Path, images: int, keep: int, keep_every: int | None)
     Args:
         images: of the newest. Checkpoints of more images were passed over when the run resumed.
     """
-    written = [folder for folder in list_checkpoints(run) if int(folder.name) <= images]
-    for folder in written[:-keep] if keep > 0 else []:
-        if not (keep_every and int(folder.name) % keep_every == 0):
-            shutil.rmtree(folder)
+    there = [int(folder.name) for folder in list_checkpoints(run)]
+    for old in checkpoints_to_delete(there, images, keep, keep_every):
+        shutil.rmtree(run / "checkpoints" / str(old))
+
+
+def checkpoints_to_delete(
+    there: Iterable[int], images: int, keep: int, keep_every: int | None
+) -> list[int]:
+    """Return which of the checkpoints at so many images go, see `prune_checkpoints`."""
+    written = sorted(i for i in there if i <= images)
+    return [
+        i for i in written[: max(0, len(written) - keep)] if keep_every is None or i % keep_every
+    ]
 
 
 class UnusableCheckpointError(ValueError):

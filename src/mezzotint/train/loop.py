@@ -20,6 +20,7 @@ from mezzotint.process.denoiser import Model
 from mezzotint.train import (
     agreement,
     checkpoint,
+    checkpoint_store,
     ema,
     environment,
     evaluation,
@@ -107,9 +108,17 @@ def train(
         agreement.check_same_recipe_and_code(recipe, init_weights is not None, world)
         lock, checks = run_lock(folder, recipe.data.source), []
         distributed.on_rank0(lambda: checks.append(stack.enter_context(lock)), world)
-        agreement.check_shared_folder(folder, world)
+        store = recipe.save.store
+        if store:
+            checkpoint_store.fetch_run(store, folder, world, progress.print_line)
+        if not store or evaluator is not None:  # an evaluation gathers its images in files
+            agreement.check_shared_folder(folder, world)
         run = setup(recipe, folder, world, progress.print_line, init_weights, accept_changed_data)
         stack.callback(run.writer.close)
+        if store:
+            checkpoint_store.drop_fetched(folder, world)
+            # Shows, before anything is trained, that the store can be written to.
+            distributed.on_rank0(lambda: checkpoint_store.upload_records(folder, store), world)
         stop.interrupting = False
         if checks:  # on rank 0, which holds the lock
             run.check_folder = checks[0]
@@ -243,6 +252,8 @@ def loop(
             run_evaluation(run, evaluator, stop, progress, listeners)
             # The log measures the speed of training alone.
             logged_at += time.monotonic() - paused_at
+    if recipe.save.store:  # the grid and the evaluation of the end
+        save(run, False, False, ())
     run.writer.wait()
 
 
@@ -360,7 +371,7 @@ def save_pending(run: Run) -> None:
         return models, [std for std, path in paths.items() if not path.is_file()]
 
     with_models, stds = distributed.on_rank0(find, run.world)
-    if with_models or stds:
+    if with_models or stds or run.recipe.save.store:  # which may lack what is here
         save(run, False, with_models, stds)
 
 
@@ -377,15 +388,20 @@ def save(
     for lines in run.logs:
         lines.flush()
     tasks: list[Callable[[], object]] = []
-    images, keep = run.state.images, run.recipe.save
+    images, keep, store = run.state.images, run.recipe.save, run.recipe.save.store
     for std in snapshot_stds:
         weights = gather_to_host(run.state.averages[f"power-{std:g}"], run.world)
         if run.world.is_rank0:
             tasks.append(partial(posthoc_ema.write_snapshot, run.folder, weights, images, std))
     if with_checkpoint:
         nonfinite.record_unreadable(run)
-        tasks.append(checkpoint.begin_checkpoint(run.state, run.folder, run.writer))
+        if store and run.world.is_rank0:  # the log of a checkpoint is there before it
+            tasks.append(partial(checkpoint_store.upload_records, run.folder, store))
+        target = checkpoint_store.StoreTarget(store) if store else None
+        tasks.append(checkpoint.begin_checkpoint(run.state, run.folder, run.writer, target))
         prune = partial(checkpoint.prune_checkpoints, run.folder, images)
+        if store:
+            prune = partial(checkpoint_store.prune_store, store, images)
         if run.world.is_rank0:
             tasks.append(partial(prune, keep.keep, keep.keep_every_images))
     if with_models:
@@ -399,6 +415,8 @@ def save(
             copies = gather_to_host({**buffers, **weights}, run.world)
             if model is not None:
                 tasks.append(partial(write_model, model, copies, run.folder / name))
+    if store and run.world.is_rank0:
+        tasks.append(partial(checkpoint_store.upload_run, run.folder, store))
     if tasks:
         write = partial(checkpoint.run_tasks, run.folder, run.check_folder, images, tasks)
         run.writer.start(write)

@@ -19,7 +19,7 @@ from mezzotint import config
 from mezzotint.core.distributed import gather_from_ranks, gather_to_rank0, on_rank0
 from mezzotint.core.files import partial_folder
 from mezzotint.core.tensor_files import save_tensors
-from mezzotint.train import checkpoint, ema, log
+from mezzotint.train import checkpoint, checkpoint_store, ema, log
 from mezzotint.train.parallel import clear_gradients, group_norms
 from mezzotint.train.setup import Run
 from mezzotint.train.staging import gather_to_host
@@ -131,11 +131,16 @@ def roll_back(run: Run, failure: str, facts: dict[str, Any]) -> int:
     """
     state, images = run.state, run.state.images
     run.writer.wait()
+    store = run.recipe.save.store
+    if store:
+        checkpoint_store.fetch_newest(store, run.folder, run.world)
     newest, _ = on_rank0(lambda: checkpoint.find_newest_intact(run.folder), run.world)
     if newest is None:
         raise NonFiniteError(f"{failure}. There is no checkpoint to roll back to", facts)
     recent, spikes = state.recent, state.spikes
     checkpoint.restore_newest(state, run.folder, newest, run.world)
+    if store:
+        checkpoint_store.drop_fetched(run.folder, run.world)
     restored, state.images = state.images, images
     state.recent, state.spikes = recent, spikes
     state.metrics_window.zero_()

@@ -150,17 +150,21 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
     started = started_recipe(folder)
     if started is None:
         return
-    old, new = flatten_recipe(started), flatten_recipe(recipe)
-    differences = [
-        f"  {k}: {old.get(k)} there, {new.get(k)} asked"
-        for k in {**old, **new}
-        if old.get(k) != new.get(k) and not _is_changeable(k)
-    ]
-    if differences:
+    if differences := recipe_differences(started, recipe):
         raise ValueError(
             "\n".join([f"{folder} belongs to another recipe:", *differences])
             + "\nUse another --out, or the same recipe."
         )
+
+
+def recipe_differences(there: Recipe, asked: Recipe) -> list[str]:
+    """Return a line for each field in which two recipes of one run must not differ."""
+    old, new = flatten_recipe(there), flatten_recipe(asked)
+    return [
+        f"  {k}: {old.get(k)} there, {new.get(k)} asked"
+        for k in {**old, **new}
+        if old.get(k) != new.get(k) and not _is_changeable(k)
+    ]
 
 
 def started_recipe(folder: Path) -> Recipe | None:
