@@ -360,11 +360,15 @@ def readme(
 
 
 def load_model(folder_or_repo: str | Path) -> Model:
-    """Load a model of `save_model` from a folder, the box or the Hugging Face hub, on the CPU.
+    """Load a model of `save_model`, on the CPU.
 
     No code is loaded. Names, shapes, dtypes and sizes are compared with what config.json implies
     before anything is allocated, then both files with their SHA-256. Weights in float16 or
     bfloat16 become float32.
+
+    Args:
+        folder_or_repo: its folder, a model of the box, a repository of the Hugging Face hub, or an
+            address such as s3://bucket/runs/xl, of the model or of its run.
 
     Errors: ValueError for a folder without a model, a config.json of another format or that
         describes no network, weights that do not belong to it or are shorter than their header
@@ -438,7 +442,7 @@ def open_model(source: str | Path, tuned: bool = False) -> Model:
     """Load a model in eval mode on the default device, of a run its averaged weights.
 
     Args:
-        source: run folder, model folder, model in the box or hub repository.
+        source: run folder, model folder, model in the box, hub repository or address.
         tuned: of a run that was tuned, take the tuned average and its sampling settings.
     """
     folder = Path(source)

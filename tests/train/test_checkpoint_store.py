@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from helpers import ranks, store_runs
+from helpers.launch import run_here
 from helpers.runs import assert_same_run, records, small, weights
 from mezzotint import config
 from mezzotint.core.object_store import (
@@ -21,6 +22,7 @@ from mezzotint.core.object_store import (
     read_bytes,
     write_bytes,
 )
+from mezzotint.models import load_model
 from mezzotint.train import checkpoint, checkpoint_store
 from mezzotint.train.loop import check, train
 
@@ -101,7 +103,7 @@ def test_retention_and_leftovers(s3_server, tmp_path):
     assert stored_checkpoints() == [96, 160]
     assert not any(name.startswith("checkpoints/32/") for name in stored())
     # Where the recipe names no store any more, nothing is trained twice by mistake.
-    with pytest.raises(ValueError, match="has no checkpoint to resume from"):
+    with pytest.raises(ValueError, match=rf"no checkpoint to resume from; its .* went to {STORE}"):
         train(small(), folder, quiet=True)
     # Fields that change nothing that is learnt may differ.
     train(on_store("save.keep=2"), folder, quiet=True)
@@ -230,3 +232,23 @@ def test_two_ranks_without_a_common_disk(s3_server, tmp_path):
         ranks.run_on_ranks(2, store_runs.train_shared, *shared, images)
     last = train(small("samples.count=0", "images=160"), tmp_path / "shared", quiet=True)
     assert all((weights(last)[k] == v).all() for k, v in weights(folder).items())
+
+
+def test_samples_of_a_model_on_the_store(s3_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
+    folder = train(on_store("images=48", "samples.count=0"), tmp_path / "run", quiet=True)
+    options = ["-n", "2", "--steps", "2", "--out"]
+    run_here("sample", str(folder), *options, str(tmp_path / "a"))
+    for number, address in enumerate((STORE, f"{STORE}/model")):
+        run_here("sample", address, *options, str(tmp_path / f"b{number}"))
+        for name in ("000000.png", "000001.png"):
+            same = (tmp_path / f"b{number}" / name).read_bytes()
+            assert same == (tmp_path / "a" / name).read_bytes()
+    # Other weights at the same address are downloaded again, and damaged ones are refused.
+    damaged = bytearray(read_bytes(f"{STORE}/model/model.safetensors"))
+    damaged[-1] ^= 1
+    write_bytes(f"{STORE}/model/model.safetensors", bytes(damaged))
+    with pytest.raises(ValueError, match="SHA-256"):
+        load_model(STORE)
+    with pytest.raises(ValueError, match=r"there is no model at s3://bucket/other"):
+        load_model("s3://bucket/other")

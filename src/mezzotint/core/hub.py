@@ -1,4 +1,4 @@
-"""The Hugging Face hub: files of a repository, from its cache or a download."""
+"""Files of the Hugging Face hub, and models of an object store, from a cache or a download."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from pathlib import Path
 
 from mezzotint.core.boxed import suggest_boxed
 from mezzotint.core.files import cache_dir, expand_user
+from mezzotint.core.object_store import download_file, is_address, join_address, stat_file
 from mezzotint.core.paths import explain_path, is_hub_name
 
 
 def download_model(repo: str, names: Sequence[str]) -> Path:
     """Return the folder of a model repository's files, from the cache if they are there.
 
+    Args:
+        repo: owner/name of the hub, or an address, see `fetch_model`.
+
     Errors: ValueError for a name that is none of the hub's, and where the hub does not have it.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if is_address(repo):
+        return fetch_model(repo, names)
     if not is_hub_name(repo):
         raise ValueError(
             f"{explain_path(repo, 'a model folder')}; give a run folder, a model folder, or the "
@@ -33,6 +39,33 @@ def download_model(repo: str, names: Sequence[str]) -> Path:
         raise ValueError(
             f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
         ) from None
+
+
+def fetch_model(address: str, names: Sequence[str]) -> Path:
+    """Return a folder of our cache with the files of a model at an address.
+
+    Args:
+        address: of the model's folder, or of a run, whose model/ is taken.
+
+    Errors: ValueError where there is no model, or no access; StoreUnavailable.
+    """
+    for place in (address, join_address(address, "model")):
+        found = [stat_file(join_address(place, name)) for name in names]
+        files = [file for file in found if file is not None]
+        if len(files) == len(names):
+            break
+    else:
+        raise ValueError(
+            f"there is no model at {address}; give the address of a run, or of a folder with "
+            f"{', '.join(names)}"
+        )
+    # Content that changes gets a folder of its own.
+    versions = "\n".join(f"{file.address} {file.version} {file.num_bytes}" for file in files)
+    folder = cache_dir() / "stored-models" / hashlib.sha256(versions.encode()).hexdigest()[:16]
+    for name, file in zip(names, files, strict=True):
+        if not (file.version and (folder / name).is_file()):
+            download_file(file.address, folder / name)
+    return folder
 
 
 TOKENIZER_FILES = (

@@ -49,6 +49,7 @@ from mezzotint.train.checkpoint_reader import (
     file_sizes,
     read_metadata,
 )
+from mezzotint.train.run_folder import started_recipe
 from mezzotint.train.staging import share_of_rank
 
 MANIFEST = "manifest.json"
@@ -207,6 +208,9 @@ def refuse_to_restart(run: Path, messages: list[str]) -> None:
     reasons = "; ".join(
         [f"{run} was trained ({', '.join(kept)}) and has no checkpoint to resume from", *messages]
     )
+    started = started_recipe(run)
+    if started is not None and started.save.store:
+        reasons += f"; its checkpoints went to {started.save.store}, so repeat the command with it"
     init_from = f" with --init-from {run / models[0]} for its weights" if models else ""
     raise ValueError(
         f"{reasons}. Nothing was changed. Bring its checkpoints back, use another "
