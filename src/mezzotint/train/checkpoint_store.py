@@ -9,7 +9,7 @@ A rank writes its share to its own disk, uploads it, and deletes it. torch's Fss
 to the store instead. Against a real server that was killed during a save, it rode out 3 seconds and
 gave up 9 seconds into an outage of 30: what has been streamed is gone and cannot be sent again. A
 file can be, until the store is back, and its SHA-256 is that of the disk. The ranks need no common
-disk. To resume, every node downloads one checkpoint, checks its SHA-256, restores it and deletes it.
+disk. To resume, every node downloads a checkpoint, checks its SHA-256, restores it and deletes it.
 """
 
 from __future__ import annotations
