@@ -72,7 +72,12 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .,+=-]*")
 
 
 def publish_to_store(
-    store: str, facts: dict[str, Any], folder: Path, metadata: Metadata, writer: CheckpointWriter
+    store: str,
+    run: Path,
+    facts: dict[str, Any],
+    folder: Path,
+    metadata: Metadata,
+    writer: CheckpointWriter,
 ) -> None:
     """Upload a checkpoint that all ranks have written, each its own files; all ranks call this.
 
@@ -85,8 +90,14 @@ def publish_to_store(
     """
     world, group = writer.world, writer.group
     target = join_address(store, "checkpoints", str(facts["images"]))
-    # Before any file changes, what made an earlier checkpoint of the same name exist has to go.
-    _together(lambda: delete_files(target) if world.is_rank0 else None, world, group)
+
+    def prepare() -> None:
+        # What made an earlier checkpoint of the same name exist goes before its files change.
+        delete_files(join_address(target, MANIFEST))
+        delete_files(target)
+        upload_records(run, store)  # the log of a checkpoint is there before it
+
+    _together(lambda: prepare() if world.is_rank0 else None, world, group)
 
     def upload_own() -> dict[str, Any]:
         names = [name for name in file_sizes(metadata) if name.startswith(f"__{world.rank}_")]
@@ -111,15 +122,16 @@ def publish_to_store(
 
 @dataclass(frozen=True)
 class StoreTarget:
-    """The store as the target of a checkpoint."""
+    """The store as the target of the checkpoints of a run folder."""
 
     address: str
+    run: Path
 
     def publish(
         self, facts: dict[str, Any], folder: Path, metadata: Metadata, writer: CheckpointWriter
     ) -> None:
         """Upload it, see `publish_to_store`."""
-        publish_to_store(self.address, facts, folder, metadata, writer)
+        publish_to_store(self.address, self.run, facts, folder, metadata, writer)
 
 
 def _together(work: Callable[[], Any], world: World, group: dist.ProcessGroup | None) -> list[Any]:

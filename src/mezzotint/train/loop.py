@@ -388,6 +388,7 @@ def save(
     for lines in run.logs:
         lines.flush()
     tasks: list[Callable[[], object]] = []
+    together: list[Callable[[], object]] = []
     images, keep, store = run.state.images, run.recipe.save, run.recipe.save.store
     for std in snapshot_stds:
         weights = gather_to_host(run.state.averages[f"power-{std:g}"], run.world)
@@ -395,10 +396,10 @@ def save(
             tasks.append(partial(posthoc_ema.write_snapshot, run.folder, weights, images, std))
     if with_checkpoint:
         nonfinite.record_unreadable(run)
-        if store and run.world.is_rank0:  # the log of a checkpoint is there before it
-            tasks.append(partial(checkpoint_store.upload_records, run.folder, store))
-        target = checkpoint_store.StoreTarget(store) if store else None
-        tasks.append(checkpoint.begin_checkpoint(run.state, run.folder, run.writer, target))
+        target = checkpoint_store.StoreTarget(store, run.folder) if store else None
+        finish = checkpoint.begin_checkpoint(run.state, run.folder, run.writer, target)
+        # The ranks upload it together: no other task of one of them may fail before it.
+        (together if store else tasks).append(finish)
         prune = partial(checkpoint.prune_checkpoints, run.folder, images)
         if store:
             prune = partial(checkpoint_store.prune_store, store, images)
@@ -417,9 +418,9 @@ def save(
                 tasks.append(partial(write_model, model, copies, run.folder / name))
     if store and run.world.is_rank0:
         tasks.append(partial(checkpoint_store.upload_run, run.folder, store))
-    if tasks:
+    if tasks or together:
         write = partial(checkpoint.run_tasks, run.folder, run.check_folder, images, tasks)
-        run.writer.start(write)
+        run.writer.start(lambda: [task() for task in (*together, write)])
 
 
 def write_model(model: Model, weights: ema.Weights, folder: Path) -> None:
