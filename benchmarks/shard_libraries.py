@@ -246,13 +246,14 @@ class Mezzotint(Reader):
     def batches(self, state: Any = None) -> Iterator[Batch]:
         """As `Reader.batches`."""
         import numpy as np
-
-        from mezzotint.core.object_store import list_files
         from mezzotint.data.shard_cache import ShardCache
+
+        from mezzotint.core.object_store import StoredFile, stat_file
         from mezzotint.data.shard_order import ShardOrder, choose_lanes
 
         s = self.settings
-        files = list_files(s.images.place("parquet"), (".parquet",))
+        names = s.images.files("parquet")
+        files = [stat_file(name) or StoredFile(name, 0, "") for name in names]
         self.lanes, self.seen = state or (choose_lanes(s.batch, len(files), s.world), 0)
         order = ShardOrder(np.array(s.images.counts), s.batch, self.lanes, s.buffer, s.seed)
         steps = range(self.seen // s.batch, -(-len(order) // s.batch))

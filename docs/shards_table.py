@@ -67,10 +67,10 @@ def _resume_rows(libraries: dict[str, Any]) -> list[list[str]]:
     for key in ("2 ranks, then 1", "2 ranks, then 4"):
         rows.append([key, *(_count(library["ranks"][key]) for library in found)])
     rows.append(["2 ranks, shards of 30 to 100", *(_count(library["uneven"]) for library in found)])
-    times = [library["seconds to the first batch"] for library in found]
+    times = [library["processor seconds to the first batch"] for library in found]
     for key in ("0 %", "10 %", "90 %"):
-        cells = [f"{t[key]:.1f}" if isinstance(t, dict) else "failed" for t in times]
-        rows.append([f"seconds to the first batch at {key}", *cells])
+        cells = [f"{t[key]:.2f}" if isinstance(t, dict) else "failed" for t in times]
+        rows.append([f"core seconds to the first batch at {key}", *cells])
     return rows
 
 
