@@ -246,9 +246,9 @@ class Mezzotint(Reader):
     def batches(self, state: Any = None) -> Iterator[Batch]:
         """As `Reader.batches`."""
         import numpy as np
-        from mezzotint.data.shard_cache import ShardCache
 
         from mezzotint.core.object_store import StoredFile, stat_file
+        from mezzotint.data.shard_cache import ShardCache
         from mezzotint.data.shard_order import ShardOrder, choose_lanes
 
         s = self.settings
