@@ -120,11 +120,9 @@ def read_ranks(
 
 
 def read_rest(library: str, settings: Settings, world: int, states: list[bytes]) -> list[Batches]:
-    """Return what `world` ranks read after `states`; energon keeps the number of all workers."""
-    workers = max(1, len(states) * settings.workers // world)
-    changed = partial(LIBRARIES[library].change_ranks, states, world)
-    states = in_process(changed)
-    return read_ranks(library, replace(settings, workers=workers), world, states)
+    """Return what `world` ranks read after `states`."""
+    states = in_process(partial(LIBRARIES[library].change_ranks, states, world))
+    return read_ranks(library, settings, world, states)
 
 
 def count_epoch(total: int, ranks: list[Batches]) -> dict[str, int]:
@@ -178,20 +176,27 @@ def measure_resume(library: str, settings: Settings) -> dict[str, Any]:
 
 
 def measure_ranks(library: str, settings: Settings) -> dict[str, Any]:
-    """Return what becomes of an epoch that two ranks begin and another number of ranks ends."""
-    begun, states = [], []
-    settings = replace(settings, workers=2)
-    for rank in range(2):
-        mine = replace(settings, rank=rank, world=2)
-        batches, _, state = in_process(partial(read, library, mine, None, STEPS))
-        begun.append(batches)
-        states.append(state)
+    """Return what becomes of an epoch that two ranks begin and another number of ranks ends.
+
+    A rank has one worker; or there are four workers in all, before and after.
+    """
     result = {}
-    for world in (1, 4):
-        rest = attempt(partial(read_rest, library, settings, world, states))
-        result[f"2 ranks, then {world}"] = (
-            rest if isinstance(rest, str) else count_epoch(settings.images.total, begun + rest)
-        )
+    for total in (None, 4):
+        begun, states = [], []
+        for rank in range(2):
+            workers = total // 2 if total else 1
+            mine = replace(settings, rank=rank, world=2, workers=workers)
+            batches, _, state = in_process(partial(read, library, mine, None, STEPS))
+            begun.append(batches)
+            states.append(state)
+        for world in (1, 4):
+            mine = replace(settings, workers=total // world if total else 1)
+            rest = attempt(partial(read_rest, library, mine, world, states))
+            name = f"2 ranks, then {world}" + (", 4 workers in all" if total else "")
+            counts = (
+                rest if isinstance(rest, str) else count_epoch(settings.images.total, begun + rest)
+            )
+            result[name] = counts
     return result
 
 
@@ -309,6 +314,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="zip archive of EuroSAT")
     parser.add_argument("--rclone", type=Path, required=True, help="program that serves S3")
     parser.add_argument("--only", nargs="*", help="libraries to measure")
+    parser.add_argument("--works", nargs="*", help="measurements to make, such as ranks")
     parser.add_argument("--port", type=int, default=9124)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS / "shard-readers.json")
@@ -351,7 +357,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
                 "damage": partial(measure_damage, library, settings),
                 "processor seconds to the first batch": partial(measure_restart, library, restart),
             }
-            libraries[library] = {name: attempt(work) for name, work in works.items()}
+            chosen = arguments.works or works
+            done = libraries.setdefault(library, {})
+            done |= {name: attempt(works[name]) for name in works if name in chosen}
             print(library, libraries[library], flush=True)
             write(arguments.out, "cpu", **content)
         if arguments.rounds:

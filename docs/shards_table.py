@@ -64,7 +64,7 @@ def _resume_rows(libraries: dict[str, Any]) -> list[list[str]]:
             *(f"{lib['resume']['bytes of a rank' + chr(39) + 's state']:,}" for lib in found),
         ],
     ]
-    for key in ("2 ranks, then 1", "2 ranks, then 4"):
+    for key in found[0]["ranks"]:
         rows.append([key, *(_count(library["ranks"][key]) for library in found)])
     rows.append(["2 ranks, shards of 30 to 100", *(_count(library["uneven"]) for library in found)])
     times = [library["processor seconds to the first batch"] for library in found]
