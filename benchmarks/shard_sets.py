@@ -156,7 +156,7 @@ def serve(folder: Path, rclone: Path, port: int) -> tuple[subprocess.Popen[bytes
             }
         }
     }
-    path = folder.parent / "msc.json"
+    path = folder / "msc.json"
     path.write_text(json.dumps(config))
     os.environ["MSC_CONFIG"] = str(path)
     return server, endpoint

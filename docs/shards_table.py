@@ -66,7 +66,10 @@ def _resume_rows(libraries: dict[str, Any]) -> list[list[str]]:
     ]
     for key in found[0]["ranks"]:
         rows.append([key, *(_count(library["ranks"][key]) for library in found)])
-    rows.append(["2 ranks, shards of 30 to 100", *(_count(library["uneven"]) for library in found)])
+    uneven = [library["uneven"] for library in found]
+    shares = [" and ".join(f"{n:,}" for n in found["images of each rank"]) for found in uneven]
+    rows.append(["2 ranks, shards of 30 to 100", *map(_count, uneven)])
+    rows.append(["…images of the ranks", *shares])
     times = [library["processor seconds to the first batch"] for library in found]
     for key in ("0 %", "10 %", "90 %"):
         cells = [f"{t[key]:.2f}" if isinstance(t, dict) else "failed" for t in times]
