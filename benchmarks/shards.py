@@ -5,7 +5,7 @@
 
 The source is written as shards to a folder and to an S3 server on this machine (rclone), in every
 form. Rates are processor time of all threads of the process that writes, decoding and hashing
-included; that of the server is beside it. Then torchrun writes the test split with 1, 2 and 3
+included, that of the server not. Then torchrun writes the test split with 1, 2 and 3
 processes, and with 3 of which one is killed (SIGKILL) once it has written a shard and then all are
 started again: the files of all four must be the same, byte for byte.
 """
@@ -33,20 +33,15 @@ from mezzotint.data.prepared_forms import FORMS, get_form
 from mezzotint.data.shard_writer import ShardPlan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.s3_server import S3Server, running_server
+from helpers.s3_server import running_server
 
 CARDS = 2  # files beside the shards
 
 
-def measure_form(
-    source: str, size: int, shards: int, form: str, address: str, server: S3Server
-) -> dict[str, Any]:
+def measure_form(source: str, size: int, shards: int, form: str, address: str) -> dict[str, Any]:
     """Write the shards once, in this process; return rates and bytes."""
     images = open_images(source, size=size, keep_in_memory=False)
     plan = ShardPlan(images, shards, get_form(form))
-    assert server.process is not None
-    serving = psutil.Process(server.process.pid)
-    served = sum(serving.cpu_times()[:2])
     wall, used = time.perf_counter(), time.process_time()
     card = write_shards(plan, address)
     wall, used = time.perf_counter() - wall, time.process_time() - used
@@ -57,7 +52,6 @@ def measure_form(
         "images": card.count,
         "images_per_core_s": round(card.count / used, 1),
         "wall_s": round(wall, 1),
-        "server_core_s": round(sum(serving.cpu_times()[:2]) - served, 1),
         "bytes_per_image": round(sum(s.bytes for s in card.shards) / card.count, 1),
     }
 
@@ -138,15 +132,18 @@ def main() -> None:
     one_thread()
     os.environ.pop("LOCAL_WORLD_SIZE", None)
     rows = []
-    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "s3") as server:
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder) / "s3"):
         for form in FORMS:
             for base in (resolve_address(f"{folder}/out"), "s3://bucket"):
                 address = f"{base}/{form}"
-                rows.append(
-                    measure_form(args.source, args.size, args.shards, form, address, server)
-                )
+                rows.append(measure_form(args.source, args.size, args.shards, form, address))
                 print(rows[-1], flush=True)
-        facts = {"source": Path(args.source).name, "size": args.size, "shards": args.shards}
+        facts = {
+            "clock": "processor time of all threads of the writer; wall where so named",
+            "source": Path(args.source).name,
+            "size": args.size,
+            "shards": args.shards,
+        }
         write(args.out, "cpu", **facts, forms=rows)
         processes = measure_processes(f"{args.source}:test", args.size, args.shards)
         write(args.out, "cpu", **facts, forms=rows, processes=processes)

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -113,10 +114,21 @@ def test_the_report_adds_up_to_that_of_one_folder(pictures, once, tmp_path):
     assert {name: total[name] for name in same} == {name: whole[name] for name in same}
     assert (total["shards"], total["bytes"]) == (NUM_SHARDS, 21 * 16 * 16 * 3)
     card = read_card(once)
-    assert card.unlabelled == 0
     assert sorted(name[:8] for name in card.left_out) == ["a/03.png", "b/17.png"]
     assert sum(shard.unreadable for shard in card.shards) == 2
     assert (card.kind, card.form, card.label_names) == ("images", "raw", ["a", "b"])
+
+
+def test_rows_of_a_table_keep_missing_labels_and_captions(tmp_path):
+    labels, texts = ["x", None, "y", "x", None], ["a", "b", None, None, "e"]
+    rows = {"image": [png(i) for i in range(5)], "label": labels, "text": texts}
+    pq.write_table(pa.table(rows), tmp_path / "rows.parquet")
+    out = str(tmp_path / "shards")
+    prepare_shards(str(tmp_path / "rows.parquet"), out, 8, 2, progress=False)
+    card = read_card(out)
+    assert (card.label_names, card.unlabelled) == (["x", "y"], 2)
+    found = {(row["label"], row["text"]) for row in read_rows(out)}
+    assert found == {(0, "a"), (None, "b"), (1, None), (0, None), (None, "e")}
 
 
 def test_datasets_reads_a_shard(once, tmp_path):
