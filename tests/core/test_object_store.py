@@ -13,6 +13,7 @@ from multiprocessing import get_context
 import pytest
 
 from mezzotint.core import object_store as store
+from mezzotint.core import store_calls
 from mezzotint.core.object_store import (
     MissingFileError,
     StoreError,
@@ -149,7 +150,7 @@ def test_addresses_that_cannot_be_read(monkeypatch):
     with pytest.raises(StoreError, match="only a file or a folder"):
         store.delete_files("memory://a/*")
 
-    store._filesystem.cache_clear()
+    store_calls._filesystem.cache_clear()
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     with pytest.raises(StoreError, match=r"pip install 'mezzotint\[s3\]'"):
@@ -158,11 +159,23 @@ def test_addresses_that_cannot_be_read(monkeypatch):
         store.list_files("gs://bucket/a")
 
 
+def test_patience_of_the_environment(monkeypatch):
+    monkeypatch.setenv("MEZZOTINT_STORE_PATIENCE_S", "2.5")
+    assert store_calls.patience_s() == 2.5
+    with patience(1):
+        assert store_calls.patience_s() == 1
+    for wrong in ("soon", "0", "nan"):
+        monkeypatch.setenv("MEZZOTINT_STORE_PATIENCE_S", wrong)
+        with pytest.raises(StoreError, match="give seconds"):
+            store.read_bytes("memory://a")
+
+
 def test_a_server_that_comes_back(s3_server, capsys, monkeypatch):
     store.write_bytes("s3://bucket/a", b"1")
-    monkeypatch.setattr(store, "NOTICE_S", 0.3)
+    store.read_bytes("s3://bucket/a")  # makes the client, which takes its time
+    monkeypatch.setattr(store_calls, "NOTICE_S", 0.1)
     s3_server.kill()
-    timer = threading.Timer(1.5, s3_server.start)
+    timer = threading.Timer(2.0, s3_server.start)
     timer.start()
     assert store.read_bytes("s3://bucket/a") == b"1"
     timer.join()
@@ -192,7 +205,7 @@ def test_a_server_that_is_gone_or_frozen(s3_server, tmp_path, monkeypatch):
         with patience(1), pytest.raises(StoreUnavailable, match="did not answer for"):
             call()
         assert time.monotonic() - begin < 15, name  # it would be a minute
-    monkeypatch.setattr(store, "SLOWEST_BYTES_PER_S", 60 << 20)
+    monkeypatch.setattr(store_calls, "SLOWEST_BYTES_PER_S", 60 << 20)
     with patience(1), pytest.raises(StoreUnavailable):
         store.upload_file(tmp_path / "a", "s3://bucket/a")
     s3_server.thaw()

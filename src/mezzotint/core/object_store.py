@@ -7,31 +7,29 @@ appears whole or not at all.
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import io
 import os
 import re
-import secrets
-import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mezzotint.core.files import atomic_replace, atomic_write
+from mezzotint.core.store_calls import (
+    PART_ATTEMPTS,
+    call_store,
+    local_path,
+    patience,
+    send_to_store,
+)
 from mezzotint.core.store_errors import (
-    SCHEMES,
     MissingFileError,
-    PassingError,
     StoreError,
     StoreUnavailable,
+    is_missing_bucket,
     scheme_of,
-    translate_error,
-    unavailable,
     without_query,
 )
 
@@ -41,16 +39,8 @@ __all__ = [
     "read_bytes", "stat_file", "upload_file", "write_bytes",
 ]  # fmt: skip
 
-T = TypeVar("T")
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-PATIENCE_S = 60.0
-NOTICE_S = 5.0  # after which a line says what is waited for
-# Parts of a large file are repeated by the library, so that one of them does not cost the others.
-PART_ATTEMPTS = 2
 READ_AHEAD_BYTES = 1 << 20
-SLOWEST_BYTES_PER_S = 1 << 20  # a slower upload is repeated
-
-_patience_s = float(os.environ.get("MEZZOTINT_STORE_PATIENCE_S", PATIENCE_S))
 
 
 @dataclass(frozen=True)
@@ -74,17 +64,6 @@ def is_address(text: str) -> bool:
 def join_address(base: str, *parts: str) -> str:
     """Return the address of a file below another one."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
-
-
-@contextmanager
-def patience(seconds: float) -> Iterator[None]:
-    """Wait at most this long for a store that does not answer, in all threads of the process."""
-    global _patience_s
-    before, _patience_s = _patience_s, seconds
-    try:
-        yield
-    finally:
-        _patience_s = before
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -117,7 +96,7 @@ def list_files(
         return [_stored(scheme, name, info) for name, info in infos.items()]
 
     try:
-        files = _call(address, find)
+        files = call_store(address, find)
     except MissingFileError:
         files = []
     if suffixes:
@@ -140,7 +119,7 @@ def stat_file(address: str) -> StoredFile | None:
         )
 
     try:
-        return _call(address, stat)
+        return call_store(address, stat)
     except MissingFileError:
         return None
 
@@ -157,13 +136,13 @@ def read_bytes(address: str, start: int | None = None, end: int | None = None) -
             content = content[start:end]  # a web server that knows no ranges sends everything
         return content
 
-    return _call(address, read)
+    return call_store(address, read)
 
 
 def open_file(address: str) -> io.BufferedReader:
     """Open a file for reading at any place; every read waits for the store like `read_bytes`."""
     if scheme_of(address) == "file":
-        return open(_local_path(address), "rb")
+        return open(local_path(address), "rb")
     found = stat_file(address)
     if found is None:
         raise MissingFileError(f"{without_query(address)} does not exist; check the address")
@@ -220,7 +199,7 @@ def download_file(address: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_replace(
         path,
-        lambda partial: _call(
+        lambda partial: call_store(
             address, lambda fs, stored: fs.get_file(stored, str(partial)), PART_ATTEMPTS
         ),
     )
@@ -233,13 +212,13 @@ def write_bytes(address: str, data: bytes) -> None:
     """Write a file, which appears whole, and replaces any at this address."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        path = _local_path(address)
+        path = local_path(address)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, data)
     else:
-        _call(
+        call_store(
             address,
-            lambda fs, stored: _send(fs, "pipe_file", len(data), stored, data),
+            lambda fs, stored: send_to_store(fs, "pipe_file", len(data), stored, data),
             PART_ATTEMPTS,
         )
 
@@ -248,39 +227,20 @@ def upload_file(path: Path, address: str) -> None:
     """Copy a file of the disk to a store, where it appears whole."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        target = _local_path(address)
+        target = local_path(address)
         target.parent.mkdir(parents=True, exist_ok=True)
 
         def copy(partial: Path) -> None:
-            _call(address, lambda fs, _: fs.put_file(str(path), str(partial)))
+            call_store(address, lambda fs, _: fs.put_file(str(path), str(partial)))
 
         atomic_replace(target, copy)
     else:
         size = path.stat().st_size
-        _call(
+        call_store(
             address,
-            lambda fs, stored: _send(fs, "put_file", size, str(path), stored),
+            lambda fs, stored: send_to_store(fs, "put_file", size, str(path), stored),
             PART_ATTEMPTS,
         )
-
-
-def _send(fs: Any, method: str, num_bytes: int, *arguments: Any) -> None:
-    """Call a writing method of a file system, for a time that its size allows.
-
-    The libraries limit how long they wait for an answer, and not how long for a server that takes
-    no more bytes.
-    """
-    if not fs.async_impl:
-        getattr(fs, method)(*arguments)
-        return
-    from fsspec.asyn import sync
-
-    limit_s = PART_ATTEMPTS * _read_timeout_s(_patience_s) + num_bytes / SLOWEST_BYTES_PER_S
-
-    async def send() -> None:
-        await asyncio.wait_for(getattr(fs, f"_{method}")(*arguments), limit_s)
-
-    sync(fs.loop, send)
 
 
 def delete_files(address: str) -> None:
@@ -292,12 +252,12 @@ def delete_files(address: str) -> None:
 
     def delete(file: StoredFile) -> None:
         with suppress(MissingFileError):  # another process was faster, or a failed attempt was
-            _call(file.address, lambda fs, path: fs.rm_file(path))
+            call_store(file.address, lambda fs, path: fs.rm_file(path))
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(delete, files))
     if scheme_of(address) == "file":
-        _remove_empty_folders(_local_path(address))
+        _remove_empty_folders(local_path(address))
 
 
 def _remove_empty_folders(folder: Path) -> None:
@@ -323,7 +283,7 @@ def _single(fs: Any, path: str) -> dict[str, Any]:
     try:
         info = fs.info(path)
     except FileNotFoundError as error:
-        if "bucket" in str(error).lower():  # the caller says so
+        if is_missing_bucket(error):
             raise
         return {}
     return {} if info.get("type") == "directory" else {info.get("name", path): info}
@@ -340,91 +300,3 @@ def _stored(scheme: str, name: str, info: dict[str, Any]) -> StoredFile:
 
 def _written_scheme(address: str) -> str:
     return address.partition("://")[0] if "://" in address else "file"
-
-
-def _local_path(address: str) -> Path:
-    return Path(os.path.abspath(address.removeprefix("file://")))
-
-
-def _call(address: str, act: Callable[[Any, str], T], attempts: int = 1) -> T:
-    """Return `act(file system, path)`, repeated while it fails for reasons that pass."""
-    if "::" in address:
-        raise StoreError(f"{address} chains file systems with ::, which is not read")
-    begin, wait_s = time.monotonic(), _patience_s
-    pause, told = 0.2, False
-    while True:
-        attempt = time.monotonic()
-        try:
-            fs = _filesystem(
-                os.getpid(), scheme_of(address), attempts, wait_s, tuple(_environment())
-            )
-            return act(fs, fs._strip_protocol(_plain(address)))
-        except Exception as error:
-            reason = translate_error(error, address)
-            if not isinstance(reason, PassingError):
-                if reason is error:
-                    raise
-                raise reason from error
-            now = time.monotonic()
-            passed = now - begin
-            if passed + (now - attempt) > wait_s:  # another one like this would be too long
-                raise unavailable(address, str(reason), passed) from error
-        if passed >= NOTICE_S and not told:
-            told = True
-            print(f"waiting for {without_query(address)}: {reason}", file=sys.stderr, flush=True)
-        # Many processes that lost the same store do not all come back at the same moment.
-        time.sleep(min(pause * (0.5 + secrets.randbelow(1000) / 1000), max(0, wait_s - passed)))
-        pause = min(2 * pause, 8.0)
-
-
-def _plain(address: str) -> str:
-    """Return an address as its file system expects it: an absolute path for a local one."""
-    return str(_local_path(address)) if scheme_of(address) == "file" else address
-
-
-def _environment() -> Iterator[tuple[str, str]]:
-    """Yield what the environment says of stores: a file system reads it once, when it is made."""
-    prefixes = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
-    return ((key, os.environ[key]) for key in sorted(os.environ) if key.startswith(prefixes))
-
-
-def _read_timeout_s(wait_s: float) -> float:
-    return min(30.0, wait_s / 3)
-
-
-@functools.lru_cache(maxsize=16)
-def _filesystem(
-    pid: int, scheme: str, attempts: int, wait_s: float, environment: tuple[tuple[str, str], ...]
-) -> Any:
-    """Return the file system of a scheme, one for all threads of a process (`pid`).
-
-    fsspec would make one for each thread. A forked process makes its own.
-    """
-    import fsspec
-
-    if scheme not in SCHEMES:
-        raise StoreError(f"{scheme}:// is no scheme that can be read; use {', '.join(SCHEMES)}")
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    # An attempt is short enough that there is a second one, and a third.
-    read_s = _read_timeout_s(wait_s)
-    connect_s = min(10.0, read_s)
-    try:
-        if scheme == "s3":
-            options["config_kwargs"] = {
-                "connect_timeout": connect_s, "read_timeout": read_s,
-                "retries": {"total_max_attempts": attempts, "mode": "standard"},
-            }  # fmt: skip
-        elif scheme in ("http", "https"):
-            import aiohttp
-
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=read_s)
-            options["client_kwargs"] = {"timeout": timeout}
-        fs = fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        package = SCHEMES[scheme][0]
-        raise StoreError(
-            f"{scheme}:// needs {error.name or package}: pip install '{package}'"
-        ) from None
-    if scheme == "s3":
-        fs.retries = 1  # ours and botocore's are enough
-    return fs

@@ -82,7 +82,7 @@ def translate_error(error: Exception, address: str) -> Exception:
     needed = SCHEMES[scheme][1] if scheme in SCHEMES else ""
     names, code, status = _names(error), _code(error), _status(error)
     reason = _reason(error)
-    if code == "NoSuchBucket":
+    if is_missing_bucket(error):
         bucket = "/".join(shown.split("/")[:3])
         return StoreError(
             f"there is no bucket {bucket}; make it, or check the name and AWS_ENDPOINT_URL"
@@ -102,6 +102,11 @@ def translate_error(error: Exception, address: str) -> Exception:
     if names & NOT_ANSWERING:
         return PassingError(reason)
     return StoreError(f"{shown} cannot be used ({reason}); check the address, and set {needed}")
+
+
+def is_missing_bucket(error: Exception) -> bool:
+    """Return whether an error says that the bucket does not exist."""
+    return _code(error) == "NoSuchBucket"
 
 
 def unavailable(address: str, reason: str, seconds: float) -> StoreUnavailable:
