@@ -13,7 +13,8 @@ import torch
 
 from helpers.runs import small
 from mezzotint.core.distributed import World
-from mezzotint.train import loop, step
+from mezzotint.core.object_store import StoreUnavailable, upload_file
+from mezzotint.train import checkpoint_store, loop, step
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -66,6 +67,22 @@ def nan_at(images: int) -> Iterator[None]:
 def train_apart(world: World, folder: str, overrides: list[str], images: int) -> None:
     """Train on ranks whose folders are their own, as on nodes without a common disk."""
     train_shared(world, f"{folder}{world.rank}", overrides, images)
+
+
+def fail_on_one_rank(world: World, folder: str, overrides: list[str], failing: int) -> str:
+    """Return the error of training on ranks of which one cannot upload its part."""
+
+    def upload(path, address):
+        if world.rank == failing and path.suffix == ".distcp":
+            raise StoreUnavailable("it does not answer")
+        upload_file(path, address)
+
+    with mock.patch.object(checkpoint_store, "upload_file", upload):
+        try:
+            train_apart(world, folder, overrides, 32)
+        except OSError as error:
+            return str(error)
+    return "no error"
 
 
 def train_shared(world: World, folder: str, overrides: list[str], images: int) -> None:

@@ -237,6 +237,17 @@ def test_two_ranks_without_a_common_disk(s3_server, tmp_path):
     assert [line["images"] for line in records(alone)] == [32, 64, 80]
 
 
+def test_an_upload_that_fails_on_one_rank_ends_all(s3_server, tmp_path):
+    options = ["samples.count=0", "save.every_images=32", f"save.store={STORE}"]
+    for failing in (0, 1):
+        folder = str(tmp_path / f"{failing}-rank")
+        errors = ranks.run_on_ranks(2, store_runs.fail_on_one_rank, folder, options, failing)
+        for error in errors:
+            assert "the checkpoint at 32 images could not be written to s3://" in error
+            assert "it does not answer" in error
+        assert "manifest.json" not in "".join(stored())
+
+
 def test_samples_of_a_model_on_the_store(s3_server, tmp_path, monkeypatch):
     monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
     folder = train(on_store("images=48", "samples.count=0"), tmp_path / "run", quiet=True)
