@@ -83,11 +83,12 @@ def call_store(address: str, act: Callable[[Any, str], T], attempts: int = 1) ->
             passed = now - begin
             if passed + (now - attempt) > wait_s:  # another one like this would be too long
                 raise unavailable(address, str(reason), passed) from error
-        if passed >= NOTICE_S and not told:
+        # Many processes that lost the same store do not all come back at the same moment.
+        sleep_s = min(pause * (0.5 + secrets.randbelow(1000) / 1000), max(0, wait_s - passed))
+        if passed + sleep_s >= NOTICE_S and not told:
             told = True
             print(f"waiting for {without_query(address)}: {reason}", file=sys.stderr, flush=True)
-        # Many processes that lost the same store do not all come back at the same moment.
-        time.sleep(min(pause * (0.5 + secrets.randbelow(1000) / 1000), max(0, wait_s - passed)))
+        time.sleep(sleep_s)
         pause = min(2 * pause, 8.0)
 
 
