@@ -127,6 +127,16 @@ def test_a_second_process_in_the_same_folder_is_refused(tmp_path):
     train(small("images=16"), tmp_path, quiet=True)
 
 
+def test_a_machine_that_had_another_rank_may_become_that_of_rank_0(tmp_path):
+    """With checkpoints on a store it keeps an empty folder, or one of a restore that was killed."""
+    for name in (".480.partial", "480"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        run_folder.check_run_folder(tmp_path, "")
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    with pytest.raises(ValueError, match="is no run folder and holds checkpoints"):
+        run_folder.check_run_folder(tmp_path, "")
+
+
 def test_a_run_that_torchrun_restarts_waits_for_the_process_before_it(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     lock = run_folder.run_lock(tmp_path)

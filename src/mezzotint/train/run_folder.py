@@ -51,7 +51,8 @@ def check_run_folder(folder: Path, source: str) -> None:
             "training images; use an --out elsewhere, e.g. --out runs/NAME"
         )
     if folder.is_dir() and not (folder / RECIPE).exists():
-        others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+        listed = [p for p in folder.iterdir() if not _is_of_another_rank(p)]
+        others = sorted(p.name for p in listed if not p.name.startswith("."))
         if others:
             listing = f"{', '.join(others[:3])}{' ...' if others[3:] else ''}"
             raise ValueError(
@@ -69,6 +70,15 @@ def check_run_folder(folder: Path, source: str) -> None:
     if lock.is_file() and not lock.is_symlink():
         with lock.open("rb") as file:
             _lock(folder, file)
+
+
+def _is_of_another_rank(path: Path) -> bool:
+    """Return whether `path` is what ranks other than 0 leave in a run folder of their own machine.
+
+    With `save.store` a machine may be given rank 0 later.
+    """
+    is_checkpoints = path.name == "checkpoints" and path.is_dir()
+    return is_checkpoints and all(p.name[0] == "." or p.name.isdecimal() for p in path.iterdir())
 
 
 def _lock(folder: Path, file: IO[Any]) -> None:
