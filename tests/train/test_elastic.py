@@ -16,6 +16,11 @@ from mezzotint.core import distributed
 
 ROUND = ["model.dropout=0", "samples.count=0", "log_every_images=30", "ema.power_stds=[]"]
 
+ELASTIC = [
+    "--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "9", "--rdzv-id", "x",
+    "--rdzv-backend", "c10d",
+]  # fmt: skip
+
 
 @pytest.fixture
 def agents():
@@ -69,10 +74,7 @@ def test_a_run_goes_on_with_the_nodes_that_there_are(agents, tmp_path):
     """2, then 1, then 3 nodes; then one leaves with notice."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     fields = ("batch=60", "images=1920", "save.every_images=240", "log_every_images=60")
-    launch = [
-        "--nnodes", "1:3", "--nproc-per-node", "1", "--max-restarts", "9", "--rdzv-id", "x",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}",
-    ]  # fmt: skip
+    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
 
     def start(host=0):
         settings = ["--rdzv-conf", f"is_host={host},last_call_timeout=3"]
@@ -109,6 +111,32 @@ def test_a_run_goes_on_with_the_nodes_that_there_are(agents, tmp_path):
     assert worlds()[-1][0] == 1560
     assert sum(worlds()[-1][1].values()) == 2
     assert_as_alone(alone, run, tmp_path, 1920, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_another_node_takes_over_rank_0_from_the_store(agents, tmp_path):
+    """The nodes share no disk: each has a run folder of its own."""
+    store, alone = tmp_path / "run", tmp_path / "alone"
+    fields = ("batch=60", "images=480", "save.every_images=120", "log_every_images=60")
+    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+
+    def start(node, host):
+        arguments = command(tmp_path / node, *fields, f"save.store=file://{store}")
+        settings = ["--rdzv-conf", f"is_host={host},last_call_timeout=3"]
+        return agents(Agent(tmp_path, launch + settings, arguments))
+
+    open_gate(tmp_path, 300)
+    first, second = start("a", host=0), start("b", host=1)  # the lower process number has rank 0
+    run_here(*command(alone, *fields))
+    wait_until(waiting_at(tmp_path, 300, 240), tmp_path)
+    assert (tmp_path / "a" / "log.jsonl").exists()
+    assert not (tmp_path / "b" / "log.jsonl").exists()
+    first.kill()
+    open_gate(tmp_path, 1000)
+    assert second.process.wait(300) == 0, (tmp_path / "agents.log").read_text()[-6000:]
+    assert [start["images"] for start in starts(store)] == [0, 240]
+    assert_as_alone(alone, store, tmp_path, 480, 60)
 
 
 @pytest.mark.parametrize(("restarts", "refused"), [("1", True), ("0", False)])
