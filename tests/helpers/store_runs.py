@@ -64,12 +64,20 @@ def nan_at(images: int) -> Iterator[None]:
         yield
 
 
-def train_apart(world: World, folder: str, overrides: list[str], images: int) -> None:
-    """Train on ranks whose folders are their own, as on nodes without a common disk."""
+def train_apart(
+    world: World, environment: dict[str, str], folder: str, overrides: list[str], images: int
+) -> None:
+    """Train on ranks whose folders are their own, as on nodes without a common disk.
+
+    environment: of the server; ranks are forked from one process and inherit its own.
+    """
+    os.environ.update(environment)
     train_shared(world, f"{folder}{world.rank}", overrides, images)
 
 
-def fail_on_one_rank(world: World, folder: str, overrides: list[str], failing: int) -> str:
+def fail_on_one_rank(
+    world: World, environment: dict[str, str], folder: str, overrides: list[str], failing: int
+) -> str:
     """Return the error of training on ranks of which one cannot upload its part."""
 
     def upload(path, address):
@@ -79,7 +87,7 @@ def fail_on_one_rank(world: World, folder: str, overrides: list[str], failing: i
 
     with mock.patch.object(checkpoint_store, "upload_file", upload):
         try:
-            train_apart(world, folder, overrides, 32)
+            train_apart(world, environment, folder, overrides, 32)
         except OSError as error:
             return str(error)
     return "no error"

@@ -221,7 +221,9 @@ def test_two_ranks_without_a_common_disk(s3_server, tmp_path):
     for attempt, images in enumerate((32, 64)):
         folder = str(tmp_path / f"{attempt}-rank")
         options = [*overrides, f"save.store={STORE}"]
-        ranks.run_on_ranks(2, store_runs.train_apart, folder, options, images)
+        ranks.run_on_ranks(
+            2, store_runs.train_apart, s3_server.environment, folder, options, images
+        )
         assert stored_checkpoints()[-1] == images
         for rank in (0, 1):
             assert not list((tmp_path / f"{attempt}-rank{rank}" / "checkpoints").glob("*"))
@@ -241,7 +243,9 @@ def test_an_upload_that_fails_on_one_rank_ends_all(s3_server, tmp_path):
     options = ["samples.count=0", "save.every_images=32", f"save.store={STORE}"]
     for failing in (0, 1):
         folder = str(tmp_path / f"{failing}-rank")
-        errors = ranks.run_on_ranks(2, store_runs.fail_on_one_rank, folder, options, failing)
+        errors = ranks.run_on_ranks(
+            2, store_runs.fail_on_one_rank, s3_server.environment, folder, options, failing
+        )
         for error in errors:
             assert "the checkpoint at 32 images could not be written to s3://" in error
             assert "it does not answer" in error
