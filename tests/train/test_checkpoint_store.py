@@ -188,6 +188,7 @@ def test_a_store_that_is_gone_ends_the_run_as_a_full_disk_does(whole, s3_server,
     assert_as_whole(whole, folder)
 
 
+@pytest.mark.slow
 def test_a_store_that_comes_back_is_waited_for(whole, s3_server, forget):
     def restart():
         s3_server.kill()
