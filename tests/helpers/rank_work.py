@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import pickle
 import time
 from functools import partial
 from pathlib import Path
@@ -181,3 +183,29 @@ def train_with_slow_ranks(world: World, folder: Path, seconds: float) -> list[st
     ):
         loop.train(late_recipe, folder, quiet=True, evaluator=evaluator)
     return late
+
+
+def count_start_traffic(world: World, folder: Path) -> dict[str, tuple[int, int]]:
+    """The calls, and the bytes given to them, of each collective between start and first step."""
+    counts: dict[str, tuple[int, int]] = {}
+
+    def counted(name: str, function: Any, argument: int) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            value = arguments[argument]
+            tensor = isinstance(value, torch.Tensor)
+            size = value.nbytes if tensor else len(pickle.dumps(value))
+            calls, total = counts.get(name, (0, 0))
+            counts[name] = calls + 1, total + size
+            return function(*arguments, **options)
+
+        return mock.patch.object(torch.distributed, name, call)
+
+    arguments = {
+        "all_reduce": 0, "broadcast_object_list": 0, "gather_object": 0, "all_gather_object": 1,
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, argument in arguments.items():
+            stack.enter_context(counted(name, getattr(torch.distributed, name), argument))
+        stack.enter_context(mock.patch.object(loop, "loop", return_value=None))
+        loop.train(recipe("unet-tiny", *SMALL_UNET), folder, quiet=True)
+    return counts

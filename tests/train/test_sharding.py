@@ -120,6 +120,16 @@ def test_no_rank_waits_in_a_step_for_one_that_starts_reads_evaluates_or_writes_l
     assert [sorted(what) for what in late] == [["writes"], ["evaluates", "reads", "starts"]]
 
 
+def test_what_a_rank_sends_at_its_start_does_not_grow_with_the_number_of_ranks(tmp_path):
+    two, four = (run_on_ranks(n, rank_work.count_start_traffic, tmp_path / str(n)) for n in (2, 4))
+    assert two[0] == four[0]
+    assert four[1] == four[2] == four[3] == two[1]
+    calls, sizes = zip(*two[0].values(), strict=True)
+    assert 20 <= sum(calls) <= 50
+    assert sum(sizes) < 10_000
+    assert "all_gather_object" not in two[0]
+
+
 @pytest.mark.parametrize(
     ("engine", "size", "named"),
     [
