@@ -20,6 +20,9 @@ import yaml
 
 from helpers.elastic import free_port, starts
 from helpers.runs import SMALL
+from mezzotint import config
+from mezzotint.core.object_store import is_address
+from mezzotint.recipes import recipe_for
 
 ROOT = Path(__file__).parents[2]
 SBATCH = ROOT / "examples" / "slurm-train.sbatch"
@@ -94,6 +97,10 @@ def test_the_job_has_what_kubernetes_requires():
     assert (shell, flag) == ("bash", "-c")
     assert command.startswith("exec torchrun ")  # so that it gets the pod's SIGTERM
     assert f"--nnodes 1:{spec['completions']} " in command
+    _, _, training = command.partition("-m mezzotint train ")
+    preset, *fields = training.split(" --data ")[0].split()
+    recipe = config.override(recipe_for(preset), fields)
+    assert is_address(recipe.save.store)  # so that the pods need no common disk
     grace = int(re.findall(r"--shutdown-timeout (\d+)", command)[0])
     assert grace < pod["terminationGracePeriodSeconds"]
 
