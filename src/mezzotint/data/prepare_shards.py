@@ -248,15 +248,17 @@ def _complete(plan: ShardPlan, address: str, files: list[StoredFile]) -> ShardCa
     sums = [report["latents"] for report in reports if report["latents"]]
     statistics, notes = measure_latents(sums, plan.codec.scale) if plan.codec else (None, [])
     total["notes"] += notes
-    codec = plan.codec and {
-        "codec": plan.codec.name,
-        "codec_hash": plan.codec.hash,
-        "factor": plan.codec.factor,
-        "scale": plan.codec.scale,
-        "shift": plan.codec.shift,
-        "mirror": True,
-        "statistics": statistics,
-    }
+    codec: dict[str, Any] = {}
+    if plan.codec is not None:
+        codec = {
+            "codec": plan.codec.name,
+            "codec_hash": plan.codec.hash,
+            "factor": plan.codec.factor,
+            "scale": plan.codec.scale,
+            "shift": plan.codec.shift,
+            "mirror": True,
+            "statistics": statistics,
+        }
     card = ShardCard(
         kind="latents" if plan.codec else "images",
         size=images.size,
@@ -279,7 +281,7 @@ def _complete(plan: ShardPlan, address: str, files: list[StoredFile]) -> ShardCa
         unlabelled=total["classes"].get("no label", 0),
         left_out=[f"{name} ({why})" for name, why in total["unreadable"].items()][:MAX_LEFT_OUT],
         notes=notes,
-        **(codec or {}),
+        **codec,
     )
     _remove_partials(address)
     text = json.dumps(total, indent=2, ensure_ascii=False) + "\n"

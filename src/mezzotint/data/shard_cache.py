@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mezzotint.core.files import atomic_replace, format_bytes
 from mezzotint.core.object_store import StoredFile, download_file, patience, stat_file
@@ -179,7 +179,7 @@ def write_arrow(stored: Path, builder: str, target: Path) -> None:
             rows = datasets.load_dataset(
                 builder, data_files={"train": [str(stored)]}, split="train", streaming=True
             )
-            batches = iter(rows.with_format("arrow").iter(BATCH_ROWS))
+            batches: Iterator[Any] = iter(cast(Any, rows.with_format("arrow")).iter(BATCH_ROWS))
             first = next(batches)
             # Features that a tar's first rows state are in the rows' type, not in their metadata.
             features = rows.features or datasets.Features.from_arrow_schema(first.schema)

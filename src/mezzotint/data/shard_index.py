@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -146,6 +146,7 @@ def _prepared_index(base: str, card: ShardCard) -> ShardIndex:
         np.array([int(entry.sha256[:8], 16) for entry in entries], np.uint32),
         columns={},
         label_names=tuple(card.label_names) if card.label_names else None,
+        unlabelled=card.unlabelled if card.label_names else 0,
         row_hashes=tuple(entry.sha256 for entry in entries),
         card=card,
         notes=tuple(card.notes),
@@ -177,7 +178,8 @@ def _find_shards(base: str, split: str | None) -> tuple[str, list[StoredFile], l
     return builder, [files[names[name]] for name in chosen], notes
 
 
-class _ShardFacts(NamedTuple):
+@dataclass(frozen=True)
+class _ShardFacts:
     """Images, checksum, class names and unlabelled images of one shard."""
 
     count: int
@@ -249,6 +251,7 @@ def _read_parquet_facts(file: StoredFile, columns: dict[Role, str]) -> _ShardFac
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from datasets.table import InMemoryTable
 
     try:
         with open_file(file.address) as opened:
@@ -265,9 +268,7 @@ def _read_parquet_facts(file: StoredFile, columns: dict[Role, str]) -> _ShardFac
     if not label:
         return _ShardFacts(count, checksum, None, 0)
     features = datasets.Features.from_arrow_schema(table.schema)
-    rows = datasets.Dataset(
-        datasets.table.InMemoryTable(table), info=datasets.DatasetInfo(features=features)
-    )
+    rows = datasets.Dataset(InMemoryTable(table), info=datasets.DatasetInfo(features=features))
     return _label_facts(rows, count, checksum, file, columns)
 
 

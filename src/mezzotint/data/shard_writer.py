@@ -144,7 +144,7 @@ def write_shard(plan: ShardPlan, k: int, path: Path, bar: ProgressBar) -> None:
     with pq.ParquetWriter(
         path,
         schema,
-        compression={name: plain.get(name, "zstd") for name in schema.names},
+        compression={name: plain.get(name, "zstd") for name in schema.names},  # pyright: ignore[reportArgumentType]
         use_dictionary=False,
         write_statistics=False,  # of images, they would make the footer long
     ) as writer:

@@ -32,8 +32,8 @@ class ShardedCaptions:
             **describe_encoder(encoder), "max_tokens": encoder.max_tokens,
         }  # fmt: skip
         stored = dataset.index.card.captions if dataset.index.card else None
-        for fact in FACTS if stored else ():
-            if stored[fact] != self.card[fact]:
+        for fact in FACTS:
+            if stored is not None and stored[fact] != self.card[fact]:
                 raise ValueError(
                     f"{dataset.index.address} holds captions embedded by {stored['encoder']} "
                     f"({fact} {stored[fact]}), and the recipe names {encoder.name} "
