@@ -174,6 +174,8 @@ def write_arrow(stored: Path, builder: str, target: Path) -> None:
     import datasets
     import pyarrow as pa
 
+    # Else `datasets` asks a server of its authors, once a file, to count the download.
+    cast(Any, datasets).config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
         with patched_webdataset():
             rows = datasets.load_dataset(
