@@ -6,12 +6,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 from PIL import Image
 
 from helpers.image_files import png, write_folder
@@ -32,17 +32,25 @@ def page_commands() -> list[list[str]]:
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-    """Start a command of the page in `folder`, in a process group of its own."""
+    """Start a command of the page in `folder`."""
     programs = {
         "mezzotint": [sys.executable, "-m", "mezzotint"],
         "torchrun": [sys.executable, "-m", "torch.distributed.run"],
     }
     return subprocess.Popen(
-        [*programs[words[0]], *words[1:]], cwd=folder, start_new_session=True, text=True,
+        [*programs[words[0]], *words[1:]], cwd=folder, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
              "MEZZOTINT_CACHE": str(folder / "cache"), "TORCH_CPP_LOG_LEVEL": "ERROR"},
     )  # fmt: skip
+
+
+def lose_machine(launcher: subprocess.Popen[str]) -> None:
+    """Kill a launcher and its workers, which have sessions of their own."""
+    family = psutil.Process(launcher.pid)
+    for process in [family, *family.children(recursive=True)]:
+        process.kill()
+    launcher.communicate()
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -66,8 +74,7 @@ def test_the_commands_of_the_page(s3_server, tmp_path):
         assert process.poll() is None, process.communicate()[0][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    lose_machine(process)
     for name in ("runs", "cache"):
         shutil.rmtree(tmp_path / name)
 
