@@ -101,8 +101,10 @@ def publish_to_store(
 
     def upload_own() -> dict[str, Any]:
         names = [name for name in file_sizes(metadata) if name.startswith(f"__{world.rank}_")]
+        if world.is_rank0:
+            names.append(METADATA)
         listing = {}
-        for name in sorted([*names, *([METADATA] if world.is_rank0 else [])]):
+        for name in sorted(names):
             path = folder / name
             listing[name] = {"bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
             upload_file(path, join_address(target, name))
