@@ -6,10 +6,7 @@ image of it, and those of each lane's next block ahead of that, see `mezzotint.d
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, final
@@ -34,13 +31,13 @@ from mezzotint.data.image_dataset import decode_stored
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.latent_dataset import sample_latents
 from mezzotint.data.shard_cache import ShardCache, UnreadableShardError
+from mezzotint.data.shard_fetcher import ShardFetcher
 from mezzotint.data.shard_index import ShardIndex, open_index
 from mezzotint.data.shard_order import ShardOrder
 from mezzotint.data.shard_source import ShardSource, open_shard
 from mezzotint.data.sources import hash_parts
 from mezzotint.data.transforms import UnreadableImage, draw_flips, flip, to_model_range
 
-FETCHERS = 4  # threads that fetch shards ahead
 LOOKED_AT = 16  # images whose size is compared with the network's
 
 Missing = Literal["stop", "skip"]
@@ -82,7 +79,7 @@ class ShardedDataset:
         self._unreadable: dict[int, str] = {}
         self._order: ShardOrder | None = None
         self._lanes, self._shuffle_images = 1, 1
-        self._start_threads()
+        self._reset()
         first = self._first_source()
         self.full_scale = measure_full_scale(first.read, min(len(first), LOOKED_AT), full_scale)
 
@@ -96,25 +93,27 @@ class ShardedDataset:
         """Return whether the shards have a column of captions."""
         return self.index.card is not None or bool(self.index.columns.get("caption"))
 
-    def _start_threads(self) -> None:
+    def _reset(self) -> None:
+        """Make what a process has of its own: open shards, and threads that fetch others."""
         self._lock = threading.Lock()
         self._open: OrderedDict[int, ShardSource] = OrderedDict()
-        self._ahead: OrderedDict[tuple[int, int, int], None] = OrderedDict()
-        self._wanted: queue.SimpleQueue[int | None] | None = None
+        index, cache = self.index, self.cache
+        self._fetcher = ShardFetcher(lambda shard: index.fetch(shard, cache), 8 * self._lanes)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_lock", "_open", "_ahead", "_wanted", "_order")
+        own = ("_lock", "_open", "_fetcher", "_order")
         return {k: v for k, v in self.__dict__.items() if k not in own} | {"_order": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start_threads()
+        self._reset()
 
     # --- order -----------------------------------------------------------------------------------
 
     def set_order(self, lanes: int, shuffle_images: int) -> None:
         """Choose lanes and block size of the order, see `ShardOrder`."""
         self._lanes, self._shuffle_images, self._order = lanes, shuffle_images, None
+        self._reset()
 
     def batch_indices(self, seed: int, start: int, count: int, batch: int) -> Int64[Tensor, " n"]:
         """Return the image indices of the sample numbers start ... start + count - 1 of a run.
@@ -126,22 +125,9 @@ class ShardedDataset:
             order = ShardOrder(self.counts, batch, self._lanes, self._shuffle_images, seed)
             self._order = order
         for block in order.blocks(start, count):
-            self._fetch_ahead(order, block)
-            self._fetch_ahead(order, order.next_block(block))
+            for one in (block, order.next_block(block)):
+                self._fetcher.fetch(one, order.shards)
         return torch.from_numpy(order.indices(start, count))
-
-    def _fetch_ahead(self, order: ShardOrder, block: tuple[int, int, int]) -> None:
-        """Fetch the shards of a block in the background, once."""
-        if block in self._ahead:
-            return
-        self._ahead[block] = None
-        while len(self._ahead) > 8 * self._lanes:
-            self._ahead.popitem(last=False)
-        if self._wanted is None:
-            self._wanted = _start_fetchers(self.index, self.cache)
-            weakref.finalize(self, _stop_fetchers, self._wanted)
-        for shard in order.shards(block):
-            self._wanted.put(shard)
 
     def bytes_needed(self, world: int, local_ranks: int) -> int:
         """Return about how much of the cache the ranks of one machine use at once.
@@ -347,27 +333,6 @@ class ShardedDataset:
             f"{len(sizes)} of {len(rows)} images looked at are smaller than {self.size} x "
             f"{self.size} pixels (e.g. {height} x {width}) and are enlarged"
         )
-
-
-def _start_fetchers(index: ShardIndex, cache: ShardCache) -> queue.SimpleQueue[int | None]:
-    """Return a queue of shards that background threads fetch, in order."""
-    wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-
-    def fetch() -> None:
-        while (shard := wanted.get()) is not None:
-            # A failure shows, with its reason, when the shard is read.
-            with contextlib.suppress(OSError, UnreadableShardError):
-                index.fetch(shard, cache)
-
-    # Daemons: what is fetched ahead must not hold up the end of the process.
-    for _ in range(FETCHERS):
-        threading.Thread(target=fetch, daemon=True, name="mezzotint-shards").start()
-    return wanted
-
-
-def _stop_fetchers(wanted: queue.SimpleQueue[int | None]) -> None:
-    for _ in range(FETCHERS):
-        wanted.put(None)
 
 
 def open_shards(
