@@ -50,14 +50,13 @@ class Shards(Checked):
     """Data in shards, at an address or in a folder of `mezzotint prepare --shards`.
 
     lanes: parts of an epoch that are read side by side, a divisor of the batch; by default two for
-        each rank of the start, at least 8. More ranks than lanes share them. With shuffle_images it
-        decides the order, and both stay for the run.
-    shuffle_images: images of a lane that are permuted together.
+        each rank of the first start, at least 8. Fixed for the run, like shuffle_images.
+    shuffle_images: images of a block; a lane permutes the images within each of its blocks.
     cache: folder on a local disk that keeps the shards in use; $MEZZOTINT_CACHE/shards by default.
-    cache_gb: most of it, in 1e9 bytes, for all runs and ranks of a machine.
-    missing: of a shard that is missing, cut, changed or damaged: "stop" all ranks, or "skip" it,
-        count it, and train on images of other shards in place of its own.
-    patience_s: seconds to wait for a store that does not answer.
+    cache_gb: the largest size of the cache, in 1e9 bytes, for all runs and ranks of a machine.
+    missing: what to do about a shard that is missing, cut, changed or damaged: "stop" all ranks, or
+        "skip" it, count it, and train on images of other shards in its place.
+    patience_s: seconds to wait for a store that does not answer, when shards are read.
     """
 
     prefix: ClassVar[str] = "data.shards."
@@ -236,8 +235,8 @@ class Save(Checked):
     every_images: between checkpoints; one is saved at the end of the run too, 0 for that one alone.
     keep: newest checkpoints to keep.
     keep_every_images: keep those at multiples of it too.
-    store: address, e.g. s3://bucket/runs/xl, where checkpoints go in place of the run folder, with
-        a copy of its other files: a fresh machine goes on from there (see docs/checkpoints.md).
+    store: address, e.g. s3://bucket/runs/xl, for checkpoints in place of the run folder and a copy
+        of its other files, so that any machine can resume (see docs/checkpoints.md).
     """
 
     prefix: ClassVar[str] = "save."

@@ -21,6 +21,7 @@ from mezzotint.core.object_store import (
     join_address,
     patience,
 )
+from mezzotint.core.store_errors import translate_error
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
@@ -138,6 +139,15 @@ def test_errors_name_what_to_set(s3_server, monkeypatch, tmp_path):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StoreError, match=r"profile \(nobody\).*AWS_PROFILE"):
         store.list_files("s3://bucket")
+
+
+def test_a_wrong_checksum_names_the_setting_for_other_servers():
+    from botocore.exceptions import FlexibleChecksumError
+
+    error = FlexibleChecksumError(error_msg="Expected checksum a did not match b")
+    told = translate_error(error, "s3://bucket/a")
+    assert isinstance(told, StoreError)
+    assert "AWS_RESPONSE_CHECKSUM_VALIDATION=when_required" in str(told)
 
 
 def test_addresses_that_cannot_be_read(monkeypatch):

@@ -48,8 +48,8 @@ def prepare(
         text_dtype: Of the embedded captions, as the recipe's data.text_dtype.
         full_scale: White in grey images of more than 8 bits, e.g. 4095; by default the smallest
             usual one that holds a sample's largest value.
-        shards: Number of parquet files, each with images drawn from all of the source; some for
-            every process that will read them, of 100 MB to 1 GB.
+        shards: Number of shards (parquet files), each with images drawn from the whole source.
+            Choose several for each process that trains, of 100 MB to 1 GB.
         seed: Of the draw, with --shards.
     """
     from mezzotint.core.object_store import is_address
@@ -63,7 +63,7 @@ def prepare(
         raise ValueError(f"--form {form} stores images, --codec {codec} latents; give one")
     if shards is None and is_address(out):
         raise ValueError(
-            f"{out} is an address, which takes shards; add --shards N, or give a folder"
+            f"{out} is an address; add --shards N to write shards there, or give a folder"
         )
     if shards is None and seed:
         raise ValueError(f"--seed {seed} draws images into shards; add --shards N, or leave it out")

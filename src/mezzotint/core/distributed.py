@@ -104,7 +104,7 @@ def _check_restarts() -> None:
     if restarts_ranks() and shared:
         raise ValueError(
             "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
-            "and --rdzv-backend c10d: without, ranks that start again do not find each other"
+            "and --rdzv-backend c10d: otherwise restarted ranks do not find each other"
         )
 
 

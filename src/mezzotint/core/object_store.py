@@ -1,7 +1,7 @@
 """Files at addresses: s3://, gs://, hf://, az://, https://, file:// and memory://, through fsspec.
 
-A path without a scheme is a local file. Nothing is cached: a listing is never stale. Every call
-repeats what fails for a passing reason, with growing pauses, until `patience` ends. An object
+A path without a scheme is a local file. Nothing is cached, so a listing is never stale. A call that
+fails for a passing reason is repeated, with growing pauses, until `patience` ends. An object
 appears whole or not at all.
 """
 
@@ -57,7 +57,7 @@ class StoredFile:
 
 
 def is_address(text: str) -> bool:
-    """Return whether a text is an address, "SCHEME://...", and no path or name of a data set."""
+    """Return whether a text is an address, "SCHEME://...", rather than a path or a name."""
     return ADDRESS.match(text) is not None
 
 
@@ -83,7 +83,7 @@ def list_files(
     scheme = _written_scheme(address)
 
     def find(fs: Any, path: str) -> list[StoredFile]:
-        fs.invalidate_cache()  # the hub's file system keeps listings whatever it is told
+        fs.invalidate_cache()  # the hub's file system ignores use_listings_cache
         if "*" in path:
             found = fs.glob(path, detail=True)
         else:

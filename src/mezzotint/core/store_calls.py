@@ -25,8 +25,8 @@ from mezzotint.core.store_errors import (
 
 T = TypeVar("T")
 PATIENCE_S = 60.0
-NOTICE_S = 5.0  # after which a line says what is waited for
-# Parts of a large file are repeated by the library, so that one of them does not cost the others.
+NOTICE_S = 5.0  # of waiting, before a line names the store and the reason
+# The library repeats a part of a large file, so that one failure does not cost the other parts.
 PART_ATTEMPTS = 2
 SLOWEST_BYTES_PER_S = 1 << 20  # a slower upload is repeated
 
@@ -63,7 +63,9 @@ def patience_s() -> float:
 def call_store(address: str, act: Callable[[Any, str], T], attempts: int = 1) -> T:
     """Return `act(file system, path)`, repeated while it fails for reasons that pass."""
     if "::" in address:
-        raise StoreError(f"{address} chains file systems with ::, which is not read")
+        raise StoreError(
+            f"{address} chains file systems with ::, which is not supported; give one address"
+        )
     begin, wait_s = time.monotonic(), patience_s()
     pause, told = 0.2, False
     while True:
@@ -98,7 +100,7 @@ def _plain(address: str) -> str:
 
 
 def _environment() -> Iterator[tuple[str, str]]:
-    """Yield what the environment says of stores: a file system reads it once, when it is made."""
+    """Yield the variables that configure stores; a file system reads them once, when it is made."""
     prefixes = ("AWS_", "GOOGLE_", "AZURE_", "HF_")
     return ((key, os.environ[key]) for key in sorted(os.environ) if key.startswith(prefixes))
 
@@ -146,10 +148,10 @@ def _filesystem(
 
 
 def send_to_store(fs: Any, method: str, num_bytes: int, *arguments: Any) -> None:
-    """Call a writing method of a file system, for a time that its size allows.
+    """Call a writing method of a file system; fail if it takes too long for its size.
 
-    The libraries limit how long they wait for an answer, and not how long for a server that takes
-    no more bytes.
+    The libraries limit how long they wait for an answer, but not for a server that stops taking
+    bytes.
     """
     if not fs.async_impl:
         getattr(fs, method)(*arguments)

@@ -1,7 +1,7 @@
 """Errors of object stores: which of them pass, and one sentence on what to set.
 
-Every library behind fsspec raises errors of its own. They are told apart by the status of the
-answer, then by the names of their classes, so that no library is imported for it.
+Every library behind fsspec raises errors of its own. The status of the answer and the names of
+the errors' classes tell them apart, so no library has to be imported.
 """
 
 from __future__ import annotations
@@ -99,6 +99,11 @@ def translate_error(error: Exception, address: str) -> Exception:
         return MissingFileError(f"{shown} does not exist; check the address")
     if scheme == "file" and isinstance(error, OSError):
         return error
+    if "FlexibleChecksumError" in names:
+        return StoreError(
+            f"{shown} does not match its checksum ({reason}); repeat the command, or, for a "
+            "store that is not Amazon's, set AWS_RESPONSE_CHECKSUM_VALIDATION=when_required"
+        )
     if names & NOT_ANSWERING:
         return PassingError(reason)
     return StoreError(f"{shown} cannot be used ({reason}); check the address, and set {needed}")

@@ -1,14 +1,13 @@
 """Prepare a dataset as shards, at an address of an object store or in a folder.
 
 Any number of processes on any machines write the shards of one plan, under torchrun or started one
-by one. They do not communicate. A shard that is there and of this plan is skipped; another is
-written whole by whoever has it in its share; the process that finds all of them there adds up their
-reports and writes the card. So a killed process costs one shard, a restart is the same command, and
-the bytes are the same whatever the number of processes.
+by one. They do not communicate. Each process skips the shards of its share that exist and writes
+the others. The process that finds all shards adds up their reports and writes the card. A killed
+process therefore costs one shard, a restart is the same command, and the bytes do not depend on the
+number of processes.
 
-The launcher is that of training. Ray Data or Dask would bring a scheduler, a cluster of its own and
-retries; shards are independent and writing one twice is harmless, so that there is nothing to
-schedule, and a retry is the command again.
+The launcher is that of training. Ray Data or Dask would bring a scheduler and a cluster of its own.
+Shards are independent and writing one twice is harmless, so there is nothing to schedule.
 """
 
 from __future__ import annotations
@@ -96,7 +95,7 @@ def prepare_shards(
         or shards of another plan; `StoreUnavailable` for a store that does not answer.
     """
     if num_shards < 1:
-        raise ValueError(f"{num_shards} shards; at least 1, e.g. one for each 1,000 images")
+        raise ValueError(f"{num_shards} shards; give at least 1, e.g. one for each GB of images")
     address = resolve_address(out)
     find_shards(address)  # before anything that takes long
     images = open_images(
@@ -116,7 +115,7 @@ def prepare_shards(
     share = WorkShare.from_environment()
     if (card := write_shards(plan, address, share, progress=progress)) is None:
         return (
-            f"this process's share of {out} is done; the card will be written when the other "
+            f"this process has written its share of {out}; the card will be written when the other "
             "processes have finished"
         )
     return describe_shards(card, parse_json(read_bytes(join_address(address, REPORT))), out)
@@ -164,7 +163,7 @@ def write_shards(
     share = share or WorkShare()
     existing = find_shards(address)
     own = range(share.rank, plan.num_shards, share.world)
-    # Those of the others, only as far as is needed to tell another plan.
+    # Of the other shards, two are enough to notice another plan.
     look = {*own, *sorted(existing)[:1], *sorted(existing)[-1:]} & existing.keys()
     _read_reports(plan, [existing[k] for k in sorted(look)])
     done = sum(len(plan.indices(k)) for k in own if k in existing)
@@ -223,8 +222,8 @@ def _read_report(plan: ShardPlan, file: StoredFile) -> dict[str, Any]:
     ]
     if differing or report["fingerprint"] != plan.fingerprint:
         raise ValueError(
-            f"{where} is of other shards ({'; '.join(differing) or 'another format'}); give "
-            "another address or folder, or delete these"
+            f"{where} belongs to other shards ({'; '.join(differing) or 'another format'}); give "
+            "another address or folder, or delete those shards"
         )
     return report
 

@@ -1,4 +1,4 @@
-"""Shards on a local disk: each is fetched once, kept as Arrow and read through a memory map.
+"""A cache of shards on a local disk: fetched once, kept as Arrow, read through a memory map.
 
 `datasets` parses a shard, parquet or webdataset, into one Arrow file; see docs/shards.md for why.
 Processes of a machine share the cache: a lock per shard lets one of them fetch, and the shards used
@@ -25,7 +25,7 @@ from mezzotint.data.sources import hash_parts
 
 ARROW, LOCK = ".arrow", ".lock"
 BATCH_ROWS = 256  # in one Arrow record batch
-LEFTOVER_S = 3600.0  # after which a file that is still being written is a killed process's
+LEFTOVER_S = 3600.0  # an unfinished file that is older was left by a killed process
 
 
 class UnreadableShardError(Exception):
@@ -72,9 +72,8 @@ class ShardCache:
         Errors: `UnreadableShardError`; OSError where the store does not answer or the disk is full.
         """
         path = self.path(shard, builder)
-        for _ in range(
-            3
-        ):  # another process may remove it before it is mapped; a disk may damage it
+        # Another process may remove it before it is mapped; a disk may damage it.
+        for _ in range(3):
             if not path.is_file():
                 self.fetch(shard, builder, row_hash)
             with suppress(FileNotFoundError):

@@ -1,8 +1,8 @@
-"""What the shards of an address hold: their images, classes and columns, before any is trained on.
+"""What the shards of an address hold: their images, classes and columns.
 
-Shards of `mezzotint prepare --shards` have a card that says so. Of others, the footer and the
-column of labels of each parquet file are read, and the whole of each tar; the result is kept beside
-the cached shards, under a key that changes with any of them.
+Shards of `mezzotint prepare --shards` have a card that says so. For others, this reads the footer
+and the column of labels of each parquet file, and the whole of each tar. The result lies beside the
+cached shards, under a key that changes with any of them.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def open_index(source: str, cache: ShardCache, columns: Columns | None = None) -
             if split:
                 raise ValueError(
                     f"{base} was prepared as shards, which have no split {split!r}; leave it out, "
-                    f"or prepare each split of its own: mezzotint prepare SOURCE:{split} ADDRESS"
+                    f"or prepare that split: mezzotint prepare SOURCE:{split} ADDRESS --size N "
+                    "--shards N"
                 )
             return _prepared_index(base, parse_card(read_bytes(card_address), card_address))
         builder, files, notes = _find_shards(base, split or None)

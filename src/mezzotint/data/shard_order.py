@@ -5,9 +5,9 @@ An epoch permutes the shards and lays their images end to end. The row of n imag
 places. Within a lane, images are permuted in blocks of `shuffle_images`, so that a lane needs only
 the shards of one block at a time.
 
-A rank reads the places of its share of the batch, and so its own lanes, whatever the number of
-ranks. That number does not enter the order, so a run may go on with another; nor does a cursor need
-more than the count of images seen.
+A rank reads the places of its share of the batch, and therefore few lanes. The order does not
+depend on the number of ranks, so a run may continue with another number. The position in the order
+is the number of images seen.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ShardOrder:
         if min(self.batch, self.lanes, self.shuffle_images) < 1 or self.batch % self.lanes:
             raise ValueError(
                 f"batch {self.batch}, lanes {self.lanes}, shuffle_images {self.shuffle_images}: "
-                "all must be positive and the lanes divide the batch"
+                "all must be positive, and the batch a multiple of the lanes"
             )
 
     def __len__(self) -> int:

@@ -53,7 +53,7 @@ def _histogram(pairs: Iterable[tuple[int, int]]) -> dict[str, int]:
 
 
 def check_report(report: Mapping[str, Any]) -> None:
-    """Raise ValueError for a shard's report that has not all fields."""
+    """Raise ValueError for a shard's report that lacks fields."""
     check_fields(report, REPORT_KINDS)
     if sides := [s for name in ("widths", "heights") for s in report[name] if not s.isdecimal()]:
         raise ValueError(f"a side is {sides[0]!r} pixels")

@@ -1,7 +1,7 @@
 """Training data in shards, at an address or on a shared disk: `ShardedDataset`.
 
-Images are numbered shard by shard. A shard is fetched into a cache when a batch first needs an
-image of it, and those of each lane's next block ahead of that, see `mezzotint.data.shard_order`.
+Images are numbered shard by shard. Shards are fetched into a cache: those of each lane's next block
+ahead, others when a batch first needs an image of them, see `mezzotint.data.shard_order`.
 """
 
 from __future__ import annotations
@@ -165,8 +165,8 @@ class ShardedDataset:
             if self.missing == "skip":
                 raise UnreadableImage(lost) from None
             raise ShardError(
-                f"{self.index.address}: {lost}. Bring it back, or leave out such shards and count "
-                "them: data.shards.missing=skip; the same command then goes on"
+                f"{self.index.address}: {lost}. Bring it back and repeat the command, or train "
+                "without such shards: add data.shards.missing=skip"
             ) from None
         with self._lock:
             self._open[shard] = source

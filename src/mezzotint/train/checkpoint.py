@@ -210,7 +210,7 @@ def refuse_to_restart(run: Path, messages: list[str]) -> None:
     )
     started = started_recipe(run)
     if started is not None and started.save.store:
-        reasons += f"; its checkpoints went to {started.save.store}, so repeat the command with it"
+        reasons += f"; its checkpoints went to {started.save.store}, so give save.store again"
     init_from = f" with --init-from {run / models[0]} for its weights" if models else ""
     raise ValueError(
         f"{reasons}. Nothing was changed. Bring its checkpoints back, use another "
@@ -361,7 +361,8 @@ def run_tasks(
 
 
 def _write_error(images: int, place: Path | str, reason: BaseException) -> SaveError:
-    advice = "Free some space or repair the folder" if isinstance(place, Path) else "Repair that"
+    local = isinstance(place, Path)
+    advice = "Free some space or repair the folder" if local else "Check the store"
     return SaveError(
         f"the checkpoint at {images} images could not be written to {place}: {one_line(reason)}; "
         f"earlier checkpoints are intact. {advice}, and repeat the command."

@@ -1,15 +1,15 @@
 """Checkpoints and the files of a run on an object store, so that a fresh machine can go on.
 
-A node's disk comes and goes with the node. With `save.store` every checkpoint lies at
-STORE/checkpoints/IMAGES/ alone: a second copy on the disk would cost its time and space, and would
-be missing where it is needed. Its manifest.json is written last and is what makes it exist; a
-folder without is a leftover of a killed save, which the next save deletes.
+With `save.store` a checkpoint lies only at STORE/checkpoints/IMAGES/. A second copy on the node's
+disk would cost time and space, and would be lost with the node. manifest.json is written last; a
+folder without it is left over from a killed save, and the next save deletes it.
 
-A rank writes its share to its own disk, uploads it, and deletes it. torch's FsspecWriter streams
-to the store instead. Against a real server that was killed during a save, it rode out 3 seconds and
-gave up 9 seconds into an outage of 30: what has been streamed is gone and cannot be sent again. A
-file can be, until the store is back, and its SHA-256 is that of the disk. The ranks need no common
-disk. To resume, every node downloads a checkpoint, checks its SHA-256, restores it and deletes it.
+A rank writes its share to its own disk, uploads it, and deletes it. torch's FsspecWriter streams to
+the store instead. When a real server was killed during a save, FsspecWriter survived an outage of 3
+seconds and gave up 9 seconds into one of 30, because it cannot send again what it has streamed. A
+file can be sent until the store is back, and its SHA-256 is that of the disk. The ranks need no
+common disk. To resume, every node downloads a checkpoint, checks its SHA-256, restores it and
+deletes it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ FETCHED = ".fetched"  # in a checkpoint of the disk that is a copy of the store'
 # Files of a run that never change once they are written, by their folder.
 WRITTEN_ONCE = ("samples", "evaluations", "ema", "bundles")
 MODELS = ("model", "model-raw")
-# What a run needs beside its checkpoint. It makes its models again, and reads no earlier snapshot.
+# What a resume needs beside the checkpoint: it writes its models anew and reads no EMA snapshot.
 NEEDED = ("samples", "evaluations")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .,+=-]*")
 
@@ -92,7 +92,7 @@ def publish_to_store(
     target = join_address(store, "checkpoints", str(facts["images"]))
 
     def prepare() -> None:
-        # What made an earlier checkpoint of the same name exist goes before its files change.
+        # The manifest goes first: a half-replaced checkpoint must not look whole.
         delete_files(join_address(target, MANIFEST))
         delete_files(target)
         upload_records(run, store)  # the log of a checkpoint is there before it
@@ -137,7 +137,7 @@ class StoreTarget:
 
 
 def _together(work: Callable[[], Any], world: World, group: dist.ProcessGroup | None) -> list[Any]:
-    """Return `work()` of every rank, in the group of a writing thread; OSError if one fails."""
+    """Return `work()` of every rank, through the writing thread's group; OSError if one fails."""
     result, error = None, None
     try:
         result = work()
@@ -163,7 +163,7 @@ def prune_store(store: str, images: int, keep: int, keep_every: int | None) -> N
     leftovers = [i for i in stored if i not in whole]
     for old in [*leftovers, *checkpoints_to_delete(whole, images, keep, keep_every)]:
         folder = join_address(store, "checkpoints", str(old))
-        delete_files(join_address(folder, MANIFEST))  # a half-deleted one must not exist
+        delete_files(join_address(folder, MANIFEST))  # a half-deleted one must not look whole
         delete_files(folder)
 
 

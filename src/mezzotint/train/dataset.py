@@ -252,7 +252,7 @@ def _open_sharded_captions(
     if recipe.data.text_cache or recipe.data.workers:
         raise ValueError(
             f"the captions of {recipe.data.source} are not embedded: prepare the shards with "
-            "--text-encoder, or embed them at every read in the training process: "
+            "--text ENCODER, or embed them at every read in the training process: "
             "data.text_cache=false data.workers=0"
         )
     return captions
