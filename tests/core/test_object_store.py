@@ -169,6 +169,17 @@ def test_addresses_that_cannot_be_read(monkeypatch):
         store.list_files("gs://bucket/a")
 
 
+def test_patiences_of_threads_end_in_any_order():
+    first, second = patience(600), patience(5)
+    first.__enter__()
+    second.__enter__()
+    assert store_calls.patience_s() == 5
+    first.__exit__(None, None, None)
+    assert store_calls.patience_s() == 5
+    second.__exit__(None, None, None)
+    assert store_calls.patience_s() == store_calls.PATIENCE_S
+
+
 def test_patience_of_the_environment(monkeypatch):
     monkeypatch.setenv("MEZZOTINT_STORE_PATIENCE_S", "2.5")
     assert store_calls.patience_s() == 2.5

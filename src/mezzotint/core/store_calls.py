@@ -30,24 +30,23 @@ NOTICE_S = 5.0  # of waiting, before a line names the store and the reason
 PART_ATTEMPTS = 2
 SLOWEST_BYTES_PER_S = 1 << 20  # a slower upload is repeated
 
-_patience_s: float | None = None
+_patiences: list[float] = []  # that are in force, in all threads; the newest counts
 
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
     """Wait at most this long for a store that does not answer, in all threads of the process."""
-    global _patience_s
-    before, _patience_s = _patience_s, seconds
+    _patiences.append(seconds)
     try:
         yield
     finally:
-        _patience_s = before
+        _patiences.remove(seconds)  # threads leave in any order
 
 
 def patience_s() -> float:
     """Return for how long a call waits: `patience`, else MEZZOTINT_STORE_PATIENCE_S, else 60."""
-    if _patience_s is not None:
-        return _patience_s
+    for seconds in reversed(_patiences):
+        return seconds
     asked = os.environ.get("MEZZOTINT_STORE_PATIENCE_S", str(PATIENCE_S))
     try:
         seconds = float(asked)
