@@ -388,3 +388,81 @@ def test_pixels_are_those_of_an_ordinary_dataset(tmp_path):
     for k in (0, 13, TOTAL - 1):
         assert np.array_equal(dataset.image(k).numpy(), plain.image(k).numpy())
     assert dataset.label_names == plain.label_names
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, pa.schema([]) if not rows else None), path)
+
+
+@pytest.mark.parametrize(
+    "name", ["_SUCCESS", ".part-0.parquet.crc", "._shard-000.parquet", "_temporary/0/a.parquet"]
+)
+def test_hidden_files_beside_shards_are_no_data(name, tmp_path):
+    address = write_parquet(tmp_path / "set")
+    path = tmp_path / "set" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"junk")
+    check_epoch(open_at(address, tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "shard-001-b.parquet", "z.parquet"])
+def test_shards_without_rows_are_left_out(name, tmp_path):
+    address = write_parquet(tmp_path / "set")
+    write_rows(tmp_path / "set" / name, [])
+    dataset = open_at(address, tmp_path)
+    check_epoch(dataset)
+    assert "1 shards without rows" in str(dataset.report)
+
+
+def test_shards_without_any_row_are_refused(tmp_path):
+    write_rows(tmp_path / "set" / "a.parquet", [])
+    with pytest.raises(ValueError, match="holds no images"):
+        open_at(f"file://{tmp_path}/set", tmp_path)
+
+
+def test_a_file_is_an_address_too(tmp_path):
+    address = write_parquet(tmp_path / "set")
+    assert len(open_at(f"{address}/shard-002.parquet", tmp_path)) == COUNTS[2]
+
+
+def test_many_rows_with_a_column_of_nulls(tmp_path):
+    rows = [{"image": {"bytes": encode(k), "path": None}, "label": k % 3} for k in range(300)]
+    write_rows(tmp_path / "set" / "a.parquet", rows)
+    dataset = open_at(f"file://{tmp_path}/set", tmp_path)
+    pixels, labels = dataset.batch([0, 255, 256, 299])
+    assert pixels[:, 0, 0, 0].tolist() == [0, 255, 0, 43]
+    assert labels.tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "set/cache", "set"])
+def test_a_cache_that_cannot_be_a_folder_is_refused(where, tmp_path):
+    address = write_parquet(tmp_path / "set")
+    (tmp_path / "file").write_text("x")
+    cache = ShardCache(tmp_path / where, 10**6)
+    with pytest.raises((ValueError, OSError), match=r"data\.shards\.cache"):
+        open_shards(address, cache, size=16, channels=3)
+    assert len(list((tmp_path / "set").iterdir())) == len(COUNTS)
+
+
+@pytest.mark.parametrize("write", ["parquet", "tar"])
+def test_a_nested_label_or_caption_that_a_shard_lacks_is_none(write, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    facts = [{"label": 3, "text": "a"}, {"text": "b"}, {"label": 5}, {"other": 1}]
+    for k, fact in enumerate(facts):
+        if write == "parquet":
+            write_rows(folder / f"{k}.parquet", [{"image": encode(k), "json": fact}] * 2)
+        else:
+            with tarfile.open(folder / f"{k}.tar", "w") as tar:
+                for name, data in [("a.png", encode(k)), ("a.json", json.dumps(fact).encode())]:
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+    columns = {"label": "json.label", "caption": "json.text"}
+    dataset = open_at(f"file://{folder}", tmp_path, columns=columns)
+    firsts = dataset.starts[:-1].tolist()
+    assert dataset.label_names == ("3", "5")
+    assert [dataset.label(k) for k in firsts] == [0, None, 1, None]
+    assert [dataset.text(k) for k in firsts] == ["a", "b", None, None]
+    assert dataset.count_unlabelled() == len(dataset) // 2

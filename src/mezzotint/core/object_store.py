@@ -282,7 +282,7 @@ def _single(fs: Any, path: str) -> dict[str, Any]:
     """Return {name: facts} of the one file at a path, {} where there is none."""
     try:
         info = fs.info(path)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:  # or below a file
         if is_missing_bucket(error):
             raise
         return {}

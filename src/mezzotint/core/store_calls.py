@@ -95,7 +95,10 @@ def call_store(address: str, act: Callable[[Any, str], T], attempts: int = 1) ->
 
 def _plain(address: str) -> str:
     """Return an address as its file system expects it: an absolute path for a local one."""
-    return str(local_path(address)) if scheme_of(address) == "file" else address
+    if scheme_of(address) == "file":
+        return str(local_path(address))
+    scheme, separator, rest = address.partition("://")
+    return scheme.lower() + separator + rest
 
 
 def _environment() -> Iterator[tuple[str, str]]:
@@ -167,4 +170,4 @@ def send_to_store(fs: Any, method: str, num_bytes: int, *arguments: Any) -> None
 
 def local_path(address: str) -> Path:
     """Return the absolute path of a local address."""
-    return Path(os.path.abspath(address.removeprefix("file://")))
+    return Path(os.path.abspath(address.partition("://")[2] if "://" in address else address))

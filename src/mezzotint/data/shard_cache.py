@@ -10,16 +10,19 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from mezzotint.core.files import atomic_replace, format_bytes
 from mezzotint.core.object_store import StoredFile, download_file, patience, stat_file
-from mezzotint.data.row_files import patched_webdataset
+from mezzotint.core.store_calls import local_path
+from mezzotint.core.store_errors import scheme_of
 from mezzotint.data.shard_format import COLUMNS, TOKENS, RowHash
 from mezzotint.data.sources import hash_parts
 
@@ -30,6 +33,10 @@ LEFTOVER_S = 3600.0  # an unfinished file that is older was left by a killed pro
 
 class UnreadableShardError(Exception):
     """A shard that is missing, cut, changed or damaged; the message says which."""
+
+
+class EmptyShardError(UnreadableShardError):
+    """A shard without rows."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +50,21 @@ class ShardCache:
     max_bytes: int
     patience_s: float = 60.0
 
-    def check(self) -> None:
+    def check(self, source: str = "") -> None:
         """Raise ValueError where the disk cannot hold the cache, OSError where it is not writable.
+
+        Args:
+            source: address or folder of the shards, which the cache must not be in.
 
         What the cache holds already counts as free. What killed processes left is removed.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        local = local_path(source) if source and scheme_of(source) == "file" else None
+        if local and self.folder.absolute().is_relative_to(local):
+            raise ValueError(
+                f"the shards of {source} cannot be kept in a folder of their own set, "
+                f"{self.folder}; give another by data.shards.cache=FOLDER"
+            )
+        self._check_folder()
         for pattern in ("*.stored", ".*.partial"):
             for path in self.folder.glob(pattern):
                 with suppress(FileNotFoundError):
@@ -61,6 +77,17 @@ class ShardCache:
                 f"{self.folder} has free, {format_bytes(free)}; give less, or another disk by "
                 "data.shards.cache=FOLDER"
             )
+
+    def _check_folder(self) -> None:
+        advice = "give a folder on a local disk by data.shards.cache=FOLDER"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise OSError(
+                f"shards cannot be kept in {self.folder}: {error.strerror or error}; {advice}"
+            ) from None
 
     def open(self, shard: StoredFile, builder: str, row_hash: str = "") -> Any:
         """Return a shard's rows as a `datasets.Dataset` on a memory map; fetch it if need be.
@@ -168,35 +195,53 @@ def check_unchanged(shard: StoredFile) -> None:
 def write_arrow(stored: Path, builder: str, target: Path) -> None:
     """Write the rows of a parquet, Arrow or webdataset file as an Arrow stream.
 
-    Errors: `UnreadableShardError` for a damaged file; OSError where the disk is full.
+    Errors: `EmptyShardError` for one without rows; `UnreadableShardError` for a damaged one;
+        OSError where the disk is full.
     """
-    import datasets
     import pyarrow as pa
 
-    # Else `datasets` asks a server of its authors, once a file, to count the download.
-    cast(Any, datasets).config.HF_UPDATE_DOWNLOAD_COUNTS = False
     try:
-        with patched_webdataset():
-            rows = datasets.load_dataset(
-                builder, data_files={"train": [str(stored)]}, split="train", streaming=True
-            )
-            batches: Iterator[Any] = iter(cast(Any, rows.with_format("arrow")).iter(BATCH_ROWS))
-            first = next(batches)
-            # Features that a tar's first rows state are in the rows' type, not in their metadata.
-            features = rows.features or datasets.Features.from_arrow_schema(first.schema)
-            schema = features.arrow_schema
-            with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-                writer.write_table(first.cast(schema))
-                for batch in batches:
-                    writer.write_table(batch.cast(schema))
-    except StopIteration:
-        raise UnreadableShardError("it holds no rows") from None
+        schema, batches = _read_stored(stored, builder)
+        count = 0
+        with pa.OSFile(str(target), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in batches:
+                count += batch.num_rows
+                # Arrow cannot cast a slice of a struct that has a field of nulls.
+                same = batch.schema.equals(schema)
+                writer.write_table(batch if same else batch.cast(schema))
     except OSError as error:
         if error.errno:
             raise
         raise UnreadableShardError(f"it is damaged: {_first_line(error)}") from error
     except Exception as error:  # every builder raises its own
         raise UnreadableShardError(f"it is damaged: {_first_line(error)}") from error
+    if count == 0:
+        raise EmptyShardError("it holds no rows")
+
+
+def _read_stored(stored: Path, builder: str) -> tuple[Any, Iterator[Any]]:
+    """Return the schema and the tables of a stored shard."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Else `datasets` asks a server of its authors, once a file, to count the download.
+    cast(Any, datasets).config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    if builder == "webdataset":
+        from mezzotint.data.tar_rows import read_tar_rows
+
+        return read_tar_rows(stored, BATCH_ROWS)
+    if builder == "parquet" and not pq.read_metadata(stored).num_rows:
+        return pq.read_schema(stored), iter(())  # `datasets` takes it for a damaged one
+    rows = datasets.load_dataset(
+        builder, data_files={"train": [str(stored)]}, split="train", streaming=True
+    )
+    batches: Iterator[Any] = iter(cast(Any, rows.with_format("arrow")).iter(BATCH_ROWS))
+    first = next(batches, None)
+    if first is None:
+        return pa.schema([]), iter(())
+    features = rows.features or datasets.Features.from_arrow_schema(first.schema)
+    return features.arrow_schema, chain([first], batches)
 
 
 def hash_rows(rows: Any) -> str:

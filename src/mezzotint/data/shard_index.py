@@ -7,6 +7,7 @@ cached shards, under a key that changes with any of them.
 
 from __future__ import annotations
 
+import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import numpy as np
 from mezzotint.core.files import expand_user, read_json, write_json
 from mezzotint.core.object_store import (
     StoredFile,
+    StoreUnavailable,
     is_address,
     join_address,
     list_files,
@@ -26,11 +28,16 @@ from mezzotint.core.object_store import (
     stat_file,
 )
 from mezzotint.core.progress import ProgressBar
-from mezzotint.data.columns import Columns
+from mezzotint.data.columns import Columns, all_columns
 from mezzotint.data.image_dataset import check_no_columns, split_source
 from mezzotint.data.labels import NO_LABEL, sort_classes
 from mezzotint.data.row_files import ROW_FILES, find_row_files
-from mezzotint.data.shard_cache import ShardCache, UnreadableShardError, locked
+from mezzotint.data.shard_cache import (
+    EmptyShardError,
+    ShardCache,
+    UnreadableShardError,
+    locked,
+)
 from mezzotint.data.shard_format import SHARDS_CARD, ShardCard, parse_card
 from mezzotint.data.sources import hash_parts
 from mezzotint.data.splits import choose_split
@@ -125,9 +132,13 @@ def open_index(source: str, cache: ShardCache, columns: Columns | None = None) -
             if not path.is_file():
                 write_json(path, _index_shards(base, builder, files, cache, columns))
             found = read_json(path, "delete it")
+    filled = [k for k, count in enumerate(found["counts"]) if count]
+    if len(filled) < len(files):
+        notes.append(f"{len(files) - len(filled):,} shards without rows were left out")
     return ShardIndex(
-        base, builder, tuple(files),
-        np.array(found["counts"], np.int64), np.array(found["checksums"], np.uint32),
+        base, builder, tuple(files[k] for k in filled),
+        np.array(found["counts"], np.int64)[filled],
+        np.array(found["checksums"], np.uint32)[filled],
         columns=found["columns"],
         label_names=None if found["label_names"] is None else tuple(found["label_names"]),
         unlabelled=found["unlabelled"],
@@ -164,6 +175,11 @@ def _find_shards(base: str, split: str | None) -> tuple[str, list[StoredFile], l
         )
     folder = base if "*" not in base else base[: base.index("*")].rpartition("/")[0]
     names = {address.removeprefix(folder).lstrip("/") or address: address for address in files}
+    # Spark, Hadoop and macOS name files that are no data, or not yet, with _ and dots.
+    hidden = [name for name in names if re.search(r"(^|/)[._]", name) and len(names) > 1]
+    names = {name: address for name, address in names.items() if name not in hidden}
+    if not names:
+        raise ValueError(f"{base} holds no shards but hidden ones, e.g. {hidden[0]}; rename them")
     listing = Listing({name: files[address].num_bytes for name, address in names.items()})
     found = find_row_files(folder, listing)
     assert found is not None, "the listing holds files of rows alone"
@@ -174,7 +190,7 @@ def _find_shards(base: str, split: str | None) -> tuple[str, list[StoredFile], l
     if split != "all" or "all" in splits:
         splits = {split: splits[choose_split(base, counts, split)]}
     chosen = sorted(name for of in splits.values() for name in of)
-    left_out = len(files) - len(chosen)
+    left_out = len(names) - len(chosen)
     notes = [f"{left_out:,} files of other splits or kinds were left out"] if left_out else []
     return builder, [files[names[name]] for name in chosen], notes
 
@@ -197,7 +213,7 @@ def _index_shards(
     columns: Columns | None,
 ) -> dict[str, Any]:
     """Return the content of an index file; the first shard chooses the columns of all."""
-    first = table_source(_open_first(files[0], builder, cache), base, columns=columns)
+    first = table_source(_open_first(base, files, builder, cache), base, columns=columns)
     choice = first.layout.columns
     assert choice is not None, "a table has columns"
     chosen = {"image": choice.image, "label": choice.label or "", "caption": choice.caption or ""}
@@ -207,6 +223,8 @@ def _index_shards(
             if builder == "parquet":
                 return _read_parquet_facts(file, chosen)
             return _read_row_facts(cache.open(file, builder), file, chosen)
+        except EmptyShardError:
+            return _ShardFacts(0, 0, None, 0)
         except UnreadableShardError as reason:
             raise ValueError(_describe_unreadable(file, reason)) from None
 
@@ -236,11 +254,16 @@ def _merge_classes(named: list[tuple[str, ...]]) -> tuple[str, ...]:
     return sort_classes({name for names in named for name in names})
 
 
-def _open_first(file: StoredFile, builder: str, cache: ShardCache) -> Any:
-    try:
-        return cache.open(file, builder)
-    except UnreadableShardError as reason:
-        raise ValueError(_describe_unreadable(file, reason)) from None
+def _open_first(base: str, files: list[StoredFile], builder: str, cache: ShardCache) -> Any:
+    """Return the rows of the first shard that has any."""
+    for file in files:
+        try:
+            return cache.open(file, builder)
+        except EmptyShardError:
+            continue
+        except UnreadableShardError as reason:
+            raise ValueError(_describe_unreadable(file, reason)) from None
+    raise ValueError(f"{base} holds no images: none of its {len(files):,} shards has rows")
 
 
 def _describe_unreadable(file: StoredFile, reason: Exception) -> str:
@@ -257,6 +280,8 @@ def _read_parquet_facts(file: StoredFile, columns: dict[Role, str]) -> _ShardFac
     try:
         with open_file(file.address) as opened:
             parquet = pq.ParquetFile(opened)
+            if not parquet.metadata.num_rows:  # whatever its columns
+                return _ShardFacts(0, 0, None, 0)
             _check_columns(file, parquet.schema_arrow.names, columns)
             label = columns["label"].partition(".")[0]
             table = parquet.read(columns=[label] if label else [])
@@ -264,7 +289,9 @@ def _read_parquet_facts(file: StoredFile, columns: dict[Role, str]) -> _ShardFac
             # The offsets and statistics of every column: another content has another footer.
             checksum = zlib.crc32(repr(footer.to_dict()).encode())
             count = footer.num_rows
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (error.errno or isinstance(error, StoreUnavailable)):
+            raise
         raise UnreadableShardError(f"it is damaged: {str(error).splitlines()[0][:200]}") from None
     if not label:
         return _ShardFacts(count, checksum, None, 0)
@@ -284,7 +311,8 @@ def _read_row_facts(rows: Any, file: StoredFile, columns: dict[Role, str]) -> _S
 def _label_facts(
     rows: Any, count: int, checksum: int, file: StoredFile, columns: dict[Role, str]
 ) -> _ShardFacts:
-    labels = read_label_column(rows, [], columns["label"], file.address)
+    has_labels = columns["label"] in all_columns(rows.features)  # a JSON of a tar may lack it
+    labels = read_label_column(rows, [], columns["label"], file.address) if has_labels else None
     if labels is None:
         return _ShardFacts(count, checksum, (), count)
     return _ShardFacts(count, checksum, labels.names, int((labels.indices == NO_LABEL).sum()))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mezzotint.data.columns import all_columns
 from mezzotint.data.dataset import renumber
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.prepared_forms import get_form
@@ -75,8 +76,11 @@ def _table_rows(
     rows: Any, index: ShardIndex, shard: int, classes: tuple[str, ...] | None
 ) -> ShardSource:
     """Open a shard of encoded images with columns of any names."""
+    fields = all_columns(rows.features)
+    # The index has checked the columns; of nested ones, as the JSON of a tar, a part may lack.
+    columns = {role: name if name in fields else "" for role, name in index.columns.items()}
     try:
-        table = table_source(rows, index.name(shard), columns=index.columns)
+        table = table_source(rows, index.name(shard), columns=columns)
     except ValueError as error:
         raise UnreadableShardError(str(error)) from None
     labels = table.labels

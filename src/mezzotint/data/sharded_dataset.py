@@ -27,7 +27,7 @@ from mezzotint.data.dataset import (
     UnreadableReport,
 )
 from mezzotint.data.full_scale import measure_full_scale
-from mezzotint.data.image_dataset import decode_stored
+from mezzotint.data.image_dataset import decode_stored, split_source
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.latent_dataset import sample_latents
 from mezzotint.data.shard_cache import ShardCache, UnreadableShardError
@@ -359,7 +359,7 @@ def open_shards(
 
     Errors: ValueError for shards of another space or size than the network's; see `open_index`.
     """
-    cache.check()
+    cache.check(split_source(source)[0])
     index = open_index(source, cache, columns)
     _check_fits(index, source, size, channels, codec_name)
     return ShardedDataset(

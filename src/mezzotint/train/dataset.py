@@ -12,6 +12,7 @@ from mezzotint.backbones import native_size, needs_label, text_width
 from mezzotint.config import Recipe, Shards
 from mezzotint.core.distributed import WorkShare, World, all_ranks, on_rank0
 from mezzotint.core.files import cache_dir, expand_user
+from mezzotint.core.object_store import is_address
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import Captions, LiveCaptions, embed_captions, fill_cache
 from mezzotint.data.dataset import Dataset
@@ -144,6 +145,10 @@ def _open_shards(recipe: Recipe, info: ModelInfo, source: str, has_buckets: bool
             "or give a folder of images on a disk"
         )
     given, config = recipe.data.shards, info.config
+    if is_address(given.cache):
+        raise ValueError(
+            f"data.shards.cache={given.cache} is an address; give a folder on a local disk"
+        )
     folder = expand_user(given.cache) if given.cache else cache_dir() / "shards"
     return open_shards(
         source,
