@@ -253,6 +253,8 @@ class Save(Checked):
                 f"save.store {self.store} is no address; give e.g. s3://bucket/runs/xl, or leave "
                 "it out to keep checkpoints in the run folder"
             )
+        if "*" in self.store:
+            raise ValueError(f"save.store {self.store} holds a *; give the address of one folder")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -140,6 +140,13 @@ def test_module_is_run_as_the_program():
         (["ema", "x", "--width", "nan"], 1, "--width nan must be"),
         (["demo", "--images", "-5"], 1, "--images -5 must be"),
         (["export", "x", "y", "--to", "torch", "--size", "0"], 1, "--size 0 must be"),
+        (["train", "unet-tiny", "--out", "s3://b/x"], 1, "OUT s3://b/x is an address"),
+        (["sample", "x", "--out", "file://x/y.png"], 1, "OUT file://x/y.png is an address"),
+        (["reference", "x", "gs://b/x.npz"], 1, "OUT gs://b/x.npz is an address"),
+        (["reference", "s3://b/x", "y"], 1, "s3://b/x is an address"),
+        (["prepare", "x", "s3://b/x", "--size", "8"], 1, "s3://b/x is an address"),
+        (["report", "hf://x/y"], 1, "RUN hf://x/y is an address"),
+        (["train", "unet-tiny", "save.store=s3://b/a*"], 1, r"save.store s3://b/a\* holds a \*"),
         (["convert", "x", "y", "--hint", "heads=[1"], 1, "--hint heads=.* is not YAML"),
     ],
 )

@@ -115,6 +115,30 @@ def test_a_path_is_a_local_file(tmp_path):
     assert store.read_bytes(f"{tmp_path}/a/b [1].txt") == b"1"
 
 
+@pytest.mark.parametrize(
+    "write", [lambda path, address: store.write_bytes(address, b"a"), store.upload_file]
+)
+@pytest.mark.parametrize("below", ["file/a", "file/a/b", "link/a"])
+def test_a_place_that_cannot_be_written_is_named(write, below, tmp_path):
+    (tmp_path / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    address = f"file://{tmp_path}/{below}"
+    with pytest.raises(StoreError, match=f"{address} cannot be written"):
+        write(tmp_path / "file", address)
+    assert store.stat_file(address) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+@pytest.mark.parametrize("scheme", ["FILE", "File", "MEMORY"])
+def test_the_case_of_a_scheme_does_not_matter(scheme, tmp_path):
+    address = f"{scheme}://{tmp_path}/a"
+    store.write_bytes(address, b"a")
+    assert store.read_bytes(f"{scheme.lower()}://{tmp_path}/a") == b"a"
+    assert [file.num_bytes for file in store.list_files(address)] == [1]
+    store.delete_files(address)
+    assert store.stat_file(address) is None
+
+
 def test_errors_name_what_to_set(s3_server, monkeypatch, tmp_path):
     store.write_bytes("s3://bucket/a", b"1")
     with pytest.raises(StoreError, match=r"there is no bucket s3://other; .*AWS_ENDPOINT_URL"):

@@ -271,11 +271,13 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
         open_at(f"file://{tmp_path}/set", tmp_path)
 
 
-def test_a_shard_that_is_no_parquet_is_named(tmp_path):
+@pytest.mark.parametrize("shard", ["shard-000.parquet", "shard-002.parquet"])
+def test_a_shard_that_is_no_parquet_is_named(shard, tmp_path, capfd):
     address = write_parquet(tmp_path / "set")
-    (tmp_path / "set" / "shard-002.parquet").write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(ValueError, match=r"shard-002\.parquet cannot be read"):
+    (tmp_path / "set" / shard).write_bytes(b"nothing of the kind" * 100)
+    with pytest.raises(ValueError, match=f"{shard} cannot be read"):
         open_at(address, tmp_path)
+    assert "Failed" not in capfd.readouterr().err
 
 
 def test_a_latent_network_wants_latents(tmp_path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from mezzotint.core.console import echo
@@ -37,7 +39,17 @@ def _check(values: dict[str, Any], owner: Callable[..., Any]) -> None:
             fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
             _check(fields, type(value))
         else:
+            _check_local(name, value)
             check_ranges(f"--{name.replace('_', '-')}", value, type_hints(owner)[name])
+
+
+def _check_local(name: str, value: Any) -> None:
+    """Raise ValueError for an address in place of a path; a `Path` holds it with one slash."""
+    if isinstance(value, Path) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+        raise ValueError(
+            f"{name.upper()} {str(value).replace(':/', '://', 1)} is an address; give a path on a "
+            "disk. Addresses may be --data of train, save.store, and OUT of prepare --shards"
+        )
 
 
 def gather_fields(arguments: Sequence[str], options: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -25,6 +25,7 @@ from mezzotint.core.store_calls import (
     send_to_store,
 )
 from mezzotint.core.store_errors import (
+    LOCAL_ERRORS,
     MissingFileError,
     StoreError,
     StoreUnavailable,
@@ -212,9 +213,7 @@ def write_bytes(address: str, data: bytes) -> None:
     """Write a file, which appears whole, and replaces any at this address."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        path = local_path(address)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, data)
+        atomic_write(_local_target(address), data)
     else:
         call_store(
             address,
@@ -223,12 +222,27 @@ def write_bytes(address: str, data: bytes) -> None:
         )
 
 
+def _local_target(address: str) -> Path:
+    """Return the path of a local address to write, with its folder made."""
+    path = local_path(address)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in LOCAL_ERRORS:
+            raise
+        reason = error.strerror or str(error)
+        raise StoreError(
+            f"{address} cannot be written ({error.filename}: {reason}); give another address, or "
+            "check the permissions of its folder"
+        ) from None
+    return path
+
+
 def upload_file(path: Path, address: str) -> None:
     """Copy a file of the disk to a store, where it appears whole."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        target = local_path(address)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target = _local_target(address)
 
         def copy(partial: Path) -> None:
             call_store(address, lambda fs, _: fs.put_file(str(path), str(partial)))
@@ -293,7 +307,9 @@ def _stored(scheme: str, name: str, info: dict[str, Any]) -> StoredFile:
     keys = ("ETag", "etag", "blob_id", "sha256", "md5Hash", "crc32c", "mtime", "last_modified")
     version = next((str(info[key]) for key in (*keys, "created") if info.get(key)), "")
     address = (
-        name if "://" in name else f"{scheme}://{name if scheme == 'file' else name.lstrip('/')}"
+        name
+        if "://" in name
+        else f"{scheme}://{name if scheme.lower() == 'file' else name.lstrip('/')}"
     )
     return StoredFile(address, int(info.get("size") or 0), version.strip('"'))
 

@@ -227,6 +227,7 @@ def _read_stored(stored: Path, builder: str) -> tuple[Any, Iterator[Any]]:
 
     # Else `datasets` asks a server of its authors, once a file, to count the download.
     cast(Any, datasets).config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what it logs
     if builder == "webdataset":
         from mezzotint.data.tar_rows import read_tar_rows
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from mezzotint.core.boxed import suggest_boxed
 from mezzotint.core.files import expand_user, read_json, sha256_of_file
 from mezzotint.core.npz_files import DAMAGE, open_npy_member
+from mezzotint.core.object_store import is_address
 from mezzotint.core.paths import explain_path
 from mezzotint.core.registry import Spec
 from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
@@ -181,6 +182,8 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
     """
     base, split = split_source(str(folder))
     path = expand_user(base)
+    if is_address(base):
+        raise ValueError(f"{base} is an address; give images on a disk, or a model")
     found = find_store(path)
     if found is None:
         raise ValueError(
