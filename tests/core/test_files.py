@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
@@ -57,6 +58,25 @@ def test_modes_are_those_of_the_umask(tmp_path, write, umask, expected):
     finally:
         os.umask(before)
     assert {mode(path) for path in tmp_path.iterdir()} == {expected}
+
+
+@pytest.mark.parametrize("folder", ["file", "absent", "/proc"])
+def test_a_place_that_cannot_be_written_is_named_and_not_the_partial_file(tmp_path, write, folder):
+    (tmp_path / "file").write_text("old")
+    path = tmp_path / folder / "target"
+    with pytest.raises(OSError, match=f"^{path} cannot be written: .*choose another place") as end:
+        write(path)
+    assert "partial" not in str(end.value)
+    assert end.value.errno
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_copy_to_a_full_disk_names_the_target(tmp_path):
+    def copy(partial):
+        raise OSError(errno.ENOSPC, "No space left on device", "/source", None, str(partial))
+
+    with pytest.raises(OSError, match=r"target cannot be written: No space .* free some space"):
+        atomic_replace(tmp_path / "target", copy)
 
 
 def private_device(path):

@@ -354,6 +354,12 @@ def test_a_damaged_shard_is_named(pictures, once, tmp_path):
         ("new", "--shards 24", "24 shards of 23 images; give 1 to 23"),
         ("full", "--shards 2", "full holds other files than shards: mine.txt"),
         ("full/mine.txt", "--shards 2", "mine.txt is a file; give a folder"),
+        (
+            "full/mine.txt/below",
+            "--shards 2",
+            "below/shard-00000.parquet cannot be written",
+        ),
+        ("file:///tmp/a*b", "--shards 2", "file:///tmp/a*b holds a *"),
         ("new", "--shards 2 --form jpeg-95 --codec taesd", "--form jpeg-95 stores images"),
         ("ssh://host/x", "--shards 2", "ssh:// is no scheme"),
         ("https://host/x", "--shards 2", "can be read and not written"),

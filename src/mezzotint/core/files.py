@@ -16,7 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -91,15 +91,22 @@ def _naming(path: Path, partial: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, partial and str(partial)):
+        named = (error.filename, error.filename2)
+        if error.errno is None or (named != (None, None) and str(partial) not in named):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         advice = "free some space" if full else "check the folder and its permissions"
-        named = OSError(
+        told = OSError(
             f"{path} cannot be written: {error.strerror}; {advice} or choose another place"
         )
-        named.errno = error.errno
-        raise named from error
+        told.errno = error.errno
+        raise told from error
+
+
+def _discard(partial: Path) -> None:
+    """Remove a partial file; where it could not be made, the first error is the one to tell."""
+    with suppress(OSError):
+        partial.unlink(missing_ok=True)
 
 
 def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -123,7 +130,7 @@ def atomic_replace(path: Path, write: Callable[[Path], Any]) -> None:
             fsync_path(partial)
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 @contextmanager
@@ -146,7 +153,7 @@ def atomic_open(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
             partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:

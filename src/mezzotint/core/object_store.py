@@ -25,7 +25,6 @@ from mezzotint.core.store_calls import (
     send_to_store,
 )
 from mezzotint.core.store_errors import (
-    LOCAL_ERRORS,
     MissingFileError,
     StoreError,
     StoreUnavailable,
@@ -36,8 +35,8 @@ from mezzotint.core.store_errors import (
 
 __all__ = [
     "MissingFileError", "StoreError", "StoreUnavailable", "StoredFile", "delete_files",
-    "download_file", "is_address", "join_address", "list_files", "open_file", "patience",
-    "read_bytes", "stat_file", "upload_file", "write_bytes",
+    "download_file", "is_address", "join_address", "list_files", "local_target",
+    "open_file", "patience", "read_bytes", "stat_file", "upload_file", "write_bytes",
 ]  # fmt: skip
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -213,7 +212,7 @@ def write_bytes(address: str, data: bytes) -> None:
     """Write a file, which appears whole, and replaces any at this address."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        atomic_write(_local_target(address), data)
+        atomic_write(local_target(address), data)
     else:
         call_store(
             address,
@@ -222,14 +221,15 @@ def write_bytes(address: str, data: bytes) -> None:
         )
 
 
-def _local_target(address: str) -> Path:
-    """Return the path of a local address to write, with its folder made."""
+def local_target(address: str) -> Path:
+    """Return the path of a local address to write, and make its folder.
+
+    Errors: StoreError where there can be none.
+    """
     path = local_path(address)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in LOCAL_ERRORS:
-            raise
         reason = error.strerror or str(error)
         raise StoreError(
             f"{address} cannot be written ({error.filename}: {reason}); give another address, or "
@@ -242,7 +242,7 @@ def upload_file(path: Path, address: str) -> None:
     """Copy a file of the disk to a store, where it appears whole."""
     _check_writable(address)
     if scheme_of(address) == "file":
-        target = _local_target(address)
+        target = local_target(address)
 
         def copy(partial: Path) -> None:
             call_store(address, lambda fs, _: fs.put_file(str(path), str(partial)))

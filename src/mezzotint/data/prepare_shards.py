@@ -29,6 +29,7 @@ from mezzotint.core.object_store import (
     is_address,
     join_address,
     list_files,
+    local_target,
     read_bytes,
     stat_file,
     upload_file,
@@ -124,6 +125,8 @@ def prepare_shards(
 def resolve_address(text: str) -> str:
     """Return an address as it is, and that of a folder for a path."""
     if is_address(text):
+        if "*" in text:
+            raise ValueError(f"{text} holds a *, which training takes for a pattern; give a folder")
         return text.rstrip("/")
     return LOCAL + os.path.abspath(expand_user(text))
 
@@ -184,9 +187,7 @@ def _write_missing(plan: ShardPlan, k: int, address: str, bar: ProgressBar) -> N
         _read_reports(plan, [file])
         bar.advance(len(plan.indices(k)))
     elif address.startswith(LOCAL):
-        path = Path(address.removeprefix(LOCAL))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_replace(path, lambda partial: write_shard(plan, k, partial, bar))
+        atomic_replace(local_target(address), lambda partial: write_shard(plan, k, partial, bar))
     else:
         with partial_folder(Path(tempfile.gettempdir()) / "mezzotint-shards") as folder:
             path = folder / shard_name(k)
