@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -315,34 +315,33 @@ def test_the_cache_stays_within_its_size(tmp_path):
     assert not list((tmp_path / "cache").glob("*.stored"))
 
 
-def _open_all(address: str, folder: Path, log: Path) -> None:
-    import mezzotint.data.shard_cache as module
+# Fetches slowly, and writes down what it fetches.
+OPEN_ALL = """
+import sys, time
+from pathlib import Path
+import mezzotint.data.shard_cache as module
+from mezzotint.data.sharded_dataset import open_shards
 
-    fetch = module.download_file
+address, cache, log, count = sys.argv[1:]
+fetch = module.download_file
 
-    def slow(address, path):
-        with log.open("a") as file:
-            file.write(f"{address}\n")
-        time.sleep(0.2)
-        fetch(address, path)
+def slow(address, path):
+    with open(log, "a") as file:
+        file.write(f"{address}\\n")
+    time.sleep(0.2)
+    fetch(address, path)
 
-    module.download_file = slow
-    dataset = open_shards(address, ShardCache(folder, 10**8), size=16, channels=3)
-    dataset.batch(list(range(TOTAL)))
+module.download_file = slow
+dataset = open_shards(address, module.ShardCache(Path(cache), 10**8), size=16, channels=3)
+dataset.batch(list(range(int(count))))
+"""
 
 
 def test_processes_of_a_machine_fetch_a_shard_once(tmp_path):
-    address = write_parquet(tmp_path / "set")
-    context = multiprocessing.get_context("spawn")
-    log = tmp_path / "fetched"
-    processes = [
-        context.Process(target=_open_all, args=(address, tmp_path / "cache", log)) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+    address, log = write_parquet(tmp_path / "set"), tmp_path / "fetched"
+    command = [sys.executable, "-c", OPEN_ALL, address, tmp_path / "cache", log, str(TOTAL)]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
     fetched = log.read_text().split()
     assert sorted(fetched) == sorted(set(fetched))
     assert len(fetched) == len(COUNTS)

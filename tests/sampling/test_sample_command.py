@@ -221,7 +221,7 @@ def test_a_model_and_its_samples_have_equal_evaluations(tmp_path, monkeypatch):
     mz.save_model(tiny(), tmp_path / "m")
     samples, real = str(tmp_path / "samples"), tmp_path / "real.npz"
     generate_images(make_job(tmp_path / "m", {"steps": 2}), samples, 60, quiet=True)
-    cli.data.prepare("shapes:count=60", tmp_path / "set", size=8)
+    cli.data.prepare("shapes:count=60", str(tmp_path / "set"), size=8)
     cli.evaluation.reference(str(tmp_path / "set"), real)
     evaluate = functools.partial(cli.evaluation.evaluate, reference=str(real))
     evaluate(samples, out=tmp_path / "a.json")

@@ -20,6 +20,7 @@ from PIL import Image
 from helpers.launch import run_here, torchrun
 from helpers.runs import assert_same_tensors, last_state, records, weights
 from helpers.s3_server import running_server
+from mezzotint.core.object_store import delete_files, upload_file
 
 SHARDS, ROWS = 20, 12
 RECIPE = [
@@ -153,14 +154,16 @@ def test_ranks_come_and_go(undisturbed, tmp_path):
 
 @pytest.mark.parametrize(("missing", "ranks"), [("stop", 2), ("skip", 1)])
 def test_a_shard_that_is_lost_stops_all_ranks_or_is_counted(missing, ranks, server, tmp_path):
-    shutil.copytree(server.folder / "bucket" / "set", server.folder / "bucket" / missing)
+    # Through the server, which lists its own changes at once.
+    for path in (server.folder / "bucket" / "set").iterdir():
+        upload_file(path, f"s3://bucket/{missing}/{path.name}")
     out = tmp_path / missing
     process = start(
         *arguments(f"s3://bucket/{missing}", out, f"data.shards.missing={missing}"), ranks=ranks
     )
     wait_for_images(out, 48, process)
     for path in (server.folder / "bucket" / missing).glob("*[37].parquet"):
-        path.unlink()
+        delete_files(f"s3://bucket/{missing}/{path.name}")
     printed, _ = process.communicate(timeout=120)
     if missing == "stop":
         assert process.returncode != 0

@@ -288,7 +288,7 @@ def describe_encoder(encoder: TextEncoder) -> dict[str, Any]:
     }
 
 
-def describe_captions(embeddings: CaptionEmbeddings) -> list[str]:
+def describe_captions(embeddings: CaptionEmbeddings | LiveCaptions) -> list[str]:
     """Return lines of text: how many captions there are, how many are missing or were cut."""
     card = embeddings.card
     missing = int((embeddings.captions < 0).sum())
