@@ -139,6 +139,20 @@ def test_the_case_of_a_scheme_does_not_matter(scheme, tmp_path):
     assert store.stat_file(address) is None
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("s3://b/x", "s3a://b/x/", True),
+        ("s3://b/x", "s3://b/x/y", False),
+        ("s3://b/x", "gs://b/x", False),
+        ("file:///tmp/x/", "/tmp/y/../x", True),
+        ("file:///tmp/x", "s3://tmp/x", False),
+    ],
+)
+def test_one_place_by_two_names(a, b, same):
+    assert store.same_place(a, b) == store.same_place(b, a) == same
+
+
 def test_errors_name_what_to_set(s3_server, monkeypatch, tmp_path):
     store.write_bytes("s3://bucket/a", b"1")
     with pytest.raises(StoreError, match=r"there is no bucket s3://other; .*AWS_ENDPOINT_URL"):

@@ -202,3 +202,29 @@ def test_a_cache_too_small_for_the_lanes_is_refused(server, tmp_path):
 def test_lanes_that_do_not_divide_the_batch_are_refused(lanes, server, tmp_path):
     with pytest.raises(ValueError, match=rf"lanes={lanes} does not divide batch=12; try"):
         run_here(*arguments(SOURCE, tmp_path / "run", f"data.shards.lanes={lanes}"))
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("save.store=s3://bucket/set/", "save.store s3://bucket/set/ is where the data is"),
+        ("data.shards.cache=s3://bucket/cache", "data.shards.cache=s3://bucket/cache is an addr"),
+    ],
+)
+def test_places_that_cannot_be_are_refused_before_anything_is_written(
+    field, words, server, tmp_path
+):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=words):
+        run_here(*arguments(SOURCE, out, field))
+    assert not (out / "checkpoints").exists()
+    assert {path.name for path in (server.folder / "bucket").iterdir()} == {"set"}
+    assert len(list((server.folder / "bucket" / "set").iterdir())) == SHARDS
+
+
+def test_another_batch_on_resume_is_another_recipe_and_not_wrong_lanes(server, tmp_path):
+    out = tmp_path / "run"
+    fields = [field for field in arguments(SOURCE, out, "images=48") if "lanes" not in field]
+    run_here(*fields)
+    with pytest.raises(ValueError, match="batch: 12 there, 6 asked"):
+        run_here(*[field.replace("batch=12", "batch=6") for field in fields])

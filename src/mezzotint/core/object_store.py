@@ -36,7 +36,7 @@ from mezzotint.core.store_errors import (
 __all__ = [
     "MissingFileError", "StoreError", "StoreUnavailable", "StoredFile", "delete_files",
     "download_file", "is_address", "join_address", "list_files", "local_target",
-    "open_file", "patience", "read_bytes", "stat_file", "upload_file", "write_bytes",
+    "open_file", "patience", "read_bytes", "same_place", "stat_file", "upload_file", "write_bytes",
 ]  # fmt: skip
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -64,6 +64,14 @@ def is_address(text: str) -> bool:
 def join_address(base: str, *parts: str) -> str:
     """Return the address of a file below another one."""
     return "/".join([base.rstrip("/"), *(part.strip("/") for part in parts)])
+
+
+def same_place(a: str, b: str) -> bool:
+    """Return whether two addresses or paths name one place."""
+    if {scheme_of(a), scheme_of(b)} == {"file"}:
+        return local_path(a).resolve() == local_path(b).resolve()
+    ends = [address.partition("://")[2].strip("/") for address in (a, b)]
+    return scheme_of(a) == scheme_of(b) and ends[0] == ends[1]
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -12,11 +12,11 @@ from mezzotint.backbones import native_size, needs_label, text_width
 from mezzotint.config import Recipe, Shards
 from mezzotint.core.distributed import WorkShare, World, all_ranks, on_rank0
 from mezzotint.core.files import cache_dir, expand_user
-from mezzotint.core.object_store import is_address
+from mezzotint.core.object_store import is_address, join_address, same_place
 from mezzotint.data.bucketed_dataset import BucketedDataset
 from mezzotint.data.caption_embeddings import Captions, LiveCaptions, embed_captions, fill_cache
 from mezzotint.data.dataset import Dataset
-from mezzotint.data.image_dataset import open_source
+from mezzotint.data.image_dataset import open_source, split_source
 from mezzotint.data.latent_dataset import EncodedDataset, open_dataset
 from mezzotint.data.shard_cache import ShardCache
 from mezzotint.data.shard_index import is_sharded
@@ -144,7 +144,12 @@ def _open_shards(recipe: Recipe, info: ModelInfo, source: str, has_buckets: bool
             f"{source} holds shards, which are read at one square size; leave data.buckets out, "
             "or give a folder of images on a disk"
         )
-    given, config = recipe.data.shards, info.config
+    given, config, base = recipe.data.shards, info.config, split_source(source)[0]
+    if recipe.save.store and same_place(recipe.save.store, base):
+        raise ValueError(
+            f"save.store {recipe.save.store} is where the data is; give an address of its own, "
+            f"e.g. {join_address(recipe.save.store, 'runs')}"
+        )
     if is_address(given.cache):
         raise ValueError(
             f"data.shards.cache={given.cache} is an address; give a folder on a local disk"
@@ -184,7 +189,8 @@ def _choose_lanes(recipe: Recipe, folder: Path, dataset: ShardedDataset, world: 
     started = started_recipe(folder)
     lanes = recipe.data.shards.lanes or (started.data.shards.lanes if started else None)
     lanes = lanes or choose_lanes(recipe.batch, len(dataset.counts), world.size)
-    if recipe.batch % lanes:
+    other_recipe = started is not None and started.batch != recipe.batch  # which will be told
+    if recipe.batch % lanes and not other_recipe:
         nearest = max(n for n in range(1, lanes) if recipe.batch % n == 0)
         raise ValueError(
             f"data.shards.lanes={lanes} does not divide batch={recipe.batch}; try "
