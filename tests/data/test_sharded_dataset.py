@@ -467,3 +467,21 @@ def test_a_nested_label_or_caption_that_a_shard_lacks_is_none(write, tmp_path):
     assert [dataset.label(k) for k in firsts] == [0, None, 1, None]
     assert [dataset.text(k) for k in firsts] == ["a", "b", None, None]
     assert dataset.count_unlabelled() == len(dataset) // 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{junk", "[]", "{}", {"counts": [1]}, {"counts": [-1] * 4}, {"checksums": [2**40] * 4},
+     {"columns": {"image": 3}}, {"label_names": [None]}],
+)  # fmt: skip
+def test_a_damaged_index_is_made_again(content, tmp_path):
+    address = write_parquet(tmp_path / "set")
+    before = open_at(address, tmp_path).index
+    (path,) = (tmp_path / "cache").glob("index-*.json")
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(path.read_text()) | content)
+    path.write_text(content)
+    again = open_at(address, tmp_path)
+    assert again.index.fingerprint == before.fingerprint
+    assert again.index.columns == before.columns
+    check_epoch(again)

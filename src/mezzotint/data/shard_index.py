@@ -11,11 +11,13 @@ import re
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mezzotint.core.files import expand_user, read_json, write_json
+from mezzotint.core.json_values import check_fields
 from mezzotint.core.object_store import (
     StoredFile,
     StoreUnavailable,
@@ -45,6 +47,10 @@ from mezzotint.data.stores import Listing
 from mezzotint.data.tables import read_label_column, table_source
 
 THREADS = 16  # that ask the store at once
+INDEX_FIELDS = {
+    "counts": list[int], "checksums": list[int], "columns": dict[str, str],
+    "label_names": list[str] | None, "unlabelled": int, "notes": list[str],
+}  # fmt: skip
 Role = str
 
 
@@ -129,9 +135,10 @@ def open_index(source: str, cache: ShardCache, columns: Columns | None = None) -
         key = hash_parts([base, builder, repr(sorted((columns or {}).items())), *map(repr, files)])
         path = cache.folder / f"index-{key}.json"
         with locked(path.with_suffix(".lock")):
-            if not path.is_file():
-                write_json(path, _index_shards(base, builder, files, cache, columns))
-            found = read_json(path, "delete it")
+            found = _read_index(path, len(files))
+            if found is None:
+                found = _index_shards(base, builder, files, cache, columns)
+                write_json(path, found)
     filled = [k for k, count in enumerate(found["counts"]) if count]
     if len(filled) < len(files):
         notes.append(f"{len(files) - len(filled):,} shards without rows were left out")
@@ -144,6 +151,18 @@ def open_index(source: str, cache: ShardCache, columns: Columns | None = None) -
         unlabelled=found["unlabelled"],
         notes=(*notes, *found["notes"]),
     )  # fmt: skip
+
+
+def _read_index(path: Path, num_shards: int) -> dict[str, Any] | None:
+    """Return the content of an index file; None where it is to be made, again if it is damaged."""
+    try:
+        found = read_json(path, "delete it")
+        check_fields(found, INDEX_FIELDS)
+    except (ValueError, OSError):
+        return None
+    lists = found["counts"], found["checksums"]
+    whole = all(len(of) == num_shards and min(of) >= 0 and max(of) < 2**63 for of in lists)
+    return found if whole and max(lists[1]) < 2**32 and any(lists[0]) else None
 
 
 def _prepared_index(base: str, card: ShardCard) -> ShardIndex:
