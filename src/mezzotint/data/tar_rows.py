@@ -22,7 +22,7 @@ BLOCK_BYTES = 512  # of a tar
 class _Reader(WebDataset):
     """Decodes text and JSON; other fields stay bytes, so a pickle is never read."""
 
-    DECODERS: ClassVar[dict[str, Callable[[bytes], Any]]] = {
+    DECODERS: ClassVar[dict[str, Callable[[bytes], Any]]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
         **dict.fromkeys(("txt", "text", "transcript", "cls", "cls2", "index", "id"), decode_text),
         **dict.fromkeys(("json", "jsn"), json.loads),
     }  # fmt: skip
