@@ -165,6 +165,38 @@ def _read_index(path: Path, num_shards: int) -> dict[str, Any] | None:
     return found if whole and max(lists[1]) < 2**32 and any(lists[0]) else None
 
 
+def check_network_fits(
+    index: ShardIndex, source: str, size: int, channels: int, codec_name: str
+) -> None:
+    """Raise ValueError where a network does not take the shards' latents, or their pixels."""
+    card = index.card
+    if card is None or card.kind == "images":
+        if codec_name != "pixels":
+            raise ValueError(
+                f"{source} holds images, and the network works on latents of {codec_name}; encode "
+                "them once: mezzotint prepare SOURCE ADDRESS --size PIXELS --shards N --codec "
+                f"{codec_name}"
+            )
+        if card is not None and card.size < size:
+            raise ValueError(
+                f"{source} holds images of {card.size} pixels, the network takes {size}; prepare "
+                f"them at --size {size}, or set model.size={card.size}"
+            )
+        return
+    if codec_name == "pixels":
+        raise ValueError(
+            f"{source} holds latents of {card.codec}, but the network works on pixels; train on "
+            "the images, or choose a latent preset (mezzotint info)"
+        )
+    side = card.size // card.factor
+    if (card.channels, side) != (channels, size):
+        raise ValueError(
+            f"{source} holds latents of {card.channels} channels and {side}x{side} cells, the "
+            f"network takes {channels} and {size}x{size}; set model.size={side} "
+            f"model.channels={card.channels}, or prepare at another --size"
+        )
+
+
 def _prepared_index(base: str, card: ShardCard) -> ShardIndex:
     entries = [entry for entry in card.shards if entry.rows]
     if not entries:

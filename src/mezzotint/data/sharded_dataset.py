@@ -32,7 +32,7 @@ from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.latent_dataset import sample_latents
 from mezzotint.data.shard_cache import ShardCache, UnreadableShardError
 from mezzotint.data.shard_fetcher import ShardFetcher
-from mezzotint.data.shard_index import ShardIndex, open_index
+from mezzotint.data.shard_index import ShardIndex, check_network_fits, open_index
 from mezzotint.data.shard_order import ShardOrder
 from mezzotint.data.shard_source import ShardSource, open_shard
 from mezzotint.data.sources import hash_parts
@@ -361,7 +361,7 @@ def open_shards(
     """
     cache.check(split_source(source)[0])
     index = open_index(source, cache, columns)
-    _check_fits(index, source, size, channels, codec_name)
+    check_network_fits(index, source, size, channels, codec_name)
     return ShardedDataset(
         index,
         cache,
@@ -371,33 +371,3 @@ def open_shards(
         missing=missing,
         full_scale=full_scale,
     )
-
-
-def _check_fits(index: ShardIndex, source: str, size: int, channels: int, codec_name: str) -> None:
-    """Raise ValueError where a network does not take the shards' latents, or their pixels."""
-    card = index.card
-    if card is None or card.kind == "images":
-        if codec_name != "pixels":
-            raise ValueError(
-                f"{source} holds images, and the network works on latents of {codec_name}; encode "
-                "them once: mezzotint prepare SOURCE ADDRESS --size PIXELS --shards N --codec "
-                f"{codec_name}"
-            )
-        if card is not None and card.size < size:
-            raise ValueError(
-                f"{source} holds images of {card.size} pixels, the network takes {size}; prepare "
-                f"them at --size {size}, or set model.size={card.size}"
-            )
-        return
-    if codec_name == "pixels":
-        raise ValueError(
-            f"{source} holds latents of {card.codec}, but the network works on pixels; train on "
-            "the images, or choose a latent preset (mezzotint info)"
-        )
-    side = card.size // card.factor
-    if (card.channels, side) != (channels, size):
-        raise ValueError(
-            f"{source} holds latents of {card.channels} channels and {side}x{side} cells, the "
-            f"network takes {channels} and {size}x{size}; set model.size={side} "
-            f"model.channels={card.channels}, or prepare at another --size"
-        )
