@@ -18,7 +18,8 @@ import psutil
 import pytest
 import yaml
 
-from helpers.elastic import free_port, starts
+from helpers.elastic import starts
+from helpers.ports import find_port
 from helpers.runs import SMALL
 from mezzotint import config
 from mezzotint.core.object_store import is_address
@@ -201,7 +202,7 @@ def test_pods_go_on_after_the_loss_of_pod_0(processes, tmp_path):
     (container,) = job["spec"]["template"]["spec"]["containers"]
     *shell, command = container["command"]
     values = {v["name"]: v["value"] for v in container["env"]}
-    values |= {"GPUS": "1", "MEETING": f"127.0.0.1:{free_port()}"}
+    values |= {"GPUS": "1", "MEETING": f"127.0.0.1:{find_port()}"}
     launch, _, _ = command.partition(" dimr-xl-2r-256 ")
     assert launch.endswith("-m mezzotint train")
 

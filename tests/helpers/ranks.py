@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
+
+from helpers.ports import find_port
 
 PRELOAD = ["mezzotint.train.loop", "mezzotint.recipes", "torch.distributed.fsdp"]
 
@@ -32,9 +33,7 @@ def run_on_ranks(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = find_port()
     results: dict[int, Any] = {}
     processes = []
     for rank in range(ranks):

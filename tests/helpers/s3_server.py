@@ -19,6 +19,8 @@ from unittest import mock
 
 import pytest
 
+from helpers.ports import find_port
+
 KEY, SECRET = "test-key", "test-secret"
 
 
@@ -36,9 +38,7 @@ class S3Server:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "bucket").mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = find_port()
         self.process: subprocess.Popen[bytes] | None = None
 
     @property

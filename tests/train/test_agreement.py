@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from helpers.ports import find_port, find_ports
 
 # Both ranks run it: each scenario has overrides of rank 1, and perhaps another folder or world.
 SCRIPT = """
@@ -36,16 +37,6 @@ for name, scenario in scenarios.items():
     print(json.dumps([name, told, time.monotonic() - start]), flush=True)
     agreement.hash_code = lambda: "the same"
 """
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def launch(rank: int, arguments: list[str], **variables: str) -> subprocess.Popen[str]:
@@ -82,7 +73,7 @@ SCENARIOS: dict[str, tuple[dict, str]] = {
 def told(tmp_path_factory) -> dict[str, list[tuple[str, float]]]:
     """What each rank was told in every scenario, and after how many seconds."""
     folder = tmp_path_factory.mktemp("ranks")
-    ports = free_ports(len(SCENARIOS))
+    ports = find_ports(len(SCENARIOS))
     scenarios = {
         name: {**scenario, "port": port, "folder": str(folder / name)}
         for (name, (scenario, _)), port in zip(SCENARIOS.items(), ports, strict=True)
@@ -116,7 +107,7 @@ def test_an_error_of_one_rank_is_named_by_the_other(told):
 
 def commands(tmp_path: Path, *of_rank_1: str) -> list[subprocess.Popen[str]]:
     """Start the same command on two ranks, with more overrides on rank 1."""
-    port = str(free_ports(1)[0])
+    port = str(find_port())
     head = ["-m", "mezzotint", "train", "unet-tiny", "images=64", "model.channels=1"]
     tail = ["--data", "digits", "--out", str(tmp_path / "run")]
     own = [[], list(of_rank_1)]

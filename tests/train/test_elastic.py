@@ -9,8 +9,9 @@ from contextlib import ExitStack, nullcontext
 import pytest
 import torch
 
-from helpers.elastic import Agent, free_port, open_gate, starts, trained, wait_until, waiting_at
+from helpers.elastic import Agent, open_gate, starts, trained, wait_until, waiting_at
 from helpers.launch import run_here
+from helpers.ports import find_port
 from helpers.runs import SMALL, weights
 from mezzotint.core import distributed
 
@@ -74,7 +75,7 @@ def test_a_run_goes_on_with_the_nodes_that_there_are(agents, tmp_path):
     """2, then 1, then 3 nodes; then one leaves with notice."""
     run, alone = tmp_path / "run", tmp_path / "alone"
     fields = ("batch=60", "images=1920", "save.every_images=240", "log_every_images=60")
-    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{find_port()}"]
 
     def start(host=0):
         settings = ["--rdzv-conf", f"is_host={host},last_call_timeout=3"]
@@ -119,7 +120,7 @@ def test_another_node_takes_over_rank_0_from_the_store(agents, tmp_path):
     """The nodes share no disk: each has a run folder of its own."""
     store, alone = tmp_path / "run", tmp_path / "alone"
     fields = ("batch=60", "images=480", "save.every_images=120", "log_every_images=60")
-    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    launch = [*ELASTIC, "--rdzv-endpoint", f"127.0.0.1:{find_port()}"]
 
     def start(node, host):
         arguments = command(tmp_path / node, *fields, f"save.store=file://{store}")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 import mezzotint as mz
+from helpers.ports import find_port
 from helpers.text_model import fill_zeros, save_text_model
 from helpers.tiny_t5 import saved_t5
 
@@ -92,17 +90,6 @@ def wait_for(ready, seconds: float) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"nothing after {seconds} s")
         time.sleep(0.1)
-
-
-def find_port() -> int:
-    """Return a free port below those that the system hands out itself, which a process beside this
-    one may take in the seconds before the server listens.
-    """
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise RuntimeError("no free port in 100 tries")
 
 
 class Server:
