@@ -269,7 +269,7 @@ def _index_shards(
     assert choice is not None, "a table has columns"
     chosen = {"image": choice.image, "label": choice.label or "", "caption": choice.caption or ""}
 
-    def look(file: StoredFile) -> _ShardFacts:
+    def read_facts(file: StoredFile) -> _ShardFacts:
         try:
             if builder == "parquet":
                 return _read_parquet_facts(file, chosen)
@@ -284,7 +284,7 @@ def _index_shards(
         ProgressBar("looking at shards", len(files), unit="shards", show=len(files) > 1) as bar,
         ThreadPoolExecutor(THREADS if builder == "parquet" else 1) as pool,
     ):
-        for one in pool.map(look, files):
+        for one in pool.map(read_facts, files):
             facts.append(one)
             bar.advance()
     named = [one.label_names for one in facts if one.label_names is not None]
