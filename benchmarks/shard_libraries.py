@@ -235,6 +235,7 @@ class Energon(Reader):
                 raise RuntimeError(
                     f"energon checkpoint redist: {(done.stdout + done.stderr)[-150:]}"
                 )
+            # Its states hold objects of its own; its program has just written these files.
             return [pickle.dumps(torch.load(path, weights_only=False)) for path in written]
 
 

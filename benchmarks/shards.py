@@ -5,9 +5,9 @@
 
 The source is written as shards to a folder and to an S3 server on this machine (rclone), in every
 form. Rates are processor time of all threads of the process that writes, decoding and hashing
-included, that of the server not. Then torchrun writes the test split with 1, 2 and 3
-processes, and with 3 of which one is killed (SIGKILL) once it has written a shard and then all are
-started again: the files of all four must be the same, byte for byte.
+included; the server's is left out. Then torchrun writes the test split with 1, 2 and 3 processes.
+In a fourth run of 3 processes, one is killed (SIGKILL) after its first shard, and all are started
+again. The files of the four runs must be the same, byte for byte.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def hash_files(address: str) -> dict[str, str]:
 
 
 def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen[bytes]:
-    """Start `mezzotint ARGUMENTS` in processes of this machine, none of which is restarted."""
+    """Start `mezzotint ARGUMENTS` in processes of this machine, without restarts."""
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *launch, "-m", "mezzotint", *arguments]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def list_here(address: str) -> list[Any]:
 
 
 def measure_processes(source: str, size: int, shards: int) -> list[dict[str, Any]]:
-    """Write the raw shards by 1, 2 and 3 processes, and by 3 of which one is killed."""
+    """Write the raw shards with 1, 2 and 3 processes, then with 3 and kill one of them."""
     rows, expected = [], None
     options = ["--size", str(size), "--shards", str(shards)]
     for processes, is_killed in ((1, False), (2, False), (3, False), (3, True)):

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mezzotint.data import sharded_dataset
 from mezzotint.data.loader import load_batches
 from mezzotint.data.shard_cache import ShardCache
 from mezzotint.data.shard_index import is_sharded
@@ -215,6 +216,18 @@ def test_a_damaged_shard_is_left_out_and_counted(damage, tmp_path):
     assert len(others) > 5  # not one image in place of all
     assert list(dataset.report.unreadable) == ["shard shard-001.parquet"]
     assert set(dataset.unreadable()) == set(lost)
+
+
+def test_a_lost_shard_is_asked_for_once(tmp_path, monkeypatch):
+    dataset = open_at(write_parquet(tmp_path / "set"), tmp_path, missing="skip")
+    (tmp_path / "set" / "shard-001.parquet").unlink()
+    asked, open_shard = [], sharded_dataset.open_shard
+    monkeypatch.setattr(
+        sharded_dataset, "open_shard", lambda *args: asked.append(args[1]) or open_shard(*args)
+    )
+    dataset.batch(list(range(10, 21)))
+    dataset.batch(list(range(10, 21)))
+    assert asked.count(1) == 1
 
 
 def test_an_unreadable_image_is_replaced_by_the_next_of_its_shard(tmp_path):

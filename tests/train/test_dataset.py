@@ -187,3 +187,10 @@ def test_train_and_its_dry_run_print_the_notes_of_the_data(tmp_path, capsys, mak
     training.train("unet-tiny", fields, data=str(source), out=tmp_path / "b", dry_run=True)
     lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("! ")]
     assert [words for words in told if words not in "".join(lines)] == []
+
+
+@pytest.mark.parametrize("field", ["lanes=4", "missing=skip", "cache_gb=3", "shuffle_images=64"])
+def test_fields_of_shards_without_shards_are_refused(field, tmp_path):
+    with pytest.raises(ValueError, match=r"digits is no address.*data\.shards does nothing"):
+        train(small(f"data.shards.{field}"), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -48,7 +48,7 @@ _Loaded = tuple[list[Any], dict[int, str]]  # LoadedBatch after `image_numbers`;
 
 
 def check_batch(batch: int, world: int) -> None:
-    """Raise ValueError for a batch of which `world` ranks cannot each get an image."""
+    """Raise ValueError for a batch with fewer images than ranks."""
     if batch < max(1, world):
         raise ValueError(
             f"batch {batch} has fewer images than there are ranks, {world}; give at least batch="

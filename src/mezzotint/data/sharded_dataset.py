@@ -77,6 +77,7 @@ class ShardedDataset:
         self.report = UnreadableReport(len(self), notes=index.notes)
         self.fingerprint = hash_parts([index.fingerprint, f"{size} {channels} {crop}"])
         self._unreadable: dict[int, str] = {}
+        self._lost: dict[int, str] = {}  # shard -> why it is left out
         self._order: ShardOrder | None = None
         self._lanes, self._shuffle_images = 1, 1
         self._reset()
@@ -158,11 +159,14 @@ class ShardedDataset:
             if shard in self._open:
                 self._open.move_to_end(shard)
                 return self._open[shard]
+        if shard in self._lost:  # the store is not asked again for each of its images
+            raise UnreadableImage(self._lost[shard])
         try:
             source = open_shard(self.index, shard, self.cache, self.label_names)
         except UnreadableShardError as reason:
             lost = f"shard {self.index.name(shard)}, {self.counts[shard]:,} images: {reason}"
             if self.missing == "skip":
+                self._lost[shard] = lost
                 raise UnreadableImage(lost) from None
             raise ShardError(
                 f"{self.index.address}: {lost}. Bring it back and repeat the command, or train "
@@ -201,10 +205,7 @@ class ShardedDataset:
             raise
 
     def _replacements(self, i: int) -> Iterator[int]:
-        """Yield i, the other images of its shard in order, and the first ones of the next shards.
-
-        A shard that is lost costs one attempt.
-        """
+        """Yield i, the other images of its shard in order, and one image of each other shard."""
         shard, row = self._locate(i)
         yield i
         try:

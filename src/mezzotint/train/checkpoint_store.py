@@ -63,7 +63,7 @@ FETCHED = ".fetched"  # in a checkpoint of the disk that is a copy of the store'
 # Files of a run that never change once they are written, by their folder.
 WRITTEN_ONCE = ("samples", "evaluations", "ema", "bundles")
 MODELS = ("model", "model-raw")
-# What a resume needs beside the checkpoint: it writes its models anew and reads no EMA snapshot.
+# A resume reads these and the checkpoint. It writes new models and reads no EMA snapshot.
 NEEDED = ("samples", "evaluations")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][\w .,+=-]*")
 

@@ -56,10 +56,17 @@ def open_recipe_dataset(
     _check_augment(recipe, config, recipe.data.codec or info.codec)
     height, width = native_size(config)
     buckets = recipe.data.buckets or (((height, width),) if height != width else ())
+    dataset: Dataset
     if is_sharded(source):
-        dataset: Dataset = _open_shards(recipe, info, source, bool(buckets))
+        dataset = _open_shards(recipe, info, source, bool(buckets))
         _check_codec(recipe, dataset, source)
-    elif buckets:
+        return dataset
+    if recipe.data.shards != Shards():
+        raise ValueError(
+            f"{source} is no address and no folder of `mezzotint prepare --shards`, so "
+            "data.shards does nothing; leave its fields out, or give shards"
+        )
+    if buckets:
         dataset = _open_buckets(recipe, info, source, buckets)
     elif recipe.data.portrait:
         raise ValueError(
