@@ -22,8 +22,9 @@ from mezzotint.tools.budget import (
     MeasureSpeed,
     Speed,
 )
-from mezzotint.tools.plan import resolve_precision, time_step
+from mezzotint.tools.plan import time_step
 from mezzotint.train.dataset import open_recipe_dataset
+from mezzotint.train.precision import choose_precision
 from mezzotint.train.setup import check_memory
 
 LOOKED_AT = 256  # images whose size is read first, evenly over the data
@@ -101,7 +102,7 @@ def describe_device(recipe: Recipe, world: World) -> DeviceFacts:
     threads = f", {machine['threads']} thread(s)" if world.device.type == "cpu" else ""
     return DeviceFacts(
         name=f"{machine['processor']}{threads}",
-        precision=resolve_precision(recipe.engine, world.device.type),
+        precision=choose_precision(recipe.engine, world.device.type),
         ranks=world.size,
     )
 
@@ -118,7 +119,7 @@ def make_speed_meter(world: World) -> MeasureSpeed:
             batch = recipe.batch if device == "cpu" else max(recipe.batch, LARGEST_BATCH)
             share = max(1, batch // world.size)
             most = min(recipe.engine.microbatch or share, share)
-            precision = resolve_precision(recipe.engine, device)
+            precision = choose_precision(recipe.engine, device)
             images, seconds = time_step(recipe, precision, 1, most, device)
             fits = device == "cpu" or images == most
             known[key] = Speed(seconds / images, None if fits else images)

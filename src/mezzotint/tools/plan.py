@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Group, RenderableType
@@ -46,9 +46,9 @@ from mezzotint.tools.step_times import modelled_flops
 from mezzotint.tools.summary import format_count
 from mezzotint.train.optim import make_optimisers
 from mezzotint.train.parallel import check_sharding
+from mezzotint.train.precision import Precision, choose_precision
 from mezzotint.train.step import PREFETCHED_BATCHES
 
-Precision = Literal["float32", "bf16"]
 FLOAT = 4  # bytes of a float32: weights, gradients, averages and the optimiser's moments
 
 # Part of the peak rate that a training step reaches: the first target for DiMR-XL/2R on an H200
@@ -108,7 +108,7 @@ def plan(
     """
     chip = get_accelerator(device)
     _check_plan(recipe, gpus, efficiency)
-    precision = resolve_precision(recipe.engine, device)
+    precision = choose_precision(recipe.engine, device)
     rank_batch = largest_share(recipe.batch, gpus)
     info = preset_info(recipe.preset, **recipe.model)
     with _countable(native_side(info.config)):
@@ -247,13 +247,6 @@ def _layouts(engine: Engine, gpus: int, compare: bool) -> list[tuple[str, Checkp
         return [(_strategy(engine, gpus), engine.checkpointing)]
     strategies = ("ddp", "fsdp") if gpus > 1 else ("one process",)
     return [(s, checkpointing) for s in strategies for checkpointing in get_args(Checkpointing)]
-
-
-def resolve_precision(engine: Engine, device: str) -> Precision:
-    """Replace "auto" by bf16, but by float32 on a CPU where bf16 is slow."""
-    if engine.precision != "auto":
-        return engine.precision
-    return "bf16" if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 @contextmanager

@@ -301,9 +301,9 @@ def _open_encoder(recipe: Recipe, width: int, world: World) -> TextEncoder | Non
 
 
 def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, ModelInfo]:
-    """Fill in what recipe and info leave to the data and the machine.
+    """Fill in what recipe and info leave to the data.
 
-    That is classes, label names, codec, augmentation label, schedule and precision.
+    That is classes, label names, codec, augmentation label and schedule.
 
     Errors: ValueError where the dataset's labels do not fit the network.
     """
@@ -331,13 +331,9 @@ def resolve(recipe: Recipe, info: ModelInfo, dataset: Dataset) -> tuple[Recipe, 
             f"{recipe.preset} has no null label to train on them; give every image a label, or "
             "leave those images out"
         )
-    precision = recipe.engine.precision
-    if precision == "auto":
-        precision = "bf16" if _bf16_is_fast() else "float32"
     schedule = recipe.schedule or info.schedule
-    engine = dataclasses.replace(recipe.engine, precision=precision)
     return (
-        dataclasses.replace(recipe, model=model, schedule=schedule, engine=engine),
+        dataclasses.replace(recipe, model=model, schedule=schedule),
         dataclasses.replace(
             info,
             config=config,
@@ -355,13 +351,6 @@ def _text_encoder_info(captions: Captions | None) -> dict[str, object]:
         return {}
     encoder = {k: captions.card[k] for k in ("encoder", "encoder_hash", "tokenizer_hash", "dtype")}
     return {"text": {**encoder, "max_tokens": captions.max_tokens}}
-
-
-def _bf16_is_fast() -> bool:
-    """Return whether this machine multiplies bf16 matrices faster than float32 ones."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def data_notes(info: ModelInfo, dataset: Dataset) -> list[str]:

@@ -46,6 +46,7 @@ from mezzotint.train.dataset import (
 )
 from mezzotint.train.draws import resolve_stream
 from mezzotint.train.optim import make_optimisers
+from mezzotint.train.precision import resolve_precision
 from mezzotint.train.run_folder import check_same_recipe, write_recipe
 
 
@@ -146,7 +147,9 @@ def check_start(
     if lacking is None or _check_here(lambda: _check_text_encoder(recipe, width), lacking):
         dataset.caption_embeddings = open_captions(recipe, dataset, width, world)
     stream = on_rank0(lambda: resolve_stream(recipe, folder, world.device), world)
-    recipe = dataclasses.replace(recipe, stream=stream)
+    precision = on_rank0(lambda: resolve_precision(recipe, folder, world.device), world)
+    engine = dataclasses.replace(recipe.engine, precision=precision)
+    recipe = dataclasses.replace(recipe, stream=stream, engine=engine)
     recipe = resolve_order(recipe, folder, dataset, world)
     resolved, info = all_ranks(lambda: resolve(recipe, info, dataset), world)
     on_rank0(lambda: check_same_recipe(folder, resolved), world)
