@@ -17,6 +17,7 @@ products, Inductor's limits on the size of a kernel, joint row and column reduct
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -105,8 +106,20 @@ def numel(node: fx.Node) -> int:
     return int(value(node).numel()) if isinstance(value(node), Tensor) else 0
 
 
+def is_part(node: fx.Node) -> bool:
+    """Return whether a node picks one of the results of another."""
+    return node.target is operator.getitem
+
+
+def maker(node: fx.Node) -> fx.Node:
+    """Return the operation whose result, or one of whose results, a node is."""
+    return node.all_input_nodes[0] if is_part(node) else node
+
+
 def is_view(node: fx.Node) -> bool:
     """Return whether a node only looks at another's result."""
+    if is_part(node):
+        return False
     if node.target is aten._unsafe_view.default or node.target is aten.alias.default:
         return True
     is_operation = isinstance(node.target, torch._ops.OpOverload)
@@ -154,12 +167,15 @@ def source_of(node: fx.Node) -> str:
 
 def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
     """Return the kernels of a graph as the module's docstring says."""
-    calls = [n for n in graph.graph.nodes if n.op == "call_function" and not is_view(n)]
+    calls = [
+        n for n in graph.graph.nodes
+        if n.op == "call_function" and not is_view(n) and not is_part(n)
+    ]  # fmt: skip
     (output,) = (n for n in graph.graph.nodes if n.op == "output")
-    needed = {root(n) for n in output.all_input_nodes}
+    needed = {maker(root(n)) for n in output.all_input_nodes}
     for node in calls:
         if is_library(node):
-            needed |= {root(n) for n in node.all_input_nodes}
+            needed |= {maker(root(n)) for n in node.all_input_nodes}
     stored = [n for n in calls if is_library(n) or n in needed or reduced(n)]
     rows: list[Row] = []
     owner: dict[fx.Node, Any] = {}  # the kernel that makes a stored node
@@ -168,7 +184,8 @@ def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
     realised = set(stored)
     for node in stored:
         sources = starting_points(node, realised)
-        waits = set().union(*({owner[s]} | before[owner[s]] for s in sources if s in owner))
+        made = [owner[maker(s)] for s in sources if maker(s) in owner]
+        waits = set().union(*({m} | before[m] for m in made))
         if is_library(node):
             owner[node], before[node] = node, waits
             rows += _library_rows(node, backward)
@@ -194,10 +211,10 @@ def starting_points(node: fx.Node, realised: set[fx.Node]) -> list[fx.Node]:
         if n in seen:
             continue
         seen.add(n)
-        if n in realised or n.op in ("placeholder", "get_attr"):
+        if maker(n) in realised or n.op in ("placeholder", "get_attr"):
             found[n] = None
         else:
-            stack += [root(i) for i in n.all_input_nodes]
+            stack += [root(i) for i in maker(n).all_input_nodes]
     return list(found)
 
 
@@ -214,7 +231,7 @@ def _choose(
     best, most = None, 0
     for group in groups:
         key = id(group)
-        small = elements < group.elements and any(s in group.members for s in sources)
+        small = elements < group.elements and any(maker(s) in group.members for s in sources)
         same = elements == group.elements or (small and group.elements % max(elements, 1) == 0)
         # Another kernel that the node waits for and that itself waits for the group.
         between = any(key in before[w] for w in waits if w != key)
@@ -223,7 +240,7 @@ def _choose(
         shared = sum(
             tensor_bytes(value(s))
             for s in sources
-            if (s in group.members or s in group.inputs) and isinstance(value(s), Tensor)
+            if (maker(s) in group.members or s in group.inputs) and isinstance(value(s), Tensor)
         )
         if shared > most:
             best, most = group, shared
@@ -240,7 +257,7 @@ def _users(
     users: dict[fx.Node, set[fx.Node]] = {}
     for node in realised:
         for source in starting_points(node, realised):
-            users.setdefault(source, set()).add(node)
+            users.setdefault(maker(source), set()).add(node)
     return users
 
 
@@ -249,7 +266,7 @@ def _group_row(
 ) -> Row:
     members = set(group.members)
     written = [n for n in group.members if n in needed or users.get(n, set()) - members]
-    read = [n for n in group.inputs if n not in members]
+    read = [n for n in group.inputs if maker(n) not in members]
     tensors = [t for n in [*read, *written] for t in tree_leaves(value(n)) if isinstance(t, Tensor)]
     name = "fused reduction" if any(map(reduced, group.members)) else "fused elementwise"
     largest = max(group.members, key=numel)

@@ -95,6 +95,37 @@ def test_reductions_along_other_axes_read_again(model):
     assert rows == [("fused reduction", size + 4 * 8), ("fused reduction", size + 4 * 16)]
 
 
+def test_of_several_results_a_kernel_reads_only_those_it_uses(model):
+    x, w, grad = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 3, 3), torch.randn(2, 5, 8, 8)
+
+    def weight_gradient(mask):
+        def function(x, w, grad):
+            results = torch.ops.aten.convolution_backward(
+                grad, x, w, [5], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, mask
+            )
+            return results[1].exp()
+
+        return function
+
+    moved = 2 * 4 * 5 * 3 * 3 * 3
+    assert ("fused elementwise", moved) in fused(model, weight_gradient([True] * 3), x, w, grad)
+    assert ("fused elementwise", moved) in fused(
+        model, weight_gradient([False, True, False]), x, w, grad
+    )
+
+
+def test_a_norm_and_its_statistics_are_one_kernel(model):
+    def normed(x):
+        variance, mean = torch.var_mean(x, -1, keepdim=True)
+        return (x - mean) * (variance + 1e-6).rsqrt()
+
+    size = 4 * 8 * 16
+    assert fused(model, normed, torch.randn(8, 16)) == [("fused reduction", 2 * size)]
+    # The mean alone is a result of its own.
+    rows = fused(model, lambda x: torch.var_mean(x, -1)[1].exp(), torch.randn(8, 16))
+    assert rows == [("fused reduction", size + 4 * 8)]
+
+
 def test_the_walk_gives_the_gradients_of_autograd(model):
     fake_cuda = model[0]
     torch.manual_seed(0)
