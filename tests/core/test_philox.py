@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from helpers.runs import small
 from mezzotint.core import philox
 from mezzotint.core.rng import Draws
+from mezzotint.train.draws import draws_of
 
 CPU = torch.device("cpu")
 
@@ -153,3 +157,46 @@ def test_negative_keys_are_refused_and_no_index_gives_no_row():
             refused.uniform("time", [index])
     assert draws.normal("noise", [], (2, 3)).shape == (0, 2, 3)
     assert draws.uniform("time", []).shape == (0,)
+
+
+COMPARE = """
+import sys
+
+import torch
+
+from mezzotint.core import philox
+
+compiled = philox.compile_normal_blocks(sys.argv[1])
+philox.compile_normal_blocks = lambda: compiled
+cpu = torch.device("cpu")
+for key, indices, count in (
+    ((1, 2), [0, 7, 2**32 + 7, 2**62], 1021),
+    ((4_000_000_000, 5), [3], 64),
+    ((1, 2), [9, 8, 7, 6], 1021),
+):
+    drawn = philox.normal(key, indices, count, cpu, compiled=True)
+    assert torch.equal(drawn, philox.normal(key, indices, count, cpu)), (key, indices, count)
+"""
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_draws_are_the_same_numbers(backend):
+    """Without a graph break, for other keys, indices, counts, and a part of a block.
+
+    In another process, since shape checks wrap all functions here.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE, backend],
+        capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("compile", "device", "expected"),
+    [(True, "cuda", True), (False, "cuda", False), (True, "cpu", False)],
+)
+def test_a_compiled_run_on_a_gpu_compiles_its_draws(compile, device, expected):
+    recipe = small(f"engine.compile={str(compile).lower()}")
+    draws = draws_of(recipe, torch.device(device))
+    assert draws.compiled == expected

@@ -79,11 +79,13 @@ class Draws:
     stream: "philox4x64" is numpy's generator with the normal numbers of its ziggurat, on the CPU;
         "philox4x32" is `mezzotint.core.philox` with Box and Muller's, on the run's device.
     device: of the network.
+    compiled: philox4x32's normal numbers are drawn by a compiled function.
     """
 
     seed: int
     stream: Stream = "philox4x64"
     device: torch.device = CPU
+    compiled: bool = False
 
     def normal(
         self, purpose: str, indices: list[int], shape: tuple[int, ...], draw: int = 0
@@ -97,7 +99,7 @@ class Draws:
         # Other devices than these may lack float64.
         device = self.device if self.device.type == "cuda" else CPU
         key = self._key(purpose, indices, draw)
-        drawn = counter_based.normal(key, indices, int(np.prod(shape)), device)
+        drawn = counter_based.normal(key, indices, int(np.prod(shape)), device, self.compiled)
         return drawn.reshape(-1, *shape)
 
     def uniform(self, purpose: str, indices: list[int], draw: int = 0) -> Tensor:

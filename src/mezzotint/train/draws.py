@@ -15,10 +15,15 @@ def draws_of(recipe: Recipe, device: torch.device) -> Draws:
     """Return the random numbers of a recipe's run on `device`.
 
     For "auto" that is philox4x32 on a GPU, which draws where the noise is used, and else
-    philox4x64, which is faster on a CPU.
+    philox4x64, which is faster on a CPU. On a GPU the draws of a compiled run are compiled too.
     """
     stream: Stream = "philox4x32" if device.type == "cuda" else "philox4x64"
-    return Draws(recipe.seed, stream if recipe.stream == "auto" else recipe.stream, device)
+    return Draws(
+        seed=recipe.seed,
+        stream=stream if recipe.stream == "auto" else recipe.stream,
+        device=device,
+        compiled=recipe.engine.compile and device.type == "cuda",
+    )
 
 
 def resolve_stream(recipe: Recipe, folder: Path, device: torch.device) -> Stream:
