@@ -73,18 +73,21 @@ def fusing_backend(mode: CountingMode) -> Callable[..., Any]:
 Row = tuple[str, str, str, float, float, float]  # arguments of `Counts.add`
 
 
+Inputs = dict[fx.Node, dict[fx.Node, int]]
+
+
 @dataclass
 class Group:
     """A fused kernel while it is put together.
 
     elements, outer: of its loop, and whether it reduces along the first axes.
-    members: results stored or reduced in it. inputs: nodes that it reads.
+    members: results stored or reduced in it. inputs: nodes that it reads, see `starting_points`.
     """
 
     elements: int
     outer: bool
     members: list[fx.Node] = field(default_factory=list)
-    inputs: dict[fx.Node, None] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
 
 
 def empty_like(result: Any) -> Any:
@@ -192,7 +195,8 @@ def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
             continue
         group = _choose(node, sources, waits, groups, before)
         group.members.append(node)
-        group.inputs |= dict.fromkeys(sources)
+        for source, views in sources.items():
+            group.inputs.setdefault(source, {}).update(views)
         owner[node] = group_key = id(group)
         before[group_key] = (before.get(group_key, set()) | waits) - {group_key}
         for other, earlier in before.items():  # what waits for the group waits for more now
@@ -202,25 +206,39 @@ def fused_kernels(graph: fx.GraphModule, backward: bool) -> list[Row]:
     return rows + [_group_row(group, users, needed, backward) for group in groups]
 
 
-def starting_points(node: fx.Node, realised: set[fx.Node]) -> list[fx.Node]:
-    """Return the stored values that a node is computed from, through elementwise operations."""
-    found: dict[fx.Node, None] = {}
-    stack, seen = [root(n) for n in node.all_input_nodes], set()
+def starting_points(node: fx.Node, realised: set[fx.Node]) -> Inputs:
+    """Return the stored values that a node is computed from, through elementwise operations.
+
+    Returns: for each of them the views through which it is read, and their bytes.
+    """
+    found: Inputs = {}
+    stack, seen = list(node.all_input_nodes), set()
     while stack:
-        n = stack.pop()
-        if n in seen:
+        view = stack.pop()
+        if view in seen:
             continue
-        seen.add(n)
+        seen.add(view)
+        n = root(view)
         if maker(n) in realised or n.op in ("placeholder", "get_attr"):
-            found[n] = None
+            found.setdefault(n, {})[view] = node_bytes(view)
         else:
-            stack += [root(i) for i in maker(n).all_input_nodes]
-    return list(found)
+            stack += maker(n).all_input_nodes
+    return found
+
+
+def node_bytes(node: fx.Node) -> int:
+    """Return the bytes of a node's results."""
+    return sum(tensor_bytes(t) for t in tree_leaves(value(node)) if isinstance(t, Tensor))
+
+
+def read_bytes(node: fx.Node, views: dict[fx.Node, int]) -> int:
+    """Return the bytes that a kernel reads of a stored value: those of its views, each once."""
+    return min(node_bytes(node), sum(views.values()))
 
 
 def _choose(
     node: fx.Node,
-    sources: list[fx.Node],
+    sources: Inputs,
     waits: set[Any],
     groups: list[Group],
     before: dict[Any, set[Any]],
@@ -238,9 +256,9 @@ def _choose(
         if not same or outer != group.outer or between:
             continue
         shared = sum(
-            tensor_bytes(value(s))
-            for s in sources
-            if (maker(s) in group.members or s in group.inputs) and isinstance(value(s), Tensor)
+            read_bytes(s, views)
+            for s, views in sources.items()
+            if maker(s) in group.members or s in group.inputs
         )
         if shared > most:
             best, most = group, shared
@@ -266,14 +284,13 @@ def _group_row(
 ) -> Row:
     members = set(group.members)
     written = [n for n in group.members if n in needed or users.get(n, set()) - members]
-    read = [n for n in group.inputs if maker(n) not in members]
-    tensors = [t for n in [*read, *written] for t in tree_leaves(value(n)) if isinstance(t, Tensor)]
+    read = [read_bytes(n, v) for n, v in group.inputs.items() if maker(n) not in members]
     name = "fused reduction" if any(map(reduced, group.members)) else "fused elementwise"
     largest = max(group.members, key=numel)
     dtypes = [t.dtype for t in tree_leaves(value(largest)) if isinstance(t, Tensor)]
     where = source_of(largest)
     dtype = str(dtypes[0]).removeprefix("torch.") if dtypes else ""
-    total = float(sum(map(tensor_bytes, tensors)))
+    total = float(sum(read) + sum(map(node_bytes, written)))
     return name, f"backward of {where}" if backward else where, dtype, total, 0.0, 1.0
 
 

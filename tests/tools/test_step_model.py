@@ -114,6 +114,22 @@ def test_of_several_results_a_kernel_reads_only_those_it_uses(model):
     )
 
 
+def test_of_a_stored_result_a_kernel_reads_only_its_view(model):
+    x, w = torch.randn(8, 16), torch.randn(16, 12)
+    product = 4 * (8 * 16 + 16 * 12 + 8 * 12)
+    third, whole = 4 * 8 * 4, 4 * 8 * 12
+    first = fused(model, lambda x, w: (x @ w)[:, :4].exp(), x, w)
+    assert first == [("fused elementwise", 2 * third), ("mm", product)]
+    gated = fused(model, lambda x, w: (lambda y: y[:, :4].exp() * y[:, 8:])(x @ w), x, w)
+    assert gated == [("fused elementwise", 3 * third), ("mm", product)]
+    both = fused(model, lambda x, w: (lambda y: y.exp() * y[:, :1])(x @ w), x, w)
+    assert both == [("fused elementwise", 2 * whole), ("mm", product)]
+    row = torch.randn(16)
+    assert fused(model, lambda x, row: x + row.expand(8, 16).exp(), x, row) == [
+        ("fused elementwise", 4 * (8 * 16 + 16 + 8 * 16))
+    ]
+
+
 def test_a_norm_and_its_statistics_are_one_kernel(model):
     def normed(x):
         variance, mean = torch.var_mean(x, -1, keepdim=True)

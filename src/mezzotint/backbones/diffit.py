@@ -218,11 +218,15 @@ class TMSA(nn.Module):
         q_t, v_t: (b, width). bias: (1, heads, tokens, tokens).
         """
         b, windows, n, width = x.shape
-        q, k, v = self.qkv(x).view(b, windows, n, 3, self.heads, -1).unbind(3)
-        q = q + q_t.view(b, 1, 1, self.heads, -1)
+        # The bias joins the time vectors: attention's weights sum to one, so what is added to all
+        # values passes unchanged, and what is added to all keys cancels in the softmax. So its
+        # gradient needs no sum over the tokens of its own.
+        q_bias, _, v_bias = self.qkv.bias.chunk(3)
+        q, k, v = F.linear(x, self.qkv.weight).view(b, windows, n, 3, self.heads, -1).unbind(3)
+        q = q + (q_t + q_bias).to(q.dtype).view(b, 1, 1, self.heads, -1)
         q, k, v = (t.flatten(0, 1).transpose(1, 2) for t in (q, k, v))
         out = biased_attention(q, k, v, bias).transpose(1, 2).reshape(b, windows, n, width)
-        return self.proj(out + v_t.view(b, 1, 1, width))
+        return self.proj(out + (v_t + v_bias).to(out.dtype).view(b, 1, 1, width))
 
 
 class Block(nn.Module):

@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import nn
 
+from mezzotint.backbones.diffit import TMSA
 from mezzotint.backbones.dimr_cascade import Cascade
 from mezzotint.process.denoiser import Model
 
@@ -20,7 +21,8 @@ def product_parameters(backbone: nn.Module) -> set[str]:
     """Return the names of the parameters that only products and convolutions read.
 
     Autocast casts these at every call. All others stay float32: time vectors, positions, embedding
-    tables, norms, DiffiT's bias tables, the bias that DiMR's cascade adds to its float32 sums.
+    tables, norms, DiffiT's bias tables and the biases that it adds to its time vectors, the bias
+    that DiMR's cascade adds to its float32 sums.
     """
     names = {
         f"{prefix}.{name}" if prefix else name
@@ -28,8 +30,12 @@ def product_parameters(backbone: nn.Module) -> set[str]:
         if isinstance(module, PRODUCTS)
         for name, _ in module.named_parameters(recurse=False)
     }
-    cascades = [n for n, module in backbone.named_modules() if isinstance(module, Cascade)]
-    return names - {f"{name}.project.bias" for name in cascades}
+    added = {
+        f"{name}.{'project' if isinstance(module, Cascade) else 'qkv'}.bias"
+        for name, module in backbone.named_modules()
+        if isinstance(module, (Cascade, TMSA))
+    }
+    return names - added
 
 
 def share_weights(model: Model, products: torch.dtype | None = None) -> Model:
