@@ -188,6 +188,23 @@ def test_a_phone_scrolls_vertically_only(visit, shot):
         shot(page, f"phone-{tab.lower()}")
 
 
+@pytest.mark.parametrize("part", ["b", "span"])
+@pytest.mark.parametrize("text", ["seed 2 · HerbaceousVegetationOfTheNorthAndSouth", "x" * 200])
+def test_long_words_stay_below_their_image(part, text, visit):
+    page = visit()
+    generate(page, "0-3")
+    excess = page.evaluate(
+        """([part, text]) => [...document.querySelectorAll('#pictures figcaption')].map(caption => {
+            const line = caption.querySelector(part)
+            line.textContent = text
+            return line.scrollWidth - caption.parentElement.clientWidth
+        })""",
+        [part, text],
+    )
+    assert len(excess) == 4
+    assert max(excess) <= 0
+
+
 def test_keyboard_only(visit):
     page = visit()
     page.locator(SEEDS).fill("3")
