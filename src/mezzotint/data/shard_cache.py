@@ -224,7 +224,11 @@ def _read_stored(stored: Path, builder: str) -> tuple[Any, Iterator[Any]]:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
+    from tqdm.std import tqdm
 
+    # Several threads read shards. The lock of tqdm, which `datasets` uses, is made by one of them
+    # and deleted at its end (tqdm.contrib.concurrent.ensure_lock), unless it exists before.
+    tqdm.set_lock(tqdm.get_lock())
     # Else `datasets` asks a server of its authors, once a file, to count the download.
     cast(Any, datasets).config.HF_UPDATE_DOWNLOAD_COUNTS = False
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error says what it logs
