@@ -62,10 +62,11 @@ def core_minutes_of(result: dict[str, Any]) -> str:
 
 
 def processors(rows: list[dict[str, Any]]) -> str:
-    """Return the processors of the rows, the commonest first, others with their entrants."""
+    """Return the processors of the rows, the commonest first, others with their rows."""
     by_name: dict[str, list[str]] = {}
     for row in rows:
-        by_name.setdefault(row["processor"], []).append(row["entrant"])
+        named = f"{row['entrant']} at {row['asked_minutes']:g} minutes"
+        by_name.setdefault(row["processor"], []).append(named)
     first, *others = sorted(by_name.items(), key=lambda item: -len(item[1]))
     return "; ".join(
         [first[0], *(f"of {', '.join(dict.fromkeys(names))}: {name}" for name, names in others)]

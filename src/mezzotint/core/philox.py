@@ -102,8 +102,11 @@ def normal_blocks(
 
 @functools.cache
 def compile_normal_blocks(backend: str = "inductor") -> Callable[..., Tensor]:
-    """Return `normal_blocks` compiled, once for each key and shape."""
-    return torch.compile(normal_blocks, backend=backend, dynamic=False, fullgraph=True)
+    """Return `normal_blocks` compiled, once for each key and shape.
+
+    Beyond `torch._dynamo.config.recompile_limit` of them it runs uncompiled, as blocks do.
+    """
+    return torch.compile(normal_blocks, backend=backend, dynamic=False)
 
 
 def normal(

@@ -15,7 +15,7 @@ from mezzotint.train.run_folder import started_recipe
 Precision = Literal["float32", "bf16"]
 
 # Measured products: the side of their matrices, and the gain that makes bf16 worth its rounding.
-# Processors with fast bf16 gain 1.8 to 2.5, those without lose half (docs/performance.md).
+# An AMD EPYC with AVX512-BF16 gains 2.1, an Intel Xeon with it loses half (docs/performance.md).
 SIDE = 512
 ROUNDS = 5
 LEAST_GAIN = 1.2
