@@ -174,6 +174,7 @@ cpu = torch.device("cpu")
 for key, indices, count in (
     ((1, 2), [0, 7, 2**32 + 7, 2**62], 1021),
     ((4_000_000_000, 5), [3], 64),
+    ((1, 2), [9, 8, 7], 500),
     ((1, 2), [9, 8, 7, 6], 1021),
 ):
     drawn = philox.normal(key, indices, count, cpu, compiled=True)
