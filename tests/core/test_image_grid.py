@@ -50,3 +50,14 @@ def test_long_names_keep_their_beginning_and_end():
     assert (drawn[0] != drawn[1]).any()
     # Nothing runs into the neighbour: the last column of the cell is the gap between letters.
     assert all((caption[:, -1] == 255).all() for caption in drawn)
+
+
+@pytest.mark.parametrize(
+    ("n", "columns"),
+    [(1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (8, 4), (10, 5), (14, 7), (16, 4), (17, 5), (23, 5),
+     (26, 6), (30, 6), (32, 8), (50, 10), (64, 8), (100, 10)],
+)  # fmt: skip
+def test_rows_are_full_where_the_grid_stays_compact(n, columns):
+    grid = make_grid(torch.zeros(n, 3, 64, 64, dtype=torch.uint8))
+    rows = -(-n // columns)
+    assert grid.size == (columns * 66 + MARGIN, rows * 66 + MARGIN)

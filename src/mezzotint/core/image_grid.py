@@ -73,6 +73,13 @@ def _shorten(text: str, width: float) -> str:
     return shortened
 
 
+def _choose_columns(n: int) -> int:
+    """Return the columns of a grid of n images, see `make_grid`."""
+    squarest = math.ceil(math.sqrt(n))
+    widest = math.isqrt(4 * n)
+    return next((c for c in range(squarest, widest + 1) if n % c == 0), squarest)
+
+
 def make_grid(
     images: Tensor,
     columns: int | None = None,
@@ -83,7 +90,8 @@ def make_grid(
 
     Args:
         images: uint8, (n, c, h, w), c 1 or 3.
-        columns: None for a grid that is as square as possible.
+        columns: None for the squarest grid of full rows, at most four times as wide as high, or
+            else the squarest grid.
         captions: one line under each image, shortened to its width.
         zoom: whole-number enlargement (nearest pixel); None enlarges small images to about 64
             pixels.
@@ -91,7 +99,7 @@ def make_grid(
     n, _, height, width = images.shape
     if not n:
         raise ValueError("a grid needs at least one image")
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = columns or _choose_columns(n)
     rows = math.ceil(n / columns)
     zoom = zoom or max(1, round(64 / max(height, width)))
     height, width = height * zoom, width * zoom
