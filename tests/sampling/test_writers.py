@@ -410,3 +410,23 @@ def test_a_device_without_an_ending_of_ours_gets_the_grid(finished, tmp_path, mo
     reader.join(10)
     assert received == [finished["images.png"]["images.png"]]
     assert os.listdir(tmp_path / "out") == [name]
+
+
+@pytest.mark.parametrize(
+    ("classes", "num_images", "columns"),
+    [
+        (tuple(range(10)), 30, 10),  # every class in turn: a column each
+        (tuple(range(10)), 20, 10),
+        (tuple(range(10)), 32, 8),  # the last turn is not whole
+        ((3, 7, 9), 9, 3),
+        ((3, 7), 16, 4),  # two columns would be a tall strip
+        ((4,), 12, 4),
+        ((3, 3, 5), 12, 4),  # two classes, one of them twice: no column each
+    ],
+)
+def test_a_grid_has_one_column_per_class(tmp_path, classes, num_images, columns):
+    settings = dataclasses.replace(SETTINGS, steps=1, batch=32, guidance=Guidance(scale=1.0))
+    ordered = SamplingJob(model=tiny(), settings=settings, classes=classes, label_order="turn")
+    out = generate_images(ordered, tmp_path / "grid.png", num_images, quiet=True)
+    with Image.open(out) as grid:
+        assert grid.width == 2 + columns * 66  # images of 64 pixels with margins of 2

@@ -53,6 +53,7 @@ ARCHIVE_TIME = (
 ENCODERS = min(4, os.cpu_count() or 1)  # threads
 METADATA = "metadata.jsonl"  # of a folder of images with prompts
 BLOCK_BYTES = 4096  # a file system rounds a file up to this
+MAX_CLASS_COLUMNS = 16  # of a grid with one column per class
 
 
 @runtime_checkable
@@ -365,12 +366,25 @@ def _merge_tar(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | 
                     archive.addfile(member, source.extractfile(member))
 
 
+def _columns_of_classes(labels: Sequence[int] | None) -> int | None:
+    """Return the number of classes where one column per class makes a compact grid, else None.
+
+    The labels must take the classes in turn, as they do unless others are asked for.
+    """
+    if labels is None:
+        return None
+    classes = len(set(labels))
+    turns = len(labels) // classes
+    in_turn = list(labels) == [*labels[:classes]] * turns
+    return classes if in_turn and 2 <= turns <= classes <= MAX_CLASS_COLUMNS else None
+
+
 def _make_grid_merger(names: Sequence[str] | None) -> MergeShards:
     def merge_grid(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | None) -> None:
         arrays = np.concatenate([np.load(shard) for shard in shards])
         captions = None if labels is None else class_captions(labels, names)
         images = torch.from_numpy(arrays).permute(0, 3, 1, 2)
-        make_grid(images, captions=captions).save(file, format="PNG")
+        make_grid(images, _columns_of_classes(labels), captions).save(file, format="PNG")
 
     return merge_grid
 
