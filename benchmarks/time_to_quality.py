@@ -256,10 +256,11 @@ def open_entrants(names: list[str], data: Data, root: Path) -> list[Entrant]:
     return [peers[n](data, root) if n in peers else Ours(n, data, root) for n in names]
 
 
-def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: float) -> float | None:
-    """Return the core-minutes after which a distance is at most `value`, None if never.
+def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: float) -> str:
+    """Return the core-minutes after which a distance is at most `value`; "–" if never.
 
-    The interpolation is linear in log distance and log minutes.
+    "≤" where the first row is below. Between rows the interpolation is linear in log distance and
+    log minutes.
     """
     mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
     last: dict[str, Any] | None = None
@@ -267,25 +268,30 @@ def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: flo
         distance = row["distances"][metric]
         if distance <= value:
             if last is None:
-                return row["minutes"]
+                return f"≤ {row['minutes']:.0f}"
             before = last["distances"][metric]
             share = math.log(before / value) / math.log(before / distance)
-            return last["minutes"] * (row["minutes"] / last["minutes"]) ** share
+            return f"{last['minutes'] * (row['minutes'] / last['minutes']) ** share:.0f}"
         last = row
-    return None
+    return "–"
 
 
-def table(rows: list[dict[str, Any]], metric: str) -> str:
-    """Return the core-minutes to each distance as Markdown, one column per entrant."""
+def tabulate_minutes(rows: list[dict[str, Any]], metric: str) -> str:
+    """Return the core-minutes to each distance as Markdown, one column per entrant.
+
+    The distances are those among the rows' of series R10 (ISO 3: ten a decade, two digits).
+    """
     entrants = list(dict.fromkeys(r["entrant"] for r in rows))
-    values = sorted({float(f"{r['distances'][metric]:.2g}") for r in rows}, reverse=True)
+    found = [r["distances"][metric] for r in rows]
+    first, last = math.log10(min(found)), math.log10(max(found))
+    steps = range(math.ceil(10 * first), math.floor(10 * last) + 1)
     lines = [
-        f"| {metric} | " + " | ".join(entrants) + " |",
+        f"| {metric} | " + " | ".join(f"`{e}`" for e in entrants) + " |",
         "| ---: |" + " ---: |" * len(entrants),
     ]
-    for value in values:
-        times = [minutes_to(rows, e, metric, value) for e in entrants]
-        cells = ["–" if t is None else f"{t:.0f}" for t in times]
+    for step in reversed(steps):
+        value = float(f"{10 ** (step / 10):.2g}")
+        cells = [minutes_to(rows, e, metric, value) for e in entrants]
         lines.append(f"| {value:g} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -366,7 +372,7 @@ def main() -> None:
             print(entrant.name, f"{seconds / 60:.1f} min", images, row["distances"], flush=True)
     metric = "FD-EfficientNet-Lite0"
     plot(rows, held_out, metric, out.with_suffix(".png"))
-    print(table(rows, metric))
+    print(tabulate_minutes(rows, metric))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ Trains tiny presets at several widths and learning rates, briefly, on the same i
 order. The rule under test is that of the recipes of `-small` and `-base`: rate ∝ 1 / width.
 `--rates` hold at the preset's own width; a network m times as wide trains at rate / m. If the rule
 holds, every width has its lowest error at the same rate. The error is the mean squared error of the
-predicted noise on held-out images, averaged over fixed log-SNRs. The same command resumes. Writes
-OUT.json and OUT.png.
+predicted noise on held-out images, mean over fixed log-SNRs and over seeds of weights and noise.
+The same command resumes. Writes OUT.json and OUT.png.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import json
 import math
 import time
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -57,7 +59,9 @@ def read_images(args: argparse.Namespace) -> Images:
     return Images(to_model_range(pixels), label, open_images(args.held_out, size=args.size))
 
 
-def error(preset: str, width: int, rate: float, images: Images, args: argparse.Namespace) -> float:
+def error(
+    preset: str, width: int, rate: float, seed: int, images: Images, args: argparse.Namespace
+) -> float:
     """Return the held-out error after one pass over the images at `rate` times NATIVE / `width`."""
     changes = {
         "size": args.size,
@@ -73,12 +77,12 @@ def error(preset: str, width: int, rate: float, images: Images, args: argparse.N
         warmup_images=args.images // 8,
         decay="cosine",
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = create_model(preset, **changes)
     objective = build(objectives.registry, recipe.objective)
     schedule = build(schedules.registry, recipe.schedule or model.info.schedule)
     optimisers = make_optimisers(optim, get_backbone(model), fused=True)
-    noise = torch.Generator().manual_seed(0)
+    noise = torch.Generator().manual_seed(seed)
     for start in range(0, args.images, args.batch):
         x, label = (t[start : start + args.batch] for t in (images.x, images.label))
         eps = torch.randn(x.shape, generator=noise)
@@ -99,7 +103,6 @@ def best_rate(rows: list[dict[str, Any]]) -> float | None:
 
     None where the lowest error is at an end of the grid.
     """
-    rows = sorted(rows, key=lambda r: r["rate"])
     i = min(range(len(rows)), key=lambda i: rows[i]["error"])
     if not 0 < i < len(rows) - 1:
         return None
@@ -110,9 +113,15 @@ def best_rate(rows: list[dict[str, Any]]) -> float | None:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Return the rows by (preset, width)."""
-    keys = sorted({(r["preset"], r["width"]) for r in rows})
-    return {key: [r for r in rows if (r["preset"], r["width"]) == key] for key in keys}
+    """Return rates with their errors, means over the seeds, by (preset, width)."""
+    found: dict[tuple[str, int], dict[float, list[float]]] = {}
+    for r in sorted(rows, key=lambda r: (r["preset"], r["width"], r["rate"])):
+        rates = found.setdefault((r["preset"], r["width"]), {})
+        rates.setdefault(r["rate"], []).append(r["error"])
+    return {
+        key: [{"rate": rate, "error": fmean(errors)} for rate, errors in rates.items()]
+        for key, rates in found.items()
+    }
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
@@ -127,7 +136,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     for axis, preset in zip(axes[0], presets, strict=True):
         for (name, width), curve in curves(rows).items():
             if name == preset:
-                points = sorted((r["rate"], r["error"]) for r in curve)
+                points = [(r["rate"], r["error"]) for r in curve]
                 axis.plot(*zip(*points, strict=True), marker="o", label=f"width {width}")
         axis.set(xscale="log", title=preset, xlabel=f"learning rate x width / {NATIVE}")
         axis.grid(alpha=0.3)
@@ -146,7 +155,8 @@ def main() -> None:
     parser.add_argument("--held-out", required=True)
     parser.add_argument("--presets", nargs="*", default=list(HEADS), choices=list(HEADS))
     parser.add_argument("--widths", nargs="*", type=int, default=[8, 16, 32])
-    parser.add_argument("--rates", nargs="*", type=float, default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--rates", nargs="*", type=float, default=[1e-3, 2e-3, 4e-3, 8e-3])
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=16)
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=16)
@@ -157,30 +167,29 @@ def main() -> None:
     done = args.out.with_suffix(".json")
     images = read_images(args)
     rows: list[dict[str, Any]] = json.loads(done.read_text())["rows"] if done.exists() else []
-    for preset in args.presets:
-        for width in args.widths:
-            for rate in args.rates:
-                key = {"preset": preset, "width": width, "rate": rate}
-                if any(key.items() <= r.items() for r in rows):
-                    continue
-                began = time.process_time()
-                found = error(preset, width, rate, images, args)
-                rows.append({**key, "lr": rate * NATIVE / width, "error": found})
-                rows[-1]["seconds"] = time.process_time() - began
-                print(rows[-1], flush=True)
-                best = [
-                    {"preset": p, "width": w, "rate": best_rate(curve)}
-                    for (p, w), curve in curves(rows).items()
-                ]
-                write(
-                    done,
-                    "cpu",
-                    data=Path(args.data).name,
-                    held_out=f"{Path(args.held_out).name}, {args.count} images spread over it",
-                    **{k: vars(args)[k] for k in ("size", "images", "batch")},
-                    rows=rows,
-                    best=best,
-                )
+    runs = product(range(args.seeds), args.presets, args.widths, args.rates)
+    for seed, preset, width, rate in runs:
+        key = {"preset": preset, "width": width, "rate": rate, "seed": seed}
+        if any(key.items() <= r.items() for r in rows):
+            continue
+        began = time.process_time()
+        found = error(preset, width, rate, seed, images, args)
+        rows.append({**key, "lr": rate * NATIVE / width, "error": found})
+        rows[-1]["seconds"] = time.process_time() - began
+        print(rows[-1], flush=True)
+        best = [
+            {"preset": p, "width": w, "rate": best_rate(curve)}
+            for (p, w), curve in curves(rows).items()
+        ]
+        write(
+            done,
+            "cpu",
+            data=Path(args.data).name,
+            held_out=f"{Path(args.held_out).name}, {args.count} images spread over it",
+            **{k: vars(args)[k] for k in ("size", "images", "batch")},
+            rows=rows,
+            best=best,
+        )
     plot(rows, args.out.with_suffix(".png"))
 
 

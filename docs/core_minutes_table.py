@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from statistics import geometric_mean
 from typing import Any
 
 from table_text import RESULTS, ROOT, markdown_table, read_result
 
 from mezzotint.models import presets
+
+sys.path.append(str(ROOT / "benchmarks"))
+from time_to_quality import tabulate_minutes
 
 QUALITY = ("quality-cpu.json", "quality-cifar10.json")
 DATA_NAMES = {
@@ -58,7 +62,11 @@ def core_minutes_of(result: dict[str, Any]) -> str:
         f"{processors(result['rows'])}, {last['threads']} thread, torch {last['torch']}, load "
         f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
     )
-    return f"{text}\n\n{markdown_table(head, rows)}"
+    tables = [text, markdown_table(head, rows)]
+    if len({r["asked_minutes"] for r in result["rows"]}) > 1:
+        reached = "Core-minutes until the distance is at most as large, interpolated between rows:"
+        tables += [reached, tabulate_minutes(result["rows"], metrics[0])]
+    return "\n\n".join(tables)
 
 
 def processors(rows: list[dict[str, Any]]) -> str:

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from mezzotint.recipes import recipe_for
@@ -49,10 +50,10 @@ def cost() -> str:
 
 
 def sizes() -> str:
-    """Return one row per `-small` and `-base` preset: its cost, and its recipe."""
+    """Return one row per `-mini`, `-small` and `-base` preset: its cost, and its recipe."""
     rows = []
     for r in summary.read_summaries():
-        if r["name"].endswith(("-small", "-base")):
+        if r["name"].endswith(("-mini", "-small", "-base")):
             recipe = recipe_for(r["name"])
             cells = [f"`{r['name']}`", summary.format_count(r["params"]), f"{r['gmac']:.1f}"]
             rows.append([*cells, f"{recipe.optim.lr:.2g}", f"{recipe.batch}", f"{recipe.images:,}"])
@@ -61,21 +62,27 @@ def sizes() -> str:
 
 
 def width_transfer() -> str:
-    """Return the lowest error and the best rate of every width."""
+    """Return the error at every rate, mean and half range over the seeds, and the best rate."""
     result = read_result("width-transfer.json")
+    rates = sorted({r["rate"] for r in result["rows"]})
     rows = []
     for best in result["best"]:
         key = {k: best[k] for k in ("preset", "width")}.items()
-        errors = {r["rate"]: r["error"] for r in result["rows"] if key <= r.items()}
-        rate = f"{best['rate']:.2g}" if best["rate"] else f"{min(errors, key=errors.__getitem__)}"
-        cells = [f"`{best['preset']}`", str(best["width"]), rate, f"{min(errors.values()):.4f}"]
-        rows.append([*cells, " ".join(f"{e:.4f}" for _, e in sorted(errors.items()))])
-    rates = " ".join(f"{rate:g}" for rate in sorted({r["rate"] for r in result["rows"]}))
-    head = ["preset", "width", "best rate x width / 16", "error", f"error at {rates}"]
+        errors = {
+            rate: [r["error"] for r in result["rows"] if {*key, ("rate", rate)} <= r.items()]
+            for rate in rates
+        }
+        lowest = min(rates, key=lambda rate: fmean(errors[rate]))
+        rate = f"{best['rate']:.2g}" if best["rate"] else f"{lowest:g}, the end of the grid"
+        spreads = [f"{fmean(e):.3f} ± {(max(e) - min(e)) / 2:.3f}" for e in errors.values()]
+        rows.append([f"`{best['preset']}`", str(best["width"]), rate, *spreads])
+    seeds = len({r["seed"] for r in result["rows"]})
+    head = ["preset", "width", "best rate", *(f"error at {rate:g}" for rate in rates)]
     text = (
         f"Mean squared error of the predicted noise on {result['held_out']}, after "
         f"{result['images']:,} images of {result['data']} at {result['size']} pixels, batch "
-        f"{result['batch']}. {how_measured(result)}"
+        f"{result['batch']}; mean and half range of {seeds} seeds. Rates are those at width 16; "
+        f"at width w the rate is 16 / w of it. {how_measured(result)}"
     )
     return f"{text}\n\n{markdown_table(head, rows)}"
 

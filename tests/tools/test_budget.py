@@ -200,10 +200,39 @@ def test_a_larger_network_needs_half_an_image_per_parameter(sizes, hours, machin
 @pytest.mark.parametrize(("distance", "preset"), [(0.3, "unet-small"), (0.7, "unet-tiny")])
 def test_measurements_count_more_than_parameters(sizes, measured, distance, preset):
     measured(
-        row("unet-tiny", 10_000_000, 0.5), row("unet-small", 10_000_000, distance),
-        row("uvit-tiny", 10_000_000, 0.9),
+        row("unet-tiny", 100_000, 0.5), row("unet-small", 15_000, distance),
+        row("uvit-tiny", 100_000, 0.9),
     )  # fmt: skip
     assert chosen(1, machine=at(speeds={**TINY, "unet-small": 0.1}))[0].preset == preset
+
+
+@pytest.mark.parametrize(
+    ("hours", "machine", "distance", "preset"),
+    [
+        (0.05, 1, 0.3, "unet-tiny"),  # it would see fewer images than were measured
+        (0.4, 1, 0.3, "unet-small"),
+        (0.4, 1, 0.9, "unet-tiny"),
+        (8, 1, 0.3, "unet-small"),  # beyond the measurements it stays nearer
+        (8, 1, 0.9, "unet-tiny"),
+        (8, 60, 0.9, "unet-small"),  # not nearer then, but by now it sees enough
+    ],
+)
+def test_a_measured_gain_lasts_beyond_the_measurements(
+    sizes, measured, hours, machine, distance, preset
+):
+    measured(
+        row("unet-tiny", 10_000, 2.0), row("unet-tiny", 80_000, 0.6),
+        row("unet-small", 20_000, 1.0), row("unet-small", 60_000, distance),
+    )  # fmt: skip
+    machine = at(machine, {**TINY, "unet-small": 0.03})
+    recipe, _ = chosen(hours, machine=machine, overrides=("model.size=64",))
+    assert recipe.preset == preset
+
+
+def test_the_parameters_of_a_measured_network_do_not_make_the_images_smaller(sizes, measured):
+    measured(row("unet-tiny", 10_000, 2.0), row("unet-small", 5_000, 1.0))
+    recipe, _ = chosen(8, machine=at(speeds={**TINY, "unet-small": 0.03}))
+    assert (recipe.preset, recipe.model["size"]) == ("unet-small", 64)
 
 
 @pytest.mark.parametrize(("hours", "batch"), [(0.1, 8), (0.5, 8), (2, 16), (8, 64)])

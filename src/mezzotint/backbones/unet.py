@@ -223,6 +223,17 @@ registry.add(
                 paper="laptop size of the same network; "
                 "digits of 16 to 64 pixels in minutes on a CPU",
             ),
+            "unet-mini": Preset(
+                config=replace(
+                    _TINY,
+                    size=64,
+                    multipliers=(1, 2, 4, 8),
+                    blocks=(1, 1, 2, 2),
+                    attention=(False, False, False, True),
+                ),
+                at_size=wavelet_at,
+                paper="none: the network of `eurosat-64`, for hours on a CPU; 64 to 256 pixels",
+            ),
             "unet-small": Preset(
                 config=replace(_LARGER, width=64, emb_dim=256), at_size=wavelet_at, paper=SMALL
             ),

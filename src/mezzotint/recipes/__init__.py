@@ -44,12 +44,12 @@ def few_steps(teacher: Recipe) -> Recipe:
     """Return the recipe that tunes a trained network of `teacher`'s to sample in 1 to 4 steps.
 
     ECT's (specs/consistency.md): noise levels, RAdam, batch, average, dropout of `-small`; of
-    `-tiny` batch and rate are for CPU minutes, and there is no dropout: at 1e-3 two steps got worse
-    (docs/few-steps.md). Start it with --init-from.
+    `-tiny` and `-mini` batch and rate are for CPU minutes, and there is no dropout: at 1e-3 two
+    steps got worse (docs/few-steps.md). Start it with --init-from.
     """
     batch, images, dropout = 128, 12_800_000, {}
     optim, ema = Optim(name="radam", lr=1e-4, betas=(0.9, 0.999)), ema_from_decay(0.9999, batch)
-    if teacher.preset.endswith("-tiny"):
+    if teacher.preset.endswith(("-tiny", "-mini")):
         batch, images = 16, teacher.images // 4
         optim, ema = replace(optim, lr=2e-4, betas=(0.9, 0.99)), Ema()
     elif teacher.preset.endswith("-small") and not teacher.preset.startswith("dimr"):

@@ -133,6 +133,12 @@ def unet_tiny() -> Recipe:
     return _laptop("unet-tiny", 2e-3)
 
 
+@recipe("unet-mini")
+def unet_mini() -> Recipe:
+    """For hours on a CPU; no published number. The rate is that of `eurosat-64`."""
+    return replace(_laptop("unet-mini", 2e-3), images=1_000_000)
+
+
 @recipe("uvit-tiny")
 def uvit_tiny() -> Recipe:
     """For a laptop; no published number."""

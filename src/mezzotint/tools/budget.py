@@ -30,7 +30,7 @@ TABLE = Path(__file__).with_name("time_to_quality.json")
 
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
 NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
-GROWTH = ("tiny", "small", "base")  # sizes of a family, as its presets are named
+GROWTH = ("tiny", "mini", "small", "base")  # sizes of a family, as its presets are named
 # Fewest images seen that justify 64 pixels, half of a tiny recipe's; proportional to the pixels.
 LEAST_IMAGES = 100_000
 # Fewest images seen per parameter that justify a larger network; published runs see 2 to 17.
@@ -118,17 +118,30 @@ def expect_distance(preset: str, size: int, images: float) -> float:
     return float(np.exp(np.interp(np.log(images), np.log(seen), np.log(distances))))
 
 
-def is_measured(preset: str, size: int, images: float) -> bool:
-    """Return whether the rows of a preset reach `images`."""
-    return any(images <= row["images"] for row in rows_of(preset, size))
+def is_nearer(larger: str, smaller: str, size: int, seen: dict[str, float]) -> bool | None:
+    """Return whether the larger network is nearer after the images `seen`; None if not measured.
+
+    Beyond the rows of either, both are compared at the same part of their images. What the larger
+    network has gained by then, it keeps; what it has not, it may gain later.
+    """
+    last = {name: max((r["images"] for r in rows_of(name, size)), default=0) for name in seen}
+    part = min(1.0, *(last[name] / seen[name] for name in seen))
+    first = min((r["images"] for r in rows_of(larger, size)), default=math.inf)
+    if not part or part * seen[larger] < first:
+        return None
+    near = {name: expect_distance(name, size, part * seen[name]) for name in seen}
+    nearer = near[larger] < near[smaller]
+    return nearer if nearer or part == 1 else None
 
 
-def least_images(preset: str, size: int) -> float:
-    """Return the fewest images that justify a size, and a network above its family's tiny."""
-    by_size = LEAST_IMAGES * (size / NETWORK_SIZE) ** 2
-    if preset.endswith(GROWTH[0]):
-        return by_size
-    return max(by_size, IMAGES_PER_PARAMETER * read_summary(preset)["params"])
+def least_for_size(size: int) -> float:
+    """Return the fewest images that justify a size."""
+    return LEAST_IMAGES * (size / NETWORK_SIZE) ** 2
+
+
+def least_for_parameters(preset: str) -> float:
+    """Return the fewest images that justify a network's parameters, where nothing is measured."""
+    return IMAGES_PER_PARAMETER * read_summary(preset)["params"]
 
 
 def choose_run(
@@ -246,15 +259,20 @@ def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
         larger = f"{preset.rpartition('-')[0]}-{word}"
         if larger not in presets():
             continue
-        seen, least = images(preset, size), least_images(larger, size)
-        measured = rows_of(larger, size) and is_measured(preset, size, seen)
-        if measured and is_measured(larger, size, images(larger, size)):
-            distance = expect_distance(larger, size, images(larger, size))
-            better = distance < expect_distance(preset, size, seen)
+        seen = images(preset, size)
+        least = max(least_for_size(size), least_for_parameters(larger))
+        measured = bool(rows_of(larger, size))
+        # A larger network is no faster: it is timed only where it is measured, or where the
+        # smaller one sees enough.
+        seen_larger = images(larger, size) if measured or seen >= least else 0.0
+        nearer = None
+        if measured and seen_larger:
+            nearer = is_nearer(larger, preset, size, {preset: seen, larger: seen_larger})
+        if nearer is not None:
+            better = nearer
             reasons.append(f"{larger} {'is nearer' if better else 'is not nearer'} in this time")
         else:
-            # A larger network is no faster: it is timed only where the smaller one sees enough.
-            better = seen >= least and images(larger, size) >= least
+            better = seen_larger >= least
             reasons.append(
                 f"{larger} ({format_count(read_summary(larger)['params'])} parameters) "
                 f"{'sees' if better else 'would not see'} the {least:,.0f} images that it needs"
@@ -268,8 +286,12 @@ def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
 def _choose_size(images: _Images, preset: str, size: int, sizes: list[int]) -> tuple[int, str]:
     """Return the largest of `sizes`, from `size` up or down, that is seen often enough, and why."""
 
+    def least(size: int) -> float:
+        parameters = 0.0 if rows_of(preset, size) else least_for_parameters(preset)
+        return max(least_for_size(size), parameters)
+
     def enough(size: int) -> bool:
-        return images(preset, size) >= least_images(preset, size)
+        return images(preset, size) >= least(size)
 
     at = sizes.index(size)
     while at + 1 < len(sizes) and enough(sizes[at + 1]):
@@ -278,8 +300,8 @@ def _choose_size(images: _Images, preset: str, size: int, sizes: list[int]) -> t
         at -= 1
     if at + 1 == len(sizes):
         return sizes[at], "the largest usual size that half of the images reach"
-    least = least_images(preset, sizes[at + 1])
-    return sizes[at], f"because {sizes[at + 1]} px would need {least:,.0f} images seen"
+    needed = f"{least(sizes[at + 1]):,.0f} images seen"
+    return sizes[at], f"because {sizes[at + 1]} px would need {needed}"
 
 
 def _usual_sizes(data: DataFacts) -> list[int]:
@@ -422,7 +444,7 @@ def describe_comparable(recipe: Recipe) -> str:
 
 def _warn_of_length(recipe: Recipe, seconds: float) -> list[str]:
     """Warn of a run too short for its size, with the hours that would suffice."""
-    least = least_images(GROWTH[0], size_of(recipe))
+    least = least_for_size(size_of(recipe))
     if recipe.images >= least:
         return []
     hours = least * seconds / (3600 * (1 - MARGIN - GRIDS))
