@@ -67,6 +67,18 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
     "sid2-tiny": {
         "batch 8, short warm-up": SHORT,
         "patch of 2": (*SHORT, "model.transform=conv", "model.patch=2"),
+        "weight of eps": (*SHORT, "objective={name: eps_mse}", "time.loss_measure=u"),
+        "two residual levels": (
+            *SHORT,
+            "model.multipliers=[1,2,8]",
+            "model.kinds=[res,res,transformer]",
+        ),
+        "four levels": (
+            *SHORT,
+            "model.multipliers=[1,2,4,8]",
+            "model.kinds=[res,res,transformer,transformer]",
+            "model.blocks=[1,1,1]",
+        ),
     },
     "diffit-tiny": {
         "batch 8, short warm-up": (*SHORT, *THREE),

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.launch import run_here, torchrun
+from mezzotint.evaluate import features
 from mezzotint.evaluate.evaluate import evaluate_memorization
-from mezzotint.evaluate.features import from_module
+from mezzotint.evaluate.features import NETWORK_BATCH, from_module
 from mezzotint.evaluate.image_source import from_samples
 from mezzotint.evaluate.memorization import measure_memorization, save_neighbour_sheet
 
@@ -83,7 +85,7 @@ def test_the_sheet_shows_a_copy_next_to_its_original(tmp_path):
         source_of(samples),
         source_of(x[:30]),
         source_of(x[30:50]),
-        from_module(Net(), name="own", dims=12, size=12),
+        [from_module(Net(), name="own", dims=12, size=12)],
         tmp_path / "s.png",
         rows=3,
         quantile=0.05,
@@ -104,3 +106,88 @@ def test_sheets_of_grey_images_and_without_samples(tmp_path):
         assert opened.mode == "L"
     with pytest.raises(ValueError, match="1 samples and 0 rows"):
         save_neighbour_sheet(x[:1], [], tmp_path / "none.png")
+
+
+class CountingNet(Net):
+    """Counts the images that pass through."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return super().forward(x)
+
+
+@pytest.fixture
+def sets_of_images(tmp_path, monkeypatch):
+    """The current folder, with 20 samples, 30 training and 100 held-out images, and a reference."""
+    monkeypatch.chdir(tmp_path)
+    net = CountingNet()
+    own = from_module(net, name="own", dims=12, size=12)
+    monkeypatch.setattr(features, "open_features", lambda names, path=None: [own])
+    x = random_images(150).permute(0, 2, 3, 1).numpy()
+    for name, images in {"train": x[:30], "unseen": x[30:130], "samples": x[130:]}.items():
+        np.savez(f"{name}.npz", images)
+    np.savez("larger.npz", x[:30].repeat(2, axis=1).repeat(2, axis=2))
+    run_here("reference", "train.npz", "reference.npz")
+    net.seen = 0
+    return net
+
+
+OPTIONS = ("--reference", "reference.npz", "--heldout-images", "unseen.npz", "--out", "found.json")
+
+
+def test_the_command_draws_every_image_once(sets_of_images, capsys, tmp_path):
+    options = (*OPTIONS, "--train-images", "train.npz")
+    run_here("evaluate", "samples.npz", *options)
+    # Batches of the network are filled up.
+    once = sum(-(-n // NETWORK_BATCH) * NETWORK_BATCH for n in (20, 30, 100))
+    assert sets_of_images.seen == once
+    first = capsys.readouterr().out
+    assert "copy rate: " in first
+    assert "nearest training images: found.copies.png" in first
+    assert (tmp_path / "found.copies.png").is_file()
+    # What is done is not computed again.
+    run_here("evaluate", "samples.npz", *options)
+    assert sets_of_images.seen == once
+    assert capsys.readouterr().out.endswith(first[first.index("copy rate") :])
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "words"),
+    [
+        ("larger.npz", (), r"larger\.npz holds images of 24x24 .* 12x12; give --size 12"),
+        ("train.npz", ("--size", "16"), "of 16x16 .* give --size 12"),
+        ("nothing.npz", (), r"nothing\.npz"),
+        ("train.npz", ("--heldout-images", "train.npz"), "30 held-out images .* give 100 or more"),
+    ],
+)  # fmt: skip
+def test_real_images_that_do_not_fit_are_refused_before_any_work(
+    sets_of_images, tmp_path, train, options, words
+):
+    with pytest.raises(ValueError, match=words):
+        run_here("evaluate", "samples.npz", *OPTIONS, "--train-images", train, *options)
+    assert not sets_of_images.seen
+    assert not (tmp_path / "found.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path, monkeypatch):
+    """The command under torchrun, with gloo."""
+    monkeypatch.chdir(tmp_path)
+    x = random_images(130).permute(0, 2, 3, 1).numpy()
+    for name, images in {"train": x[:10], "unseen": x[10:110], "samples": x[110:]}.items():
+        np.savez(f"{name}.npz", images)
+    lite = ("--features", "efficientnet-lite0")
+    done = torchrun(1, "reference", "train.npz", "reference.npz", *lite)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = []
+    for ranks in (1, 2):
+        options = (*OPTIONS[:-1], f"{ranks}.json", *lite, "--train-images", "train.npz")
+        done = torchrun(ranks, "evaluate", "samples.npz", *options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("copy rate: ") == 1
+        found.append(done.stdout[done.stdout.index("copy rate") :].replace(f"{ranks}.", ""))
+    assert found[0] == found[1]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mezzotint.evaluate.features import FeatureSet
     from mezzotint.evaluate.image_source import ImageSource
     from mezzotint.evaluate.references import Reference
+    from mezzotint.evaluate.results import Evaluation
     from mezzotint.sampling.job import SamplingJob
 
 
@@ -131,6 +132,31 @@ class Copies:
     heldout: str
     size: int | None
 
+    def open(self, samples: ImageSource, channels: int) -> tuple[ImageSource, ImageSource]:
+        """Open the training images and those held out.
+
+        samples: with their resolution.
+
+        Errors: ValueError for images of another size, and for too few held out.
+        """
+        from mezzotint.evaluate.extract import with_resolution
+        from mezzotint.evaluate.image_source import open_real_images
+        from mezzotint.evaluate.memorization import QUANTILE, check_quantile
+
+        train, heldout = (
+            open_real_images(name, self.size, channels) for name in (self.train, self.heldout)
+        )
+        check_quantile(QUANTILE, heldout.num_images)
+        wanted = samples.resolution
+        for images in (train, heldout):
+            found = with_resolution(images).resolution
+            if found is not None and wanted is not None and found != wanted:
+                raise ValueError(
+                    f"{images.name} holds images of {found[0]}x{found[1]} pixels, and "
+                    f"{samples.name} of {wanted[0]}x{wanted[1]}; give --size {wanted[0]}"
+                )
+        return train, heldout
+
 
 def evaluate_images(
     source: Source, measures: Measures, out: Path, base: Path, copies: Copies | None
@@ -138,8 +164,10 @@ def evaluate_images(
     """Evaluate images or samples; write the numbers to `out`, pieces and sheets beside `base`."""
     from mezzotint.core.distributed import process_group
     from mezzotint.evaluate import evaluate
-    from mezzotint.evaluate.clip_score import check_captions, metric_name
+    from mezzotint.evaluate.clip_score import check_captions
+    from mezzotint.evaluate.extract import with_resolution
 
+    pieces = base.with_suffix(".pieces")
     with process_group() as world:
         # All files are opened first, since opening a feature network may mean a download.
         real, heldout = measures.open_references()
@@ -147,37 +175,40 @@ def evaluate_images(
         if measures.clip is not None:
             check_captions(images)
         real, sets, clips = measures.open_networks(real)
+        training = None
+        if copies is not None:
+            images = with_resolution(images)
+            training = copies.open(images, source.channels)
         evaluation = evaluate.evaluate(
-            images, real, sets, heldout=heldout, clips=clips, folder=base.with_suffix(".pieces"),
-            show=True,
-        )  # fmt: skip
-    if not world.is_rank0:
-        return
-    evaluation.save(out)
-    evaluate.print_evaluation(evaluation)
+            images, real, sets, heldout=heldout, clips=clips, folder=pieces, show=True
+        )
+        if world.is_rank0:
+            evaluation.save(out)
+            evaluate.print_evaluation(evaluation)
+            _print_cut_captions(evaluation, clips)
+            echo(f"saved: {out}")
+        if training is None:
+            return
+        sheet = base.with_suffix(".copies.png")
+        every = [*sets, *(clip.features for clip in clips)]
+        found = evaluate.evaluate_memorization(
+            images, *training, every, sheet, folder=pieces, show=True
+        )
+        if world.is_rank0:
+            echo(f"copy rate: {found.copy_rate:.4g} ({found.quantile:g} without copying)")
+            echo(f"probability of being closer: {found.closer:.4g} (0.5 without copying)")
+            echo(found.verdict)
+            echo(f"nearest training images: {sheet}")
+
+
+def _print_cut_captions(evaluation: Evaluation, clips: Sequence[Clip]) -> None:
+    """Say how many captions were too long for each network."""
+    from mezzotint.evaluate.clip_score import metric_name
+
     for clip in clips:
         cut = (evaluation[metric_name(clip)].reference or {})["cut"]
         if cut:
             echo(f"{cut:,} captions are longer than {clip.max_tokens} tokens and were cut")
-    echo(f"saved: {out}")
-    if copies is not None:
-        _print_copies(images, copies, source.channels, sets[0], base.with_suffix(".copies.png"))
-
-
-def _print_copies(
-    images: ImageSource, copies: Copies, channels: int, feature_set: FeatureSet, sheet: Path
-) -> None:
-    from mezzotint.evaluate import evaluate
-    from mezzotint.evaluate.image_source import open_real_images
-
-    train, unseen = (
-        open_real_images(x, copies.size, channels) for x in (copies.train, copies.heldout)
-    )
-    result = evaluate.evaluate_memorization(images, train, unseen, feature_set, sheet)
-    echo(f"copy rate: {result.copy_rate:.4g} ({result.quantile:g} without copying)")
-    echo(f"probability of being closer: {result.closer:.4g} (0.5 without copying)")
-    echo(result.verdict)
-    echo(f"nearest training images: {sheet}")
 
 
 def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, base: Path) -> None:

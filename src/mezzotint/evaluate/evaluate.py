@@ -17,10 +17,16 @@ from mezzotint.evaluate.bootstrap import bootstrap
 from mezzotint.evaluate.clip import Clip
 from mezzotint.evaluate.clip_score import check_captions, clip_numbers, embed_captions
 from mezzotint.evaluate.extract import extract_features, with_resolution
-from mezzotint.evaluate.features import FeatureSet, compute_features
+from mezzotint.evaluate.features import FeatureSet
 from mezzotint.evaluate.image_source import ImageSource, repeat_grey
 from mezzotint.evaluate.kid import kid
-from mezzotint.evaluate.memorization import Memorization, measure_memorization, save_neighbour_sheet
+from mezzotint.evaluate.memorization import (
+    QUANTILE,
+    Memorization,
+    check_quantile,
+    measure_memorization,
+    save_neighbour_sheet,
+)
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
 from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
 from mezzotint.evaluate.references import Reference
@@ -261,32 +267,50 @@ def evaluate_memorization(
     source: ImageSource,
     train: ImageSource,
     heldout: ImageSource,
-    feature_set: FeatureSet,
+    sets: Sequence[FeatureSet],
     sheet: str | Path | None = None,
     rows: int = 16,
-    quantile: float = 0.01,
+    quantile: float = QUANTILE,
+    *,
+    folder: str | Path | None = None,
+    show: bool = False,
 ) -> Memorization:
     """Measure how often samples are copies of training images, with held-out images as a baseline.
 
+    All ranks share the work; the result is the same on all.
+
     Args:
-        feature_set: distances between images are taken in its features.
+        sets: distances between images are taken in the features of the first. Give those of
+            `evaluate`, networks of captions included, and its `folder`: no sample is drawn again.
         sheet: a PNG to write: the `rows` samples nearest to the training set, each with its nearest
             training images. Samples and training images must then be of one size.
         quantile: see `measure_memorization`.
+        folder, show: see `evaluate`. Images without an identity are not stored.
     """
-    features = [
-        compute_features([feature_set], x.batches(0, x.num_images))[feature_set.name]
-        for x in (repeat_grey(x, feature_set.channels) for x in (source, train, heldout))
-    ]
-    result = measure_memorization(*features, quantile=quantile)
-    if sheet is not None:
-        nearest = result.distance[:, 0].argsort(stable=True)[:rows].tolist()
-        save_neighbour_sheet(
-            _load_images(source, nearest),
-            [_load_images(train, result.index[i].tolist()) for i in nearest],
-            sheet,
-        )
-    return result
+    check_quantile(quantile, heldout.num_images)
+    first = sets[0]
+
+    def extract(images: ImageSource, sets: Sequence[FeatureSet]) -> Tensor | None:
+        images = repeat_grey(images, first.channels)
+        store = None if images.identity is None else folder
+        features = extract_features(images, sets, store, show)
+        return None if features is None else features[first.name]
+
+    features = [extract(source, sets), *(extract(images, [first]) for images in (train, heldout))]
+
+    def compute() -> Memorization:
+        samples, seen, unseen = (rows for rows in features if rows is not None)
+        result = measure_memorization(samples, seen, unseen, quantile=quantile)
+        if sheet is not None:
+            nearest = result.distance[:, 0].argsort(stable=True)[:rows].tolist()
+            save_neighbour_sheet(
+                _load_images(source, nearest),
+                [_load_images(train, result.index[i].tolist()) for i in nearest],
+                sheet,
+            )
+        return result
+
+    return on_rank0(compute)
 
 
 def _load_images(source: ImageSource, indices: Sequence[int]) -> Tensor:

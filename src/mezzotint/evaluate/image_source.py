@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mezzotint.core.boxed import suggest_boxed
 from mezzotint.core.files import expand_user, read_json, sha256_of_file
-from mezzotint.core.npz_files import DAMAGE, open_npy_member
+from mezzotint.core.npz_files import DAMAGE, npz_names, open_npy_member
 from mezzotint.core.object_store import is_address
 from mezzotint.core.paths import explain_path
 from mezzotint.core.registry import Spec
@@ -289,6 +289,13 @@ def from_npz(file: str | Path) -> ImageSource:
     They are read in pieces, since 50,000 images at 256 pixels are 10 GB. FILE.json is read if
     `mezzotint sample` wrote one.
     """
+    names = npz_names(file)
+    if "arr_0" not in names:
+        held = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise ValueError(
+            f"{file} holds {held or 'nothing'}, and no arr_0 as files of samples do; give --size "
+            "to read it as a dataset"
+        )
     with open_npy_member(file, "arr_0") as (_, shape, dtype, fortran_order):
         pass
     if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or fortran_order:

@@ -16,6 +16,8 @@ from mezzotint.core.image_grid import save_png
 from mezzotint.evaluate.metrics import Array
 from mezzotint.evaluate.precision_recall import nearest_neighbours
 
+QUANTILE = 0.01  # of the held-out images' distances, below which a sample counts as a copy
+
 
 @dataclass(frozen=True)
 class Memorization:
@@ -57,8 +59,19 @@ class Memorization:
         return f"no sign of copying: {compared}"
 
 
+def check_quantile(quantile: float, num_heldout: int) -> None:
+    """Raise ValueError where so many held-out images have no such quantile."""
+    if not 0 < quantile < 1:
+        raise ValueError(f"quantile {quantile} must be between 0 and 1; e.g. 0.01")
+    if num_heldout * quantile < 1:
+        raise ValueError(
+            f"{num_heldout} held-out images have no {quantile} quantile; give "
+            f"{round(1 / quantile)} or more"
+        )
+
+
 def measure_memorization(
-    samples: Array, train: Array, heldout: Array, quantile: float = 0.01, k: int = 4
+    samples: Array, train: Array, heldout: Array, quantile: float = QUANTILE, k: int = 4
 ) -> Memorization:
     """Compare the samples' distances to the training set with those of held-out real images.
 
@@ -67,15 +80,9 @@ def measure_memorization(
         quantile: a sample nearer than this quantile of the held-out distances counts as a copy; at
             least 1 / h.
     """
-    if not 0 < quantile < 1:
-        raise ValueError(f"quantile {quantile} must be between 0 and 1; e.g. 0.01")
+    check_quantile(quantile, len(heldout))
     distance, index = nearest_neighbours(samples, train, min(k, len(train)))
     baseline, _ = nearest_neighbours(heldout, train)
-    if len(baseline) * quantile < 1:
-        raise ValueError(
-            f"{len(baseline)} held-out images have no {quantile} quantile; give "
-            f"{round(1 / quantile)} or more"
-        )
     nearest, baseline = distance[:, 0].contiguous(), baseline[:, 0].sort().values
     copy_rate = (nearest < torch.quantile(baseline, quantile)).double().mean().item()
     # Mann-Whitney statistic: a tie counts one half.

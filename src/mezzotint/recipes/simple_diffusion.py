@@ -136,7 +136,7 @@ def unet_tiny() -> Recipe:
 @recipe("unet-mini")
 def unet_mini() -> Recipe:
     """For hours on a CPU; no published number. The rate is that of `eurosat-64`."""
-    return replace(_laptop("unet-mini", 2e-3), images=1_000_000)
+    return replace(_laptop("unet-mini", 2e-3), images=500_000)
 
 
 @recipe("uvit-tiny")

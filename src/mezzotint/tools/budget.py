@@ -434,7 +434,7 @@ def describe_comparable(recipe: Recipe) -> str:
         return f"no comparable run is measured for {recipe.preset}"
     row = min(rows, key=lambda r: abs(math.log(r["images"] / images)))
     minutes, far = row["core_minutes"], "worse than " if 2 * images < row["images"] else ""
-    picture = f"; picture: {row['picture']}" if row.get("picture") else ""
+    picture = f"; picture: {row['picture']} in the repository" if row.get("picture") else ""
     return (
         f"{far}{row['preset']} on {row['data']} at {row['size']} px after {row['images']:,} images"
         f"{f' ({minutes:,.0f} core-minutes)' if minutes else ''}: {read_table()['metric']} "
