@@ -26,6 +26,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -256,15 +257,32 @@ def open_entrants(names: list[str], data: Data, root: Path) -> list[Entrant]:
     return [peers[n](data, root) if n in peers else Ours(n, data, root) for n in names]
 
 
-def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: float) -> str:
+Curve = tuple[str, str]  # entrant, and the letter of its processor
+
+
+def name_processors(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Return a letter for each processor, that of most rows first."""
+    count = Counter(row["processor"] for row in rows)
+    return {name: chr(ord("A") + i) for i, (name, _) in enumerate(count.most_common())}
+
+
+def curves(rows: list[dict[str, Any]]) -> dict[Curve, list[dict[str, Any]]]:
+    """Return the rows by entrant and processor, by minutes: another processor is another clock."""
+    letters = name_processors(rows)
+    found: dict[Curve, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["minutes"]):
+        found.setdefault((row["entrant"], letters[row["processor"]]), []).append(row)
+    return found
+
+
+def minutes_to(curve: list[dict[str, Any]], metric: str, value: float) -> str:
     """Return the core-minutes after which a distance is at most `value`; "–" if never.
 
     "≤" where the first row is below. Between rows the interpolation is linear in log distance and
     log minutes.
     """
-    mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
     last: dict[str, Any] | None = None
-    for row in mine:
+    for row in curve:
         distance = row["distances"][metric]
         if distance <= value:
             if last is None:
@@ -277,47 +295,50 @@ def minutes_to(rows: list[dict[str, Any]], entrant: str, metric: str, value: flo
 
 
 def tabulate_minutes(rows: list[dict[str, Any]], metric: str) -> str:
-    """Return the core-minutes to each distance as Markdown, one column per entrant.
+    """Return the core-minutes to each distance as Markdown, one row per entrant and processor.
 
     The distances are those among the rows' of series R10 (ISO 3: ten a decade, two digits).
     """
-    entrants = list(dict.fromkeys(r["entrant"] for r in rows))
     found = [r["distances"][metric] for r in rows]
     first, last = math.log10(min(found)), math.log10(max(found))
-    steps = range(math.ceil(10 * first), math.floor(10 * last) + 1)
+    steps = reversed(range(math.ceil(10 * first), math.floor(10 * last) + 1))
+    values = [float(f"{10 ** (step / 10):.2g}") for step in steps]
     lines = [
-        f"| {metric} | " + " | ".join(f"`{e}`" for e in entrants) + " |",
-        "| ---: |" + " ---: |" * len(entrants),
+        f"| entrant | processor | {' | '.join(f'{value:g}' for value in values)} |",
+        f"| --- | --- |{' ---: |' * len(values)}",
     ]
-    for step in reversed(steps):
-        value = float(f"{10 ** (step / 10):.2g}")
-        cells = [minutes_to(rows, e, metric, value) for e in entrants]
-        lines.append(f"| {value:g} | " + " | ".join(cells) + " |")
+    for (entrant, letter), curve in sorted(curves(rows).items(), key=lambda item: item[0][::-1]):
+        cells = [minutes_to(curve, metric, value) for value in values]
+        lines.append(f"| `{entrant}` | {letter} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def plot(rows: list[dict[str, Any]], held_out: dict[str, float], metric: str, path: Path) -> None:
-    """Draw distance over core-minutes, one line per entrant."""
+    """Draw distance over core-minutes, one line per entrant and processor."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    for entrant in dict.fromkeys(r["entrant"] for r in rows):
-        mine = sorted((r for r in rows if r["entrant"] == entrant), key=lambda r: r["minutes"])
+    colours: dict[str, str] = {}
+    for (entrant, letter), curve in curves(rows).items():
+        colour = colours.setdefault(entrant, f"C{len(colours)}")
         axis.plot(
-            [r["minutes"] for r in mine],
-            [r["distances"][metric] for r in mine],
-            marker="o",
-            label=entrant,
+            [r["minutes"] for r in curve],
+            [r["distances"][metric] for r in curve],
+            marker="osv^D"[ord(letter) - ord("A")],
+            color=colour,
+            label=f"{entrant}, {letter}",
         )
     axis.axhline(held_out[metric], color="grey", linestyle=":", label="held-out real images")
     axis.set(xscale="log", yscale="log", xlabel="core-minutes of training", ylabel=metric)
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_major_formatter("{x:g}")
+    for numbers in (axis.xaxis, axis.yaxis):
+        numbers.set_major_formatter("{x:g}")
+        numbers.set_minor_formatter("{x:g}")
+        numbers.set_tick_params(which="minor", labelsize=6)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

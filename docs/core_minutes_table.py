@@ -11,7 +11,7 @@ from table_text import RESULTS, ROOT, markdown_table, read_result
 from mezzotint.models import presets
 
 sys.path.append(str(ROOT / "benchmarks"))
-from time_to_quality import tabulate_minutes
+from time_to_quality import name_processors, tabulate_minutes
 
 QUALITY = ("quality-cpu.json", "quality-cifar10.json")
 DATA_NAMES = {
@@ -48,37 +48,27 @@ def core_minutes_of(result: dict[str, Any]) -> str:
         return [f"{distances[m]:.3g}" if m in distances else "–" for m in metrics]
 
     rows = []
+    letters = name_processors(result["rows"])
     for r in sorted(result["rows"], key=lambda r: (r["asked_minutes"], mean_error(r))):
-        size = f"{r['params'] / 1e6:.1f} M"
-        start = [f"`{r['entrant']}`", f"{r['minutes']:.0f}", f"{r['images']:,}", size]
+        size, letter = f"{r['params'] / 1e6:.1f} M", letters[r["processor"]]
+        start = [f"`{r['entrant']}`", letter, f"{r['minutes']:.0f}", f"{r['images']:,}", size]
         rows.append([*start, f"{mean_error(r):.4f}", *cells(r["distances"])])
-    rows.append(["held-out real images", "", "", "", "", *cells(result["held_out"])])
-    head = ["entrant", "core-minutes", "images", "parameters", "mean error", *metrics]
+    rows.append(["held-out real images", *[""] * 5, *cells(result["held_out"])])
+    head = ["entrant", "processor", "core-minutes", "images", "parameters", "mean error", *metrics]
     load = [r["load"][0] for r in result["rows"]]
     last = result["rows"][-1]
+    processors = "; ".join(f"{letter} {name}" for name, letter in letters.items())
     text = (
         f"{result['data']}: {result['samples']} samples ({result['sampler']}) against "
         f"{result['reference']}; the mean error is geometric over the log-SNRs -6 to 6. "
-        f"{processors(result['rows'])}, {last['threads']} thread, torch {last['torch']}, load "
+        f"Processors: {processors}. {last['threads']} thread, torch {last['torch']}, load "
         f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
     )
-    tables = [text, markdown_table(head, rows)]
+    tables = [text, markdown_table(head, rows, left=2)]
     if len({r["asked_minutes"] for r in result["rows"]}) > 1:
         reached = "Core-minutes until the distance is at most as large, interpolated between rows:"
         tables += [reached, tabulate_minutes(result["rows"], metrics[0])]
     return "\n\n".join(tables)
-
-
-def processors(rows: list[dict[str, Any]]) -> str:
-    """Return the processors of the rows, the commonest first, others with their rows."""
-    by_name: dict[str, list[str]] = {}
-    for row in rows:
-        named = f"{row['entrant']} at {row['asked_minutes']:g} minutes"
-        by_name.setdefault(row["processor"], []).append(named)
-    first, *others = sorted(by_name.items(), key=lambda item: -len(item[1]))
-    return "; ".join(
-        [first[0], *(f"of {', '.join(dict.fromkeys(names))}: {name}" for name, names in others)]
-    )
 
 
 def time_to_quality() -> dict[str, Any]:
