@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from mezzotint.recipes import recipe_for
-from mezzotint.tools import budget, summary
+from mezzotint.tools import measurements, summary
 from mezzotint.tools.step_times import TABLE as STEP_TIMES
 
 # Tests run this file by its path, which does not put its folder there.
@@ -340,7 +340,7 @@ def main() -> None:
                 content = f"Not measured yet: benchmarks/results/{missing} is absent."
             text = replace_between(text, table.__name__.replace("_", " "), content)
         page.write_text(text, encoding="utf-8")
-    for table, content in ((budget.TABLE, time_to_quality()), (STEP_TIMES, step_times())):
+    for table, content in ((measurements.TABLE, time_to_quality()), (STEP_TIMES, step_times())):
         table.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

@@ -45,6 +45,12 @@ def test_parameters_are_in_the_stated_ranges(family):
         assert presets()[name][1].config.size == (32 if size == "tiny" else 64)
 
 
+def test_mini_lies_between_tiny_and_small():
+    tiny, mini, small = (read_summary(f"unet-{size}") for size in ("tiny", "mini", "small"))
+    assert tiny["params"] < 6e6 < 2 * mini["params"] < small["params"]
+    assert gmac("unet-tiny", 64) < mini["gmac"] < 0.5 * small["gmac"]
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -81,7 +81,9 @@ def test_the_photographs_are_those_of_eurosat():
     assert "EuroSAT" in row["data"]
     assert "Helber" in row["data"]
     assert row["input"] == "64x64x3"
-    assert len(mz.load_model(HOME).info.labels or ()) == 10
+    model = mz.load_model(HOME)
+    assert len(model.info.labels or ()) == 10
+    assert model.info.config == preset_info("unet-mini").config
 
 
 def test_the_wheel_contains_it():

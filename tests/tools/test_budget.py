@@ -13,7 +13,7 @@ import pytest
 from mezzotint import config
 from mezzotint.models import presets
 from mezzotint.recipes import recipe_for
-from mezzotint.tools import budget
+from mezzotint.tools import budget, measurements
 from mezzotint.tools.budget import DataFacts, DeviceFacts, Speed, choose_run, fit_run
 from mezzotint.train.optim import learning_rate
 
@@ -60,7 +60,8 @@ def measured(monkeypatch):
 
     def use(*rows):
         table = {"metric": "FD", "source": "a test", "rows": list(rows)}
-        monkeypatch.setattr(budget, "read_table", lambda: table)
+        for module in (budget, measurements):
+            monkeypatch.setattr(module, "read_table", lambda: table)
 
     use(row("unet-tiny", 30_000, 0.6), row("uvit-tiny", 25_000, 1.1))
     return use
@@ -81,8 +82,8 @@ def chosen(hours, data=None, machine=None, device=LAPTOP, overrides=()):
 def test_the_table_is_that_of_the_measurements():
     """If it fails, run `python docs/make_tables.py`."""
     table = runpy.run_path(str(ROOT / "docs" / "make_tables.py"))["time_to_quality"]()
-    assert json.loads(budget.TABLE.read_text()) == table
-    assert budget.measured_presets()
+    assert json.loads(measurements.TABLE.read_text()) == table
+    assert measurements.rows_of(budget.measured_presets(), 64)
 
 
 def test_the_measured_family_is_chosen():
@@ -116,18 +117,49 @@ def test_a_faster_network_may_win_over_one_that_is_better_at_equal_images(measur
     assert chosen(0.2, machine=at(speeds={**TINY, "uvit-tiny": 0.06}))[0].preset == "unet-tiny"
 
 
-def test_distances_are_interpolated_between_rows_and_constant_beyond(measured):
-    measured(row("unet-tiny", 1_000, 8.0), row("unet-tiny", 100_000, 2.0))
-    expect = budget.expect_distance
-    assert expect("unet-tiny", 64, 10_000) == pytest.approx(4)  # half-way of both logarithms
-    assert expect("unet-tiny", 64, 10) == pytest.approx(8)
-    assert expect("unet-tiny", 64, 1e9) == pytest.approx(2)
+def test_distances_are_interpolated_between_rows_and_constant_beyond():
+    rows = [row("unet-tiny", 1_000, 8.0), row("unet-tiny", 100_000, 2.0)]
+    expect = measurements.interpolate_distance
+    assert expect(rows, 10_000) == pytest.approx(4)  # half-way of both logarithms
+    assert expect(rows, 10) == pytest.approx(8)
+    assert expect(rows, 1e9) == pytest.approx(2)
 
 
 def test_the_rows_of_the_nearest_size_count(measured):
     measured(row("unet-tiny", 1_000, 8.0), row("unet-tiny", 1_000, 3.0, size=32))
-    assert budget.expect_distance("unet-tiny", 128, 1) == pytest.approx(8)
-    assert budget.expect_distance("unet-tiny", 28, 1) == pytest.approx(3)
+    assert measurements.compare_distances({"unet-tiny": 1}, 128)["unet-tiny"] == pytest.approx(8)
+    assert measurements.compare_distances({"unet-tiny": 1}, 28)["unet-tiny"] == pytest.approx(3)
+
+
+def test_networks_are_compared_on_one_dataset(measured):
+    cifar = {"data": "CIFAR-10", "size": 32}
+    measured(
+        row("unet-tiny", 1_000, 8.0), row("unet-tiny", 1_000, 1.0) | cifar,
+        row("uvit-tiny", 1_000, 7.0), row("sid2-tiny", 1_000, 2.0) | cifar,
+    )  # fmt: skip
+    compare = measurements.compare_distances
+    assert compare({"unet-tiny": 1e3, "uvit-tiny": 1e3}, 32) == pytest.approx(
+        {"unet-tiny": 8.0, "uvit-tiny": 7.0}
+    )
+    assert compare({"unet-tiny": 1e3, "sid2-tiny": 1e3}, 64)["unet-tiny"] == pytest.approx(1.0)
+    assert compare({"uvit-tiny": 1e3, "sid2-tiny": 1e3}, 64) == {}
+
+
+def test_a_family_measured_for_longer_is_not_nearer_for_that(measured):
+    measured(
+        row("unet-tiny", 10_000, 2.0), row("unet-tiny", 100_000, 0.5),
+        row("uvit-tiny", 10_000, 1.5),
+    )  # fmt: skip
+    # In half an hour the U-Net sees 76,500 images; the U-ViT, measured up to 10,000, 51,000.
+    assert chosen(0.5, overrides=("model.size=64",))[0].preset == "uvit-tiny"
+
+
+@pytest.mark.parametrize("seen", [1_000, 6_303, 12_345, 1e9])
+def test_one_row_of_each_is_enough(measured, seen):
+    measured(row("unet-tiny", 6_304, 2.0), row("unet-small", 6_304, 1.0))
+    both = {"unet-tiny": seen, "unet-small": seen}
+    nearer = measurements.is_nearer("unet-small", "unet-tiny", 64, both)
+    assert nearer is (True if seen > 6_000 else None)
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,26 @@
 
 `choose_run` and `fit_run` are functions of facts that `tools.budget_facts` finds: the data, the
 device, and a network's seconds per image. Their recipe is an ordinary one, its length in images.
-Measurements decide the family: the rows of `time_to_quality.json`, which docs/make_tables.py writes
-from benchmarks/results. The constants below are our choice where nothing is measured.
+Measurements decide the family, see `tools.measurements`. The constants below are our choice where
+nothing is measured.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from mezzotint import config
 from mezzotint.backbones import native_side
 from mezzotint.config import Recipe, SampleGrid
 from mezzotint.models import preset_info, presets
 from mezzotint.recipes import recipe_for
+from mezzotint.tools.measurements import compare_distances, is_nearer, read_table, rows_of
 from mezzotint.tools.summary import format_count, read_summary
-
-TABLE = Path(__file__).with_name("time_to_quality.json")
 
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
 NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
@@ -93,45 +88,6 @@ class Choice(NamedTuple):
     recipe: Recipe
     reasons: dict[str, str]
     warnings: list[str]
-
-
-@cache
-def read_table() -> dict[str, Any]:
-    """Return the measured qualities: metric, source and rows.
-
-    A row has preset, data, size in pixels, images, core_minutes or None, distance, and held_out.
-    """
-    return json.loads(TABLE.read_text(encoding="utf-8"))
-
-
-def rows_of(preset: str, size: int) -> list[dict[str, Any]]:
-    """Return a preset's rows at the measured size nearest to `size`, by images seen."""
-    rows = [row for row in read_table()["rows"] if row["preset"] == preset]
-    near = min((row["size"] for row in rows), key=lambda s: abs(math.log(s / size)), default=0)
-    return sorted((row for row in rows if row["size"] == near), key=lambda row: row["images"])
-
-
-def expect_distance(preset: str, size: int, images: float) -> float:
-    """Return the distance after `images`: log-log between rows, constant beyond the ends."""
-    rows = rows_of(preset, size)
-    seen, distances = ([row[key] for row in rows] for key in ("images", "distance"))
-    return float(np.exp(np.interp(np.log(images), np.log(seen), np.log(distances))))
-
-
-def is_nearer(larger: str, smaller: str, size: int, seen: dict[str, float]) -> bool | None:
-    """Return whether the larger network is nearer after the images `seen`; None if not measured.
-
-    Beyond the rows of either, both are compared at the same part of their images. What the larger
-    network has gained by then, it keeps; what it has not, it may gain later.
-    """
-    last = {name: max((r["images"] for r in rows_of(name, size)), default=0) for name in seen}
-    part = min(1.0, *(last[name] / seen[name] for name in seen))
-    first = min((r["images"] for r in rows_of(larger, size)), default=math.inf)
-    if not part or part * seen[larger] < first:
-        return None
-    near = {name: expect_distance(name, size, part * seen[name]) for name in seen}
-    nearer = near[larger] < near[smaller]
-    return nearer if nearer or part == 1 else None
 
 
 def least_for_size(size: int) -> float:
@@ -232,13 +188,10 @@ _Images = Callable[[str, int], float]  # images that a preset sees at a size; 0 
 
 def _choose_family(images: _Images, size: int) -> tuple[str, str]:
     """Return the tiny preset of least expected distance after the images that it sees here."""
-    expected = {
-        preset: expect_distance(preset, size, seen)
-        for preset in measured_presets()
-        if (seen := images(preset, size))
-    }
+    seen = {preset: images(preset, size) for preset in measured_presets()}
+    expected = compare_distances({preset: n for preset, n in seen.items() if n}, size)
     ranking = sorted(expected, key=lambda preset: expected[preset])
-    row = rows_of(ranking[0], size)[-1]
+    row = rows_of(ranking, size)[ranking[0]][-1]
     values = ", ".join(f"{preset} {expected[preset]:.3g}" for preset in ranking)
     return ranking[0], (
         f"{ranking[0]}, nearest to real images of those measured on {row['data']} at "
@@ -261,7 +214,7 @@ def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
             continue
         seen = images(preset, size)
         least = max(least_for_size(size), least_for_parameters(larger))
-        measured = bool(rows_of(larger, size))
+        measured = bool(rows_of((larger, preset), size))
         # A larger network is no faster: it is timed only where it is measured, or where the
         # smaller one sees enough.
         seen_larger = images(larger, size) if measured or seen >= least else 0.0
@@ -270,7 +223,7 @@ def _grow_network(images: _Images, preset: str, size: int) -> tuple[str, str]:
             nearer = is_nearer(larger, preset, size, {preset: seen, larger: seen_larger})
         if nearer is not None:
             better = nearer
-            reasons.append(f"{larger} {'is nearer' if better else 'is not nearer'} in this time")
+            reasons.append(f"{larger} measured {'nearer' if better else 'no nearer'} than {preset}")
         else:
             better = seen_larger >= least
             reasons.append(
@@ -287,7 +240,7 @@ def _choose_size(images: _Images, preset: str, size: int, sizes: list[int]) -> t
     """Return the largest of `sizes`, from `size` up or down, that is seen often enough, and why."""
 
     def least(size: int) -> float:
-        parameters = 0.0 if rows_of(preset, size) else least_for_parameters(preset)
+        parameters = 0.0 if rows_of((preset,), size) else least_for_parameters(preset)
         return max(least_for_size(size), parameters)
 
     def enough(size: int) -> bool:
@@ -313,9 +266,9 @@ def _usual_sizes(data: DataFacts) -> list[int]:
 
 
 def size_of(recipe: Recipe) -> int:
-    """Return the size of a recipe's network; ValueError for a preset or field that is none.
+    """Return the side of a recipe's input in pixels; of one that is oblong, of the equal square.
 
-    Of an input that is no square it is the side of the square of its area.
+    Errors: ValueError for an unknown preset or field.
     """
     return native_side(preset_info(recipe.preset, **recipe.model).config)
 
@@ -429,8 +382,8 @@ def describe_comparable(recipe: Recipe) -> str:
     size, images = size_of(recipe), recipe.images
     family, _, word = recipe.preset.rpartition("-")
     names = [recipe.preset, f"{family}-{GROWTH[0]}"] if word in GROWTH else [recipe.preset]
-    rows = next(filter(None, (rows_of(name, size) for name in names)), None)
-    if not rows:
+    rows = next((found[name] for name in names if (found := rows_of((name,), size))), None)
+    if rows is None:
         return f"no comparable run is measured for {recipe.preset}"
     row = min(rows, key=lambda r: abs(math.log(r["images"] / images)))
     minutes, far = row["core_minutes"], "worse than " if 2 * images < row["images"] else ""
