@@ -29,6 +29,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +223,31 @@ def read_clock(folder: Path) -> tuple[int, float]:
     return clock["images"], clock["seconds"]
 
 
+def check_processor(folder: Path) -> None:
+    """Raise ValueError for a run of another processor, whose clock cannot go on here."""
+    path, here = folder / "clock.json", facts("cpu")["processor"]
+    before = json.loads(path.read_text()).get("processor", here) if path.exists() else here
+    if before != here:
+        raise ValueError(f"{folder} began on {before}, and this is {here}; give other --runs")
+
+
+def write_clock(folder: Path, images: int, seconds: float) -> None:
+    """Write what `read_clock` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clock = {"images": images, "seconds": seconds, "processor": facts("cpu")["processor"]}
+    temporary = folder / "clock.json.tmp"
+    temporary.write_text(json.dumps(clock))
+    os.replace(temporary, folder / "clock.json")
+
+
 def train_for(
     entrant: Entrant, seconds: float, most_images: int | None = None
 ) -> tuple[int, float]:
     """Train until the clock shows `seconds`, or `most_images` are seen; return both counts.
 
-    It trains in pieces that end with a checkpoint: a kill costs the piece, and the clock counts all
-    training that is kept.
+    It trains in pieces that end with a checkpoint. An interruption counts the time of its piece.
     """
+    check_processor(entrant.folder)
     images, spent = read_clock(entrant.folder)
     while spent < seconds * (1 - MIN_PIECE) and images != most_images:
         rest = min(PIECE_SECONDS, seconds - spent)
@@ -238,11 +256,13 @@ def train_for(
         if most_images is not None:
             target = min(target, most_images)
         started = time.process_time()
-        entrant.advance(target)
+        try:
+            entrant.advance(target)
+        except BaseException:
+            write_clock(entrant.folder, images, spent + time.process_time() - started)
+            raise
         images, spent = target, spent + time.process_time() - started
-        temporary = entrant.folder / "clock.json.tmp"
-        temporary.write_text(json.dumps({"images": images, "seconds": spent}))
-        os.replace(temporary, entrant.folder / "clock.json")
+        write_clock(entrant.folder, images, spent)
     return images, spent
 
 
@@ -255,6 +275,21 @@ def open_entrants(names: list[str], data: Data, root: Path) -> list[Entrant]:
         Lucidrains.name: Lucidrains,
     }
     return [peers[n](data, root) if n in peers else Ours(n, data, root) for n in names]
+
+
+def find_peers() -> list[str]:
+    """Return the peers whose packages can be imported."""
+    packages = {"diffusers": "diffusers", "lucidrains": "denoising_diffusion_pytorch"}
+    return [name for name, package in packages.items() if find_spec(package)]
+
+
+def check_settings(done: dict[str, Any], settings: dict[str, Any], path: Path) -> None:
+    """Raise ValueError where the rows of a file were measured with other settings."""
+    other = [f"{k}: {done[k]!r}" for k, value in settings.items() if done.get(k, value) != value]
+    if other:
+        raise ValueError(
+            f"{path} was measured with {'; '.join(other)}; give these, or another --out"
+        )
 
 
 Curve = tuple[str, str]  # entrant, and the letter of its processor
@@ -351,7 +386,7 @@ def main() -> None:
     )
     parser.add_argument("data", choices=("eurosat", "cifar10", "flowers"))
     parser.add_argument("--source", required=True, help="of the data, without its split")
-    parser.add_argument("--entrants", nargs="+", default=[*FAMILIES, "diffusers", "lucidrains"])
+    parser.add_argument("--entrants", nargs="+", default=[*FAMILIES, *find_peers()])
     parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30, 60, 120])
     parser.add_argument("--inception", type=Path, help="weights, for its deepest tap too")
     parser.add_argument("--samples", type=int, default=256)
@@ -369,6 +404,14 @@ def main() -> None:
     out = args.out or RESULTS / f"time-to-quality-{args.data}"
     path = out.with_suffix(".json")
     done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    settings = {
+        "data": f"{Path(args.source).name}, {data.size} px",
+        "samples": args.samples,
+        "sampler": f"dpmpp_2m, {args.steps} steps even in log-SNR -9 ... 9, x clipped",
+        "reference": f"{args.real} training images",
+        "clock": "processor time of the training process, one thread",
+    }
+    check_settings(done, settings, path)
     rows: list[dict[str, Any]] = done.get("rows", [])
     held_out: dict[str, float] = done.get("held_out") or judge.held_out()
     for minutes in sorted(args.minutes):
@@ -380,15 +423,7 @@ def main() -> None:
             picture = args.pictures / f"{args.data}-{entrant.name}.png"
             row |= {"images": images, **facts("cpu"), **entrant.judge(judge, picture)}
             rows.append(row)
-            content = {
-                "data": f"{Path(args.source).name}, {data.size} px",
-                "samples": args.samples,
-                "sampler": f"dpmpp_2m, {args.steps} steps even in log-SNR -9 ... 9, x clipped",
-                "reference": f"{args.real} training images",
-                "clock": "processor time of the training process, one thread",
-                "held_out": held_out,
-                "rows": rows,
-            }
+            content = {**settings, "held_out": held_out, "rows": rows}
             path.write_text(json.dumps(content, indent=1) + "\n")
             print(entrant.name, f"{seconds / 60:.1f} min", images, row["distances"], flush=True)
     metric = "FD-EfficientNet-Lite0"

@@ -36,6 +36,7 @@ from mezzotint.process.denoiser import Cond
 from mezzotint.recipes import recipe_for
 from mezzotint.train.optim import learning_rate, make_optimisers, set_learning_rate
 from mezzotint.train.validate import eps_mse_by_level
+from time_to_quality import check_settings
 
 NATIVE = 16  # the width of the tiny presets of these families
 HEADS = {"unet-tiny": {8: 4, 16: 4, 32: 4}, "uvit-tiny": {8: 2, 16: 4, 32: 8}}
@@ -166,11 +167,18 @@ def main() -> None:
     one_thread()
     done = args.out.with_suffix(".json")
     images = read_images(args)
-    rows: list[dict[str, Any]] = json.loads(done.read_text())["rows"] if done.exists() else []
+    settings = {
+        "data": Path(args.data).name,
+        "held_out": f"{Path(args.held_out).name}, {args.count} images spread over it",
+        **{k: vars(args)[k] for k in ("size", "images", "batch")},
+    }
+    before = json.loads(done.read_text()) if done.exists() else {}
+    check_settings(before, settings, done)
+    rows: list[dict[str, Any]] = before.get("rows", [])
     runs = product(range(args.seeds), args.presets, args.widths, args.rates)
     for seed, preset, width, rate in runs:
         key = {"preset": preset, "width": width, "rate": rate, "seed": seed}
-        if any(key.items() <= r.items() for r in rows):
+        if any(key.items() <= {"seed": 0, **r}.items() for r in rows):
             continue
         began = time.process_time()
         found = error(preset, width, rate, seed, images, args)
@@ -184,9 +192,7 @@ def main() -> None:
         write(
             done,
             "cpu",
-            data=Path(args.data).name,
-            held_out=f"{Path(args.held_out).name}, {args.count} images spread over it",
-            **{k: vars(args)[k] for k in ("size", "images", "batch")},
+            **settings,
             rows=rows,
             best=best,
         )

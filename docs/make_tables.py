@@ -65,24 +65,32 @@ def width_transfer() -> str:
     """Return the error at every rate, mean and half range over the seeds, and the best rate."""
     result = read_result("width-transfer.json")
     rates = sorted({r["rate"] for r in result["rows"]})
+
+    def spread(errors: list[float]) -> str:
+        if not errors:
+            return "–"
+        half = f" ± {(max(errors) - min(errors)) / 2:.3f}" if len(errors) > 1 else ""
+        return f"{fmean(errors):.3f}{half}"
+
     rows = []
     for best in result["best"]:
         key = {k: best[k] for k in ("preset", "width")}.items()
-        errors = {
-            rate: [r["error"] for r in result["rows"] if {*key, ("rate", rate)} <= r.items()]
-            for rate in rates
-        }
-        lowest = min(rates, key=lambda rate: fmean(errors[rate]))
-        rate = f"{best['rate']:.2g}" if best["rate"] else f"{lowest:g}, the end of the grid"
-        spreads = [f"{fmean(e):.3f} ± {(max(e) - min(e)) / 2:.3f}" for e in errors.values()]
-        rows.append([f"`{best['preset']}`", str(best["width"]), rate, *spreads])
-    seeds = len({r["seed"] for r in result["rows"]})
+        errors: dict[float, list[float]] = {rate: [] for rate in rates}
+        for r in result["rows"]:
+            if key <= r.items():
+                errors[r["rate"]].append(r["error"])
+        lowest = min((rate for rate in rates if errors[rate]), key=lambda r: fmean(errors[r]))
+        rate = f"{best['rate']:.2g}" if best["rate"] else f"{lowest:g}, an end of the grid"
+        cells = [f"`{best['preset']}`", str(best["width"]), rate]
+        rows.append([*cells, *(spread(errors[rate]) for rate in rates)])
+    seeds = len({r.get("seed", 0) for r in result["rows"]})
+    seeded = f"; mean and half range of {seeds} seeds" if seeds > 1 else ""
     head = ["preset", "width", "best rate", *(f"error at {rate:g}" for rate in rates)]
     text = (
         f"Mean squared error of the predicted noise on {result['held_out']}, after "
         f"{result['images']:,} images of {result['data']} at {result['size']} pixels, batch "
-        f"{result['batch']}; mean and half range of {seeds} seeds. Rates are those at width 16; "
-        f"at width w the rate is 16 / w of it. {how_measured(result)}"
+        f"{result['batch']}{seeded}. Rates are those at width 16; at width w the rate is 16 / w "
+        f"of it. {how_measured(result)}"
     )
     return f"{text}\n\n{markdown_table(head, rows)}"
 

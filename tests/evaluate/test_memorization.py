@@ -155,6 +155,14 @@ def test_the_command_draws_every_image_once(sets_of_images, capsys, tmp_path):
     assert capsys.readouterr().out.endswith(first[first.index("copy rate") :])
 
 
+def test_grey_samples_are_shown_beside_grey_images(sets_of_images, tmp_path):
+    for name in ("train", "unseen", "samples"):
+        np.savez(f"{name}.npz", np.load(f"{name}.npz")["arr_0"][..., :1])
+    run_here("evaluate", "samples.npz", *OPTIONS, "--train-images", "train.npz")
+    with Image.open(tmp_path / "found.copies.png") as sheet:
+        assert sheet.mode == "L"
+
+
 @pytest.mark.parametrize(
     ("train", "options", "words"),
     [

@@ -132,10 +132,10 @@ class Copies:
     heldout: str
     size: int | None
 
-    def open(self, samples: ImageSource, channels: int) -> tuple[ImageSource, ImageSource]:
-        """Open the training images and those held out.
+    def open(self, samples: ImageSource) -> tuple[ImageSource, ImageSource]:
+        """Open the training images and those held out, grey where the samples are.
 
-        samples: with their resolution.
+        samples: with their resolution and channels.
 
         Errors: ValueError for images of another size, and for too few held out.
         """
@@ -144,7 +144,8 @@ class Copies:
         from mezzotint.evaluate.memorization import QUANTILE, check_quantile
 
         train, heldout = (
-            open_real_images(name, self.size, channels) for name in (self.train, self.heldout)
+            open_real_images(name, self.size, samples.channels or 3)
+            for name in (self.train, self.heldout)
         )
         check_quantile(QUANTILE, heldout.num_images)
         wanted = samples.resolution
@@ -178,7 +179,7 @@ def evaluate_images(
         training = None
         if copies is not None:
             images = with_resolution(images)
-            training = copies.open(images, source.channels)
+            training = copies.open(images)
         evaluation = evaluate.evaluate(
             images, real, sets, heldout=heldout, clips=clips, folder=pieces, show=True
         )

@@ -280,8 +280,8 @@ def evaluate_memorization(
     All ranks share the work; the result is the same on all.
 
     Args:
-        sets: distances between images are taken in the features of the first. Give those of
-            `evaluate`, networks of captions included, and its `folder`: no sample is drawn again.
+        sets: distances between images are taken in the features of the first. Give the sets of
+            `evaluate`, networks of captions included, and its `folder` to reuse its features.
         sheet: a PNG to write: the `rows` samples nearest to the training set, each with its nearest
             training images. Samples and training images must then be of one size.
         quantile: see `measure_memorization`.

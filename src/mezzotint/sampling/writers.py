@@ -367,9 +367,10 @@ def _merge_tar(file: IO[bytes], shards: Sequence[Path], labels: Sequence[int] | 
 
 
 def _columns_of_classes(labels: Sequence[int] | None) -> int | None:
-    """Return the number of classes where one column per class makes a compact grid, else None.
+    """Return the number of classes if one column per class makes a grid no higher than wide.
 
-    The labels must take the classes in turn, as they do unless others are asked for.
+    None otherwise, for too many classes, and unless the labels take the classes in turn, as those
+    of `mezzotint sample` do by default.
     """
     if labels is None:
         return None
