@@ -302,12 +302,12 @@ def name_processors(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[Curve, list[dict[str, Any]]]:
-    """Return the rows by entrant and processor, by minutes: another processor is another clock."""
+    """Return the rows by processor and entrant, by minutes: another processor is another clock."""
     letters = name_processors(rows)
     found: dict[Curve, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["minutes"]):
         found.setdefault((row["entrant"], letters[row["processor"]]), []).append(row)
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
 
 
 def minutes_to(curve: list[dict[str, Any]], metric: str, value: float) -> str:
@@ -342,7 +342,7 @@ def tabulate_minutes(rows: list[dict[str, Any]], metric: str) -> str:
         f"| entrant | processor | {' | '.join(f'{value:g}' for value in values)} |",
         f"| --- | --- |{' ---: |' * len(values)}",
     ]
-    for (entrant, letter), curve in sorted(curves(rows).items(), key=lambda item: item[0][::-1]):
+    for (entrant, letter), curve in curves(rows).items():
         cells = [minutes_to(curve, metric, value) for value in values]
         lines.append(f"| `{entrant}` | {letter} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -371,7 +371,7 @@ def plot(rows: list[dict[str, Any]], held_out: dict[str, float], metric: str, pa
     for numbers in (axis.xaxis, axis.yaxis):
         numbers.set_major_formatter("{x:g}")
         numbers.set_minor_formatter("{x:g}")
-        numbers.set_tick_params(which="minor", labelsize=6)
+        numbers.set_tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3, which="both")
     axis.legend(frameon=False, fontsize=7, ncols=2)
     figure.tight_layout()
