@@ -26,7 +26,6 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -296,9 +295,9 @@ Curve = tuple[str, str]  # entrant, and the letter of its processor
 
 
 def name_processors(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return a letter for each processor, that of most rows first."""
-    count = Counter(row["processor"] for row in rows)
-    return {name: chr(ord("A") + i) for i, (name, _) in enumerate(count.most_common())}
+    """Return a letter for each processor, in alphabetical order."""
+    names = sorted({row["processor"] for row in rows})
+    return {name: chr(ord("A") + i) for i, name in enumerate(names)}
 
 
 def curves(rows: list[dict[str, Any]]) -> dict[Curve, list[dict[str, Any]]]:
