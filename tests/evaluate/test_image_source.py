@@ -45,7 +45,7 @@ def test_grey_sample_files_have_one_channel(tmp_path):
         ({"arr_0": np.zeros((3, 4, 4, 3), np.float32)}, "float32"),
         ({"arr_0": np.zeros((3, 3, 4, 4), np.uint8)}, r"\(3, 3, 4, 4\)"),
         ({"arr_0": np.array([{}], dtype=object)}, "pickled objects"),
-        ({"other": np.zeros(3)}, "'arr_0'"),
+        ({"other": np.zeros(3)}, "holds other, and no arr_0"),
     ],
 )
 def test_bad_sample_files_are_refused(tmp_path, arrays, named):

@@ -114,7 +114,7 @@ def write_image(path: Path, value: int, side: int = 8) -> Path:
 @pytest.mark.parametrize(
     ("mode", "columns", "rows", "names"),
     [
-        ("img2img", 2, 2, {"edited.png"}),
+        ("img2img", 3, 1, {"edited.png"}),
         ("inpaint", 2, 2, {"edited.png"}),
         ("interpolate", 3, 1, {"edited.png", "edited.gif"}),
         ("trajectory", 4, 2, {"edited.png", "edited.gif"}),
