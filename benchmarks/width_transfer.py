@@ -189,13 +189,7 @@ def main() -> None:
             {"preset": p, "width": w, "rate": best_rate(curve)}
             for (p, w), curve in curves(rows).items()
         ]
-        write(
-            done,
-            "cpu",
-            **settings,
-            rows=rows,
-            best=best,
-        )
+        write(done, "cpu", **settings, rows=rows, best=best)
     plot(rows, args.out.with_suffix(".png"))
 
 

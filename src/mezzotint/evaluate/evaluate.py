@@ -299,7 +299,7 @@ def evaluate_memorization(
     features = [extract(source, sets), *(extract(images, [first]) for images in (train, heldout))]
 
     def compute() -> Memorization:
-        samples, seen, unseen = (rows for rows in features if rows is not None)
+        samples, seen, unseen = (f for f in features if f is not None)
         result = measure_memorization(samples, seen, unseen, quantile=quantile)
         if sheet is not None:
             nearest = result.distance[:, 0].argsort(stable=True)[:rows].tolist()
