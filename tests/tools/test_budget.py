@@ -92,6 +92,7 @@ def test_the_measured_family_is_chosen():
     ranking = re.findall(r"([a-z0-9]+-tiny) ([0-9.]+)", choice.reasons["network"])
     assert {name for name, _ in ranking} == set(budget.measured_presets())
     assert ranking[0][0] == "unet-tiny"
+    assert " % of such a run, as far as all are measured: unet-tiny" in choice.reasons["network"]
     distances = [float(distance) for _, distance in ranking]
     assert distances == sorted(distances)
     assert recipe.model == {"size": 64, "num_classes": 5}
@@ -386,6 +387,9 @@ def test_the_comparable_run_is_the_nearest():
     assert "picture: docs/images/time-to-quality-eurosat.png" in budget.describe_comparable(recipe)
     assert "CIFAR-10" in budget.describe_comparable(config.override(recipe, ["model.size=32"]))
     assert budget.describe_comparable(recipe).startswith("unet-tiny")
+    # The picture shows ten minutes.
+    longer = config.override(recipe, ["images=70000"])
+    assert "picture" not in budget.describe_comparable(longer)
     short = config.override(recipe, ["images=900"])
     assert budget.describe_comparable(short).startswith("worse than unet-tiny on EuroSAT")
     assert "no comparable run" in budget.describe_comparable(recipe_for("uvit-128"))

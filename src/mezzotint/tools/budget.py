@@ -20,7 +20,13 @@ from mezzotint.backbones import native_side
 from mezzotint.config import Recipe, SampleGrid
 from mezzotint.models import preset_info, presets
 from mezzotint.recipes import recipe_for
-from mezzotint.tools.measurements import compare_distances, is_nearer, read_table, rows_of
+from mezzotint.tools.measurements import (
+    compare_distances,
+    is_nearer,
+    measured_part,
+    read_table,
+    rows_of,
+)
 from mezzotint.tools.summary import format_count, read_summary
 
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
@@ -189,13 +195,21 @@ _Images = Callable[[str, int], float]  # images that a preset sees at a size; 0 
 def _choose_family(images: _Images, size: int) -> tuple[str, str]:
     """Return the tiny preset of least expected distance after the images that it sees here."""
     seen = {preset: images(preset, size) for preset in measured_presets()}
-    expected = compare_distances({preset: n for preset, n in seen.items() if n}, size)
+    seen = {preset: n for preset, n in seen.items() if n}
+    expected, part = compare_distances(seen, size), measured_part(seen, size)
     ranking = sorted(expected, key=lambda preset: expected[preset])
     row = rows_of(ranking, size)[ranking[0]][-1]
     values = ", ".join(f"{preset} {expected[preset]:.3g}" for preset in ranking)
     return ranking[0], (
         f"{ranking[0]}, nearest to real images of those measured on {row['data']} at "
-        f"{row['size']} px ({read_table()['metric']}: {values})"
+        f"{row['size']} px ({read_table()['metric']}{_at_part(part)}: {values})"
+    )
+
+
+def _at_part(part: float) -> str:
+    """Return words for a part of a run that is not all of it."""
+    return (
+        f" after {100 * part:.2g} % of such a run, as far as all are measured" if part < 1 else ""
     )
 
 

@@ -53,8 +53,9 @@ def interpolate_distance(rows: list[Row], images: float) -> float:
     return float(np.exp(np.interp(np.log(images), np.log(seen), np.log(distances))))
 
 
-def _measured_part(seen: Mapping[str, float], rows: dict[str, list[Row]]) -> float:
-    """Return the part of their images, at most 1, for which all presets are measured."""
+def measured_part(seen: Mapping[str, float], size: int) -> float:
+    """Return the part of the images `seen`, at most 1, for which all presets are measured."""
+    rows = rows_of(seen, size)
     return min(1.0, *(rows[name][-1]["images"] / images for name, images in seen.items()))
 
 
@@ -67,7 +68,7 @@ def compare_distances(seen: Mapping[str, float], size: int) -> dict[str, float]:
     rows = rows_of(seen, size)
     if not rows:
         return {}
-    part = _measured_part(seen, rows)
+    part = measured_part(seen, size)
     return {name: interpolate_distance(rows[name], part * seen[name]) for name in seen}
 
 
@@ -80,7 +81,7 @@ def is_nearer(larger: str, smaller: str, size: int, seen: Mapping[str, float]) -
     rows = rows_of((larger, smaller), size)
     if not rows:
         return None
-    part = _measured_part(seen, rows)
+    part = measured_part(seen, size)
     if part * seen[larger] < LEAST_PART * rows[larger][0]["images"]:
         return None
     distances = compare_distances(seen, size)
