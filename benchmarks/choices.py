@@ -40,10 +40,16 @@ COSINE = ("schedule.name=cosine", "schedule.options.image_d=64", "schedule.optio
 LONG = ("batch=64", "optim.warmup_images=3000")
 SHORT = ("batch=8", "optim.warmup_images=500")
 B8 = ("batch=8", "optim.warmup_images=3000")
-# What the tiny presets of DiMR and DiffiT were before these measurements.
+# What the tiny presets of DiMR, DiffiT and SiD2 were before these measurements.
 EPS = ("model.prediction=eps", "model.time=linear_vp")
 V = ("model.prediction=v", "model.time=linear_vp")
 FINE = ("model.patches=[4,2,1]",)
+TWO = (
+    "model.multipliers=[1,4,8]",
+    "model.kinds=[res,transformer,transformer]",
+    "model.blocks=[1,1]",
+)
+RESIDUAL = ("model.kinds=[res,res,transformer]",)
 THREE = ("model.width=32", "model.multipliers=[1,2,2]", "model.blocks=2")
 
 # preset: {name of the row: fields of the recipe}
@@ -65,20 +71,12 @@ CHOICES: dict[str, dict[str, tuple[str, ...]]] = {
         "EDM": (*SHORT, *EDM),
     },
     "sid2-tiny": {
-        "batch 8, short warm-up": SHORT,
-        "patch of 2": (*SHORT, "model.transform=conv", "model.patch=2"),
-        "weight of eps": (*SHORT, "objective={name: eps_mse}", "time.loss_measure=u"),
-        "two residual levels": (
-            *SHORT,
-            "model.multipliers=[1,2,8]",
-            "model.kinds=[res,res,transformer]",
-        ),
-        "four levels": (
-            *SHORT,
-            "model.multipliers=[1,2,4,8]",
-            "model.kinds=[res,res,transformer,transformer]",
-            "model.blocks=[1,1,1]",
-        ),
+        "batch 8, short warm-up": (*SHORT, *TWO),
+        "patch of 2": (*SHORT, *TWO, "model.transform=conv", "model.patch=2"),
+        "weight of eps": (*SHORT, *TWO, "objective={name: eps_mse}", "time.loss_measure=u"),
+        "two residual levels": (*SHORT, *TWO, "model.multipliers=[1,2,8]", *RESIDUAL),
+        "four levels": SHORT,
+        "four levels, weight of eps": (*SHORT, "objective={name: eps_mse}", "time.loss_measure=u"),
     },
     "diffit-tiny": {
         "batch 8, short warm-up": (*SHORT, *THREE),

@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/time_to_quality.py eurosat --source eurosat64.zip \\
         --inception inception_2015_to_mixed7a.safetensors --minutes 10 30
 
-Each entrant trains on the same images with one thread. Its clock is the processor time of its
-training process. At each of `--minutes` the clock stops, and one set of samples is compared with
-the same statistics, by the same sampler, steps, seeds and number:
+Each entrant trains on the same images with one thread. Its clock is the number of images it has
+seen over its speed, so other programs, or another processor, do not change it. The speeds are
+measured first, in turns: start this on an idle machine. At each of `--minutes` one set of samples
+is compared with the same statistics, by the same sampler, steps, seeds and number:
 
 - ours: each family's tiny preset with its recipe, at the size of the data;
 - diffusers: UNet2DModel as examples/unconditional_image_generation/train_unconditional.py builds
@@ -13,9 +14,9 @@ the same statistics, by the same sampler, steps, seeds and number:
 - lucidrains: Unet(64, (1, 2, 4, 8)) and Trainer of denoising-diffusion-pytorch as its README says,
   where that package can be imported.
 
-The same command resumes, also with more minutes or entrants. Writes OUT.json, OUT.png, which shows
-distance over core-minutes, and the first samples of each entrant, at its latest checkpoint, to
-PICTURES/DATA-ENTRANT.png.
+The same command resumes, also with more minutes or entrants; `--minutes` without a number measures
+speeds alone. Writes OUT.json, OUT.png, which shows distance over core-minutes, and the first
+samples of each entrant, at its latest checkpoint, to PICTURES/DATA-ENTRANT.png.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -291,45 +294,86 @@ def check_settings(done: dict[str, Any], settings: dict[str, Any], path: Path) -
         )
 
 
-Curve = tuple[str, str]  # entrant, and the letter of its processor
+def measure_speeds(
+    entrants: list[Entrant], rounds: int = 3, seconds: float = 10.0
+) -> dict[str, list[float]]:
+    """Return images per second of processor time in training, one number per round, by entrant.
+
+    Each round trains every entrant in turn: for one batch, then for about `seconds` more than that.
+    The difference has no start and no save in it. It leaves checkpoints in the entrants' folders.
+    """
+    seen = {entrant.name: 0 for entrant in entrants}
+
+    def time_batches(entrant: Entrant, batches: int) -> float:
+        seen[entrant.name] += batches * entrant.batch
+        started = time.process_time()
+        entrant.advance(seen[entrant.name])
+        return time.process_time() - started
+
+    batches: dict[str, int] = {}
+    for entrant in entrants:
+        time_batches(entrant, 1)  # it may prepare its data once
+        more, first = 1, time_batches(entrant, 1)
+        while (spent := time_batches(entrant, 1 + more) - first) < seconds / 4:
+            more *= 2
+        batches[entrant.name] = max(1, round(more * seconds / spent))
+    speeds: dict[str, list[float]] = {entrant.name: [] for entrant in entrants}
+    for _ in range(rounds):
+        for entrant in entrants:
+            more, first = batches[entrant.name], time_batches(entrant, 1)
+            spent = time_batches(entrant, 1 + more) - first
+            speeds[entrant.name].append(more * entrant.batch / spent)
+    return speeds
 
 
-def name_processors(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Return a letter for each processor, in alphabetical order."""
-    names = sorted({row["processor"] for row in rows})
-    return {name: chr(ord("A") + i) for i, name in enumerate(names)}
+def count_images(entrant: Entrant, minutes: float, speeds: dict[str, Any]) -> int:
+    """Return the images that an entrant sees in `minutes` at its speed, whole batches."""
+    images = 60 * minutes * median(speeds[entrant.name]["images_per_second"])
+    return max(1, round(images / entrant.batch)) * entrant.batch
 
 
-def curves(rows: list[dict[str, Any]]) -> dict[Curve, list[dict[str, Any]]]:
-    """Return the rows by processor and entrant, by minutes: another processor is another clock."""
-    letters = name_processors(rows)
-    found: dict[Curve, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: row["minutes"]):
-        found.setdefault((row["entrant"], letters[row["processor"]]), []).append(row)
-    return dict(sorted(found.items(), key=lambda item: item[0][::-1]))
+def core_minutes(row: dict[str, Any], speeds: dict[str, Any]) -> float:
+    """Return the core-minutes of a row's images at its entrant's speed."""
+    return row["images"] / median(speeds[row["entrant"]]["images_per_second"]) / 60
 
 
-def minutes_to(curve: list[dict[str, Any]], metric: str, value: float) -> str:
+def find_processor(speeds: dict[str, Any]) -> str:
+    """Return the processor of all speeds."""
+    (processor,) = {speed["processor"] for speed in speeds.values()}
+    return processor
+
+
+Curve = list[tuple[float, float]]  # (core-minutes, distance), by time
+
+
+def curves(rows: list[dict[str, Any]], speeds: dict[str, Any], metric: str) -> dict[str, Curve]:
+    """Return distance over core-minutes by entrant, in alphabetical order."""
+    found: dict[str, Curve] = {}
+    for row in rows:
+        point = core_minutes(row, speeds), row["distances"][metric]
+        found.setdefault(row["entrant"], []).append(point)
+    return {entrant: sorted(curve) for entrant, curve in sorted(found.items())}
+
+
+def minutes_to(curve: Curve, value: float) -> str:
     """Return the core-minutes after which a distance is at most `value`; "–" if never.
 
-    "≤" where the first row is below. Between rows the interpolation is linear in log distance and
-    log minutes.
+    "≤" where the first point is below. Between points the interpolation is linear in log distance
+    and log minutes.
     """
-    last: dict[str, Any] | None = None
-    for row in curve:
-        distance = row["distances"][metric]
+    before: tuple[float, float] | None = None
+    for minutes, distance in curve:
         if distance <= value:
-            if last is None:
-                return f"≤ {row['minutes']:.0f}"
-            before = last["distances"][metric]
-            share = math.log(before / value) / math.log(before / distance)
-            return f"{last['minutes'] * (row['minutes'] / last['minutes']) ** share:.0f}"
-        last = row
+            if before is None:
+                return f"≤ {minutes:.1f}"
+            share = math.log(before[1] / value) / math.log(before[1] / distance)
+            return f"{before[0] * (minutes / before[0]) ** share:.1f}"
+        before = minutes, distance
     return "–"
 
 
-def tabulate_minutes(rows: list[dict[str, Any]], metric: str) -> str:
-    """Return the core-minutes to each distance as Markdown, one row per entrant and processor.
+def tabulate_minutes(rows: list[dict[str, Any]], speeds: dict[str, Any], metric: str) -> str:
+    """Return the core-minutes to each distance as Markdown, one row per entrant.
 
     The distances are those among the rows' of series R10 (ISO 3: ten a decade, two digits).
     """
@@ -338,35 +382,34 @@ def tabulate_minutes(rows: list[dict[str, Any]], metric: str) -> str:
     steps = reversed(range(math.ceil(10 * first), math.floor(10 * last) + 1))
     values = [float(f"{10 ** (step / 10):.2g}") for step in steps]
     lines = [
-        f"| entrant | processor | {' | '.join(f'{value:g}' for value in values)} |",
-        f"| --- | --- |{' ---: |' * len(values)}",
+        f"| entrant | {' | '.join(f'{value:g}' for value in values)} |",
+        f"| --- |{' ---: |' * len(values)}",
     ]
-    for (entrant, letter), curve in curves(rows).items():
-        cells = [minutes_to(curve, metric, value) for value in values]
-        lines.append(f"| `{entrant}` | {letter} | {' | '.join(cells)} |")
+    for entrant, curve in curves(rows, speeds, metric).items():
+        cells = [minutes_to(curve, value) for value in values]
+        lines.append(f"| `{entrant}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(rows: list[dict[str, Any]], held_out: dict[str, float], metric: str, path: Path) -> None:
-    """Draw distance over core-minutes, one line per entrant and processor."""
+def plot(
+    rows: list[dict[str, Any]],
+    speeds: dict[str, Any],
+    held_out: dict[str, float],
+    metric: str,
+    path: Path,
+) -> None:
+    """Draw distance over core-minutes, one line per entrant."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(6.5, 4))
-    colours: dict[str, str] = {}
-    for (entrant, letter), curve in curves(rows).items():
-        colour = colours.setdefault(entrant, f"C{len(colours)}")
-        axis.plot(
-            [r["minutes"] for r in curve],
-            [r["distances"][metric] for r in curve],
-            marker="osv^D"[ord(letter) - ord("A")],
-            color=colour,
-            label=f"{entrant}, {letter}",
-        )
+    for entrant, curve in curves(rows, speeds, metric).items():
+        axis.plot(*zip(*curve, strict=True), marker="o", label=entrant)
     axis.axhline(held_out[metric], color="grey", linestyle=":", label="held-out real images")
-    axis.set(xscale="log", yscale="log", xlabel="core-minutes of training", ylabel=metric)
+    label = f"core-minutes of training, {find_processor(speeds)}"
+    axis.set(xscale="log", yscale="log", xlabel=label, ylabel=metric)
     for numbers in (axis.xaxis, axis.yaxis):
         numbers.set_major_formatter("{x:g}")
         numbers.set_minor_formatter("{x:g}")
@@ -386,7 +429,7 @@ def main() -> None:
     parser.add_argument("data", choices=("eurosat", "cifar10", "flowers"))
     parser.add_argument("--source", required=True, help="of the data, without its split")
     parser.add_argument("--entrants", nargs="+", default=[*FAMILIES, *find_peers()])
-    parser.add_argument("--minutes", nargs="+", type=float, default=[10, 30, 60, 120])
+    parser.add_argument("--minutes", nargs="*", type=float, default=[10, 30, 60, 120])
     parser.add_argument("--inception", type=Path, help="weights, for its deepest tap too")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--steps", type=int, default=12)
@@ -408,26 +451,45 @@ def main() -> None:
         "samples": args.samples,
         "sampler": f"dpmpp_2m, {args.steps} steps even in log-SNR -9 ... 9, x clipped",
         "reference": f"{args.real} training images",
-        "clock": "processor time of the training process, one thread",
     }
     check_settings(done, settings, path)
-    rows: list[dict[str, Any]] = done.get("rows", [])
-    held_out: dict[str, float] = done.get("held_out") or judge.held_out()
+    content = {**settings, **done}
+    speeds = content.setdefault("speeds", {})
+    missing = [name for name in args.entrants if name not in speeds]
+    if missing:
+        here = facts("cpu")
+        if speeds and find_processor(speeds) != here["processor"]:
+            raise ValueError(
+                f"{path} has speeds of {find_processor(speeds)}, and this is {here['processor']}; "
+                f"give --entrants without {', '.join(missing)}, or another --out"
+            )
+        with TemporaryDirectory(dir=args.runs) as folder:
+            found = measure_speeds(open_entrants(missing, data, Path(folder)))
+        for name, measured in found.items():
+            speeds[name] = {"images_per_second": measured, **here}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        print("images per second:", found, flush=True)
+    if "held_out" not in content:
+        content["held_out"] = judge.held_out()
+    rows: list[dict[str, Any]] = content.setdefault("rows", [])
     for minutes in sorted(args.minutes):
         for entrant in open_entrants(args.entrants, data, root):
-            if any(r["entrant"] == entrant.name and r["asked_minutes"] == minutes for r in rows):
+            target = count_images(entrant, minutes, speeds)
+            if any(r["entrant"] == entrant.name and r["images"] == target for r in rows):
                 continue
-            images, seconds = train_for(entrant, 60 * minutes)
-            row = {"entrant": entrant.name, "asked_minutes": minutes, "minutes": seconds / 60}
+            seen, _ = read_clock(entrant.folder)
+            if seen > target:
+                raise ValueError(f"{entrant.folder} has seen {seen} images, not {target}; move it")
+            images, _ = train_for(entrant, float("inf"), most_images=target)
             picture = args.pictures / f"{args.data}-{entrant.name}.png"
-            row |= {"images": images, **facts("cpu"), **entrant.judge(judge, picture)}
-            rows.append(row)
-            content = {**settings, "held_out": held_out, "rows": rows}
+            row = {"entrant": entrant.name, "images": images}
+            rows.append({**row, **facts("cpu"), **entrant.judge(judge, picture)})
             path.write_text(json.dumps(content, indent=1) + "\n")
-            print(entrant.name, f"{seconds / 60:.1f} min", images, row["distances"], flush=True)
+            print(entrant.name, f"{minutes:g} min", images, rows[-1]["distances"], flush=True)
     metric = "FD-EfficientNet-Lite0"
-    plot(rows, held_out, metric, out.with_suffix(".png"))
-    print(tabulate_minutes(rows, metric))
+    if rows:
+        plot(rows, speeds, content["held_out"], metric, out.with_suffix(".png"))
+        print(tabulate_minutes(rows, speeds, metric))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import Any
 
 from table_text import RESULTS, ROOT, markdown_table, read_result
@@ -11,7 +12,7 @@ from table_text import RESULTS, ROOT, markdown_table, read_result
 from mezzotint.models import presets
 
 sys.path.append(str(ROOT / "benchmarks"))
-from time_to_quality import name_processors, tabulate_minutes
+import time_to_quality as benchmark
 
 QUALITY = ("quality-cpu.json", "quality-cifar10.json")
 DATA_NAMES = {
@@ -19,7 +20,7 @@ DATA_NAMES = {
     "cifar10_jpg.npz": "CIFAR-10 (JPEG copy)",
     "flowers128.zip": "flowers",
 }
-PICTURED_MINUTES = 10  # of the runs in docs/images/time-to-quality-*.png
+PICTURED_MINUTES = 10  # about those of the runs in docs/images/time-to-quality-*.png
 DISTANCES = ("FD-Inception-64", "coverage (inception-64)")
 
 
@@ -48,29 +49,39 @@ def core_minutes_of(result: dict[str, Any]) -> str:
     def cells(distances: dict[str, float]) -> list[str]:
         return [f"{distances[m]:.3g}" if m in distances else "–" for m in metrics]
 
-    rows = []
-    letters = name_processors(result["rows"])
-    for r in sorted(result["rows"], key=lambda r: (r["asked_minutes"], mean_error(r))):
-        size, letter = f"{r['params'] / 1e6:.1f} M", letters[r["processor"]]
-        start = [f"`{r['entrant']}`", letter, f"{r['minutes']:.0f}", f"{r['images']:,}", size]
-        rows.append([*start, f"{mean_error(r):.4f}", *cells(r["distances"])])
-    rows.append(["held-out real images", *[""] * 5, *cells(result["held_out"])])
-    head = ["entrant", "processor", "core-minutes", "images", "parameters", "mean error", *metrics]
-    load = [r["load"][0] for r in result["rows"]]
-    last = result["rows"][-1]
-    processors = "; ".join(f"{letter} {name}" for name, letter in letters.items())
+    rows, speeds = [], result["speeds"]
+    for r in sorted(result["rows"], key=lambda r: benchmark.core_minutes(r, speeds)):
+        minutes = benchmark.core_minutes(r, speeds)
+        start = [f"`{r['entrant']}`", f"{minutes:.1f}", f"{r['images']:,}"]
+        start += [f"{r['params'] / 1e6:.1f} M", f"{mean_error(r):.4f}"]
+        rows.append([*start, *cells(r["distances"])])
+    rows.append(["held-out real images", *[""] * 4, *cells(result["held_out"])])
+    head = ["entrant", "core-minutes", "images", "parameters", "mean error", *metrics]
+    last = next(iter(speeds.values()))
+    processors = "; ".join(sorted({r["processor"] for r in result["rows"]}))
     text = (
         f"{result['data']}: {result['samples']} samples ({result['sampler']}) against "
         f"{result['reference']}. The mean error is the mean squared error of the predicted noise "
-        "on 128 held-out images, a geometric mean over the log-SNRs -6 to 6. "
-        f"Processors: {processors}. {last['threads']} thread, torch {last['torch']}, load "
-        f"{min(load):.0f} to {max(load):.0f} on {last['cores']} cores, {result['clock']}."
+        "on 128 held-out images, a geometric mean over the log-SNRs -6 to 6. Core-minutes are the "
+        f"images over the speed below. Trained on {processors}."
     )
-    tables = [text, markdown_table(head, rows, left=2)]
-    if len({r["asked_minutes"] for r in result["rows"]}) > 1:
-        reached = "Core-minutes until the distance is at most as large, interpolated between rows:"
-        tables += [reached, tabulate_minutes(result["rows"], metrics[0])]
-    return "\n\n".join(tables)
+    loads = sorted(speed["load"][0] for speed in speeds.values())
+    speed_text = (
+        f"Speed of training on {last['processor']}: {last['threads']} thread, torch "
+        f"{last['torch']}, median, lowest and highest of "
+        f"{len(last['images_per_second'])} rounds in turns, processor time, load "
+        f"{loads[0]:.1f} to {loads[-1]:.1f} on {last['cores']} cores."
+    )
+    speed_rows = []
+    for entrant, measured in sorted(speeds.items()):
+        found = measured["images_per_second"]
+        cells_of = [f"{value:.2f}" for value in (median(found), min(found), max(found))]
+        speed_rows.append([f"`{entrant}`", *cells_of])
+    speed_table = markdown_table(["entrant", "images/s", "lowest", "highest"], speed_rows)
+    reached = "Core-minutes until the distance is at most as large, interpolated between rows:"
+    minutes_table = benchmark.tabulate_minutes(result["rows"], speeds, metrics[0])
+    table = markdown_table(head, rows, left=1)
+    return "\n\n".join([text, table, reached, minutes_table, speed_text, speed_table])
 
 
 def time_to_quality() -> dict[str, Any]:
@@ -86,14 +97,19 @@ def time_to_quality() -> dict[str, Any]:
         result = read_result(path.name)
         data, size = result["data"].split(", ")  # "eurosat64.zip, 64 px"
         side, held_out = int(size.split()[0]), result["held_out"][metric]
-        picture = f"docs/images/{path.stem}.png"
-        shown = {"picture": picture} if (ROOT / picture).exists() else {}
-        rows += [
-            measured_run(row["entrant"], data, side, row, held_out, metric)
-            | (shown if row["asked_minutes"] == PICTURED_MINUTES else {})
-            for row in result["rows"]
-            if row["entrant"] in presets()
-        ]
+        picture, speeds = f"docs/images/{path.stem}.png", result["speeds"]
+        for preset in sorted({row["entrant"] for row in result["rows"]} & set(presets())):
+            runs = [row for row in result["rows"] if row["entrant"] == preset]
+            minutes = [benchmark.core_minutes(row, speeds) for row in runs]
+            measured = [
+                measured_run(preset, data, side, row, held_out, metric)
+                | {"core_minutes": round(spent, 1)}
+                for row, spent in zip(runs, minutes, strict=True)
+            ]
+            if (ROOT / picture).exists():
+                off = [abs(math.log(spent / PICTURED_MINUTES)) for spent in minutes]
+                measured[off.index(min(off))]["picture"] = picture
+            rows += measured
     if not rows:
         metric, found = DISTANCES[0], [RESULTS / name for name in QUALITY]
         key = f"{metric} of held-out images"
@@ -117,7 +133,7 @@ def measured_run(
         "data": DATA_NAMES.get(data, data),
         "size": size,
         "images": row["images"],
-        "core_minutes": row.get("minutes"),
+        "core_minutes": None,
         "distance": row["distances"][metric],
         "held_out": held_out,
     }

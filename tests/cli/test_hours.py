@@ -9,6 +9,7 @@ import pytest
 from helpers.image_files import png, write_folder
 from helpers.runs import assert_same_run
 from mezzotint import cli, config
+from mezzotint.recipes import recipe_for
 from mezzotint.tools import budget, budget_facts
 from mezzotint.tools.budget import Speed
 from mezzotint.train import loop
@@ -115,6 +116,33 @@ def stop(*_):
     raise RuntimeError("power cut")
 
 
+def test_a_run_goes_on_from_its_store_on_a_new_machine(
+    photos, speed, tmp_path, monkeypatch, capsys
+):
+    """Nothing is timed again, and another start is compared with the run of the store."""
+    store = f"file://{tmp_path / 'store'}"
+    command = (
+        "train",
+        "auto",
+        *FIELDS,
+        "--data",
+        photos,
+        "--hours",
+        "0.0028",
+        f"save.store={store}",
+    )
+    run(monkeypatch, *command, "--out", tmp_path / "first")
+    first = config.from_yaml(tmp_path / "first" / "recipe.yaml")
+    speed(None)
+    run(monkeypatch, *command, "--out", tmp_path / "second")
+    assert f"{store} goes on: unet-tiny, {first.images:,} images" in capsys.readouterr().out
+    assert config.from_yaml(tmp_path / "second" / "recipe.yaml").images == first.images
+    other = [*command[:-3], "--hours", "1", command[-1]]
+    words = refused(monkeypatch, capsys, *other, "--out", tmp_path / "third")
+    assert f"{store} began with --hours 0.0028" in words
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_run_without_hours_is_not_given_any(photos, speed, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     run(
@@ -166,6 +194,8 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         ),
         ("auto --data PHOTOS --hours 1 --recipe x.yaml", "leave --recipe x.yaml out"),
         ("auto model.size=8 --data PHOTOS --hours 1e-4", "ends inside the warm-up"),
+        ("unet-tiny-few-steps --data PHOTOS --hours 1", "length as images=N, not --hours"),
+        ("unet-tiny --recipe few.yaml --data PHOTOS --hours 1", "few.yaml tunes to few steps"),
         (
             "unet-tiny model.size=8 optim.warmup_images=1e6 --data PHOTOS --hours 1",
             "ends inside the warm-up of optim.warmup_images=1000000",
@@ -178,6 +208,7 @@ def test_what_cannot_be_is_one_sentence_and_writes_nothing(
     write_folder(tmp_path / "PHOTOS", {f"{i}.png": png(i) for i in range(3)})
     write_folder(tmp_path / "ONE", {"a.png": png(0, (40, 40))})
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "few.yaml").write_text(config.to_yaml(recipe_for("unet-tiny-few-steps")))
     monkeypatch.chdir(tmp_path)
     assert words in refused(monkeypatch, capsys, "train", *args.split(), "--out", "run")
     assert not (tmp_path / "run").exists()

@@ -113,8 +113,8 @@ def test_the_evaluated_model_is_a_frozen_copy_in_eval_mode(reference, tmp_path, 
     assert list(logged(tmp_path).values()) == [{"number": 1.0}] * 3
 
 
-def test_speed_in_the_log_excludes_evaluation(reference, tmp_path, monkeypatch):
-    """The clock advances 10 ms per reading, and one hour per evaluation."""
+def test_speed_in_the_log_excludes_evaluation_and_grids(reference, tmp_path, monkeypatch):
+    """The clock advances 10 ms per reading, and one hour per evaluation or grid."""
     clock = [0.0]
 
     def read_clock():
@@ -125,13 +125,23 @@ def test_speed_in_the_log_excludes_evaluation(reference, tmp_path, monkeypatch):
         clock[0] += 3600
         return {"number": 0.0}
 
-    recipe = evaluated_recipe(reference, "log_every_images=48")
+    grids, draw_grid = [], loop.draw_grid
+
+    def draw_for_an_hour(run, progress):
+        clock[0] += 3600
+        grids.append(run.state.images)
+        draw_grid(run, progress)
+
+    changes = ("log_every_images=48", "samples.every_images=32", "samples.count=2")
+    recipe = evaluated_recipe(reference, *changes)
     with monkeypatch.context() as patch:
         patch.setattr(loop.time, "monotonic", read_clock)
+        patch.setattr(loop, "draw_grid", draw_for_an_hour)
         train(recipe, tmp_path, quiet=True, evaluator=evaluate_for_an_hour)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     speeds = [line["images_per_second"] for line in lines if "evaluation" not in line]
     assert len(speeds) == 4
+    assert len(grids) > 2
     assert min(speeds) > 1
 
 

@@ -296,6 +296,7 @@ def published(monkeypatch, tmp_path):
     """A small published file, what the network serves for it, and its path in an empty cache."""
     monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     content = bytes(range(256)) * 5000
     file = files.PublishedFile(
         name="w.pth",
@@ -340,6 +341,21 @@ def test_without_a_network_the_error_names_address_and_path(published):
     with pytest.raises(ValueError, match=r"no route to host.*https://example\.org/w\.pth") as error:
         files.locate_file(file)
     assert str(target) in str(error.value)
+
+
+@pytest.mark.parametrize(("value", "asked"), [("1", 0), ("true", 0), ("0", 1), ("", 1)])
+def test_offline_nothing_is_asked_of_the_network(published, monkeypatch, value, asked):
+    file, served, target = published
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    if asked:
+        assert files.locate_file(file) == target
+    else:
+        with pytest.raises(
+            ValueError, match=r"HF_HUB_OFFLINE.*https://example\.org/w\.pth"
+        ) as error:
+            files.locate_file(file)
+        assert str(target) in str(error.value)
+    assert served["requests"] == asked
 
 
 def test_another_file_of_the_published_name_is_refused(published, tmp_path):

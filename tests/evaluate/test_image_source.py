@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers.image_files import png, write_folder
 from mezzotint.evaluate.image_source import (
     GREY_NOTE,
     from_folder,
@@ -111,6 +112,25 @@ def test_folders_of_too_few_or_damaged_images_are_refused(tmp_path):
         list(from_folder(tmp_path).batches(0, 2))
     with pytest.raises(ValueError, match=r"a\.png"):
         open_image_source(tmp_path / "a.png")
+
+
+def test_a_resized_dataset_with_a_damaged_image_is_refused(tmp_path):
+    """It would count another image twice."""
+    folder = write_folder(tmp_path / "set", {f"{i}.png": png(i, (20, 16)) for i in range(12)})
+    (folder / "7.png").write_bytes(png(7, (20, 16))[:60])
+    source = open_real_images(str(folder), 16)
+    with pytest.raises(ValueError, match=r"7\.png cannot be read: .*mezzotint prepare"):
+        list(source.batches(0, source.num_images))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "words"),
+    [("a.npz:test", 3, "no splits; give --size"), ("a.npz", 1, "holds images of colour")],
+)
+def test_a_sample_file_is_not_read_as_something_else(tmp_path, name, channels, words):
+    np.savez(tmp_path / "a.npz", np.zeros((3, 8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match=words):
+        open_image_source(tmp_path / name, channels)
 
 
 @pytest.mark.parametrize("size", [None, 16])

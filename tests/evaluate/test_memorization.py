@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from helpers.launch import run_here, torchrun
+from mezzotint.cli.measure import Copies
 from mezzotint.evaluate import features
 from mezzotint.evaluate.evaluate import evaluate_memorization
 from mezzotint.evaluate.features import NETWORK_BATCH, from_module
@@ -169,7 +170,8 @@ def test_grey_samples_are_shown_beside_grey_images(sets_of_images, tmp_path):
         ("larger.npz", (), r"larger\.npz holds images of 24x24 .* 12x12; give --size 12"),
         ("train.npz", ("--size", "16"), "of 16x16 .* give --size 12"),
         ("nothing.npz", (), r"nothing\.npz"),
-        ("train.npz", ("--heldout-images", "train.npz"), "30 held-out images .* give 100 or more"),
+        ("train.npz", ("--heldout-images", "samples.npz"), "20 held-out images .* give 100"),
+        ("train.npz", ("--heldout-images", "train.npz"), "have images in common"),
     ],
 )  # fmt: skip
 def test_real_images_that_do_not_fit_are_refused_before_any_work(
@@ -179,6 +181,32 @@ def test_real_images_that_do_not_fit_are_refused_before_any_work(
         run_here("evaluate", "samples.npz", *OPTIONS, "--train-images", train, *options)
     assert not sets_of_images.seen
     assert not (tmp_path / "found.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "heldout"),
+    [
+        ("f", "f:test"),
+        ("f:all", "f:test"),
+        ("f:train", "f"),
+        ("f:val", "f:val"),
+        ("o/n", "o/n:all"),
+    ],
+)
+def test_no_image_is_both_trained_on_and_held_out(train, heldout):
+    """Without a split, a source is all its images."""
+    with pytest.raises(ValueError, match="in common"):
+        Copies(train=train, heldout=heldout, size=None).open(source_of(random_images(2)))
+
+
+def test_held_out_images_among_the_training_images_are_refused():
+    """Also under another name, and up to the rounding of their features."""
+    train, heldout = np.random.default_rng(0).normal(size=(2, 300, 8))
+    heldout[0] = train[5]  # a duplicate in 300 does not matter
+    measure_memorization(train, train, heldout)
+    heldout[:3] = train[:3] * (1 + 1e-6)
+    with pytest.raises(ValueError, match="3 of 300 held-out images are among the training"):
+        measure_memorization(train, train, heldout)
 
 
 @pytest.mark.slow

@@ -326,6 +326,72 @@ def test_what_the_user_sets_stays():
     assert recipe.images % 10 == 0
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("samples.every_images=640",), ("samples.every_images=640", "samples.count=40"),
+        ("samples.count=100",), ("samples.sampler=heun",), ("samples.guidance=2",),
+        ("samples.sampler=heun", "samples.guidance=2", "samples.every_images=2000"),
+    ],
+)  # fmt: skip
+def test_grids_that_the_user_sets_are_in_the_budget(fields):
+    """Two network calls a step of Heun's method or of guidance, four of both; one in the last."""
+    recipe, choice = chosen(0.5, overrides=("model.size=64", *fields))
+    assert config.override(recipe, fields) == recipe
+    grids = -(-recipe.images // recipe.samples.every_images)  # one at the end too
+    steps = recipe.samples.steps
+    calls = (2 * steps - 1 if "heun" in recipe.samples.sampler else steps) * (
+        2 if recipe.samples.guidance else 1
+    )
+    seconds = recipe.images * 0.02 + grids * recipe.samples.count * calls * 0.02 / 3
+    assert 0.84 < seconds / 1800 < 0.91
+    assert f"sample grids: {grids};" in choice.reasons["length"]
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("constant", "the rate stays constant"), ("cosine", "the rate decays to zero")],
+)
+def test_the_reasons_say_how_the_rate_ends(field, words):
+    choice = chosen(1, overrides=(f"optim.decay={field}",))[1]
+    assert choice.reasons["length"].endswith(words)
+
+
+def test_a_shorter_grid_shows_classes_equally_often():
+    recipe, _ = chosen(0.02, overrides=("model.size=64",))
+    assert 5 < recipe.samples.count < recipe_for("unet-tiny").samples.count
+    assert recipe.samples.count % 5 == 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_the_length_is_that_of_the_batch_that_trains(kind):
+    """A GPU's step takes as long for 8 images as for 64, and networks are ranked at 64."""
+    asked = []
+
+    def measure(recipe):
+        asked.append(recipe.batch)
+        return Speed(0.2 / recipe.batch if kind == "cuda" else 0.02)
+
+    device = DeviceFacts(name="a machine", precision="float32", kind=kind)
+    fitted = fit_run(0.5, recipe_for("unet-tiny"), flowers(), device, measure).recipe
+    assert asked == [8] == [fitted.batch]
+    assert fitted.images == pytest.approx(
+        0.85 * 1800 / (0.025 if kind == "cuda" else 0.02), rel=0.07
+    )
+    asked.clear()
+    recipe, _ = chosen(0.5, machine=measure, device=device)
+    assert set(asked[:-1]) == {64 if kind == "cuda" else 8}
+    assert asked[-1] == recipe.batch
+    steps = recipe.images / recipe.batch
+    assert steps * (0.2 if kind == "cuda" else 0.02 * recipe.batch) < 0.91 * 1800
+
+
+def test_latents_are_not_taken_for_pixels():
+    latents = flowers(sides=(), largest=None)
+    recipe = config.override(recipe_for("dimr-latent-tiny"), ["data.source=latents"])
+    assert not fit_run(0.01, recipe, latents, LAPTOP, lambda _: Speed(0.1)).warnings
+
+
 def test_a_preset_keeps_its_network_batch_and_rate():
     published = config.override(recipe_for("uvit-128"), ["data.source=flowers"])
     choice = fit_run(8, published, flowers(), LAPTOP, lambda _: Speed(0.01))
@@ -356,6 +422,8 @@ def test_a_run_without_grids_has_none():
 def test_few_images_are_warned_of(count, words):
     _, choice = chosen(8, flowers(count=count))
     assert any(re.search(words, warning) for warning in choice.warnings)
+    advice = {300: "with 1,000 one could keep enough", 1_000: "train on flowers:train"}[count]
+    assert any(advice in warning for warning in choice.warnings)
     assert chosen(8, flowers(count=5_000))[1].warnings == []
 
 

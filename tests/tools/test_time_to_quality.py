@@ -18,30 +18,59 @@ import time_to_quality as benchmark  # noqa: E402
 NEW, OLD = "Alpha (avx512)", "Alpha (avx2)"
 
 
-def row(entrant, minutes, distance, processor=OLD):
-    return {
-        "entrant": entrant, "minutes": minutes, "distances": {"FD": distance},
-        "processor": processor,
-    }  # fmt: skip
+def speed(*images_per_second, processor=OLD):
+    return {"images_per_second": list(images_per_second), "processor": processor}
+
+
+def row(entrant, images, distance):
+    return {"entrant": entrant, "images": images, "distances": {"FD": distance}}
 
 
 def test_minutes_are_interpolated_in_logarithms():
-    curve = [row("unet", 10, 400), row("unet", 40, 100)]
+    curve = [(10.0, 400.0), (40.0, 100.0)]
     # Half-way in log distance is half-way in log minutes.
-    assert benchmark.minutes_to(curve, "FD", 200) == "20"
-    assert benchmark.minutes_to(curve, "FD", 100) == "40"
-    assert benchmark.minutes_to(curve, "FD", 400) == "≤ 10"
-    assert benchmark.minutes_to(curve, "FD", 99) == "–"
+    assert benchmark.minutes_to(curve, 200) == "20.0"
+    assert benchmark.minutes_to(curve, 100) == "40.0"
+    assert benchmark.minutes_to(curve, 400) == "≤ 10.0"
+    assert benchmark.minutes_to(curve, 99) == "–"
 
 
-def test_no_curve_joins_two_processors():
-    rows = [row("unet", 40, 100, NEW), row("unet", 10, 400), row("uvit", 10, 300)]
-    assert benchmark.name_processors(rows) == {OLD: "A", NEW: "B"}
-    assert list(benchmark.curves(rows)) == [("unet", "A"), ("uvit", "A"), ("unet", "B")]
-    lines = benchmark.tabulate_minutes(rows, "FD").splitlines()
-    assert lines[0] == "| entrant | processor | 400 | 320 | 250 | 200 | 160 | 130 | 100 |"
-    assert lines[2] == "| `unet` | A | ≤ 10 | – | – | – | – | – | – |"
-    assert lines[4] == f"| `unet` | B |{' ≤ 40 |' * 7}"
+def test_every_row_is_on_one_clock():
+    """Images over the median speed: 60 images/s and 30 images/s."""
+    speeds = {"unet": speed(60, 10, 61), "uvit": speed(30)}
+    rows = [row("uvit", 18_000, 300), row("unet", 144_000, 100), row("unet", 36_000, 400)]
+    assert benchmark.curves(rows, speeds, "FD") == {
+        "unet": [(10, 400), (40, 100)],
+        "uvit": [(10, 300)],
+    }
+    lines = benchmark.tabulate_minutes(rows, speeds, "FD").splitlines()
+    assert lines[0] == "| entrant | 400 | 320 | 250 | 200 | 160 | 130 | 100 |"
+    assert lines[2] == "| `unet` | ≤ 10.0 | 12.5 | 16.0 | 20.0 | 25.0 | 30.8 | 40.0 |"
+    assert lines[3] == "| `uvit` | ≤ 10.0 | ≤ 10.0 | – | – | – | – | – |"
+    named = SimpleNamespace(name="unet", batch=70)
+    assert benchmark.count_images(named, 10, speeds) == 35_980  # whole batches
+    assert benchmark.count_images(named, 1e-9, speeds) == 70
+
+
+def test_speeds_of_two_processors_are_not_one_clock():
+    with pytest.raises(ValueError):
+        benchmark.find_processor({"unet": speed(60), "uvit": speed(30, processor=NEW)})
+
+
+@pytest.mark.parametrize(("start", "per_image"), [(0.0, 0.5), (7.0, 0.5), (3.0, 4.0)])
+def test_a_speed_has_no_start_in_it(monkeypatch, start, per_image):
+    """A start of 0 to 7 s, twice the time of a batch and more, does not change the speed."""
+    clock, seen = SimpleNamespace(now=0.0), {"unet": 0}
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: clock.now)
+
+    def advance(images):
+        assert images > seen["unet"]
+        clock.now += start + per_image * (images - seen["unet"])
+        seen["unet"] = images
+
+    made = SimpleNamespace(name="unet", batch=8, advance=advance)
+    found = benchmark.measure_speeds([made], rounds=3, seconds=20)["unet"]
+    assert found == pytest.approx([1 / per_image] * 3)
 
 
 @pytest.fixture
@@ -93,8 +122,10 @@ def test_other_settings_do_not_relabel_rows():
         benchmark.check_settings(done, {"samples": 500}, Path("x.json"))
 
 
-def test_the_results_are_of_one_setting_each():
+def test_the_results_are_on_one_clock():
     for path in (ROOT / "benchmarks" / "results").glob("time-to-quality-*.json"):
-        rows = json.loads(path.read_text())["rows"]
-        keys = [(r["entrant"], r["asked_minutes"], r["processor"]) for r in rows]
+        result = json.loads(path.read_text())
+        assert benchmark.find_processor(result["speeds"])
+        keys = [(row["entrant"], row["images"]) for row in result["rows"]]
         assert len(keys) == len(set(keys))
+        assert {entrant for entrant, _ in keys} <= set(result["speeds"])

@@ -218,13 +218,13 @@ _TINY = SiD2Config(
     num_classes=10,
     width=16,
     emb_dim=128,
-    multipliers=(1, 4, 8),
-    kinds=("res", "transformer", "transformer"),
-    blocks=(1, 1),
+    multipliers=(1, 2, 4, 8),
+    kinds=("res", "res", "transformer", "transformer"),
+    blocks=(1, 1, 1),
     depth=3,
     dropout=0.0,
 )
-_LARGER = replace(_TINY, size=64, blocks=(2, 2))
+_LARGER = replace(_TINY, size=64, blocks=(2, 2, 2))
 
 registry.add(
     "sid2",

@@ -143,6 +143,10 @@ def evaluate(
         if value is not None:
             other = "samples of a model" if bits_per_dim else "--bits-per-dim"
             raise ValueError(f"{name} is of {other}; evaluate samples and likelihood one by one")
+    if size is not None and train_images is None:
+        raise ValueError(
+            "--size is of --train-images and --heldout-images; samples are evaluated in their own"
+        )
     if sweep is not None and (heldout is not None or train_images is not None):
         raise ValueError("--sweep takes no --heldout and no --train-images; evaluate one scale")
     kind = "evaluation" if sweep is None else "sweep"

@@ -78,6 +78,19 @@ class Source:
 
         if self.is_model:
             return from_job(self.open_job(), self.samples)
+        options = {
+            "--num-images": self.num_images,
+            "--sampler": self.sampler,
+            "--steps": self.steps,
+            "--guidance": self.guidance,
+            "--encoder": self.encoder,
+            "--dtype": self.dtype,
+        }
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ValueError(
+                f"{self.name} holds images, and {' and '.join(given)} are of a model's samples; "
+                "leave them out"
+            )
         images = open_image_source(self.name, self.channels)
         if self.prompts is None:
             return images
@@ -137,24 +150,35 @@ class Copies:
 
         samples: with their resolution and channels.
 
-        Errors: ValueError for images of another size, and for too few held out.
+        Errors: ValueError for images of another size, for too few held out, and for images held out
+            that are in the training set.
         """
+        from mezzotint.data.image_dataset import split_source
         from mezzotint.evaluate.extract import with_resolution
         from mezzotint.evaluate.image_source import open_real_images
         from mezzotint.evaluate.memorization import QUANTILE, check_quantile
 
+        (base, split), (other, part) = split_source(self.train), split_source(self.heldout)
+        if base == other and (split == part or {split, part} & {"", "all"}):
+            raise ValueError(
+                f"--train-images {self.train} and --heldout-images {self.heldout} have images in "
+                f"common; give {base}:train and {base}:test, for a run on {base}:train"
+            )
         train, heldout = (
             open_real_images(name, self.size, samples.channels or 3)
             for name in (self.train, self.heldout)
         )
         check_quantile(QUANTILE, heldout.num_images)
         wanted = samples.resolution
+        what = "give images of that size"
+        if wanted is not None and wanted[0] == wanted[1]:
+            what = f"give --size {wanted[0]}"
         for images in (train, heldout):
             found = with_resolution(images).resolution
             if found is not None and wanted is not None and found != wanted:
                 raise ValueError(
                     f"{images.name} holds images of {found[0]}x{found[1]} pixels, and "
-                    f"{samples.name} of {wanted[0]}x{wanted[1]}; give --size {wanted[0]}"
+                    f"{samples.name} of {wanted[0]}x{wanted[1]}; {what}"
                 )
         return train, heldout
 

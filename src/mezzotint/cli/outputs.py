@@ -6,8 +6,9 @@ from pathlib import Path
 
 # What training, and tuning the sampling, write into a run folder.
 RUN_PARTS = (
-    ".lock", "checkpoints", "ema", "environment.json", "events.jsonl", "log.jsonl", "model",
-    "model-raw", "recipe.yaml", "samples", "tune.json", "tune.pieces", "tuned", "unreadable.txt",
+    ".lock", "bundles", "checkpoints", "data.json", "data.npy", "ema", "environment.json",
+    "events.jsonl", "log.jsonl", "model", "model-raw", "recipe.yaml", "samples",
+    "tune.json", "tune.pieces", "tuned", "unreadable.txt",
 )  # fmt: skip
 
 

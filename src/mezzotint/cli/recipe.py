@@ -59,17 +59,27 @@ def choose_for_hours(
         `recall_choice`.
     """
     from mezzotint.core.distributed import on_rank0
-    from mezzotint.recipes import FEW_STEPS
+    from mezzotint.tools import budget
 
     def choose() -> Recipe:
-        if preset.endswith(FEW_STEPS):
-            raise ValueError(f"{preset} grows by images; give its length as images=N, not --hours")
         if length := [a for a in overrides if a.startswith("images=")]:
             raise ValueError(f"--hours {hours:g} and {length[0]} both set the length; give one")
         if preset == AUTO and file:
             raise ValueError(f"auto chooses the recipe; leave --recipe {file} out")
         kept = recall_choice(hours, preset, out)
-        return kept or choose_fitting_recipe(hours, preset, overrides, data, file, out, world)
+        if kept is None:
+            first = budget.measured_presets()[0] if preset == AUTO else preset
+            named = choose_recipe(first, overrides, data, file)
+            if named.objective.name == "consistency":
+                raise ValueError(
+                    f"{file or preset} tunes to few steps in stages of so many images; give its "
+                    "length as images=N, not --hours"
+                )
+            kept = recall_stored_choice(hours, preset, out, named.save.store)
+            kept = kept or choose_fitting_recipe(hours, preset, named, overrides, out, world)
+        elif file:
+            echo(f"--recipe {file} was read when the run began, and is not read again")
+        return kept
 
     # Each rank applies its own data and fields; training compares them at its start.
     return apply_changes(on_rank0(choose, world), data, overrides)
@@ -85,35 +95,60 @@ def recall_choice(hours: float, preset: str, folder: Path) -> Recipe | None:
 
     if not ((folder / RECIPE).is_file() and has_started(folder)):
         return None
-    kept = config.from_yaml(folder / RECIPE)
+    return _check_kept(config.from_yaml(folder / RECIPE), hours, preset, str(folder), "--out")
+
+
+def recall_stored_choice(hours: float, preset: str, folder: Path, store: str) -> Recipe | None:
+    """Return the recipe of a run that its store alone holds, e.g. after the loss of a machine.
+
+    store: an address; none if it is empty.
+
+    Errors: see `recall_choice`; StoreUnavailable.
+    """
+    from mezzotint.train.checkpoint_store import stored_recipe
+    from mezzotint.train.run_folder import check_run_folder
+
+    kept = stored_recipe(store) if store else None
+    if kept is None:
+        return None
+    check_run_folder(folder, kept.data.source)
+    return _check_kept(kept, hours, preset, store, "save.store")
+
+
+def _check_kept(kept: Recipe, hours: float, preset: str, place: str, option: str) -> Recipe:
+    """Return a run's recipe if it is of these hours and this preset.
+
+    place: what holds the run; option: by which it is given.
+    """
     if kept.hours != hours:
         begun = "without --hours" if kept.hours is None else f"with --hours {kept.hours:g}"
         raise ValueError(
-            f"{folder} began {begun} and goes on to its {kept.images:,} images; start it as it "
-            f"began, or give another --out for --hours {hours:g}"
+            f"{place} began {begun} and goes on to its {kept.images:,} images; start it as it "
+            f"began, or give another {option} for --hours {hours:g}"
         )
     if preset not in (AUTO, kept.preset):
-        raise ValueError(f"{folder} trains {kept.preset}, not {preset}; give another --out")
-    echo(f"{folder} goes on: {kept.preset}, {kept.images:,} images, as --hours {hours:g} chose")
+        raise ValueError(f"{place} trains {kept.preset}, not {preset}; give another {option}")
+    echo(f"{place} goes on: {kept.preset}, {kept.images:,} images, as --hours {hours:g} chose")
     return kept
 
 
 def choose_fitting_recipe(
     hours: float,
     preset: str,
+    named: Recipe,
     overrides: tuple[str, ...],
-    data: str,
-    file: Path | None,
     out: Path,
     world: World,
 ) -> Recipe:
-    """Return the recipe that fits the data, the machine and the budget; print the reasons."""
+    """Return the recipe that fits the data, the machine and the budget; print the reasons.
+
+    named: of the command, with any network for auto.
+    """
     from mezzotint.tools import budget, budget_facts
     from mezzotint.train.loop import check_data_given
     from mezzotint.train.run_folder import check_run_folder
 
     auto = preset == AUTO
-    named = choose_recipe(budget.measured_presets()[0] if auto else preset, overrides, data, file)
     check_data_given(named)
     check_run_folder(out, named.data.source)
     device = budget_facts.describe_device(named, world)

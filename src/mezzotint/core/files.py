@@ -383,7 +383,18 @@ def locate_file(published: PublishedFile, path: str | Path | None = None) -> Pat
 
 
 def download_file(published: PublishedFile, target: Path) -> Path:
-    """Download to `target`, with a progress bar; the file gets its name once its hash is right."""
+    """Download to `target`, with a progress bar; the file gets its name once its hash is right.
+
+    Errors: ValueError that says where to put the file, without a network or with HF_HUB_OFFLINE.
+    """
+    needed = f"{published.name} ({published.bytes / 1e6:.0f} MB, {published.licence}) is needed and"
+    by_hand = (
+        f"Download {published.url} on a machine with a network and put it at {target}, or give "
+        "its path"
+    )
+    # The values that huggingface_hub takes for true.
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ValueError(f"{needed} HF_HUB_OFFLINE forbids to download it. {by_hand}")
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(partial: Path) -> None:
@@ -400,11 +411,7 @@ def download_file(published: PublishedFile, target: Path) -> Path:
     try:
         atomic_replace(target, fetch)
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise ValueError(
-            f"{published.name} ({published.bytes / 1e6:.0f} MB, {published.licence}) is needed and "
-            f"could not be downloaded ({error}). Download {published.url} on a machine with a "
-            f"network and put it at {target}, or give its path"
-        ) from error
+        raise ValueError(f"{needed} could not be downloaded ({error}). {by_hand}") from error
     return target
 
 

@@ -87,7 +87,14 @@ def from_dataset(images: ImageDataset, name: str, num_images: int | None = None)
     def batches(start: int, stop: int) -> Iterator[Tensor]:
         for part in _parts(start, stop, images.channels * images.size**2):
             # Even spacing, since datasets are often sorted by class.
-            yield images.batch([i * len(images) // count for i in part])[0]
+            chosen = [i * len(images) // count for i in part]
+            yield images.batch(chosen)[0]
+            unreadable = images.unreadable()
+            if bad := [i for i in chosen if i in unreadable]:
+                raise ValueError(
+                    f"{images.name(bad[0])} cannot be read: {unreadable[bad[0]]}; remove it, or "
+                    "leave such images out with mezzotint prepare"
+                )
 
     notes = [GREY_NOTE] if images.channels == 3 and _all_grey(images) else []
     if isinstance(images.source, PreparedSource) and images.source.form.note:
@@ -283,11 +290,14 @@ def repeat_grey(source: ImageSource, channels: int) -> ImageSource:
     )
 
 
-def from_npz(file: str | Path) -> ImageSource:
+def from_npz(file: str | Path, channels: int = 3) -> ImageSource:
     """Return the images of an ADM sample file: `arr_0`, uint8 (n, h, w, channels).
 
     They are read in pieces, since 50,000 images at 256 pixels are 10 GB. FILE.json is read if
     `mezzotint sample` wrote one.
+
+    Args:
+        channels: 1 refuses images of colour.
     """
     names = npz_names(file)
     if "arr_0" not in names:
@@ -303,6 +313,8 @@ def from_npz(file: str | Path) -> ImageSource:
             f"{file}: arr_0 is {dtype} of shape {shape}; expected uint8 (images, height, width, "
             "1 or 3)"
         )
+    if shape[3] > channels:
+        raise ValueError(f"{file}: arr_0 holds images of colour; give grey ones, of one channel")
     num_images, height, width, channels = shape
     image_bytes = height * width * channels
     if not 0 < height * width <= MAX_PIXELS:
@@ -397,7 +409,8 @@ def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
 
     "PATH:SPLIT" and "set.zip/FOLDER" choose a part, see `mezzotint.data.image_dataset.open_images`.
     """
-    base = expand_user(split_source(str(path))[0])
+    name, split = split_source(str(path))
+    base = expand_user(name)
     if (base / CARD).is_file():
         return from_dataset(open_images(path, channels=channels), str(path))
     if (base / LATENTS).is_file():
@@ -405,7 +418,11 @@ def open_image_source(path: str | Path, channels: int = 3) -> ImageSource:
             f"{path} holds latents, not images; give the images it was encoded from, and a size"
         )
     if base.suffix.lower() == ".npz" and base.is_file():
-        return from_npz(path)
+        if split:
+            raise ValueError(
+                f"{path}: a file of samples has no splits; give --size to read it as a dataset"
+            )
+        return from_npz(path, channels)
     if str(base) in BUILTIN:
         raise ValueError(f"{path} is a built-in dataset; it also needs a size, e.g. --size 64")
     return from_folder(path, channels)

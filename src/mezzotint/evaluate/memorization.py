@@ -70,6 +70,25 @@ def check_quantile(quantile: float, num_heldout: int) -> None:
         )
 
 
+def check_held_out(heldout: Array, distance: Float[Tensor, " h"], quantile: float) -> None:
+    """Raise ValueError where `quantile` of the held-out images or more are training images.
+
+    No sample can be nearer than that, so a model that copies would not be seen to.
+
+    Args:
+        heldout: features (h, d). distance: of each to its nearest training image.
+    """
+    norms = torch.as_tensor(heldout).double().norm(dim=1)
+    # Features of one image differ between batches by rounding.
+    same = int((distance.double().cpu() <= 1e-5 * norms.cpu()).sum())
+    if same >= quantile * len(norms):
+        raise ValueError(
+            f"{same:,} of {len(norms):,} held-out images are among the training images, so they do "
+            "not show how far new images are; give images that were not trained on, e.g. "
+            "DATA:test of a run on DATA:train"
+        )
+
+
 def measure_memorization(
     samples: Array, train: Array, heldout: Array, quantile: float = QUANTILE, k: int = 4
 ) -> Memorization:
@@ -79,10 +98,13 @@ def measure_memorization(
         samples, train, heldout: features of one set, (n, d), (m, d), (h, d) with m >= k.
         quantile: a sample nearer than this quantile of the held-out distances counts as a copy; at
             least 1 / h.
+
+    Errors: ValueError where held-out images are training images, see `check_held_out`.
     """
     check_quantile(quantile, len(heldout))
     distance, index = nearest_neighbours(samples, train, min(k, len(train)))
     baseline, _ = nearest_neighbours(heldout, train)
+    check_held_out(heldout, baseline[:, 0], quantile)
     nearest, baseline = distance[:, 0].contiguous(), baseline[:, 0].sort().values
     copy_rate = (nearest < torch.quantile(baseline, quantile)).double().mean().item()
     # Mann-Whitney statistic: a tie counts one half.

@@ -27,6 +27,7 @@ from mezzotint.backbones.checkpointing import Checkpointing
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.core.machine import describe_machine
 from mezzotint.core.registry import Spec, build
+from mezzotint.data.text_encoder import MAX_TOKENS
 from mezzotint.models import create_model, get_schedule
 from mezzotint.process import guidance, objectives
 from mezzotint.process.denoiser import Cond, Denoised, Denoiser, Model
@@ -144,14 +145,21 @@ def measure_peak_bytes(work: Work, device: str) -> int:
 
 
 def random_inputs(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor, Cond]:
-    """Return random images (b, c, h, w), noise and labels at the native size."""
+    """Return random images (b, c, h, w) and noise at the native size, labels, and captions.
+
+    Captions are random embeddings of MAX_TOKENS tokens, for a network that reads text.
+    """
     config = model.info.config
     shape = (batch, config.channels, *backbones.native_size(config))
     x, eps = torch.randn(shape, device=device).clamp(-1, 1), torch.randn(shape, device=device)
     label = (
         torch.randint(config.num_classes, (batch,), device=device) if config.num_classes else None
     )
-    return x, eps, Cond(label=label)
+    if not (width := backbones.text_width(config)):
+        return x, eps, Cond(label=label)
+    text = torch.randn(batch, MAX_TOKENS, width, device=device)
+    real = torch.ones(batch, MAX_TOKENS, dtype=torch.bool, device=device)
+    return x, eps, Cond(label=label, text=text, text_mask=real)
 
 
 def make_training_step(model: Model, settings: BenchmarkSettings) -> Work:
@@ -219,7 +227,8 @@ def run_benchmark(settings: BenchmarkSettings, mode: Literal["train", "sample"])
     Errors: ValueError for an unknown preset or override, or a missing device.
     """
     model = make_benchmark_model(settings)
-    gmac = count_macs(get_backbone(model)).computed / GIGA
+    tokens = MAX_TOKENS if backbones.text_width(model.info.config) else 0
+    gmac = count_macs(get_backbone(model), tokens).computed / GIGA
     if mode == "train":
         model.train()
         step = make_training_step(model, settings)

@@ -18,8 +18,11 @@ from typing import NamedTuple
 from mezzotint import config
 from mezzotint.backbones import native_side
 from mezzotint.config import Recipe, SampleGrid
-from mezzotint.models import preset_info, presets
+from mezzotint.data.image_dataset import split_source
+from mezzotint.evaluate.memorization import QUANTILE
+from mezzotint.models import meta_model, preset_info, presets
 from mezzotint.recipes import recipe_for
+from mezzotint.sampling.sample import count_network_calls
 from mezzotint.tools.measurements import (
     compare_distances,
     is_nearer,
@@ -28,6 +31,7 @@ from mezzotint.tools.measurements import (
     rows_of,
 )
 from mezzotint.tools.summary import format_count, read_summary
+from mezzotint.train.sample_grid import grid_settings
 
 SIZES = (16, 28, 32, 64, 128, 256)  # of images in training, in pixels; 28 is MNIST's
 NETWORK_SIZE = 64  # the network is chosen at this size, that of most measurements
@@ -71,11 +75,15 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """One rank's device, the precision of its passes, and the number of ranks."""
+    """One rank's device, the precision of its passes, and the number of ranks.
+
+    kind: cpu or cuda.
+    """
 
     name: str
     precision: str
     ranks: int = 1
+    kind: str = "cpu"
 
 
 class Speed(NamedTuple):
@@ -116,7 +124,7 @@ def choose_run(
     """Choose network, size, batch and length for a budget.
 
     Args:
-        measure: returns the speed of a recipe's network here.
+        measure: returns the speed of a recipe's network here, in its batch.
         overrides: fields of the recipe that are fixed already, as for `config.override`.
 
     Errors: ValueError for fewer than two images, for a size above every image, and as `fit_run`.
@@ -127,7 +135,7 @@ def choose_run(
             "hundreds at least"
         )
     recipe, reasons = _choose_network(hours, data, device, measure, overrides)
-    images = images_within(hours, measure(recipe), device)
+    images = images_within(hours, measure(_in_ranked_batch(recipe, device)), device)
     batch = recipe.batch
     while images < FEWEST_STEPS * batch and batch // 2 >= SMALLEST_BATCH:
         batch //= 2
@@ -142,6 +150,15 @@ def choose_run(
         reasons["augment"] = f"{recipe.data.augment:g} of EDM's augmentations, for few images"
     choice = fit_run(hours, recipe, data, device, measure, overrides)
     return choice._replace(reasons={**reasons, **choice.reasons})
+
+
+def _in_ranked_batch(recipe: Recipe, device: DeviceFacts) -> Recipe:
+    """Return a recipe in the batch in which networks are ranked, before its own is chosen.
+
+    A GPU is slow per image in the small batches of a CPU's recipes.
+    """
+    batch = max(recipe.batch, LARGEST_BATCH) if device.kind == "cuda" else recipe.batch
+    return replace(recipe, batch=batch)
 
 
 def images_within(hours: float, speed: Speed, device: DeviceFacts) -> float:
@@ -168,7 +185,8 @@ def _choose_network(
     @cache
     def images(preset: str, size: int) -> float:
         try:
-            return images_within(hours, measure(draft(preset, size)), device)
+            recipe = _in_ranked_batch(draft(preset, size), device)
+            return images_within(hours, measure(recipe), device)
         except ValueError:  # no network of this size
             return 0.0
 
@@ -178,7 +196,7 @@ def _choose_network(
     check_size(sizes[-1], data)
     size = max((s for s in sizes if s <= NETWORK_SIZE), default=sizes[0])
     if not any(images(preset, size) for preset in measured_presets()):
-        measure(draft(first, size))  # raises what is wrong
+        measure(_in_ranked_batch(draft(first, size), device))  # raises what is wrong
     preset, family = _choose_family(images, size)
     preset, network = _grow_network(images, preset, size)
     if fixed:
@@ -317,12 +335,17 @@ def fit_run(
     check_size(size_of(recipe), data)
     speed = measure(recipe)
     seconds = speed.seconds / device.ranks
-    samples, grids = _fit_grids(recipe.samples, seconds, 3600 * hours)
-    grid_seconds = grids * samples.count * _seconds_per_sample(samples, seconds)
-    steps = int(((1 - MARGIN) * 3600 * hours - grid_seconds) / (seconds * recipe.batch))
+    budget, per_sample = 3600 * hours, seconds * _steps_per_sample(recipe)
+    samples, grids = _fit_grids(recipe, per_sample, budget, data.num_classes, overrides)
+    grid, per_image = samples.count * per_sample, 0.0
+    if _is_set("samples.every_images", overrides) and samples.every_images:
+        # Grids that are asked for take a part of each image's time, and one is at the end.
+        per_image, grids = grid / samples.every_images, 1
+    per_step = (seconds + per_image) * recipe.batch
+    steps = int(((1 - MARGIN) * budget - grids * grid) / per_step)
     if steps < LEAST_STEPS:
-        least = LEAST_STEPS * recipe.batch * seconds
-        one = _seconds_per_sample(samples, seconds) if grids else 0.0  # a grid has one at least
+        least = LEAST_STEPS * per_step
+        one = min(grids, 1) * (grid if _is_set("samples.count", overrides) else per_sample)
         needed = max(least / (1 - MARGIN - GRIDS), (least + one) / (1 - MARGIN)) / 3600
         raise ValueError(
             f"--hours {hours:g} ends inside the warm-up: it is enough for {max(steps, 0)} steps of "
@@ -355,6 +378,10 @@ def fit_run(
             f"--hours {hours:g} is enough for {images:,} images and ends inside the warm-up of "
             f"optim.warmup_images={fitted.optim.warmup_images}; leave that out, or give more hours"
         )
+    if _is_set("samples.every_images", overrides):
+        asked = fitted.samples.every_images
+        grids = math.ceil(images / asked) if asked and fitted.samples.count else 0
+    decays = "decays to zero" if fitted.optim.decay != "constant" else "stays constant"
     sides = f", half of them of {median(data.sides):g} px or more" if data.sides else ""
     reasons = {
         "data": f"{data.source}: {data.count:,} images, "
@@ -362,7 +389,7 @@ def fit_run(
         "device": f"{device.name}: {1 / seconds:,.3g} images/s in {device.precision}, by a step "
         f"timed now{f', times {device.ranks} processes' if device.ranks > 1 else ''}",
         "length": f"{images:,} images in batches of {fitted.batch}: each image about "
-        f"{images / data.count:,.3g} times; sample grids: {grids}; the rate decays to zero",
+        f"{images / data.count:,.3g} times; sample grids: {grids}; the rate {decays}",
         "expect": describe_comparable(fitted),
     }
     return Choice(
@@ -370,19 +397,38 @@ def fit_run(
     )
 
 
-def _seconds_per_sample(samples: SampleGrid, seconds: float) -> float:
-    """Return the seconds of a sample, from those of a training step per image."""
+def _steps_per_sample(recipe: Recipe) -> float:
+    """Return the time of a sample of the grids, in training steps of one image."""
+    model = meta_model(preset_info(recipe.preset, **recipe.model))
     # A forward pass is a third of a step (Kaplan et al., arXiv 2001.08361, section 2.1).
-    return samples.steps * seconds / 3 * (1 if samples.guidance is None else 2)
+    return count_network_calls(model, grid_settings(recipe.samples)) / 3
 
 
-def _fit_grids(samples: SampleGrid, seconds: float, budget: float) -> tuple[SampleGrid, int]:
-    """Return the grid with as many samples as time allows, and the number of grids."""
+def _fit_grids(
+    recipe: Recipe, per_sample: float, budget: float, num_classes: int, overrides: Sequence[str]
+) -> tuple[SampleGrid, int]:
+    """Return the grid with as many samples as time allows, and the number of grids.
+
+    A number of samples that is set stays. Another one is whole rows, one per class, where it can.
+
+    Args:
+        per_sample, budget: in seconds.
+    """
+    samples = recipe.samples
     if not (samples.count and samples.every_images):
         return samples, 0
-    affordable = GRIDS * budget / _seconds_per_sample(samples, seconds)
-    count = max(1, min(samples.count, int(affordable)))
+    affordable = GRIDS * budget / per_sample
+    count = samples.count
+    if not _is_set("samples.count", overrides):
+        count = max(1, min(count, int(affordable)))
+        count -= count % num_classes if 0 < num_classes < count else 0
     return replace(samples, count=count), max(1, min(MOST_GRIDS, int(affordable / count)))
+
+
+def _is_set(field: str, overrides: Sequence[str]) -> bool:
+    """Return whether a command sets a field, or the group that it is of."""
+    given = {assignment.partition("=")[0] for assignment in overrides}
+    return bool(given & {field, field.partition(".")[0]})
 
 
 def _round_up(hours: float) -> str:
@@ -411,6 +457,9 @@ def describe_comparable(recipe: Recipe) -> str:
 
 def _warn_of_length(recipe: Recipe, seconds: float) -> list[str]:
     """Warn of a run too short for its size, with the hours that would suffice."""
+    info = preset_info(recipe.preset, **recipe.model)
+    if (recipe.data.codec or info.codec) != "pixels":
+        return []  # what a size of latents needs is not measured
     least = least_for_size(size_of(recipe))
     if recipe.images >= least:
         return []
@@ -430,10 +479,14 @@ def _warn_of_data(recipe: Recipe, data: DataFacts) -> list[str]:
         if data.count < HUNDREDS
         else "are few: samples may copy them"
     )
-    return [
-        f"{data.count:,} images {what}; some thousands are better. mezzotint evaluate shows the "
-        "nearest training image of each sample (--train-images)"
-    ]
+    source, split = split_source(data.source)
+    if split:
+        check = "mezzotint evaluate --train-images looks for copies afterwards"
+    elif data.count < 10 / QUANTILE:
+        check = f"with {10 / QUANTILE:,.0f} one could keep enough of them to look for copies"
+    else:
+        check = f"to look for copies afterwards, train on {source}:train, which keeps a tenth"
+    return [f"{data.count:,} images {what}; some thousands are better; {check} (see Few images)"]
 
 
 def render_choice(choice: Choice) -> str:

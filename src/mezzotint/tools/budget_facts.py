@@ -14,14 +14,9 @@ from mezzotint.config import Recipe
 from mezzotint.core.distributed import World
 from mezzotint.core.machine import describe_machine
 from mezzotint.data.image_dataset import BUILTIN, ImageDataset, open_images, split_source
+from mezzotint.data.shard_index import is_sharded
 from mezzotint.models import meta_model, preset_info
-from mezzotint.tools.budget import (
-    LARGEST_BATCH,
-    DataFacts,
-    DeviceFacts,
-    MeasureSpeed,
-    Speed,
-)
+from mezzotint.tools.budget import DataFacts, DeviceFacts, MeasureSpeed, Speed
 from mezzotint.tools.plan import time_step
 from mezzotint.train.dataset import open_recipe_dataset
 from mezzotint.train.precision import choose_precision
@@ -38,6 +33,11 @@ def examine_images(recipe: Recipe, size: int = 0) -> DataFacts:
         size: in pixels; if it exceeds every side of the sample, all images are read.
     """
     source = recipe.data.source
+    if is_sharded(source):
+        raise ValueError(
+            f"{source} holds shards, whose images are not looked at one by one; name a preset and "
+            "a size in place of auto, e.g. unet-tiny model.size=64"
+        )
     images, own_size = _open_images(recipe)
     classes = images.num_classes
     if split_source(source)[0] in BUILTIN:
@@ -82,9 +82,10 @@ def _sides(images: ImageDataset, numbers: Iterable[int]) -> list[int]:
 
 
 def examine_data(recipe: Recipe, world: World) -> DataFacts:
-    """Return the facts of a recipe's data, of latents without their size."""
+    """Return the facts of a recipe's data, of latents and shards without their size."""
     info = preset_info(recipe.preset, **recipe.model)
-    if info.codec == "pixels" and not recipe.data.codec:
+    is_pixels = info.codec == "pixels" and not recipe.data.codec
+    if is_pixels and not is_sharded(recipe.data.source):
         return examine_images(recipe, native_side(info.config))
     dataset = open_recipe_dataset(recipe, info, world)
     return DataFacts(
@@ -104,20 +105,20 @@ def describe_device(recipe: Recipe, world: World) -> DeviceFacts:
         name=f"{machine['processor']}{threads}",
         precision=choose_precision(recipe.engine, world.device.type),
         ranks=world.size,
+        kind=world.device.type,
     )
 
 
 def make_speed_meter(world: World) -> MeasureSpeed:
-    """Return a function that times training steps of a recipe's network on this rank, once each."""
+    """Return a function that times training steps of a recipe on this rank, once for each batch."""
     device = world.device.type
     known: dict[str, Speed] = {}
 
     def measure(recipe: Recipe) -> Speed:
-        key = repr((recipe.preset, recipe.model, recipe.engine, recipe.objective))
+        key = repr((recipe.preset, recipe.model, recipe.engine, recipe.objective, recipe.batch))
         if key not in known:
             check_memory(recipe, meta_model(preset_info(recipe.preset, **recipe.model)), world)
-            batch = recipe.batch if device == "cpu" else max(recipe.batch, LARGEST_BATCH)
-            share = max(1, batch // world.size)
+            share = max(1, recipe.batch // world.size)
             most = min(recipe.engine.microbatch or share, share)
             precision = choose_precision(recipe.engine, device)
             images, seconds = time_step(recipe, precision, 1, most, device)

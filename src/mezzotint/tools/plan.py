@@ -197,6 +197,7 @@ def time_step(
         return _read_wall_clock(device) - start
 
     step: Work | None = None
+    fitting = 0  # images of `step`
     while True:
         try:
             larger = make_training_step(model, dataclasses.replace(settings, batch=images))
@@ -205,9 +206,9 @@ def time_step(
         except torch.OutOfMemoryError:
             if step is None:
                 raise
-            images //= 2
+            images = fitting
             break
-        step = larger
+        step, fitting = larger, images
         enough = seconds > (STEP_SECONDS if images >= TIMED_IMAGES else MOST_SECONDS)
         if images == most_images or (device == "cpu" and enough):
             break

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mezzotint import config
+from mezzotint.config import Recipe
 from mezzotint.core.distributed import (
     World,
     all_ranks,
@@ -312,15 +313,27 @@ def _check_same_run(store: str, run: Path) -> None:
     own = started_recipe(run)
     if own is None:
         return
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / RECIPE
-        download_file(join_address(store, RECIPE), path)
-        differences = recipe_differences(config.from_yaml(path), own)
+    differences = recipe_differences(_read_recipe(store), own)
     if differences:
         raise ValueError(
             "\n".join([f"{store} holds another run than {run}:", *differences])
             + "\nUse another save.store, or another --out."
         )
+
+
+def _read_recipe(store: str) -> Recipe:
+    """Return the recipe of a store's run."""
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / RECIPE
+        download_file(join_address(store, RECIPE), path)
+        return config.from_yaml(path)
+
+
+def stored_recipe(store: str) -> Recipe | None:
+    """Return the recipe of the run that a store holds; None where it holds no checkpoint."""
+    if not any(_has_manifest(files) for files in _stored_checkpoints(store).values()):
+        return None
+    return _read_recipe(store)
 
 
 def _fetch_records(store: str, run: Path) -> None:

@@ -245,13 +245,13 @@ def loop(
             exit_gracefully(run, progress, stop)
 
         # Last, because both sample from the averages, which are on disk by now.
+        paused_at = time.monotonic()
         if grid_due(run):
             draw_grid(run, progress)
         if evaluator is not None and evaluation_due:
-            paused_at = time.monotonic()
             run_evaluation(run, evaluator, stop, progress, listeners)
-            # The log measures the speed of training alone.
-            logged_at += time.monotonic() - paused_at
+        # The log measures the speed of training alone.
+        logged_at += time.monotonic() - paused_at
     if recipe.save.store:  # the grid and the evaluation of the end
         save(run, False, False, ())
     run.writer.wait()

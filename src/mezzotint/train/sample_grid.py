@@ -146,8 +146,9 @@ def save_sample_grid(
             images[rows] = share
         names = model.info.labels
         captions = class_captions(labels.tolist(), names) if names and labels is not None else None
-        # One row per class where all classes are shown.
-        columns = grid.count // config.num_classes if labels is not None else None
+        # One row per class where all classes are shown equally often.
+        whole = config.num_classes > 1 and grid.count % config.num_classes == 0
+        columns = grid.count // config.num_classes if whole else None
         save_png(make_grid(images, columns=columns or None, captions=captions), path)
     return path
 

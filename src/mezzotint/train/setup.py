@@ -29,7 +29,7 @@ from mezzotint.core.registry import Spec, build
 from mezzotint.data.content import Content, read_content
 from mezzotint.data.dataset import Dataset
 from mezzotint.data.loader import check_batch, largest_share
-from mezzotint.data.text_encoder import find_text_encoder
+from mezzotint.data.text_encoder import MAX_TOKENS, find_text_encoder
 from mezzotint.models import ModelInfo, build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
 from mezzotint.process.denoiser import Model, Schedule
@@ -391,7 +391,8 @@ def count_training_flop(model: Model, objective: str) -> float:
     recomputation by checkpointing does not count.
     """
     passes = 3.0 + objectives.EXTRA_PASSES.get(objective, 0)
-    return passes * 2.0 * count_macs(get_backbone(model)).computed
+    tokens = MAX_TOKENS if text_width(model.info.config) else 0
+    return passes * 2.0 * count_macs(get_backbone(model), tokens).computed
 
 
 def averaged_model(run: Run) -> Model:
