@@ -83,7 +83,8 @@ def test_input_transforms(name, transform, patch):
     out = model.raw(torch.randn(2, 3, size, 2 * size), torch.zeros(2), Cond())[0]
     assert out.shape == (2, 3, size, 2 * size)
     assert out.std() > 0
-    assert model.backbone.factor == 4 * patch
+    levels = len(model.info.config.multipliers)
+    assert model.backbone.factor == 2 ** (levels - 1) * patch
 
 
 @pytest.mark.parametrize(

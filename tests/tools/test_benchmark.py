@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from mezzotint.core.registry import Spec
+from mezzotint.data.text_encoder import MAX_TOKENS
+from mezzotint.models import create_model
 from mezzotint.tools import benchmark, summary
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -148,3 +150,16 @@ def test_pairs_hold_the_same_weights(speed):
 def test_fitted_exponent(benchmark_module):
     exponent = benchmark_module("scaling").exponent
     assert exponent([1.0, 2.0, 4.0], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
+
+
+def test_text_networks_are_timed_with_captions():
+    """As many tokens as training pads captions to, all of them read."""
+    model = create_model("uvit-text-tiny")
+    _, _, cond = benchmark.random_inputs(model, 3, "cpu")
+    width = model.info.config.text_dim
+    assert cond.text is not None
+    assert cond.text.shape == (3, MAX_TOKENS, width)
+    assert cond.text_mask is not None
+    assert cond.text_mask.all()
+    _, _, plain = benchmark.random_inputs(create_model("uvit-tiny"), 3, "cpu")
+    assert plain.text is None

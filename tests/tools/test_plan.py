@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -457,3 +458,28 @@ def test_planned_memory_is_within_a_tenth_of_the_measured(preset, batch, precisi
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(json.dumps(plan_and_measure(sys.argv[1], int(sys.argv[2]), sys.argv[3])))
+
+
+@pytest.mark.parametrize(
+    ("most", "memory", "fitting"), [(96, 64, 64), (96, 96, 96), (64, 40, 32), (7, 5, 4), (1, 1, 1)]
+)
+def test_the_time_of_a_step_is_of_the_images_that_fit(monkeypatch, most, memory, fitting):
+    """A device with room for `memory` images; a step takes a second an image."""
+    clock = SimpleNamespace(now=0.0)
+
+    def make_step(model, settings):
+        if settings.batch > memory:
+            raise torch.OutOfMemoryError("too large")
+
+        def step():
+            clock.now += settings.batch
+
+        return step
+
+    monkeypatch.setattr(
+        planning, "make_benchmark_model", lambda settings: SimpleNamespace(train=dict)
+    )
+    monkeypatch.setattr(planning, "make_training_step", make_step)
+    monkeypatch.setattr(planning, "_read_wall_clock", lambda device: clock.now)
+    recipe = recipe_for("unet-tiny")
+    assert planning.time_step(recipe, "bf16", 1, most, "cuda") == (fitting, fitting)
