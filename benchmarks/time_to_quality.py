@@ -415,7 +415,7 @@ def plot(
         numbers.set_minor_formatter("{x:g}")
         numbers.set_tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(frameon=False, fontsize=7, ncols=2)
+    axis.legend(edgecolor="none", framealpha=1, fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
