@@ -1,4 +1,4 @@
-"""Measure bits per dimension of the models that time_to_quality.py has trained: equal core-minutes.
+"""Measure bits per dimension of the models that time_to_quality.py has trained.
 
     OMP_NUM_THREADS=1 python benchmarks/likelihood.py --runs runs/time-to-quality/cifar10 \\
         --data cifar10_jpg.npz:test
@@ -21,7 +21,7 @@ from mezzotint.data.image_dataset import ImageDataset, open_images
 from mezzotint.data.transforms import to_pillow
 from mezzotint.evaluate.likelihood import LikelihoodSettings, bits_per_dim
 from mezzotint.models import load_model
-from time_to_quality import FAMILIES, read_clock
+from time_to_quality import FAMILIES
 
 
 def measure(
@@ -33,7 +33,6 @@ def measure(
     return {
         "preset": run.name,
         "images": model.info.images,
-        "core_minutes": read_clock(run)[1] / 60,
         "params": sum(p.numel() for p in model.parameters()),
         **found.to_json(),
     }

@@ -249,7 +249,8 @@ def train_for(
 
     It trains in pieces that end with a checkpoint. An interruption counts the time of its piece.
     """
-    check_processor(entrant.folder)
+    if math.isfinite(seconds):
+        check_processor(entrant.folder)
     images, spent = read_clock(entrant.folder)
     while spent < seconds * (1 - MIN_PIECE) and images != most_images:
         rest = min(PIECE_SECONDS, seconds - spent)

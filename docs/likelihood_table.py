@@ -14,7 +14,7 @@ def bits_per_dimension() -> str:
     for row in result["rows"]:
         found = {number["metric"]: number for number in row["numbers"]}
         bound = found["bits/dim"]
-        start = [f"`{row['preset']}`", f"{row['core_minutes']:.0f}", f"{row['images']:,}"]
+        start = [f"`{row['preset']}`", f"{row['images']:,}"]
         size = f"{row['params'] / 1e6:.1f} M"
         value = f"{bound['value']:.3f} ± {bound['error']:.3f}"
         terms = [f"{found[f'bits/dim of {term}']['value']:.4f}" for term in TERMS]
@@ -28,5 +28,5 @@ def bits_per_dimension() -> str:
         f"{settings['condition']}; ± is one standard error over images. The same images as PNG "
         f"files take {result['png']:.2f} bits per dimension. {how_measured(result)}"
     )
-    head = ["preset", "core-minutes", "images seen", "parameters", "bits/dim", *TERMS]
+    head = ["preset", "images seen", "parameters", "bits/dim", *TERMS]
     return f"{text}\n\n{markdown_table(head, rows)}"

@@ -297,7 +297,15 @@ def choices() -> str:
     levels = [f"log-SNR {level}" for level in result["rows"][0]["equal_minutes"]["eps_mse"]]
     head = ["preset", "change", "fields", "images/s", f"mean after {result['gmac']:g} GMAC"]
     table = markdown_table([*head, f"mean after {result['minutes']:g} min", *levels], rows, left=3)
-    return f"{how_measured(result['rows'][-1])}\n\n{table}"
+    loads = [row["load"][0] for row in result["rows"]]
+    text = (
+        f"`python benchmarks/choices.py --source eurosat64.zip --minutes {result['minutes']:g} "
+        f"--gmac {result['gmac']:g}`, in pieces: {result['rows'][-1]['processor']}, 1 thread, "
+        f"torch {result['rows'][-1]['torch']}, commits "
+        f"{', '.join(sorted({row['commit'] for row in result['rows']}))}, load {min(loads):.1f} to "
+        f"{max(loads):.1f} on 2 cores, processor time of one thread."
+    )
+    return f"{text}\n\n{table}"
 
 
 def replace_between(text: str, name: str, table: str) -> str:

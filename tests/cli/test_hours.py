@@ -10,7 +10,7 @@ from helpers.image_files import png, write_folder
 from helpers.runs import assert_same_run
 from mezzotint import cli, config
 from mezzotint.recipes import recipe_for
-from mezzotint.tools import budget, budget_facts
+from mezzotint.tools import budget, budget_facts, measurements
 from mezzotint.tools.budget import Speed
 from mezzotint.train import loop
 
@@ -49,7 +49,8 @@ def speed(monkeypatch):
         "core_minutes": 10, "distance": 0.6, "held_out": 0.1,
     }  # fmt: skip
     table = {"metric": "FD", "source": "a test", "rows": [run]}
-    monkeypatch.setattr(budget, "read_table", lambda: table)
+    for module in (budget, measurements):
+        monkeypatch.setattr(module, "read_table", lambda: table)
 
     use(0.2)
     return use

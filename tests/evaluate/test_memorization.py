@@ -185,18 +185,24 @@ def test_real_images_that_do_not_fit_are_refused_before_any_work(
 
 @pytest.mark.parametrize(
     ("train", "heldout"),
-    [
-        ("f", "f:test"),
-        ("f:all", "f:test"),
-        ("f:train", "f"),
-        ("f:val", "f:val"),
-        ("o/n", "o/n:all"),
-    ],
+    [("f:all", "f:test"), ("f:train", "f:all"), ("f:val", "f:val"), ("o/n", "o/n"), ("f", "f:all")],
 )
 def test_no_image_is_both_trained_on_and_held_out(train, heldout):
-    """Without a split, a source is all its images."""
+    """By name; a source without a split may be all its images, or those of training."""
     with pytest.raises(ValueError, match="in common"):
         Copies(train=train, heldout=heldout, size=None).open(source_of(random_images(2)))
+
+
+def test_training_images_of_another_name_are_found_before_samples_are_drawn(
+    sets_of_images, tmp_path
+):
+    x = np.concatenate([np.load("unseen.npz")["arr_0"][:90], np.load("train.npz")["arr_0"][:10]])
+    np.savez("mixed.npz", x)
+    options = ("--train-images", "train.npz", "--heldout-images", "mixed.npz")
+    with pytest.raises(ValueError, match="10 of 100 held-out images are among the training"):
+        run_here("evaluate", "samples.npz", *OPTIONS[:2], *options, "--out", "found.json")
+    assert sets_of_images.seen == sum(-(-n // NETWORK_BATCH) * NETWORK_BATCH for n in (30, 100))
+    assert not (tmp_path / "found.json").exists()
 
 
 def test_held_out_images_among_the_training_images_are_refused():

@@ -159,7 +159,7 @@ class Copies:
         from mezzotint.evaluate.memorization import QUANTILE, check_quantile
 
         (base, split), (other, part) = split_source(self.train), split_source(self.heldout)
-        if base == other and (split == part or {split, part} & {"", "all"}):
+        if base == other and (split == part or "all" in (split, part)):
             raise ValueError(
                 f"--train-images {self.train} and --heldout-images {self.heldout} have images in "
                 f"common; give {base}:train and {base}:test, for a run on {base}:train"
@@ -200,10 +200,11 @@ def evaluate_images(
         if measures.clip is not None:
             check_captions(images)
         real, sets, clips = measures.open_networks(real)
-        training = None
+        training, every = None, [*sets, *(clip.features for clip in clips)]
         if copies is not None:
             images = with_resolution(images)
             training = copies.open(images)
+            evaluate.check_held_out_images(*training, every, folder=pieces, show=True)
         evaluation = evaluate.evaluate(
             images, real, sets, heldout=heldout, clips=clips, folder=pieces, show=True
         )
@@ -215,7 +216,6 @@ def evaluate_images(
         if training is None:
             return
         sheet = base.with_suffix(".copies.png")
-        every = [*sets, *(clip.features for clip in clips)]
         found = evaluate.evaluate_memorization(
             images, *training, every, sheet, folder=pieces, show=True
         )

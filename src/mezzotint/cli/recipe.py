@@ -68,17 +68,20 @@ def choose_for_hours(
             raise ValueError(f"auto chooses the recipe; leave --recipe {file} out")
         kept = recall_choice(hours, preset, out)
         if kept is None:
-            first = budget.measured_presets()[0] if preset == AUTO else preset
-            named = choose_recipe(first, overrides, data, file)
+            if preset == AUTO:
+                named = budget.any_recipe(lambda name: choose_recipe(name, overrides, data, None))
+            else:
+                named = choose_recipe(preset, overrides, data, file)
             if named.objective.name == "consistency":
                 raise ValueError(
                     f"{file or preset} tunes to few steps in stages of so many images; give its "
                     "length as images=N, not --hours"
                 )
             kept = recall_stored_choice(hours, preset, out, named.save.store)
-            kept = kept or choose_fitting_recipe(hours, preset, named, overrides, out, world)
-        elif file:
-            echo(f"--recipe {file} was read when the run began, and is not read again")
+            if kept is None:
+                return choose_fitting_recipe(hours, preset, named, overrides, out, world)
+        if file:
+            echo(f"--recipe {file} was read when the run began, and does not change it now")
         return kept
 
     # Each rank applies its own data and fields; training compares them at its start.

@@ -23,12 +23,17 @@ from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.memorization import (
     QUANTILE,
     Memorization,
+    check_held_out,
     check_quantile,
     measure_memorization,
     save_neighbour_sheet,
 )
 from mezzotint.evaluate.metrics import Gaussian, Moments, fdr, inception_score
-from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
+from mezzotint.evaluate.precision_recall import (
+    density_coverage,
+    nearest_neighbours,
+    precision_recall,
+)
 from mezzotint.evaluate.references import Reference
 from mezzotint.evaluate.results import Evaluation, Number, Protocol, make_protocol
 
@@ -263,6 +268,44 @@ def print_evaluation(
         console.print(f"{name}: {text}", highlight=False)
 
 
+def check_held_out_images(
+    train: ImageSource,
+    heldout: ImageSource,
+    sets: Sequence[FeatureSet],
+    quantile: float = QUANTILE,
+    *,
+    folder: str | Path | None = None,
+    show: bool = False,
+) -> None:
+    """Raise the ValueError of `evaluate_memorization` for its real images, before sampling.
+
+    All ranks call it together, with the same arguments as that.
+    """
+    check_quantile(quantile, heldout.num_images)
+    found = [_extract_first(images, sets[:1], sets[0], folder, show) for images in (train, heldout)]
+
+    def check() -> None:
+        seen, unseen = (f for f in found if f is not None)
+        distance, _ = nearest_neighbours(unseen, seen)
+        check_held_out(unseen, distance[:, 0], quantile)
+
+    on_rank0(check)
+
+
+def _extract_first(
+    images: ImageSource,
+    sets: Sequence[FeatureSet],
+    first: FeatureSet,
+    folder: str | Path | None,
+    show: bool,
+) -> Tensor | None:
+    """Return the features of one set; on rank 0 alone."""
+    images = repeat_grey(images, first.channels)
+    store = None if images.identity is None else folder
+    features = extract_features(images, sets, store, show)
+    return None if features is None else features[first.name]
+
+
 def evaluate_memorization(
     source: ImageSource,
     train: ImageSource,
@@ -289,14 +332,10 @@ def evaluate_memorization(
     """
     check_quantile(quantile, heldout.num_images)
     first = sets[0]
-
-    def extract(images: ImageSource, sets: Sequence[FeatureSet]) -> Tensor | None:
-        images = repeat_grey(images, first.channels)
-        store = None if images.identity is None else folder
-        features = extract_features(images, sets, store, show)
-        return None if features is None else features[first.name]
-
-    features = [extract(source, sets), *(extract(images, [first]) for images in (train, heldout))]
+    features = [
+        _extract_first(images, used, first, folder, show)
+        for images, used in ((source, sets), (train, [first]), (heldout, [first]))
+    ]
 
     def compute() -> Memorization:
         samples, seen, unseen = (f for f in features if f is not None)

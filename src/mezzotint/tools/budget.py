@@ -44,6 +44,7 @@ LEAST_STEPS = 20  # of a run: a twentieth of them, the warm-up, is one step
 # Steps and batches between which `choose_run` stays. After 3 minutes a batch of 8 was better than
 # 16, and 16 than 32 (benchmarks/results/choices-eurosat.json).
 FEWEST_STEPS, MOST_STEPS, SMALLEST_BATCH, LARGEST_BATCH = 2_000, 20_000, 8, 64
+LEAST_GAIN = 1.1  # steps for which a batch is halved, as a multiple of those before
 # Parts of the time for the start, checkpoints and what a timed step leaves out, and for grids.
 MARGIN, GRIDS = 0.1, 0.05
 MOST_GRIDS, LOG_LINES, LOG_SECONDS, CHECKPOINTS_PER_HOUR = 16, 200, 5, 6
@@ -60,8 +61,8 @@ AUGMENT_SMALL, AUGMENT = 0.12, 0.15
 class DataFacts:
     """What a choice depends on in the data.
 
-    sides: shorter side of each image of a sample, in pixels; () for latents.
-    largest: of all images; None for images that are drawn, and for latents.
+    sides: shorter side of each image of a sample, in pixels; () for latents and shards.
+    largest: of all images; None for images that are drawn, and for latents and shards.
     fixed_size: the only size in which the images come, if there is one.
     """
 
@@ -135,10 +136,13 @@ def choose_run(
             "hundreds at least"
         )
     recipe, reasons = _choose_network(hours, data, device, measure, overrides)
-    images = images_within(hours, measure(_in_ranked_batch(recipe, device)), device)
-    batch = recipe.batch
+    images, batch = images_within(hours, measure(recipe), device), recipe.batch
     while images < FEWEST_STEPS * batch and batch // 2 >= SMALLEST_BATCH:
-        batch //= 2
+        fewer = images_within(hours, measure(replace(recipe, batch=batch // 2)), device)
+        # On a GPU a step of half the batch may take as long: there would be no more steps.
+        if fewer < LEAST_GAIN * images / 2:
+            break
+        images, batch = fewer, batch // 2
     while images > MOST_STEPS * batch and 2 * batch <= LARGEST_BATCH:
         batch *= 2
     batch = max(1, batch // device.ranks) * device.ranks
@@ -152,13 +156,21 @@ def choose_run(
     return choice._replace(reasons={**reasons, **choice.reasons})
 
 
-def _in_ranked_batch(recipe: Recipe, device: DeviceFacts) -> Recipe:
-    """Return a recipe in the batch in which networks are ranked, before its own is chosen.
+def any_recipe(make: Callable[[str], Recipe]) -> Recipe:
+    """Return the recipe of the first measured preset whose network can be built.
 
-    A GPU is slow per image in the small batches of a CPU's recipes.
+    Errors: ValueError of the first, where none can be.
     """
-    batch = max(recipe.batch, LARGEST_BATCH) if device.kind == "cuda" else recipe.batch
-    return replace(recipe, batch=batch)
+    first: ValueError | None = None
+    for preset in measured_presets():
+        try:
+            recipe = make(preset)
+            size_of(recipe)
+            return recipe
+        except ValueError as error:
+            first = first or error
+    assert first is not None, "some are measured"
+    raise first
 
 
 def images_within(hours: float, speed: Speed, device: DeviceFacts) -> float:
@@ -178,6 +190,8 @@ def _choose_network(
     @cache
     def draft(preset: str, size: int) -> Recipe:
         recipe = recipe_for(preset)
+        if device.kind == "cuda":  # slow per image in the small batches of a CPU's recipes
+            recipe = replace(recipe, batch=max(recipe.batch, LARGEST_BATCH))
         model = {"size": size, "num_classes": data.num_classes}
         source = replace(recipe.data, source=data.source)
         return config.override(replace(recipe, model=model, data=source), overrides)
@@ -185,18 +199,18 @@ def _choose_network(
     @cache
     def images(preset: str, size: int) -> float:
         try:
-            recipe = _in_ranked_batch(draft(preset, size), device)
-            return images_within(hours, measure(recipe), device)
+            return images_within(hours, measure(draft(preset, size)), device)
         except ValueError:  # no network of this size
             return 0.0
 
     fixed = any(assignment.startswith("model.size=") for assignment in overrides)
-    first = measured_presets()[0]
-    sizes = [size_of(draft(first, NETWORK_SIZE))] if fixed else _usual_sizes(data)
+    sizes = _usual_sizes(data)
+    if fixed:
+        sizes = [size_of(any_recipe(lambda preset: draft(preset, NETWORK_SIZE)))]
     check_size(sizes[-1], data)
     size = max((s for s in sizes if s <= NETWORK_SIZE), default=sizes[0])
     if not any(images(preset, size) for preset in measured_presets()):
-        measure(_in_ranked_batch(draft(first, size), device))  # raises what is wrong
+        measure(any_recipe(lambda preset: draft(preset, size)))  # raises what is wrong
     preset, family = _choose_family(images, size)
     preset, network = _grow_network(images, preset, size)
     if fixed:
@@ -480,13 +494,13 @@ def _warn_of_data(recipe: Recipe, data: DataFacts) -> list[str]:
         else "are few: samples may copy them"
     )
     source, split = split_source(data.source)
-    if split:
+    if split or not data.sides:
         check = "mezzotint evaluate --train-images looks for copies afterwards"
     elif data.count < 10 / QUANTILE:
         check = f"with {10 / QUANTILE:,.0f} one could keep enough of them to look for copies"
     else:
-        check = f"to look for copies afterwards, train on {source}:train, which keeps a tenth"
-    return [f"{data.count:,} images {what}; some thousands are better; {check} (see Few images)"]
+        check = f"to look for copies afterwards, keep some out of training: --data {source}:train"
+    return [f"{data.count:,} images {what}; some thousands are better; {check}"]
 
 
 def render_choice(choice: Choice) -> str:
