@@ -479,6 +479,7 @@ def test_the_time_of_a_step_is_of_the_images_that_fit(monkeypatch, most, memory,
     monkeypatch.setattr(
         planning, "make_benchmark_model", lambda settings: SimpleNamespace(train=dict)
     )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(planning, "make_training_step", make_step)
     monkeypatch.setattr(planning, "_read_wall_clock", lambda device: clock.now)
     recipe = recipe_for("unet-tiny")

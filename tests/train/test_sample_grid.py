@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +78,9 @@ def expected_png(model, labels, seed, path):
         generate(model, [seed + i], Cond(label=torch.tensor([label])), grid_settings(GRID))
         for i, label in enumerate(labels)
     ]
-    save_png(make_grid(to_uint8(torch.cat(images)), columns=1), path)
+    # One row per class where each is shown as often.
+    columns = len(labels) // 3 if len(labels) % 3 == 0 else None
+    save_png(make_grid(to_uint8(torch.cat(images)), columns=columns), path)
     return path.read_bytes()
 
 
@@ -88,6 +91,11 @@ def test_a_saved_grid_shows_its_labels_with_its_seeds(model, tmp_path):
     assert saved == expected_png(model, [0, 0, 1, 1, 2], SEED, tmp_path / "same.png")
     assert saved != expected_png(model, [0, 1, 1, 1, 2], SEED, tmp_path / "labels.png")
     assert saved != expected_png(model, [0, 0, 1, 1, 2], SEED + 1, tmp_path / "seeds.png")
+
+
+def test_a_saved_grid_has_one_row_per_class(model, tmp_path):
+    path = save_sample_grid(model, tmp_path, replace(GRID, count=6), SEED, ALONE)
+    assert path.read_bytes() == expected_png(model, [0, 0, 1, 1, 2, 2], SEED, tmp_path / "rows.png")
 
 
 def test_two_ranks_draw_the_grid_of_one(model, tmp_path, monkeypatch):

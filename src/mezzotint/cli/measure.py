@@ -78,6 +78,7 @@ class Source:
 
         if self.is_model:
             return from_job(self.open_job(), self.samples)
+        images = open_image_source(self.name, self.channels)
         options = {
             "--num-images": self.num_images,
             "--sampler": self.sampler,
@@ -91,7 +92,6 @@ class Source:
                 f"{self.name} holds images, and {' and '.join(given)} are of a model's samples; "
                 "leave them out"
             )
-        images = open_image_source(self.name, self.channels)
         if self.prompts is None:
             return images
         prompts = read_protocol_prompts(self.prompts, self.protocol)
