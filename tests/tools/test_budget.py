@@ -190,6 +190,22 @@ def test_the_size_follows_the_images(sides, size):
     assert chosen(9000, facts)[0].model["size"] == size
 
 
+@pytest.mark.parametrize(
+    ("hours", "preset", "size"), [(0.3, "uvit-tiny", 32), (3, "unet-tiny", 64)]
+)
+def test_the_family_is_the_nearest_at_the_size_that_trains(measured, hours, preset, size):
+    """U-Net leads at 64 px, U-ViT at 32 px."""
+    measured(
+        row("unet-tiny", 5_000, 0.5), row("uvit-tiny", 5_000, 0.9),
+        row("unet-tiny", 5_000, 0.9, size=32) | {"data": "CIFAR-10"},
+        row("uvit-tiny", 5_000, 0.5, size=32) | {"data": "CIFAR-10"},
+    )  # fmt: skip
+    recipe, choice = chosen(hours)
+    assert (recipe.preset, recipe.model["size"]) == (preset, size)
+    assert choice.reasons["network"].startswith(f"{preset}, nearest")
+    assert f"at {size} px" in choice.reasons["network"]
+
+
 def test_the_size_may_be_fixed():
     recipe, choice = chosen(0.05, overrides=("model.size=96", "batch=8"))
     assert (recipe.model["size"], recipe.batch) == (96, 8)

@@ -217,6 +217,9 @@ def _choose_network(
         chosen, reason = size, "as asked"
     else:
         chosen, reason = _choose_size(images, preset, size, sizes)
+        if chosen != size:  # another family may be the nearest there
+            preset, family = _choose_family(images, chosen)
+            preset, network = _grow_network(images, preset, chosen)
     reasons = {"network": f"{family}; {network}" if network else family}
     return draft(preset, chosen), {**reasons, "size": f"{chosen} px, {reason}"}
 
