@@ -234,7 +234,7 @@ class Save(Checked):
 
     every_images: between checkpoints; one is saved at the end of the run too, 0 for that one alone.
     keep: newest checkpoints to keep.
-    keep_every_images: keep those at multiples of it too.
+    keep_every_images: keep the first at or past each multiple of it too.
     store: address, e.g. s3://bucket/runs/xl, for checkpoints in place of the run folder and a copy
         of its other files, so that any machine can resume (see docs/checkpoints.md).
     """
@@ -364,13 +364,26 @@ def to_yaml(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, with which a short text can stand for a very large value."""
+    """YAML without aliases, tags and repeated keys.
+
+    With aliases a short text can stand for a very large value, tags fail in ways of their own, and
+    of a key that repeats all values but one would be lost.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Refuse an alias."""
+        """Refuse an alias and a tag."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases (*name) are not allowed")
+        if (tag := getattr(self.peek_event(), "tag", None)) is not None:
+            raise yaml.YAMLError(f"tags ({tag}) are not allowed")
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuse a key that repeats."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if repeated := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {repeated[0]!r} repeats")
+        return super().construct_mapping(node, deep)
 
 
 def _cut(text: str) -> str:

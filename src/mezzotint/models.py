@@ -98,6 +98,7 @@ class ModelInfo:
             check_fields(info.extra, {"text": dict})
             text = {"encoder": str, "encoder_hash": str, "max_tokens": int}
             check_fields(info.extra["text"], text)
+            check_fields({"dtype": "float16", **info.extra["text"]}, {"dtype": str})
         given = info.config.items() if isinstance(info.config, dict) else ()
         # Before the config is read, whose errors show its lists.
         if long := [k for k, v in given if isinstance(v, list) and len(v) > MOST_LEVELS]:

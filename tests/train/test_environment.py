@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import mezzotint
 from helpers.runs import small
 from mezzotint.train import environment
@@ -76,6 +78,22 @@ def test_the_home_folder_is_abbreviated(monkeypatch, tmp_path):
         f"{tmp_path}/my pictures",
     ]
     monkeypatch.setattr(environment.sys, "orig_argv", words)
+    command = environment.command_line()
+    assert f"'{tmp_path}/my pictures'" in command  # as it can be run again
     assert (
-        environment.command_line() == "python -m mezzotint train unet-tiny --data '~/my pictures'"
+        environment.hide_home(command)
+        == "python -m mezzotint train unet-tiny --data '~/my pictures'"
     )
+
+
+@pytest.mark.parametrize(
+    ("home", "command", "shown"),
+    [
+        ("/", "mezzotint train --data /data/a", "mezzotint train --data /data/a"),
+        ("/home/ann", "--data /home/anna/a --out /home/ann", "--data /home/anna/a --out ~"),
+        ("/home/ann", "out=/home/ann/x /mnt/home/ann/y", "out=~/x /mnt/home/ann/y"),
+    ],
+)
+def test_only_the_home_folder_is_abbreviated(home, command, shown, monkeypatch):
+    monkeypatch.setenv("HOME", home)
+    assert environment.hide_home(command) == shown

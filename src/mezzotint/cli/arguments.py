@@ -36,6 +36,7 @@ Hours = Annotated[
 Side = Range(1, 16_384, "pixels")
 Size = Annotated[int | None, NUMBER, Side]
 Channels = Annotated[Literal[1, 3], arg(help_behavior_hint="")]
+OptionalChannels = Annotated[Literal[1, 3] | None, arg(metavar="{1,3}", help_behavior_hint="")]
 Batch = Annotated[int, NUMBER, Range(1, 1_000_000, "images at a time")]
 OptionalBatch = Annotated[int | None, NUMBER, Range(1, 1_000_000, "images at a time")]
 OptionalFile = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]

@@ -12,6 +12,7 @@ from mezzotint.cli.arguments import (
     NUMBER,
     Channels,
     OptionalBatch,
+    OptionalChannels,
     OptionalFile,
     OptionalNumImages,
     OptionalText,
@@ -69,12 +70,12 @@ def evaluate(
     *,
     reference: Annotated[str | None, arg(metavar="FILE", help_behavior_hint="")] = None,
     reference_source: OptionalText = None,
-    features: Annotated[tuple[str, ...], arg(metavar="A B")] = FEATURES,
+    features: Annotated[tuple[str, ...] | None, arg(metavar="A B", help_behavior_hint="")] = None,
     weights: OptionalFile = None,
     heldout: OptionalText = None,
     num_images: OptionalNumImages = None,
     size: Size = None,
-    channels: Channels = 3,
+    channels: OptionalChannels = None,
     protocol: OptionalText = None,
     sampler: OptionalText = None,
     steps: Steps = None,
@@ -100,12 +101,12 @@ def evaluate(
         source: Run or model folder, eurosat-64, hub name; folder, .zip or .npz of images.
         reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
-        features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
+        features: inception-2048 (FID, the default with sFID, IS); efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
         num_images: Samples of a model; images of --data at most. 50,000 by default.
         size: Height and width that --train-images and --heldout-images are resized to.
-        channels: 3, or 1 for grey.
+        channels: Of images: 3 by default, or 1 for grey.
         protocol: For a model, as in `mezzotint sample`.
         sampler: For a model.
         steps: Of a model's sampler, or of the bound of --bits-per-dim (without: continuous).
@@ -137,7 +138,8 @@ def evaluate(
         "--reference": reference, "--heldout": heldout, "--protocol": protocol,
         "--sampler": sampler, "--guidance": guidance, "--dtype": dtype, "--size": size,
         "--train-images": train_images, "--prompts": prompts, "--encoder": encoder,
-        "--clip": clip, "--sweep": sweep,
+        "--clip": clip, "--sweep": sweep, "--features": features, "--weights": weights,
+        "--channels": channels, "--reference-source": reference_source,
     }  # fmt: skip
     for name, value in (of_samples if bits_per_dim else of_likelihood).items():
         if value is not None:
@@ -168,9 +170,11 @@ def evaluate(
         steps=steps, guidance=guidance, prompts=prompts, encoder=encoder,
         dtype=dtype,
     )  # fmt: skip
+    if channels is not None and images.is_model:
+        raise ValueError(f"--channels is of images, and {source} is a model; leave it out")
     measures = measure.Measures(
-        reference=reference, reference_source=reference_source, heldout=heldout, features=features,
-        weights=weights, clip=clip,
+        reference=reference, reference_source=reference_source, heldout=heldout,
+        features=features or FEATURES, weights=weights, clip=clip,
     )  # fmt: skip
     if sweep is not None:
         measure.evaluate_sweep(images, measures, sweep, out, base)
@@ -182,6 +186,13 @@ def evaluate(
         )
     if reference is None and train_images is not None:
         raise ValueError("--train-images needs --reference: copies are sought in its features")
+    of_reference = {
+        "--reference-source": reference_source, "--heldout": heldout, "--features": features,
+        "--weights": weights,
+    }  # fmt: skip
+    for name, value in of_reference.items():
+        if reference is None and value is not None:
+            raise ValueError(f"{name} needs --reference; give both or leave it out")
     copies = None
     if train_images is not None and heldout_images is not None:
         copies = measure.Copies(train=train_images, heldout=heldout_images, size=size)

@@ -24,7 +24,7 @@ class Source:
 
     name: str
     num_images: int | None = None
-    channels: int = 3
+    channels: int | None = None
     protocol: str | None = None
     sampler: str | None = None
     steps: int | None = None
@@ -37,11 +37,14 @@ class Source:
     def is_model(self) -> bool:
         """Whether the name is of a model."""
         from mezzotint.core.boxed import boxed_folder
+        from mezzotint.core.object_store import is_address
         from mezzotint.core.paths import is_hub_name
 
-        parts = ("config.json", "model", "recipe.yaml")
+        # A class of images may be named "model".
+        parts = ("config.json", "model/config.json", "recipe.yaml")
         has_model = any((Path(self.name) / part).exists() for part in parts)
-        return has_model or boxed_folder(self.name) is not None or is_hub_name(self.name)
+        is_named = is_address(self.name) or is_hub_name(self.name)
+        return has_model or is_named or boxed_folder(self.name) is not None
 
     @property
     def samples(self) -> int:
@@ -78,7 +81,7 @@ class Source:
 
         if self.is_model:
             return from_job(self.open_job(), self.samples)
-        images = open_image_source(self.name, self.channels)
+        images = open_image_source(self.name, self.channels or 3)
         options = {
             "--num-images": self.num_images,
             "--sampler": self.sampler,
@@ -86,6 +89,8 @@ class Source:
             "--guidance": self.guidance,
             "--encoder": self.encoder,
             "--dtype": self.dtype,
+            # With prompts it says which of their captions the images show.
+            "--protocol": self.protocol if self.prompts is None else None,
         }
         if given := [name for name, value in options.items() if value is not None]:
             raise ValueError(

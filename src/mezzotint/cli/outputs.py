@@ -7,9 +7,12 @@ from pathlib import Path
 # What training, and tuning the sampling, write into a run folder.
 RUN_PARTS = (
     ".lock", "bundles", "checkpoints", "data.json", "data.npy", "ema", "environment.json",
-    "events.jsonl", "log.jsonl", "model", "model-raw", "recipe.yaml", "samples",
-    "tune.json", "tune.pieces", "tuned", "unreadable.txt",
+    "evaluations", "events.jsonl", "log.jsonl", "model", "model-raw", "recipe.yaml", "samples",
+    "tensorboard", "tune.json", "tune.pieces", "tuned", "unreadable.txt",
 )  # fmt: skip
+
+# Endings of what lies beside an evaluation or a sweep, with its name.
+PARTS = (".svg", ".png", ".pieces")
 
 
 def check_outside_run(out: Path | None) -> None:
@@ -34,11 +37,14 @@ def evaluation_base(out: Path, kind: str = "evaluation") -> Path:
     Args:
         kind: "evaluation", or "sweep", which also writes a figure.
 
-    Errors: ValueError for a part of a run and for a file that is no evaluation.
+    Errors: ValueError for a part of a run, for a file that is no evaluation and for the name of a
+        part.
     """
     from mezzotint.core.files import check_replaceable, is_special, read_json
 
     check_outside_run(out)
+    if out.suffix in PARTS and not is_special(out):
+        raise ValueError(f"{out} ends like a part of {kind}s; give --out a name that ends in .json")
     is_ours = lambda path: f"mezzotint_{kind}" in read_json(path)  # noqa: E731
     article = "an" if kind == "evaluation" else "a"
     check_replaceable(out, is_ours, f"{article} {kind}")

@@ -54,7 +54,7 @@ class SamplingOptions:
     encoder: OptionalText = None
     """Folder of the text encoder, if it moved."""
     protocol: OptionalText = None
-    """simple-diffusion-512steps, coco-fid-30k, diffit-256, diffit-512, dimr-256, adm, edm2."""
+    """simple-diffusion-512steps, coco-fid-30k, diffit-256/512, dimr-256, jit-256/512, adm, edm2."""
     sampler: OptionalText = None
     """With options: ddim (default), ddim:eta=0.5, heun:s_churn=40; consistency for few steps."""
     discretization: OptionalText = None
@@ -132,11 +132,10 @@ def tell_tuned(job: SamplingJob, source: str) -> None:
 
 def tell_cut(job: SamplingJob) -> None:
     """Print what the model does not read of its prompts."""
-    from mezzotint.core.distributed import get_rank
     from mezzotint.sampling.conditioning import text_encoder_for
     from mezzotint.sampling.prompts import describe_cut
 
-    if job.prompts and get_rank() == 0:
+    if job.prompts:
         for line in describe_cut(text_encoder_for(job.model, job.encoder), job.prompts):
             echo(line)
 
@@ -161,16 +160,20 @@ def sample(
         latents: Write latents (.npz) instead of images.
         overwrite: Replace an output that exists or has other settings.
     """
+    from mezzotint.core.distributed import WorkShare
     from mezzotint.sampling.generate_images import generate_images
 
     check_outside_run(out)
     job = sampling.make_job(model, latents)
-    tell_tuned(job, model)
-    tell_cut(job)
+    is_first = WorkShare.from_environment().rank == 0
+    if is_first:
+        tell_tuned(job, model)
+        tell_cut(job)
     if num_images is None:
         num_images = len(job.prompts) if sampling.prompts else 16
     written = generate_images(job, out, num_images, sampling.seed, overwrite)
-    echo(f"{num_images} images, {job.network_calls} network calls each:", written)
+    if is_first:
+        echo(f"{num_images} images, {job.network_calls} network calls each:", written)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -142,7 +142,7 @@ def bench(
 
     Args:
         preset: Network, e.g. dimr-xl-2r-256, trained with its recipe's loss.
-        overrides: Fields of its config, e.g. size=64 num_classes=10.
+        overrides: Fields of its config, e.g. model.size=64 model.num_classes=10.
         train: Measure a training step; by default both are measured.
         sample: Measure a guided network call.
         batch: Images per step or call; 8 by default.
@@ -162,7 +162,9 @@ def bench(
     from mezzotint.recipes import recipe_for
     from mezzotint.tools.benchmark import BenchmarkSettings, render_benchmark, run_benchmark
 
-    recipe = config.override(recipe_for(preset), [f"model.{o}" for o in overrides])
+    # As `train` and `plan` take them too.
+    fields = [f"model.{field.removeprefix('model.')}" for field in overrides]
+    recipe = config.override(recipe_for(preset), fields)
     settings = BenchmarkSettings(
         preset=recipe.preset,
         overrides=recipe.model,

@@ -70,6 +70,8 @@ def shorten(value: object, length: int = 60) -> str:
 def check_ranges(name: str, value: Any, hint: Any) -> None:
     """Raise ValueError for a number outside the `Range` of its type, in tuples and unions too."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(value, (type(None), str)) and _takes(hint, type(value)):
+        return
     if origin is Annotated:
         for part in arguments[1:]:
             if isinstance(part, Range):
@@ -84,9 +86,17 @@ def check_ranges(name: str, value: Any, hint: Any) -> None:
             check_ranges(f"{name}[{i}]", part, kind)
 
 
+def _takes(hint: Any, kind: type) -> bool:
+    """Return whether a field of type `hint` takes values of `kind`: NoneType or str."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return _takes(arguments[0], kind)
+    if origin is Literal:
+        return any(isinstance(value, kind) for value in arguments)
+    return hint is kind or (_is_union(hint) and any(_takes(part, kind) for part in arguments))
+
+
 def _check_range(name: str, value: Any, allowed: Range) -> None:
-    if value is None or isinstance(value, str):
-        return
     if isinstance(value, (tuple, list)):
         for i, part in enumerate(value):
             _check_range(f"{name}[{i}]", part, allowed)

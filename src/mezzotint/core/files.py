@@ -13,6 +13,7 @@ import socket
 import stat
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -92,6 +93,9 @@ def _naming(path: Path, partial: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         named = (error.filename, error.filename2)
+        # A connection that breaks is no fault of the disk.
+        if isinstance(error, ConnectionError | TimeoutError):
+            raise
         if error.errno is None or (named != (None, None) and str(partial) not in named):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -235,7 +239,12 @@ def partial_folder(path: Path) -> Iterator[Path]:
 
     Errors: OSError, naming `path`, where the folder cannot be made.
     """
-    path = path.absolute()
+    path = path.resolve()  # a link keeps leading to the folder
+    if path.is_mount():
+        raise ValueError(
+            f"{path} is a disk of its own, and a folder gets its name when it is complete, which "
+            "works within one disk; give a new folder inside it"
+        )
     partial = _partial_path(path)
     host = partial.name.split(".")[-3]
     for old in path.parent.glob(f".{glob.escape(path.name)}.{host}.*.partial"):
@@ -267,7 +276,7 @@ def atomic_folder(path: Path, complete: str) -> Iterator[Path]:
         for file in partial.rglob("*"):
             fsync_path(file)
         try:
-            os.replace(partial, path)
+            os.replace(partial, path.resolve())
         except OSError:
             if not (path / complete).is_file():
                 raise
@@ -280,6 +289,26 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+LEFTOVER_S = 3600.0  # an unfinished file of another machine that is older was left by a kill
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left in a folder, and nothing that another one is writing.
+
+    A process of another machine counts as killed after an hour.
+    """
+    host = socket.gethostname().replace(".", "-")
+    for partial in folder.glob(".*.partial"):
+        *_, owner, pid, _ = ("", "", *partial.name.split("."))
+        with suppress(FileNotFoundError):
+            if owner == host and pid.isdigit():
+                is_left = int(pid) == os.getpid() or not _is_alive(int(pid))
+            else:
+                is_left = time.time() - partial.stat().st_mtime > LEFTOVER_S
+            if is_left:
+                partial.unlink()
 
 
 def _is_alive(pid: int) -> bool:
@@ -345,7 +374,7 @@ def cache_dir() -> Path:
     own = os.environ.get("MEZZOTINT_CACHE")
     if own:
         return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mezzotint"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mezzotint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,21 +390,29 @@ class PublishedFile:
 
 def check_sha256(path: Path, published: PublishedFile) -> Path:
     """Return `path`; ValueError unless its bytes are the published ones."""
-    sha256 = sha256_of_file(path)
-    if sha256 != published.sha256:
+    if difference := _describe_difference(path, published):
         raise ValueError(
-            f"{path} is not the published {published.name}: expected SHA-256 {published.sha256} "
-            f"({published.bytes:,} bytes), found {sha256} ({path.stat().st_size:,} bytes). "
-            f"Delete it and download {published.url} again"
+            f"{path} is not the published {published.name}: {difference}. Delete it and download "
+            f"{published.url} again"
         )
     return path
+
+
+def _describe_difference(path: Path, published: PublishedFile) -> str:
+    """Return how a file's hash and size differ from the published ones; "" for the same hash."""
+    if (sha256 := sha256_of_file(path)) == published.sha256:
+        return ""
+    return (
+        f"expected SHA-256 {published.sha256} ({published.bytes:,} bytes), found {sha256} "
+        f"({path.stat().st_size:,} bytes)"
+    )
 
 
 def locate_file(published: PublishedFile, path: str | Path | None = None) -> Path:
     """Return a checked local copy: `path`, or from our cache or torch hub's, or downloaded."""
     if path is not None:
         return check_sha256(Path(path), published)
-    torch_home = Path(os.environ.get("TORCH_HOME", Path.home() / ".cache" / "torch"))
+    torch_home = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
     for folder in (cache_dir(), torch_home / "hub" / "checkpoints"):
         if (folder / published.name).is_file():
             return check_sha256(folder / published.name, published)
@@ -406,7 +443,11 @@ def download_file(published: PublishedFile, target: Path) -> Path:
             while block := answer.read(CHUNK_BYTES):
                 file.write(block)
                 bar.advance(len(block))
-        check_sha256(partial, published)
+        if difference := _describe_difference(partial, published):
+            raise ValueError(
+                f"what came from {published.url} is not {published.name}: {difference}. Try "
+                f"again, or put the file at {target}"
+            )
 
     try:
         atomic_replace(target, fetch)

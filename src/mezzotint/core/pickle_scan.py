@@ -45,8 +45,10 @@ class _Scan:
         """
         count, left = 0, [value]
         while left and count <= EXPANDED_LIMIT:
+            parts = left.pop().parts
+            # What is left is counted later: a value of many parts must not fill the memory now.
             count += 1
-            left += left.pop().parts
+            left += parts[: max(0, EXPANDED_LIMIT + 1 - count - len(left))]
         self.visits += count
         if self.visits > VISITS_LIMIT:
             raise ValueError(f"its keys and calls go through more than {VISITS_LIMIT:,} values")

@@ -66,10 +66,9 @@ def uniform(purpose: str, seed: int, indices: list[int], draw: int = 0) -> Tenso
     Number i is a function of (purpose, seed, indices[i], draw).
     """
     # random() is in [0, 1) on a grid of 2^-53. Half a step excludes 0, where a log-SNR may be
-    # infinite.
-    return torch.tensor(
-        [philox(purpose, seed, i, draw).random() + 2.0**-54 for i in indices], dtype=torch.float64
-    )
+    # infinite; added to the last number of the grid it would round to 1.
+    numbers = [philox(purpose, seed, i, draw).random() + 2.0**-54 for i in indices]
+    return torch.tensor(numbers, dtype=torch.float64).clamp_(max=1 - 2.0**-53)
 
 
 @dataclass(frozen=True)

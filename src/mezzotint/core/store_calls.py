@@ -6,13 +6,13 @@ import asyncio
 import functools
 import os
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mezzotint.core.console import echo
 from mezzotint.core.store_errors import (
     SCHEMES,
     PassingError,
@@ -88,7 +88,7 @@ def call_store(address: str, act: Callable[[Any, str], T], attempts: int = 1) ->
         sleep_s = min(pause * (0.5 + secrets.randbelow(1000) / 1000), max(0, wait_s - passed))
         if passed + sleep_s >= NOTICE_S and not told:
             told = True
-            print(f"waiting for {without_query(address)}: {reason}", file=sys.stderr, flush=True)
+            echo(f"waiting for {without_query(address)}: {reason}", stderr=True)
         time.sleep(sleep_s)
         pause = min(2 * pause, 8.0)
 

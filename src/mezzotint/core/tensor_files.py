@@ -183,7 +183,8 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
     open_regular(path).close()
     size = path.stat().st_size
     try:
-        _scan_torch_file(path)
+        with path.open("rb") as file:
+            scan_torch_file(file)
     except (ValueError, zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(f"{path} is damaged, cut or not a file of weights: {error}") from None
     contents = _torch_load(path, "meta")
@@ -202,19 +203,33 @@ def open_torch_file(path: Path, choose: Callable[[Any], Mapping[str, Tensor]]) -
     return TensorSource(str(path), claims, read, texts)
 
 
-def _scan_torch_file(path: Path) -> None:
-    """Raise ValueError for sizes and pickles that would keep torch.load busy; run nothing."""
-    if not _is_zip(path):
+def scan_torch_file(file: io.BytesIO | io.BufferedReader) -> None:
+    """Raise ValueError for sizes and pickles that would keep torch.load busy; run nothing.
+
+    The stream is left at its start.
+    """
+    size = file.seek(0, io.SEEK_END)
+    if _is_zip(file):
+        _scan_torch_zip(file, size)
+    else:
         # The older format: pickles of a magic number, a version, the machine, the contents and the
         # keys, then the data.
-        with path.open("rb") as file:
-            for _ in range(5):
-                scan_pickle(file)
-                if not file.peek(1):
-                    break
-        return
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
+        file.seek(0)
+        for _ in range(5):
+            scan_pickle(file)
+            if file.tell() == size:
+                break
+    file.seek(0)
+
+
+def _is_zip(file: io.BytesIO | io.BufferedReader) -> bool:
+    """Return whether torch.load takes the stream for a zip."""
+    file.seek(0)
+    return file.read(4) == b"PK\x03\x04"
+
+
+def _scan_torch_zip(file: io.BytesIO | io.BufferedReader, size: int) -> None:
+    with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         unpacked = sum(entry.file_size for entry in entries)
         if unpacked > size:
@@ -228,14 +243,9 @@ def _scan_torch_file(path: Path) -> None:
                 scan_pickle(io.BytesIO(archive.read(entry)))
 
 
-def _is_zip(path: Path) -> bool:
-    """Return whether torch.load takes the file for a zip."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
 def _torch_load(path: Path, device: str) -> Any:
-    mmap = device == "cpu" and _is_zip(path)
+    with path.open("rb") as file:
+        mmap = device == "cpu" and _is_zip(file)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old pickle protocols: the error is enough

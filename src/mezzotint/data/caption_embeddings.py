@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mezzotint.core.distributed import WorkShare
-from mezzotint.core.files import atomic_open, cache_dir, read_json, write_json
+from mezzotint.core.files import atomic_open, cache_dir, read_json, remove_partials, write_json
 from mezzotint.core.json_values import check_fields
 from mezzotint.core.npz_files import load_npy
 from mezzotint.core.progress import ProgressBar
@@ -259,8 +259,7 @@ def _complete_folder(
     lengths = np.array([n for fact in facts for n in fact["lengths"]], dtype=np.int64)
     starts = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=starts[1:])
-    for partial in folder.glob(".*.partial"):  # of killed processes
-        partial.unlink(missing_ok=True)
+    remove_partials(folder)
     with atomic_open(folder / STARTS) as file:
         np.save(file, starts)
     card = {

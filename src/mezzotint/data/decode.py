@@ -6,6 +6,7 @@ Pillow are never tried: that of EPS hands the file to Ghostscript.
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import io
@@ -19,6 +20,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import TiffImageFile
 
+from mezzotint.core.store_errors import LOCAL_ERRORS
 from mezzotint.data import salvage
 
 MAX_PIXELS = 1 << 27  # 128 Mpixel; a JPEG of up to Pillow's own limit is read at half its size
@@ -94,6 +96,27 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")  # dama
 
 class UnreadableImage(ValueError):
     """An image that cannot become pixels; the message is the reason, for a report."""
+
+
+# Failures of the machine or its network, after which the same file may be read again.
+PASSING = (
+    *LOCAL_ERRORS, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ECONNRESET, errno.ECONNABORTED,
+    errno.EREMOTEIO,
+)  # fmt: skip
+
+
+def blame_file(error: Exception, name: str) -> UnreadableImage:
+    """Return the reason why a file is left out: `error`, raised while it was read.
+
+    Errors: OSError for a failure that is not the file's, e.g. too many open files. An image that
+        was left out for it would make a resumed run see other images.
+    """
+    if isinstance(error, OSError) and error.errno in PASSING:
+        raise OSError(
+            f"{name} cannot be read now: {error.strerror}; the same command goes on from here"
+        ) from error
+    return UnreadableImage(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}")
 
 
 @functools.cache

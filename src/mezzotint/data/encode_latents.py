@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mezzotint.core.distributed import WorkShare
-from mezzotint.core.files import atomic_open, read_json, write_json
+from mezzotint.core.files import atomic_open, read_json, remove_partials, write_json
 from mezzotint.core.progress import ProgressBar
 from mezzotint.data.autoencoder import Codec
 from mezzotint.data.image_dataset import LATENTS, ImageDataset
@@ -205,8 +205,7 @@ def _complete_folder(out: Path, plan: dict[str, Any], num_pieces: int) -> None:
         "notes": notes,
         "fingerprint": hash_parts([plan["pictures"], plan["codec_hash"], *content]),
     }
-    for partial in out.glob(".*.partial"):  # of killed processes
-        partial.unlink(missing_ok=True)
+    remove_partials(out)
     with atomic_open(out / LABELS) as file:
         np.save(file, labels)
     write_json(out / LATENTS, card)  # last: it marks the folder as complete

@@ -32,7 +32,7 @@ from mezzotint.data.sources import (
     hash_parts,
     open_files,
 )
-from mezzotint.data.splits import split_kinds
+from mezzotint.data.splits import find_splits, split_kinds
 from mezzotint.data.stores import FolderStore, Store, TarStore, find_store
 from mezzotint.data.tables import open_table
 from mezzotint.data.transforms import CROPS, to_pillow, to_pixels
@@ -173,8 +173,9 @@ def open_images(
     prepared_crop = opened.crop if is_prepared and opened.shape[1] == size else None
     if crop is not None and prepared_crop not in (None, crop):
         raise ValueError(
-            f"{source} was prepared with crop {prepared_crop!r}, not {crop!r}; leave crop out or "
-            "prepare the images again"
+            f"{source} was prepared with crop {prepared_crop!r}, not {crop!r}; give crop "
+            f"{prepared_crop!r} (in a recipe data.crop={prepared_crop}), or prepare the images "
+            "again"
         )
     dataset = ImageDataset(
         opened,
@@ -236,7 +237,7 @@ def _open_path(base: str, path: Path, split: str | None, columns: Columns | None
             f"{base} is a single file, {kind_of(base)}; give its folder, a .zip, .npz, "
             f"{', '.join(ROW_FILES)}, .tar.gz or .tgz"
         )
-    if split is None and split_kinds([path.name]) and path.parent.is_dir():  # FOLDER/val
+    if split is None and names_split_of_parent(path):
         store = FolderStore(path.parent)
         return _open_files_or_rows(str(path.parent), path.name, store, "", columns)
     if is_hub_name(base):
@@ -246,6 +247,21 @@ def _open_path(base: str, path: Path, split: str | None, columns: Columns | None
         ".zip, .tar, .npz or parquet file, a Hugging Face dataset as OWNER/NAME, or a built-in "
         f"dataset ({suggest(base, BUILTIN)})"
     )
+
+
+def names_split_of_parent(path: Path) -> bool:
+    """Return whether a missing FOLDER/val means a split of FOLDER, e.g. FOLDER/validation.
+
+    FOLDER must have splits: else all below it would be taken for the images of a wrong path.
+    """
+    if path.exists() or not split_kinds([path.name]) or not path.parent.is_dir():
+        return False
+    if (path.parent / "dataset_dict.json").is_file():
+        return True
+    listing = FolderStore(path.parent).listing()
+    if (rows := find_row_files(str(path.parent), listing)) is not None:
+        return len(rows[1]) > 1
+    return bool(find_splits(list(listing.sizes), ""))
 
 
 def _open_files_or_rows(

@@ -188,7 +188,8 @@ class LatentDataset:
             raise ValueError(f"{folder} is of format {card.get('format')}, not 1; {ADVICE}")
         try:
             check_fields(card, CARD_KINDS)
-            if min(card["factor"], *card["pieces"], card["count"]) < 1:
+            # All images of a piece may have been unreadable.
+            if min(card["factor"], card["count"]) < 1 or min(card["pieces"]) < 0:
                 raise ValueError("a number is not positive")
             if sum(card["pieces"]) != card["count"]:
                 raise ValueError("its pieces do not have 'count' images")
@@ -206,7 +207,7 @@ class LatentDataset:
         self.report = UnreadableReport(len(self.rows), notes=tuple(card["notes"]))
         self.caption_embeddings: Captions | None = None
         self._starts = np.cumsum([0, *card["pieces"]])
-        self._labels = _read_labels(self.folder)[self.rows]
+        self._labels = _read_labels(self.folder, card["count"], self.num_classes)[self.rows]
         for k in range(len(card["pieces"])):
             if not all(piece_path(self.folder, k, suffix).is_file() for suffix in ("npy", "json")):
                 raise ValueError(f"{folder} is damaged: piece {k} is missing; {ADVICE}")
@@ -328,9 +329,15 @@ def _read_facts(folder: str, piece: int, key: str) -> dict[str, Any]:
     return facts
 
 
-def _read_labels(folder: Path) -> np.ndarray:
+def _read_labels(folder: Path, count: int, num_classes: int) -> np.ndarray:
     try:
-        return load_npy(folder / LABELS)
+        labels = load_npy(folder / LABELS)
+        if labels.dtype != np.int64 or labels.shape != (count,):
+            raise ValueError(f"it holds {labels.dtype} {labels.shape}, not int64 ({count},)")
+        low, high = int(labels.min()), int(labels.max())
+        if low < NO_LABEL or high >= max(num_classes, 1):
+            raise ValueError(f"it holds the classes {low} to {high} of {num_classes}")
+        return labels
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{folder} is damaged: {LABELS}: {error}; {ADVICE}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mezzotint.core.npz_files import npz_names, read_npz
+from mezzotint.core.npz_files import BOMB_BYTES, BOMB_RATIO, npz_names, read_npz
 from mezzotint.data.decode import decode_image
 from mezzotint.data.labels import read_labels
 from mezzotint.data.sources import SPLITS, hash_parts, split_indices
@@ -127,9 +128,37 @@ def _check_pixels(pixels: np.ndarray, what: str) -> None:
         raise ValueError(f"{what} is {pixels.dtype} {shape}; {advice}{FORM}")
 
 
+def _check_blob(blob: np.ndarray, offsets: np.ndarray, what: str) -> None:
+    """Check that a blob and its offsets hold encoded images, one after another."""
+    is_blob = blob.dtype == np.uint8 and blob.ndim == 1
+    is_list = offsets.dtype.kind in "iu" and offsets.ndim == 1 and len(offsets) > 1
+    # Unsigned numbers have no negative difference.
+    rises = is_list and bool((offsets[1:] >= offsets[:-1]).all())
+    if not (is_blob and rises and offsets[0] >= 0 and offsets[-1] <= len(blob)):
+        raise ValueError(
+            f"{what} is {blob.dtype} {blob.shape}, its offsets {offsets.dtype} {offsets.shape}; "
+            "the blob is uint8 (bytes,), the offsets whole numbers (images + 1,) that rise from 0 "
+            "to its length"
+        )
+
+
+def _read_classes(names: np.ndarray, path: Path) -> list[str]:
+    """Return the names of the classes; ValueError for another shape than (classes,)."""
+    if names.ndim != 1 or names.dtype.kind not in "SUiu":
+        raise ValueError(
+            f"classes of {path} is {names.dtype} {names.shape}; give text of shape (classes,)"
+        )
+    given = names.tolist()
+    return [n.decode("utf-8", "replace") if isinstance(n, bytes) else str(n) for n in given]
+
+
 @functools.lru_cache(maxsize=4)
 def _npz(path: str, modified_ns: int) -> dict[str, np.ndarray]:
-    return read_npz(path, npz_names(path))
+    names = npz_names(path)
+    wanted = [name for name in names if _role(name)[0] or name == "classes"]
+    wanted += [_offsets(name) for name in wanted if _offsets(name) in names]
+    most = max(BOMB_BYTES, BOMB_RATIO * os.path.getsize(path))
+    return read_npz(path, dict.fromkeys(wanted), max_bytes=most)
 
 
 def _offsets(blob: str) -> str:
@@ -228,7 +257,9 @@ def open_npz(path: Path, split: str | None) -> NpzSource:
         raise ValueError(f"{path} is not a readable .npz ({error}); {FORM}") from error
     found = _find_arrays(path, arrays)
     for images, _ in found.values():
-        if not images.endswith("_blob"):
+        if images.endswith("_blob"):
+            _check_blob(arrays[images], arrays[_offsets(images)], f"{images} of {path}")
+        else:
             _check_pixels(arrays[images], f"{images} of {path}")
     counts = {name: _count(arrays, images) for name, (images, _) in found.items()}
     if set(counts) == {""}:
@@ -243,7 +274,7 @@ def open_npz(path: Path, split: str | None) -> NpzSource:
         rows = np.arange(sum(counts[name] for name in chosen))
     names = tuple(found[name][0] for name in chosen)
     cells = [(found[name][1], counts[name]) for name in chosen]
-    declared = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
+    declared = _read_classes(arrays["classes"], path) if "classes" in arrays else None
     labels = label_names = note = None
     named = [(name, count) for name, count in cells if name is not None]
     if named:

@@ -22,7 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from mezzotint.core.distributed import WorkShare, default_device
-from mezzotint.core.files import atomic_replace, expand_user, format_bytes, partial_folder
+from mezzotint.core.files import (
+    atomic_replace,
+    expand_user,
+    format_bytes,
+    partial_folder,
+    remove_partials,
+)
 from mezzotint.core.json_values import parse_json
 from mezzotint.core.object_store import (
     StoredFile,
@@ -315,8 +321,7 @@ def _write_if_new(address: str, text: str) -> None:
 def _remove_partials(address: str) -> None:
     """Remove what killed processes left in a folder; a store shows nothing of it."""
     if address.startswith(LOCAL):
-        for partial in Path(address.removeprefix(LOCAL)).glob(".*.partial"):
-            partial.unlink(missing_ok=True)
+        remove_partials(Path(address.removeprefix(LOCAL)))
 
 
 def describe_shards(card: ShardCard, report: dict[str, Any], out: str) -> str:

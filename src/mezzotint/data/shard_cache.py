@@ -107,7 +107,10 @@ class ShardCache:
                 os.utime(path)
                 try:
                     return _map_rows(path)
-                except (ValueError, EOFError):  # of pyarrow, for a file that is cut
+                except (ValueError, EOFError, OSError) as error:
+                    # Of pyarrow, for a file that is cut; an error of the system has a number.
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise
                     path.unlink(missing_ok=True)
         raise OSError(f"{path} was removed as soon as it was fetched; raise data.shards.cache_gb")
 

@@ -9,8 +9,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from mezzotint.data.shard_cache import UnreadableShardError
-
 THREADS = 4
 Block = tuple[int, int, int]  # of `shard_order.ShardOrder`
 
@@ -48,7 +46,8 @@ def _start_threads(fetch: Callable[[int], None]) -> queue.SimpleQueue[int | None
 
     def work() -> None:
         while (shard := wanted.get()) is not None:
-            with contextlib.suppress(OSError, UnreadableShardError):
+            # Of any type, e.g. credentials that ended: the read itself reports it.
+            with contextlib.suppress(Exception):
                 fetch(shard)
 
     # Daemons: what is fetched ahead must not hold up the end of the process.

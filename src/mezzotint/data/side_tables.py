@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
+from mezzotint.core.text import escape_name
 from mezzotint.data.decode import UnreadableImage
 
 MAX_TABLE_BYTES = 512 << 20  # of one table, unpacked
@@ -298,8 +299,15 @@ def _read_parquet(store: Store, name: str) -> Table:
             raise ValueError("it unpacks to too many bytes; split it into several files")
         kept = [f.name for f in file.schema_arrow if not pa.types.is_binary(f.type)]
         table = file.read(columns=kept)
-        return Table({key: table.column(key).to_pylist() for key in table.column_names})
     except UnreadableImage as error:
         raise ValueError(f"{where} cannot be read: {error}") from error
     except (pa.ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{where} is no readable parquet file: {error}") from error
+    columns: dict[str, list[Any]] = {}
+    notes: list[str] = []
+    for key in table.column_names:
+        try:
+            columns[key] = table.column(key).to_pylist()
+        except Exception as error:  # of several types, e.g. for a date beyond the year 9999
+            notes.append(f"column {escape_name(key)!r} of {where} was left out: {error}")
+    return Table(columns, notes=tuple(notes))

@@ -30,7 +30,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 from mezzotint.core.files import CHUNK_BYTES, atomic_replace, cache_dir
 from mezzotint.core.paths import read_regular_file
 from mezzotint.core.progress import ProgressBar
-from mezzotint.data.decode import HEAD_BYTES, UnreadableImage
+from mezzotint.data.decode import HEAD_BYTES, UnreadableImage, blame_file
 
 MAX_FILE_BYTES = 1 << 30  # of one file: the largest image that Pillow opens, uncompressed, 16 bits
 # Above BOMB_BYTES, what unpacks to more than BOMB_RATIO times its size is no set of images.
@@ -43,7 +43,7 @@ COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.op
 ZSTD = b"\x28\xb5\x2f\xfd"
 # What a damaged zip may raise.
 DAMAGE = (
-    zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error, lzma.LZMAError
+    zipfile.BadZipFile, RuntimeError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError
 )  # fmt: skip
 OUTSIDE, SPECIAL = "links that lead out of the data set", "devices, pipes and sockets"
 BROKEN, CLOSED = "broken links", "folders that cannot be read"
@@ -167,7 +167,7 @@ class FolderStore:
         try:
             return read_regular_file(self.root / name, MAX_FILE_BYTES)
         except OSError as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
+            raise blame_file(error, str(self.root / name)) from error
         except ValueError as error:
             raise UnreadableImage(str(error)) from error
 
@@ -246,7 +246,7 @@ class ZipStore:
         try:
             return self._handle().read(self._members().places[name])
         except DAMAGE as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error}") from error
+            raise blame_file(error, f"{self.root}/{name}") from error
 
     def head(self, name: str) -> builtins.bytes:
         """Return the first bytes of a member, see `Store`."""
@@ -271,9 +271,34 @@ class ZipStore:
         return _zip_members(str(self.root), self.modified_ns)
 
 
-# One handle per thread and process: they would share one file position.
+class _ZipHandle(zipfile.ZipFile):
+    """A zip with a file position of its own, and the directory of another handle.
+
+    To read the directory of a million members takes half a minute and 0.7 GB.
+    """
+
+    def __init__(self, path: str, directory: zipfile.ZipFile):
+        self._directory = directory
+        super().__init__(path)
+
+    def _RealGetContents(self) -> None:
+        self.start_dir = self._directory.start_dir
+        self.filelist, self.NameToInfo = self._directory.filelist, self._directory.NameToInfo
+
+
+# One handle per thread and process: they would share one file position, and wait for one another.
 @functools.lru_cache(maxsize=64)
 def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.ZipFile:
+    directory = _read_zip(path, modified_ns)
+    try:
+        return _ZipHandle(path, directory)
+    except OSError as error:
+        raise blame_file(error, path) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _read_zip(path: str, modified_ns: int) -> zipfile.ZipFile:
+    """Open a zip for its directory; its file position is of no thread."""
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
@@ -285,7 +310,7 @@ def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.Zip
 @functools.lru_cache(maxsize=8)
 def _zip_members(path: str, modified_ns: int) -> _Members:
     members = _Members()
-    for info in _open_zip(path, modified_ns, os.getpid(), threading.get_ident()).infolist():
+    for info in _read_zip(path, modified_ns).infolist():
         mode = info.external_attr >> 16
         kind = stat.S_IFMT(mode) if info.create_system == 3 else 0  # 3: made on Unix
         is_bomb = info.file_size > max(BOMB_BYTES, BOMB_RATIO * info.compress_size)
@@ -359,6 +384,8 @@ def _tar_members(path: str, shown: str, modified_ns: int) -> _Members:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
                 place, problem = (info.offset_data, info.size), None
+                if info.size < 0:  # the next member would be one that was read before
+                    raise tarfile.ReadError(f"the size of {info.name} is negative")
                 if info.isdir():
                     continue
                 if info.islnk():  # a second name of an earlier member

@@ -31,7 +31,7 @@ from mezzotint.data.columns import (
     named,
     nested_value,
 )
-from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, decode_image
+from mezzotint.data.decode import MAX_FILE_BYTES, UnreadableImage, blame_file, decode_image
 from mezzotint.data.labels import Labels, read_labels
 from mezzotint.data.layout import Layout
 from mezzotint.data.row_files import patched_webdataset
@@ -84,7 +84,7 @@ class TableSource:
                 ):
                     return read_regular_file(real, MAX_FILE_BYTES)
         except OSError as error:
-            raise UnreadableImage(f"{type(error).__name__}: {error.strerror}") from error
+            raise blame_file(error, path[:200]) from error
         except ValueError as error:  # a null character, or no regular file
             raise UnreadableImage(f"{path[:200]!r} cannot be read: {error}") from error
         raise UnreadableImage(f"{path[:200]!r} names no file in the dataset's folder")
@@ -116,10 +116,16 @@ class TableSource:
     def _lengths(self, start: int) -> np.ndarray:
         import pyarrow.compute
 
-        column = self.images.with_format("arrow")[start : start + 4096].column(0).combine_chunks()
+        column = self.images.with_format("arrow")[start : start + 4096].column(0)
         call = pyarrow.compute.call_function
-        lengths = call("binary_length", [column.field("bytes")])
-        return call("coalesce", [lengths, -1]).to_numpy(zero_copy_only=False).astype(np.int64)
+        # Each chunk by itself: in one array, large images overflow Arrow's 32-bit offsets.
+        lengths = [call("binary_length", [chunk.field("bytes")]) for chunk in column.chunks]
+        return np.concatenate(
+            [
+                call("coalesce", [length, -1]).to_numpy(zero_copy_only=False).astype(np.int64)
+                for length in lengths
+            ]
+        )
 
     def _cell(self, i: int) -> dict[str, Any] | None:
         return next(iter(self.images[i].values()))

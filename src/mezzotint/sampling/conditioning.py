@@ -112,6 +112,11 @@ def text_condition(model: Model, text: str | Sequence[str] | Tensor | None, coun
     if text is None:
         return Cond()
     if isinstance(text, Tensor):
+        if text.ndim != 3 or len(text) != count:
+            raise ValueError(
+                f"text embeddings of shape {tuple(text.shape)} for {count} seeds; give "
+                f"(seeds, tokens, width), so ({count}, tokens, width)"
+            )
         mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
         return Cond(text=text, text_mask=mask)
     prompts = [text] * count if isinstance(text, str) else list(text)

@@ -32,7 +32,7 @@ def inpaint_denoiser(denoise: Denoiser, known: Image, keep: Tensor) -> Denoiser:
     resampling. With no noise left at the end the known part is exact.
 
     Args:
-        known: (b, c, h, w), in the model's space.
+        known: (b, c, h, w), or (1, c, h, w) for all images alike, in the model's space.
         keep: True where `known` holds, broadcastable to it.
     """
 
@@ -57,8 +57,10 @@ def img2img(job: SamplingJob, seeds: Sequence[int], image: Tensor, start_logsnr:
     """
     x = _encode(job, image)
     steps = _steps_from(job, start_logsnr)
-    z = _noise(job, seeds, x, steps)
-    return job.decode(job.run_sampler(z, steps, seeds))
+    images = [
+        job.run_sampler(_noise(job, part, x, steps), steps, part) for part in job.split(seeds)
+    ]
+    return job.decode(torch.cat(images))
 
 
 def inpaint(
@@ -91,10 +93,12 @@ def inpaint(
         start = torch.where(keep, x, torch.zeros_like(x))
     else:
         steps, start = _steps_from(job, start_logsnr), x
-    z = _noise(job, seeds, start, steps)
-    known = x.expand(len(seeds), -1, -1, -1)
-    wrap = functools.partial(inpaint_denoiser, known=known, keep=keep)
-    return job.decode(job.run_sampler(z, steps, seeds, wrap))
+    wrap = functools.partial(inpaint_denoiser, known=x, keep=keep)
+    images = [
+        job.run_sampler(_noise(job, part, start, steps), steps, part, wrap)
+        for part in job.split(seeds)
+    ]
+    return job.decode(torch.cat(images))
 
 
 def _encode(job: SamplingJob, image: Tensor) -> Tensor:
@@ -169,9 +173,10 @@ def save_img2img(
     check_edit_output(out, overwrite)
     given = read_image(job, image)
     edited = img2img(job, seeds, given, start_logsnr)
-    save_png(_captioned(["given"], [given], seeds, edited), out)
     how = {"edit": "img2img", "image": image.name, "start_logsnr": start_logsnr}
+    # The card first: a file with its final name always has one.
     write_card(out, {**job.card(len(seeds), seeds.start), **how})
+    save_png(_captioned(["given"], [given], seeds, edited), out)
     return [out]
 
 
@@ -189,9 +194,9 @@ def save_inpainting(
     given, painted = read_image_and_mask(job, image, mask)
     edited = inpaint(job, seeds, given, painted, start_logsnr)
     masked = torch.where(painted, torch.full_like(given, 127), given)
-    save_png(_captioned(["given", "masked"], [given, masked], seeds, edited), out)
     how = {"edit": "inpaint", "image": image.name, "mask": mask.name, "start_logsnr": start_logsnr}
     write_card(out, {**job.card(len(seeds), seeds.start), **how})
+    save_png(_captioned(["given", "masked"], [given, masked], seeds, edited), out)
     return [out]
 
 

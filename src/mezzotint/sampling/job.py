@@ -195,10 +195,15 @@ class SamplingJob:
         text = encode_prompts(self.model, texts, self.encoder)
         return dataclasses.replace(text, label=label)
 
+    def split(self, seeds: Sequence[int]) -> list[Sequence[int]]:
+        """Return the seeds in batches of at most `settings.batch`."""
+        batch = self.settings.batch
+        return [seeds[i : i + batch] for i in range(0, len(seeds), batch)]
+
     def draw(self, seeds: Sequence[int]) -> Tensor:
         """Sample images: (b, c, h, w) uint8 on the CPU, or float32 latents without a codec."""
-        steps, batch = make_logsnr_steps(self.model, self.settings), self.settings.batch
-        parts = [seeds[i : i + batch] for i in range(0, len(seeds), batch)]
+        steps = make_logsnr_steps(self.model, self.settings)
+        parts = self.split(seeds)
         images = [self.run_sampler(self.start_noise(part), steps, part) for part in parts]
         return self.decode(torch.cat(images or [self.start_noise(())]))
 
@@ -352,7 +357,11 @@ def make_job(
     Errors: ValueError for unknown names, labels of an unconditional model, prompts of a model
         without text conditioning, and tuned settings that are damaged.
     """
+    if latents and codec is not None:
+        raise ValueError(f"latents are not decoded, and codec {codec} decodes; leave one out")
     model = open_model(source, tuned=protocol is None)
+    if latents and model.info.codec == "pixels":
+        raise ValueError("this model works on pixels and has no latents; leave latents out")
     published = None if protocol is None else protocols.get_protocol(protocol)
     settings = SamplingSettings() if published is None else published.settings
     reads_text = "text" in model.info.extra
@@ -391,6 +400,8 @@ def make_job(
     )
     protocols.choose_labels(job.label_order, (), job.classes)  # raises for an unknown order
     _check_negative(job, negative_text)
+    if encoder is not None and not prompts:
+        raise ValueError(f"the text encoder {encoder} needs prompts; give --text or --prompts")
     if prompts:
         text_encoder_for(model, encoder)
     elif reads_text and settings.guidance is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,7 +42,9 @@ def parse_guidance(text: str) -> Guidance:
 def parse_size(text: str) -> tuple[int, int]:
     """Parse "64" or "48x64", height first, to (height, width)."""
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+    # Of five digits at most; what is too large is told later, with the limit.
+    numbers = [re.fullmatch(r"0*[1-9]\d{0,5}", side.strip(), re.ASCII) for side in sides]
+    if len(sides) > 2 or not all(numbers):
         raise ValueError(f"size {text!r} is neither a number nor HEIGHTxWIDTH, e.g. 64 or 48x64")
     return int(sides[0]), int(sides[-1])
 

@@ -93,8 +93,9 @@ class SamplingSettings(Checked):
     """How to sample.
 
     sampler: registered name with options.
-    discretization: registered name with options. None is Karras' for Heun's sampler and for EDM's
-        log-normal schedule, even in u otherwise.
+    discretization: registered name with options. None is the sampler's own (Karras' for Heun's,
+        those of `flow_heun` and `consistency`), else Karras' for EDM's log-normal schedule and even
+        in u for others.
     steps: number of intervals of the discretization.
     guidance: None is no guidance.
     clip: "static" (low=-1, high=1) or "dynamic" (quantile=0.995) clipping of the denoised image

@@ -37,18 +37,21 @@ class TrajectoryRecorder:
 
 
 def trajectory(job: SamplingJob, seeds: Sequence[int]) -> tuple[list[Tensor], list[float]]:
-    """Sample one batch and return the denoised images along the way.
+    """Sample images and return the denoised ones along the way.
 
     Returns:
         One (b, c, h, w) uint8 tensor per network call, and the log-SNR of each. The last one is the
         finished image, at log-SNR +inf.
     """
-    recorder = TrajectoryRecorder(job.denoiser(seeds))
-    z = job.start_noise(seeds)
     steps = make_logsnr_steps(job.model, job.settings)
-    last = job.run_sampler(z, steps, seeds, lambda _: recorder)
-    frames = [job.decode(x) for x in [*recorder.x, last.cpu()]]
-    return frames, [*recorder.logsnr, float("inf")]
+    batches, levels = [], []
+    for part in job.split(seeds):
+        recorder = TrajectoryRecorder(job.denoiser(part))
+        last = job.run_sampler(job.start_noise(part), steps, part, lambda _, r=recorder: r)
+        batches.append([job.decode(x) for x in [*recorder.x, last.cpu()]])
+        levels = [*recorder.logsnr, float("inf")]
+    # All batches take the same steps.
+    return [torch.cat(frame) for frame in zip(*batches, strict=True)], levels
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -81,8 +84,11 @@ def interpolate(job: SamplingJob, seeds: Sequence[int], frames: int) -> Tensor:
     steps, rows = make_logsnr_steps(job.model, job.settings), []
     noise = job.start_noise(seeds)
     for seed, start, end in zip(seeds[:-1], noise[:-1], noise[1:], strict=True):
-        z = torch.stack([slerp(start, end, k / (frames - 1)) for k in range(frames)])
-        rows.append(job.decode(job.run_sampler(z, steps, [seed] * frames)))
+        row = []
+        for part in job.split(range(frames)):
+            z = torch.stack([slerp(start, end, k / (frames - 1)) for k in part])
+            row.append(job.run_sampler(z, steps, [seed] * len(part)))
+        rows.append(job.decode(torch.cat(row)))
     return torch.stack(rows)
 
 
@@ -110,10 +116,11 @@ def save_trajectory(job: SamplingJob, out: Path, seeds: range, overwrite: bool) 
     shown = [round(i * (len(frames) - 1) / (columns - 1)) for i in range(columns)]
     strip = torch.stack([frames[i] for i in shown], dim=1).flatten(0, 1)
     captions = [f"{levels[i]:+.1f}" for i in shown] * len(seeds)
-    save_png(make_grid(strip, columns=columns, captions=captions), out)
-    save_gif(frames, gif)
     how = {"edit": "trajectory"}
+    # The card first: a file with its final name always has one.
     write_card(out, {**job.card(len(seeds), seeds.start), **how})
+    save_gif(frames, gif)
+    save_png(make_grid(strip, columns=columns, captions=captions), out)
     return [out, gif]
 
 
@@ -124,8 +131,8 @@ def save_interpolation(
     gif = _gif_path(out)
     check_edit_output(out, overwrite, gif)
     rows = interpolate(job, seeds, frames)
-    save_png(make_grid(rows.flatten(0, 1), columns=frames), out)
-    save_gif(list(rows.transpose(0, 1)), gif)
     how = {"edit": "interpolate", "frames": frames}
     write_card(out, {**job.card(len(seeds), seeds.start), **how})
+    save_gif(list(rows.transpose(0, 1)), gif)
+    save_png(make_grid(rows.flatten(0, 1), columns=frames), out)
     return [out, gif]

@@ -81,7 +81,8 @@ class TunedSettings(Checked):
         for name, value in self.sampler.options.items():
             if name in NO_OPTIONS or not isinstance(value, bool | int | float | str):
                 raise ValueError(f"sampler option {shorten(name)} must be a number or text")
-        parse_options("sampler.options.", run, self.sampler.options)
+        options = parse_options("sampler.options.", run, self.sampler.options)
+        object.__setattr__(self, "sampler", Spec(self.sampler.name, options))
         g = self.guidance
         if g is not None and g.low is not None and g.high is not None:
             interval(lambda logsnr: logsnr, g.low, g.high)  # raises for an empty one

@@ -105,6 +105,11 @@ def _is_card(path: Path) -> bool:
     return "mezzotint_samples" in read_json(path)
 
 
+def _holds_only_card_parts(folder: Path) -> bool:
+    """Return whether a folder is empty but for what a kill left before it had its first card."""
+    return all(file.name.startswith(".card.json.") for file in folder.iterdir())
+
+
 def _read_own_card(path: Path) -> SamplingCard:
     """Return the card of an output that is begun; ValueError for another program's card.json."""
     card = read_json(path, "remove it to start again")
@@ -172,12 +177,12 @@ class FolderWriter:
             lines = differences(_read_own_card(card_file), card)
             if not overwrite:
                 _check_same_card(self.path, lines)
-            if lines:
+            else:
                 for file in self.path.glob("*.png"):
                     if file.stem.isdigit():
                         file.unlink()
                 (self.path / METADATA).unlink(missing_ok=True)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and not _holds_only_card_parts(self.path):
             raise ValueError(
                 f"{self.path} holds files that mezzotint sample did not write; choose another --out"
             )
@@ -258,8 +263,7 @@ class ShardedWriter:
             if lines:
                 shutil.rmtree(self.folder)
         elif self.folder.exists():
-            # Killed before it had a card: then it holds nothing else.
-            if any(not file.name.startswith(".card.json.") for file in self.folder.iterdir()):
+            if not _holds_only_card_parts(self.folder):
                 raise ValueError(
                     f"{self.folder} holds files that mezzotint sample did not write; choose "
                     "another --out"
@@ -437,7 +441,7 @@ def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> No
     if out.suffix != ".png" and not is_special(out):
         raise ValueError(f"edited images are written as .png; given {out}")
     card = read_sampling_card(out) or {}
-    foreign = [out] if out.exists() and not card and not is_special(out) else []
+    foreign = [out] if out.exists() and "edit" not in card and not is_special(out) else []
     if gif is not None and gif.exists() and card.get("edit") not in ("trajectory", "interpolate"):
         foreign.append(gif)
     if foreign and not overwrite:

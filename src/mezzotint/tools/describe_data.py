@@ -21,12 +21,11 @@ from mezzotint.core.image_grid import class_captions, make_grid, save_png
 from mezzotint.core.text import escape_name
 from mezzotint.data.columns import shown
 from mezzotint.data.decode import decode_image
-from mezzotint.data.image_dataset import ImageDataset, split_source
+from mezzotint.data.image_dataset import ImageDataset, names_split_of_parent, split_source
 from mezzotint.data.layout import Layout
 from mezzotint.data.npz_source import NpzSource
 from mezzotint.data.prepared_source import PreparedSource
 from mezzotint.data.sources import FileSource
-from mezzotint.data.splits import split_kinds
 from mezzotint.data.tables import TableSource
 
 SAMPLES, COLUMNS = 12, 4  # pictures in the PNG
@@ -115,7 +114,7 @@ def _is_samples(path: Path) -> bool:
 def _data_folder(data: str) -> Path | None:
     """Return the folder that holds the data; None if it is no folder."""
     folder = expand_user(split_source(data)[0]).resolve()
-    if not folder.exists() and split_kinds([folder.name]):  # FOLDER/val means FOLDER/Validation
+    if names_split_of_parent(folder):
         folder = folder.parent
     return folder if folder.is_dir() else None
 

@@ -388,9 +388,10 @@ def publish_folder(partial: Path, final: Path) -> None:
 
 
 def prune_checkpoints(run: Path, images: int, keep: int, keep_every: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every`.
+    """Delete all but the newest `keep` checkpoints and the first at or past each multiple.
 
     Args:
+        keep_every: images of which the multiples are; a batch need not divide them.
         images: of the newest. Checkpoints of more images were passed over when the run resumed.
     """
     there = [int(folder.name) for folder in list_checkpoints(run)]
@@ -403,9 +404,14 @@ def checkpoints_to_delete(
 ) -> list[int]:
     """Return which of the checkpoints at so many images go, see `prune_checkpoints`."""
     written = sorted(i for i in there if i <= images)
-    return [
-        i for i in written[: max(0, len(written) - keep)] if keep_every is None or i % keep_every
-    ]
+    deleted, before = [], 0
+    for i in written[: max(0, len(written) - keep)]:
+        # The one before that is still there: the first past a multiple always is.
+        if keep_every is not None and i // keep_every > before // keep_every:
+            before = i
+        else:
+            deleted.append(i)
+    return deleted
 
 
 class UnusableCheckpointError(ValueError):

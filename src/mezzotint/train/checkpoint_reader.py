@@ -14,7 +14,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import ReadItem
+
+from mezzotint.core.tensor_files import scan_torch_file
 
 METADATA = ".metadata"
 DATA_FILE = re.compile(r"__\d+_\d+\.distcp")  # RANK_NUMBER: a plain name, so inside the folder
@@ -78,6 +80,7 @@ _DTYPES = {name: d for name in dir(torch) if isinstance(d := getattr(torch, name
 
 
 # The unpickler in C would allocate whatever index a damaged or hostile file names for its memo.
+@no_type_check
 class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _DTYPES:
@@ -85,6 +88,33 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) not in _TYPES:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _TYPES[module, name]
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_check_key(key)] = value
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_check_key(key)] = value
+
+    def refuse(self):
+        raise pickle.UnpicklingError("it holds a set, or a mapping of an old format")
+
+    dispatch: ClassVar = {
+        **pickle._Unpickler.dispatch,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        **dict.fromkeys((op[0] for op in (pickle.DICT, pickle.ADDITEMS, pickle.FROZENSET)), refuse),
+    }
+
+
+@no_type_check
+def _check_key(key):
+    """Return a key that takes no time to hash; a tuple of tuples may take for ever."""
+    if type(key) is not str and not isinstance(key, _Record):
+        raise pickle.UnpicklingError(f"it holds a {type(key).__name__} as a key")
+    return key
 
 
 def read_metadata(folder: Path) -> Metadata:
@@ -204,6 +234,7 @@ class PlainValues(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Hand torch's code a copy of what `weights_only` reads, and never the file's bytes."""
+        scan_torch_file(value)
         copy = io.BytesIO()
         torch.save(torch.load(value, map_location="cpu", weights_only=True), copy)
         copy.seek(0)

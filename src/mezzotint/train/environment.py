@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def describe_start(images: int, devices: list[str]) -> dict[str, Any]:
     return {
         "images": images,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": command_line(),
+        "command": hide_home(command_line()),
         "commit": find_commit(Path(__file__).parents[1]),
         "versions": installed_versions(),
         "python": platform.python_version(),
@@ -79,9 +80,17 @@ def describe_start(images: int, devices: list[str]) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """Return the command line of this process, with ~ for the home folder."""
+    """Return the command line of this process, as a shell takes it."""
     program, *arguments = sys.orig_argv
-    return shlex.join([Path(program).name, *arguments]).replace(str(Path.home()), "~")
+    return shlex.join([Path(program).name, *arguments])
+
+
+def hide_home(command: str) -> str:
+    """Return a command with ~ for the home folder, to be shown to others."""
+    home = str(Path.home())
+    # A whole path: /home/ann is not the beginning of /home/anna.
+    whole = rf"(?<![\w/.]){re.escape(home)}(?![\w.-])"
+    return command if home == "/" else re.sub(whole, "~", command)
 
 
 def installed_versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ EDM2 section 3.2 and appendix C.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,8 +42,9 @@ def list_snapshots(run: Path) -> list[Snapshot]:
     """Return a run's snapshots, oldest first."""
     snapshots = []
     for path in sorted((run / "ema").glob("*-*.safetensors")):
-        images, _, std = path.stem.partition("-")
-        snapshots.append(Snapshot(int(images), float(std), path))
+        # Other files are not ours, e.g. a copy of one under another name.
+        if name := re.fullmatch(r"(\d+)-(\d[\d.e-]*)", path.stem, re.ASCII):
+            snapshots.append(Snapshot(int(name[1]), float(name[2]), path))
     return snapshots
 
 

@@ -23,6 +23,7 @@ from mezzotint.core.json_values import check_fields, first_line
 from mezzotint.core.registry import build
 from mezzotint.core.tensor_files import open_safetensors
 from mezzotint.data.loader import load_batches
+from mezzotint.data.sharded_dataset import ShardedDataset
 from mezzotint.models import build_model, meta_model, preset_info
 from mezzotint.process import objectives, schedules
 from mezzotint.train import checkpoint, log, nonfinite
@@ -137,6 +138,11 @@ def rebuild_run(
     dataset = open_data(recipe, info, world, source)
     if dataset.fingerprint != fingerprint:
         raise ValueError(f"{source or recipe.data.source} is not the data of {bundle}; give --data")
+    if isinstance(dataset, ShardedDataset):
+        shards = recipe.data.shards
+        if shards.lanes is None:
+            raise ValueError(f"{bundle} does not say how many lanes its shards were read in")
+        dataset.set_order(shards.lanes, shards.shuffle_images)
     model = build_model(info).to(device).train()
     weights = open_safetensors(bundle / nonfinite.WEIGHTS)
     state = {name: weights.read(name) for name in weights.claims}

@@ -25,6 +25,7 @@ from mezzotint.core.files import atomic_open, check_replaceable, read_json
 from mezzotint.core.image_grid import data_uri
 from mezzotint.core.json_values import first_line
 from mezzotint.core.machine import describe_machine
+from mezzotint.core.paths import printable
 from mezzotint.core.registry import build
 from mezzotint.core.svg_plot import COLOURS, Line, svg_plot
 from mezzotint.core.text import hide_folders, hide_local, last_component
@@ -41,6 +42,8 @@ LARGEST_PNG = 1 << 20  # bytes; larger grids are embedded as JPEG
 DATA_STD = 0.5  # of images in [-1, 1] (EDM's sigma_data), assumed for the line of zero outputs
 GREY = COLOURS[6]
 MARK = '<meta name="generator" content="mezzotint report">'
+# What values that no run writes raise while a page is made of them.
+DAMAGED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 
 Plot = tuple[str, str]  # title, SVG
 
@@ -70,7 +73,7 @@ def render_page(run: Path, difference: str) -> str:
     recipe = config.from_yaml(run / "recipe.yaml")
     records = log.read(run / "log.jsonl")
     events = log.read(run / "events.jsonl")
-    name = html.escape(run.resolve().name)
+    name = html.escape(printable(run.resolve().name))
     try:
         sections = [
             f"<h1>{name}</h1>",
@@ -90,7 +93,7 @@ def render_page(run: Path, difference: str) -> str:
             f"<pre>{html.escape(public_recipe(recipe))}</pre></details>",
             render_table("Environment", environment_rows(run), ("", "")),
         ]
-    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except DAMAGED as error:
         raise ValueError(
             f"{run}: its recipe, log, events or environment hold values that no run writes "
             f"({type(error).__name__}: {first_line(error)}); remove the damaged line or file"

@@ -37,11 +37,25 @@ def open_trackers(run: Run, print_line: Callable[[str], None] = print) -> Iterat
         print_line: gets a line for each tracker that fails.
     """
     known = {"tensorboard": open_tensorboard, "wandb": open_wandb, "trackio": open_trackio}
-    with ExitStack() as stack:
-        yield [
-            _tolerant(name, stack.enter_context(known[name](run)), print_line)
-            for name in run.recipe.trackers
-        ]
+    opened: list[tuple[str, ExitStack]] = []
+    trackers: Trackers = []
+    for name in run.recipe.trackers:
+        try:
+            stack = ExitStack()
+            write = stack.enter_context(known[name](run))
+        except Exception as error:
+            print_line(f"the tracker {name} does not start and gets no records: {error}")
+            continue
+        opened.append((name, stack))
+        trackers.append(_tolerant(name, write, print_line))
+    try:
+        yield trackers
+    finally:
+        for name, stack in reversed(opened):
+            try:
+                stack.close()
+            except Exception as error:
+                print_line(f"the tracker {name} does not close: {error}")
 
 
 def _tolerant(

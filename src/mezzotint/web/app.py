@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ def open_socket(port: int | None) -> socket.socket:
     Args:
         port: None takes the first free one from 7860 upwards.
 
-    Errors: OSError for a port in use.
+    Errors: OSError for a port in use, or one that this user may not open.
     """
     ports = [port] if port is not None else range(FIRST_PORT, FIRST_PORT + 100)
     for candidate in ports:
@@ -138,8 +139,13 @@ def open_socket(port: int | None) -> socket.socket:
             listening.bind((HOST, candidate))
             listening.listen(128)
             return listening
-        except OSError:
+        except OSError as error:
             listening.close()
+            if error.errno != errno.EADDRINUSE:
+                raise OSError(
+                    f"port {candidate} cannot be opened: {error.strerror}; give another one with "
+                    "--port, 1024 or above"
+                ) from None
     taken = f"port {port} is" if port is not None else f"ports {FIRST_PORT} and 99 more are"
     raise OSError(f"{taken} in use; give another one with --port")
 

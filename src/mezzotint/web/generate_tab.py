@@ -226,7 +226,7 @@ def generate_tab(studio: Studio) -> None:
     def draw(values: dict[Any, Any]) -> str:
         return plot_guidance(studio, read_form(fields, values))
 
-    names = ("model", "prompts", "negative", "steps", "guidance")
+    names = ("model", "prompts", "negative", "sampler", "steps", "guidance")
     names += ("curve", "power", "limited", "low", "high")
     changes = [fields[name].change for name in names]
     gr.on(changes, draw, set(fields.values()), plot, trigger_mode="always_last", **QUIET)

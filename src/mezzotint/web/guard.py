@@ -100,9 +100,11 @@ def read_credentials(auth: str) -> Credentials | None:
         password = os.environ.get(PASSWORD_VARIABLE, "")
     if not password and name and sys.stdin is not None and sys.stdin.isatty():
         password = getpass.getpass(f"password of {name}: ")
-    if not (name and password):
+    if not name:
+        raise ValueError("--auth has no name; give NAME, or NAME:PASSWORD")
+    if not password:
         raise ValueError(
-            f"--auth {name or 'NAME'} needs a password: set {PASSWORD_VARIABLE}, or run it on a "
+            f"--auth {name} needs a password: set {PASSWORD_VARIABLE}, or run it on a "
             "terminal, which asks for it"
         )
     return Credentials(name, password)

@@ -180,6 +180,7 @@ def variations(
         jobs = [with_steps(job, parse_integer("steps", text, 1, limits.steps)) for text in texts]
     else:
         raise ValueError(f"vary guidance or steps, not {str(setting)[:40]!r}")
+    limits = limits.divide(len(jobs))
     finished: list[Figure] = []
     strip: list[Figure] = []
     for i, (varied_job, text) in enumerate(zip(jobs, texts, strict=True)):
@@ -197,9 +198,10 @@ def comparison(studio: Studio, left: Request, right: Request) -> Iterator[Step]:
     requests = (left, right)
     jobs = [make_job(studio, request) for request in requests]
     seeds = parse_seeds(left.seeds, studio.limits)
+    limits = studio.limits.divide(len(jobs))
     columns: list[list[Figure]] = [[], []]
     for i, job in enumerate(jobs):
-        for figures, status, _ in sample_figures(job, seeds, studio.limits, f"{'AB'[i]}: "):
+        for figures, status, _ in sample_figures(job, seeds, limits, f"{'AB'[i]}: "):
             columns[i] = figures
             yield render_columns(columns, requests, jobs), status
     yield (

@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -93,7 +93,9 @@ def pick_columns(steps: list[StepImages]) -> list[StepImages]:
 def make_single_job(studio: Studio, name: Any, seed: Any, steps: Any) -> tuple[SamplingJob, int]:
     """Return a ddim job and its one seed; latents stay latents."""
     request = Request(model=name, steps=parse_integer("steps", steps, 1, 50))
-    return make_job(studio, request, decode=False), parse_seed(seed)
+    job = make_job(studio, request, decode=False)
+    # Hooks are Python, which the replay of a recorded graph does not run.
+    return replace(job, settings=replace(job.settings, cuda_graphs=False)), parse_seed(seed)
 
 
 def branch_images(
@@ -218,7 +220,7 @@ def attention(
         levels = make_logsnr_steps(job.model, job.settings).tolist()
         return [  # the last log-SNR is the clean end, where the network is not called
             StepImages(level, [image, overlay_heatmap(image, *heatmap)])
-            for level, image, heatmap in zip(levels, images, heatmaps, strict=False)
+            for level, image, heatmap in zip(levels[:-1], images, heatmaps, strict=True)
         ]
 
     title = f"layer {number} of {len(layers)}, mean over {attn.heads} heads; the token is marked"

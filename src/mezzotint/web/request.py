@@ -151,6 +151,8 @@ def parse_prompts(
     negative = parse_text("negative text", negative, limits.prompt_chars)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     prompts = make_prompts([_parse_prompt(line) for line in lines], negative or None)
+    if negative and not prompts:
+        raise ValueError("a negative text needs prompts; write one, or empty the negative text")
     if len(prompts) > limits.images:
         raise ValueError(
             f"{len(prompts)} prompts, one a line; at most {limits.images}, one for each image"

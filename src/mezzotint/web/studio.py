@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mezzotint.core.registry import suggest
@@ -35,6 +35,10 @@ class Limits:
     queue_length: int = 64
     visitors: int = 32
     earlier: int = 24
+
+    def divide(self, count: int) -> Limits:
+        """Return the limits of each of `count` samplings of one request: its time is shared."""
+        return replace(self, seconds=self.seconds / count)
 
 
 class ReloadingModel:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from html import escape
 from pathlib import Path
 from typing import Any
 
+from mezzotint.core.json_values import first_line
 from mezzotint.core.svg_plot import COLOURS, svg_plot
 from mezzotint.data.decode import open_image_file
 from mezzotint.train import log
 from mezzotint.train.report import (
+    DAMAGED,
     evaluation_plots,
     find_grids,
     line_over_images,
@@ -45,7 +48,7 @@ def render_curves(run: Path, log_bytes: int) -> str:
     plots = training_plots(records)
     plots.insert(1, ("Loss by log-SNR", svg_plot(lines, "images seen", "loss", log_y=True)))
     plots += evaluation_plots(log.read_evaluations(run / "log.jsonl"))
-    sections = [f"<section><h3>{title}</h3>{svg}</section>" for title, svg in plots]
+    sections = [f"<section><h3>{escape(title)}</h3>{svg}</section>" for title, svg in plots]
     return f'<div class="mz-plots">{"".join(sections)}</div>'
 
 
@@ -72,6 +75,14 @@ def render_grid(run: Path, index: int) -> str:
     data = html.png(grid)
     figure = html.Figure(data, f"after {int(path.stem):,} images")
     return f'<div class="mz-sheet">{html.figure(figure)}</div>'
+
+
+def describe_damage(run: Path, error: Exception) -> str:
+    """Return the error message of a log or grid that no run has written."""
+    return html.problem(
+        f"{run.name}: its log or a grid holds values that no run writes "
+        f"({type(error).__name__}: {first_line(error)}); remove the damaged line or file"
+    )
 
 
 def watch_tab(studio: Studio, tab: Any) -> None:
@@ -104,21 +115,22 @@ def watch_tab(studio: Studio, tab: Any) -> None:
         follow = shown is None or shown[0] != name or position >= shown[2] - 1
         index = last if follow else position
         slider = gr.Slider(maximum=max(last, 1), value=index, interactive=last > 0)
-        return (
-            render_progress(run),
-            render_curves(run, version[1]),
-            slider,
-            render_grid(run, index),
-            version,
-        )
+        try:
+            progress, plots = render_progress(run), render_curves(run, version[1])
+        except DAMAGED as error:
+            progress, plots = describe_damage(run, error), ""
+        return progress, plots, slider, show_grid(name, index), version
+
+    def show_grid(name: Any, position: Any) -> str:
+        run = studio.run(name)
+        try:
+            return render_grid(run, parse_integer("milestone", position, 0, 10**9))
+        except DAMAGED as error:
+            return describe_damage(run, error)
 
     outputs = [status, curves, milestone, grid, shown_version]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for event in (timer.tick, name.change, tab.select):
         event(refresh, [name, milestone, shown_version], outputs, **quiet)
     tab.select(lambda: gr.Timer(active=True), None, timer, **quiet)
-
-    def show_grid(name: Any, position: Any) -> str:
-        return render_grid(studio.run(name), parse_integer("milestone", position, 0, 10**9))
-
     milestone.input(show_grid, [name, milestone], grid, trigger_mode="always_last", **quiet)

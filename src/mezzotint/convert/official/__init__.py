@@ -7,7 +7,7 @@ every one of our tensors, each exactly once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,14 @@ class TensorSlice:
     name: str
     start: int = 0
     stop: int | None = None
+
+
+def get_shape(shapes: Mapping[str, tuple[int, ...]], key: str, count: int) -> tuple[int, ...]:
+    """Return a tensor's shape; ValueError unless it has `count` dimensions, none empty."""
+    shape = shapes[key]
+    if len(shape) != count or 0 in shape:
+        raise ValueError(f"{key} has shape {shape}; expected {count} dimensions, none empty")
+    return shape
 
 
 def _no_constants(config: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mezzotint.backbones.diffit import DiffiTConfig, relative_index
-from mezzotint.convert.official import CheckpointFormat, TensorSlice, registry
+from mezzotint.convert.official import CheckpointFormat, TensorSlice, get_shape, registry
 
 PATTERN = (
     r"pos_embed|x_embedder\.proj\.(weight|bias)|t_embedder\.mlp\.[02]\.(weight|bias)"
@@ -29,14 +29,6 @@ OUTSIDE = {  # official module -> ours
     "final_layer.linear": "final",
 }
 INSIDE = {"attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "mlp.fc1": "fc1", "mlp.fc2": "fc2"}
-
-
-def get_shape(shapes: Mapping[str, tuple[int, ...]], key: str, count: int) -> tuple[int, ...]:
-    """Return a tensor's shape; ValueError unless it has `count` dimensions, none empty."""
-    shape = shapes[key]
-    if len(shape) != count or 0 in shape:
-        raise ValueError(f"{key} has shape {shape}; expected {count} dimensions, none empty")
-    return shape
 
 
 def square_side(what: str, square: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from mezzotint.backbones.dimr import DiMRConfig
 from mezzotint.backbones.dimr_blocks import NORMS
-from mezzotint.convert.official import CheckpointFormat, TensorSlice, registry
+from mezzotint.convert.official import CheckpointFormat, TensorSlice, get_shape, registry
 
 # The tensors of a time-dependent vector, official and ours, in the same order.
 TDP = ("param0", "param1", "nodecay_weight", "nodecay_bias")
@@ -51,9 +51,10 @@ def infer_config(
             pixels).
         image_input_ratio: of each branch, coarse to fine; empty is 1, as in the released configs.
     """
-    branches = 1 + max(
-        (int(m[1]) for m in map(re.compile(r"stages\.(\d+)\.").match, shapes) if m), default=0
-    )
+    found = {m[1] for m in map(re.compile(r"stages\.(\d+)\.").match, shapes) if m}
+    branches = len(found)
+    if not branches or found != {str(i) for i in range(branches)}:
+        raise ValueError(f"its branches are {sorted(found)[:8]}; expected stages.0, stages.1, ...")
     indices = range(branches)
     ratios = tuple(image_input_ratio) or (1,) * branches
     if len(ratios) != branches or not all(isinstance(r, int) and r >= 1 for r in ratios):
@@ -62,10 +63,13 @@ def infer_config(
             "for each branch"
         )
     patches = tuple(
-        shapes[f"stages.{i}.input_layer.1.weight"][2] * ratio
+        get_shape(shapes, f"stages.{i}.input_layer.1.weight", 4)[2] * ratio
         for i, ratio in zip(indices, ratios, strict=True)
     )
-    tables = [shapes[f"stages.{i}.input_layer.3.position_embeddings.weight"][0] for i in indices]
+    tables = [
+        get_shape(shapes, f"stages.{i}.input_layer.3.position_embeddings.weight", 2)[0]
+        for i in indices
+    ]
     sizes = {math.isqrt(rows) * patch for rows, patch in zip(tables, patches, strict=True)}
     if len(sizes) != 1 or any(math.isqrt(rows) ** 2 != rows for rows in tables):
         raise ValueError(
@@ -79,21 +83,23 @@ def infer_config(
         for i in indices
     )
     rows = [
-        shapes[f"stages.{i}.class_embeds.weight"][0] for i in indices if stages[i] == "transformer"
+        get_shape(shapes, f"stages.{i}.class_embeds.weight", 2)[0]
+        for i in indices
+        if stages[i] == "transformer"
     ]
     if len(set(rows)) > 1:
         raise ValueError(f"class embeddings of different lengths {rows}")
     if null_label is None:
         null_label = rows != [1000] * len(rows)
-    channels = shapes["stages.0.input_layer.1.weight"][1]
+    channels = get_shape(shapes, "stages.0.input_layer.1.weight", 4)[1]
     depthwise = [
-        shapes[f"stages.{i}.blocks.0.block1.1.weight"][2]
+        get_shape(shapes, f"stages.{i}.blocks.0.block1.1.weight", 4)[2]
         for i in indices
         if stages[i] == "convnext"
     ]
     if len(set(depthwise)) > 1:
         raise ValueError(f"depthwise kernels of different widths {depthwise}")
-    dims = tuple(shapes[f"stages.{i}.input_layer.1.weight"][0] for i in indices)
+    dims = tuple(get_shape(shapes, f"stages.{i}.input_layer.1.weight", 4)[0] for i in indices)
     if heads is None:
         widths = {dim for dim, stage in zip(dims, stages, strict=True) if stage == "transformer"}
         if not widths <= RELEASED_HEADS.keys():
@@ -111,7 +117,9 @@ def infer_config(
         patches=patches,
         image_input_ratio=ratios if max(ratios) > 1 else (),
         dims=dims,
-        hidden_dims=tuple(shapes[f"stages.{i}.blocks.0.block2.w0.weight"][0] for i in indices),
+        hidden_dims=tuple(
+            get_shape(shapes, f"stages.{i}.blocks.0.block2.w0.weight", 2)[0] for i in indices
+        ),
         depths=tuple(infer_depth(shapes, i) for i in indices),
         stages=stages,
         heads=heads,
