@@ -381,6 +381,8 @@ def load_model(folder_or_repo: str | Path) -> Model:
             str(folder_or_repo), (CONFIG, WEIGHTS, README)
         )
     for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file() and (folder / "model" / name).is_file():
+            raise ValueError(f"{folder} is a run; give its model's folder, {folder / 'model'}")
         if not (folder / name).is_file():
             raise ValueError(
                 f"{folder} has no {name}; a model's folder holds {CONFIG}, {WEIGHTS} and {README}"

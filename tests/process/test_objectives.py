@@ -95,6 +95,24 @@ def test_sigmoid_both_forms_of_the_paper(data):
         )
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "published"),
+    [(128, 128, 0), (256, 256, -1), (512, 512, -3), (256, 1024, -3)],
+)
+def test_the_bias_of_a_size_is_sid2s_to_the_nearest_integer(height, width, published, data):
+    # A network whose error is 1 everywhere, so that the loss is the weight.
+    _, _, logsnr, cond = data
+    eps = torch.zeros(6, 1, height, width, dtype=torch.float64)
+    model = Model(
+        lambda z, noise, cond: [torch.ones_like(z)],
+        Parameterisation(kind=prediction.eps, noise=lambda logsnr: logsnr),
+    )
+    loss = loss_of("sigmoid", model, (eps, eps, logsnr, cond), bias=None)
+    bias = (torch.log(loss / (1 - loss)) + logsnr)[0].item()
+    assert bias == pytest.approx(2 * math.log(128 / math.sqrt(height * width)))
+    assert round(bias) == published
+
+
 def test_min_snr_is_the_clamped_weight_on_the_image(data):
     x, eps, logsnr, cond = data
     model = stub("eps")

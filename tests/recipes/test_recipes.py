@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -109,7 +110,7 @@ def test_a_laptop_recipe_learns(preset):
 
 
 def test_sid2_tiny_has_the_papers_weight():
-    """SiD2: the eps-MSE times sigmoid(bias - logsnr), measured over log-SNR."""
+    """SiD2: the eps-MSE times sigmoid(bias - logsnr), measured over log-SNR; ours at 32 pixels."""
     recipe = recipe_for("sid2-tiny")
     model = mz.create_model("sid2-tiny")
     objective = build(objectives.registry, recipe.objective)
@@ -120,5 +121,6 @@ def test_sid2_tiny_has_the_papers_weight():
         guess = model(diffuse(x, eps, logsnr), logsnr, cond).eps
         mse = (guess - eps).square().flatten(1).mean(1)
         loss = objective(model, x, eps, logsnr, cond)
-    torch.testing.assert_close(loss, torch.sigmoid(0.0 - logsnr) * mse, rtol=1e-4, atol=1e-5)
+    weight = torch.sigmoid(2 * math.log(128 / 32) - logsnr)
+    torch.testing.assert_close(loss, weight * mse, rtol=1e-4, atol=1e-5)
     assert recipe.time.loss_measure == "logsnr"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
+import warnings
 
 import tyro
 
@@ -15,6 +16,7 @@ from mezzotint import __version__
 from mezzotint.cli import data, evaluation, models, sampling, tools, training, tuning, usage
 from mezzotint.core.console import echo, finish_output, protect_output
 from mezzotint.core.fields import suggest
+from mezzotint.core.text import escape_controls
 
 COMMANDS = {
     "demo": training.demo,
@@ -54,6 +56,8 @@ def main() -> None:
     nothing. A command whose result is what it prints then ends with exit code 1.
     """
     protect_output()
+    # A sentence, without the place in the library that Python prints before it.
+    warnings.formatwarning = lambda message, *place, **line: f"! {escape_controls(str(message))}\n"
     status = 0
     try:
         if sys.argv[1:] in ([], ["-h"], ["--help"]):
@@ -104,6 +108,8 @@ def run_command(name: str, *arguments: str) -> None:
     if name not in COMMANDS:
         usage.fail("mezzotint", f"unknown command {name!r}; {suggest(name, COMMANDS)}")
     command, program = COMMANDS[name], f"mezzotint {name}"
+    if wrong := usage.explain_number(arguments, command):
+        usage.fail(program, wrong)
     if name in TAKE_FIELDS and "--help" not in arguments and "-h" not in arguments:
         options = inspect.signature(command).parameters
         if wrong := usage.explain_field(arguments, options, of_model=name == "bench"):

@@ -24,7 +24,6 @@ from mezzotint.cli.outputs import check_outside_run, evaluation_base
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
 
-FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
 OptionalCount = Annotated[int | None, NUMBER, Range(1, 10_000)]
 _Json = Positional[Annotated[Path, arg(metavar="FILE", help_behavior_hint="")]]
 
@@ -36,7 +35,7 @@ def reference(
     *,
     size: Size = None,
     channels: Channels = 3,
-    features: tuple[str, ...] = FEATURES,
+    features: tuple[str, ...] = measure.FEATURES,
     weights: OptionalFile = None,
 ) -> None:
     """Compute statistics of real images, once for many evaluations, and write them to OUT (.npz).
@@ -101,7 +100,7 @@ def evaluate(
         source: Run or model folder, eurosat-64, hub name; folder, .zip or .npz of images.
         reference: Statistics of real images: ours, or of ADM, EDM, EDM2, pytorch-fid, clean-fid.
         reference_source: For a file with only mu and sigma: adm, edm, pytorch-fid or clean-fid.
-        features: inception-2048 (FID, the default with sFID, IS); efficientnet-lite0, dinov2, ...
+        features: inception-2048 (FID), efficientnet-lite0, dinov2, ...; the reference's own.
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
         heldout: A reference of real images not trained on, for FDr.
         num_images: Samples of a model; images of --data at most. 50,000 by default.
@@ -174,7 +173,7 @@ def evaluate(
         raise ValueError(f"--channels is of images, and {source} is a model; leave it out")
     measures = measure.Measures(
         reference=reference, reference_source=reference_source, heldout=heldout,
-        features=features or FEATURES, weights=weights, clip=clip,
+        features=features, weights=weights, clip=clip,
     )  # fmt: skip
     if sweep is not None:
         measure.evaluate_sweep(images, measures, sweep, out, base)
@@ -223,7 +222,7 @@ def reproduce(
     num_images: OptionalNumImages = None,
     steps: Steps = None,
     prompts: OptionalText = None,
-    features: tuple[str, ...] = FEATURES,
+    features: tuple[str, ...] = measure.FEATURES,
     weights: OptionalFile = None,
     out: Annotated[Path, arg(aliases=["-o"])] = Path("runs/reproduce"),
     dry_run: Switch = False,

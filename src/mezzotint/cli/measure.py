@@ -103,6 +103,20 @@ class Source:
         return caption_images(images, [prompt.text for prompt in prompts])
 
 
+FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
+
+
+def choose_features(given: Sequence[str] | None, reference: Reference) -> Sequence[str]:
+    """Return the feature sets to measure in: those given, else FID's, else the reference's own."""
+    from mezzotint.evaluate.features import OTHER_SETS
+
+    own = [*reference.statistics, *reference.features]
+    if given or any(name in FEATURES for name in own):
+        return given or FEATURES
+    known = [name for name in dict.fromkeys(own) if name in OTHER_SETS]
+    return known or [n for n in dict.fromkeys(own) if n.startswith("inception-")] or FEATURES
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measures:
     """What is measured, as given to the command."""
@@ -110,7 +124,7 @@ class Measures:
     reference: str | None
     reference_source: str | None
     heldout: str | None
-    features: Sequence[str]
+    features: Sequence[str] | None
     weights: Path | None
     clip: Sequence[str] | None
 
@@ -138,7 +152,7 @@ class Measures:
         )
         if reference is None:
             return None, [], clips
-        sets = open_features(self.features, self.weights)
+        sets = open_features(choose_features(self.features, reference), self.weights)
         return complete_reference(reference, sets), sets, clips
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
@@ -84,6 +85,7 @@ def train(
     from mezzotint.recipes import describe_changes
     from mezzotint.train import loop
     from mezzotint.train.dataset import data_notes, describe_data
+    from mezzotint.train.run_folder import has_started
 
     # First, so that a rank whose command is wrong ends the others, which would wait for it.
     with distributed.process_group() as world:
@@ -98,6 +100,9 @@ def train(
             echo(config.to_yaml(chosen))
             echo(describe_changes(chosen))
         init_weights = None
+        few_steps = chosen.objective.name == "consistency"
+        if few_steps and init_from is None and world.is_rank0 and not has_started(out):
+            echo("! tuning for few steps starts from a trained model, --init-from; here: from noise")
         if init_from is not None:
             from mezzotint.convert.adapt import initialise_from
 
@@ -121,10 +126,15 @@ def train(
             accept_changed_data=accept_changed_data,
         )
     echo(f"done: {folder}/model holds the averaged weights, {folder}/samples the sample grids")
+    unreadable = Path(folder) / "unreadable.txt"
+    if unreadable.is_file():
+        count = len(unreadable.read_text("utf-8", "replace").splitlines())
+        noun = "image" if count == 1 else "images"
+        echo(f"! {count:,} {noun} could not be read, others took the place: {unreadable}")
     # A model tuned for few steps is drawn as its own sample grids are.
     few = chosen.samples.sampler.startswith("consistency")
     how = f" --sampler consistency --steps {chosen.samples.steps}" if few else ""
-    echo(f"next: mezzotint sample {folder}{how} -n 16 --out samples.png")
+    echo(f"next: mezzotint sample {quote(str(folder))}{how} -n 16 --out samples.png")
 
 
 def print_plan(recipe: Recipe) -> None:

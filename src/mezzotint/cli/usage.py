@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -52,6 +55,44 @@ def _check_local(name: str, value: Any) -> None:
         )
 
 
+def explain_number(arguments: Sequence[str], command: Callable[..., Any]) -> str | None:
+    """Return a sentence for the first option of a number that is given something else."""
+    numbers = {f"--{name.replace('_', '-')}": kind for name, kind in _list_numbers(command)}
+    pairs = [argument.partition("=") for argument in arguments]
+    for i, (name, equals, value) in enumerate(pairs):
+        kind = numbers.get(name)
+        if kind is None or not (equals or i + 1 < len(arguments)):
+            continue
+        text = value if equals else arguments[i + 1]
+        try:
+            kind(text)
+        except ValueError:
+            wanted = "a whole number" if kind is int else "a number"
+            return f"{name} is {text!r}; {wanted} is needed"
+    return None
+
+
+def _list_numbers(owner: Callable[..., Any]) -> Iterator[tuple[str, type[int] | type[float]]]:
+    """Yield the options of a command that take one number, with its type; those of parts too."""
+    for name, hint in type_hints(owner).items():
+        kinds = [kind for kind in _list_kinds(hint) if kind is not type(None)]
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                yield from _list_numbers(typing.cast(Any, kind))
+        if kinds in ([int], [float]):
+            yield name, kinds[0]
+
+
+def _list_kinds(hint: Any) -> list[Any]:
+    """Return the types that a value may have, without what annotates them."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _list_kinds(arguments[0])
+    if origin in (typing.Union, types.UnionType):
+        return [kind for part in arguments for kind in _list_kinds(part)]
+    return [hint]
+
+
 def gather_fields(arguments: Sequence[str], options: Mapping[str, inspect.Parameter]) -> list[str]:
     """Return the arguments with fields that follow an option moved before all options.
 
@@ -87,6 +128,11 @@ def explain_field(arguments: Sequence[str], options: Collection[str], of_model: 
             continue
         fields = find_fields(field, of_model)
         if not fields:
+            known = [f"--{option.replace('_', '-')}" for option in options]
+            is_known = name in ("--help", "--list") or field.startswith("no_")
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.75)
+            if near and not is_known:
+                return f"unknown option {name} (did you mean {' or '.join(near)}?)"
             continue
         if not equals:
             value = next((a for a in arguments[i + 1 : i + 2] if not a.startswith("--")), "VALUE")

@@ -143,9 +143,12 @@ def _is_torch_export(path: Path) -> bool:
 
 
 def _is_onnx_export(path: Path) -> bool:
-    with path.open("rb") as file:  # the metadata are at the end
+    with path.open("rb") as file:
+        # Every file of protobuf begins with its version, and the metadata are at the end: a field
+        # of a key and a value, of which the key has its length before it.
+        begins = file.read(1) == b"\x08"
         file.seek(max(0, path.stat().st_size - CARD_BYTES))
-        return b"mezzotint" in file.read()
+        return begins and b"\x0a\x09mezzotint\x12" in file.read()
 
 
 def max_relative_difference(
@@ -177,6 +180,8 @@ def save_onnx(model: Model, path: Path, size: tuple[int, int] | None = None) -> 
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ValueError(f"ONNX needs {error.name}: pip install mezzotint[export]") from None
+    if path.suffix.lower() not in (".onnx", "") and not is_special(path):
+        raise ValueError(f"{path} does not end in .onnx, which onnxruntime needs; give FILE.onnx")
     data = path.with_name(f"{path.name}.data")
     check_replaceable(path, _is_onnx_export, "an export")
     check_replaceable(data, lambda _: path.exists(), "the weights of an export")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +38,14 @@ def download_model(repo: str, names: Sequence[str]) -> Path:
         return Path(snapshot_download(repo, allow_patterns=list(names)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"there is no folder {repo}, and the hub has no such repository for us: {reason}"
-        ) from None
+        # Without an answer of the hub, a mistyped folder is the likely cause.
+        answered = isinstance(error, HfHubHTTPError | HFValidationError)
+        said = "the hub has no such repository for us" if answered else "the hub was not reached"
+        parent, name = os.path.split(repo)
+        beside = os.listdir(parent) if os.path.isdir(parent) else []
+        near = difflib.get_close_matches(name, beside, n=3, cutoff=0.5)
+        hint = f" (did you mean {' or '.join(f'{parent}/{n}' for n in near)}?)" if near else ""
+        raise ValueError(f"there is no folder {repo}{hint}, and {said}: {reason}") from None
 
 
 def fetch_model(address: str, names: Sequence[str]) -> Path:

@@ -83,7 +83,9 @@ def _claim_folder(out: Path, plan: dict[str, Any]) -> None:
             not out.is_dir() or any(not p.name.startswith(f".{PLAN}.") for p in out.iterdir())
         )
         if is_foreign and not (out / PLAN).is_file():  # another process may have written it by now
-            raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
+            raise ValueError(
+                f"{out} exists and is not empty; give a folder that does not exist yet"
+            )
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / PLAN, plan)
     existing = read_json(out / PLAN, "remove the folder")

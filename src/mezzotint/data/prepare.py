@@ -69,7 +69,7 @@ def prepare_source(
         full_scale=full_scale,
     )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; remove it or give another folder")
+        raise ValueError(f"{out} exists and is not empty; give a folder that does not exist yet")
     with atomic_folder(out, complete=CARD) as folder:
         return _write_images(images, folder, chosen, progress)
 

@@ -65,10 +65,10 @@ def dimr_xl_3r_512() -> Recipe:
 def dimr_tiny() -> Recipe:
     """For a laptop; no published number."""
     return replace(
-        _published("dimr-tiny", 1e-3, 1),
+        _published("dimr-tiny", 2e-3, 1),
         data=Data(),
         time=Time(sampling="stratified"),
-        optim=Optim(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.03, warmup_images=500, clip=1.0),
+        optim=Optim(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.03, warmup_images=500, clip=1.0),
         ema=Ema(),
         images=200_000,
         batch=8,
@@ -82,7 +82,9 @@ def dimr_tiny() -> Recipe:
 @recipe("dimr-latent-tiny")
 def dimr_latent_tiny() -> Recipe:
     """For a laptop, on latents of a small autoencoder; no published number."""
-    return replace(dimr_tiny(), preset="dimr-latent-tiny", data=Data(flip=True))
+    tiny = dimr_tiny()
+    optim = replace(tiny.optim, lr=1e-3)
+    return replace(tiny, preset="dimr-latent-tiny", data=Data(flip=True), optim=optim)
 
 
 @recipe("dimr-small")

@@ -147,10 +147,10 @@ def uvit_tiny() -> Recipe:
 
 @recipe("sid2-tiny")
 def sid2_tiny() -> Recipe:
-    """For a laptop; no published number. The bias is SiD2's for 128 pixels, its smallest size."""
+    """For a laptop; no published number. The bias follows the size, as SiD2's three biases do."""
     return replace(
         _laptop("sid2-tiny", 2e-3),
-        objective=Spec("sigmoid", {"bias": 0.0}),
+        objective=Spec("sigmoid", {"bias": None}),
         time=Time(sampling="stratified", loss_measure="logsnr"),
     )
 

@@ -326,8 +326,8 @@ def check_size(size: int, data: DataFacts) -> None:
     """Raise ValueError where every image is smaller than `size`."""
     if data.largest is not None and size > data.largest:
         raise ValueError(
-            f"model.size={size} is above every image of {data.source}: the shorter side of the "
-            f"largest is {data.largest} pixels; set model.size to that or less"
+            f"a size of {size} pixels is above every image of {data.source}: the shorter side of "
+            f"the largest is {data.largest} pixels; set model.size to that or less"
         )
 
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 from statistics import median
 from typing import Any
 
@@ -173,7 +174,7 @@ def examine_data(
     if max(speeds.values()) < MIN_IMAGES_PER_SECOND:
         data_concerns.append(
             f"loading reaches only {max(speeds.values()):.0f} images/s; resize once: "
-            f"mezzotint prepare {data} FOLDER --size {size}"
+            f"mezzotint prepare {quote(data)} FOLDER --size {size}"
         )
     return {
         "source": data,

@@ -165,6 +165,14 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             "\n".join([f"{folder} belongs to another recipe:", *differences])
             + "\nUse another --out, or the same recipe."
         )
+    folders = (folder / "checkpoints").glob("*")
+    seen = max((int(path.name) for path in folders if path.name.isdecimal()), default=0)
+    # The last batch may go beyond the length.
+    if seen >= recipe.images + recipe.batch:
+        raise ValueError(
+            f"{folder} has seen {seen:,} images, more than images={recipe.images}; give at least "
+            "as many, or another --out"
+        )
 
 
 def recipe_differences(there: Recipe, asked: Recipe) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 import torch
@@ -106,12 +107,23 @@ def eps_mse() -> Objective:
 
 
 @objective("sigmoid")
-def sigmoid(bias: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 0.0) -> Objective:
+def sigmoid(bias: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = 0.0) -> Objective:
     """Return SiD2's eps-MSE times `sigmoid_weight`.
 
     It is an integral over log-SNR: multiply by -1/2 dlogsnr/du where u is drawn.
+
+    Args:
+        bias: None is 2 ln(128 / side) for pixels of any size, our choice: as the noise schedule
+            shifts (simple diffusion, section 2). To the nearest integer it is SiD2's 0, -1 and -3.
     """
-    return weighted(prediction.eps, lambda logsnr: sigmoid_weight(logsnr, bias))
+
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
+        side = math.sqrt(x.shape[-2] * x.shape[-1])
+        shift = 2 * math.log(128 / side) if bias is None else bias
+        square = weighted(prediction.eps, lambda logsnr: sigmoid_weight(logsnr, shift))
+        return square(model, x, eps, logsnr, cond)
+
+    return loss
 
 
 @objective("min_snr")
