@@ -53,6 +53,7 @@ from mezzotint.models import create_model, load_model
 from mezzotint.process.denoiser import Model
 from mezzotint.recipes import recipe_for
 from mezzotint.sampling.job import make_job
+from mezzotint.train.checkpoint import list_checkpoints
 from mezzotint.train.loop import train
 from mezzotint.train.validate import eps_mse_by_level
 
@@ -154,6 +155,10 @@ class Entrant(ABC):
     batch: int
     first_images = 32
 
+    def saved_images(self) -> int:
+        """Return the images of the newest checkpoint; after a kill the clock may be behind it."""
+        return 0
+
     @abstractmethod
     def advance(self, images: int) -> None:
         """Train until `images` have been seen, and save."""
@@ -180,6 +185,10 @@ class Ours(Entrant):
         fields += ["save.every_images=0", "samples.every_images=0", *changes]
         self.recipe = config.override(recipe_for(preset), fields)
         self.batch = self.recipe.batch
+
+    def saved_images(self) -> int:
+        """See `Entrant`."""
+        return max((int(path.name) for path in list_checkpoints(self.folder)), default=0)
 
     def advance(self, images: int) -> None:
         """Train until `images` have been seen, and save."""
@@ -252,12 +261,12 @@ def train_for(
     if math.isfinite(seconds):
         check_processor(entrant.folder)
     images, spent = read_clock(entrant.folder)
-    while spent < seconds * (1 - MIN_PIECE) and images != most_images:
+    most = float("inf") if most_images is None else most_images
+    while spent < seconds * (1 - MIN_PIECE) and images < most:
         rest = min(PIECE_SECONDS, seconds - spent)
         more = int(images / spent * rest) if images else entrant.first_images
         target = images + max(entrant.batch, more // entrant.batch * entrant.batch)
-        if most_images is not None:
-            target = min(target, most_images)
+        target = max(int(min(target, most)), entrant.saved_images())
         started = time.process_time()
         try:
             entrant.advance(target)

@@ -308,6 +308,34 @@ def choices() -> str:
     return f"{text}\n\n{table}"
 
 
+def training_choices() -> str:
+    """Return one table per dataset: choices that leave the speed as it is, after equal images."""
+    parts = []
+    for data, source in (("cifar10", "cifar10_jpg.npz"), ("eurosat", "eurosat64.zip")):
+        rows = []
+        found = read_result(f"training-choices-{data}.json")["rows"]
+        for row in found:
+            fields = " ".join(f"`{field}`" for field in row["fields"])
+            errors = [f"{error:.2g}" for error in row["eps_mse"].values()]
+            metrics = row["distances"]
+            cells = [f"`{row['preset']}`", row["change"], fields, f"{row['images']:,}"]
+            cells += [f"{mean_error(row):.4f}", *errors]
+            rows.append(
+                [
+                    *cells,
+                    f"{metrics['FD-EfficientNet-Lite0']:.0f}",
+                    f"{metrics['coverage (efficientnet-lite0)']:.2f}",
+                ]
+            )
+        levels = [f"log-SNR {level}" for level in found[0]["eps_mse"]]
+        head = ["preset", "change", "fields", "images", "mean", *levels]
+        parts.append(
+            f"`python benchmarks/training_choices.py {data} --source {source}`:\n\n"
+            + markdown_table([*head, "FD-EfficientNet-Lite0", "coverage"], rows, left=3)
+        )
+    return "\n\n".join(parts)
+
+
 def replace_between(text: str, name: str, table: str) -> str:
     """Return `text` with `table` between the two comments of `name`."""
     start, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
@@ -323,6 +351,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
         cost,
         quality,
         choices,
+        training_choices,
         core_minutes,
         prediction_patches,
     ),

@@ -2,10 +2,12 @@
 
 import dataclasses
 import re
+import time
 import typing
 from typing import Annotated, Literal
 
 import pytest
+import yaml
 
 from mezzotint import backbones, config
 from mezzotint.config import Optim, Recipe
@@ -123,6 +125,41 @@ def test_a_range_holds_in_python_too():
         check_ranges("x", True, Annotated[float, Range(0, 1)] | None)
 
 
+NUMBER = Annotated[float, Range(0, 1)]
+NAMED = NUMBER | Literal["auto"]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "named"),
+    [
+        (None, NUMBER, "x is None"),
+        ("0.5", NUMBER, "x is '0.5'"),
+        ("0.5", NUMBER | None, "x is '0.5'"),
+        (None, NAMED, "x is None"),
+        ((0.5, None), tuple[NUMBER, NUMBER], r"x\[1\] is None"),
+        (("0.5",), tuple[NUMBER | None, ...], r"x\[0\] is '0.5'"),
+        ((None, 0.5), NUMBER | tuple[NUMBER, ...], r"x\[0\] is None"),
+        ((0.5, "y"), Annotated[tuple[float, ...], Range(0, 1)], r"x\[1\] is 'y'"),
+    ],
+)
+def test_what_is_no_number_is_refused_where_a_range_holds(value, kind, named):
+    with pytest.raises(ValueError, match=f"{named}; a number is needed"):
+        check_ranges("x", value, kind)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (None, NUMBER | None), (None, Annotated[float | None, Range(0, 1)]), (0.5, NUMBER | None),
+        ("auto", NAMED), ("any", NUMBER | str), ("any", Annotated[float | str, Range(0, 1)]),
+        ((None, 0.5), tuple[NUMBER | None, ...]), (("auto", 0.5), tuple[NAMED, NUMBER]),
+        (None, NAMED | None), (None, tuple[NUMBER, ...] | None), (None, str | None),
+    ],
+)  # fmt: skip
+def test_none_and_text_are_taken_where_the_type_has_them(value, kind):
+    check_ranges("x", value, kind)
+
+
 def test_every_number_of_a_recipe_has_a_range():
     """A field without one would take nan, infinity and 1e30."""
 
@@ -156,8 +193,10 @@ def test_every_number_of_a_recipe_has_a_range():
     "field", ["batch", "optim.betas", "data.buckets", "model.blocks", "trackers"]
 )
 @pytest.mark.parametrize(
-    "text", ["[1", "{a: 1", "'x", "!!python/object:os.system x", "&a [*a]", "[" * 5000, "\x00", "@"]
-)
+    "text",
+    ["[1", "{a: 1", "'x", "!!python/object:os.system x", "&a [*a]", "[" * 5000, "\x00", "@",
+     "!!bool foo", '!!int ""', "!!timestamp x", "!x y", "{a: 1, a: 2}"],
+)  # fmt: skip
 def test_text_that_is_no_yaml_is_a_sentence_with_the_field(field, text):
     with pytest.raises(ValueError, match=rf"(?s)^{re.escape(field)}.* is not YAML: ") as error:
         config.override(Recipe(preset="uvit-tiny"), [f"{field}={text}"])
@@ -198,3 +237,61 @@ def test_a_broken_recipe_file_is_a_sentence(tmp_path, text, message):
         config.from_yaml(path)
     with pytest.raises(ValueError, match="is not a recipe"):
         config.from_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["batch: !!bool foo", 'batch: !!int ""', "batch: !!timestamp x", "batch: !x y", "batch: ! 8",
+     "batch: !!int 8", 'batch: !!float "."', "batch: !!binary x", "batch: !<tag:y.org,2002:a> 8",
+     "optim: !!map {lr: 1}", "optim: !!omap 3", "trackers: !!seq []", "model: !!set [1]",
+     "!!str batch: 8", "optim: {!!str lr: 1}", "model: {multipliers: [1, !!int 2]}"],
+)  # fmt: skip
+def test_a_tag_in_a_recipe_is_refused(tmp_path, line):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"preset: uvit-tiny\n{line}\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml is not a recipe: .* tags \(.+\) are not"):
+        config.from_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("preset: uvit-tiny\nbatch: 64\nbatch: 8\n", "batch"),
+        ("preset: uvit-tiny\nbatch: 8\nseed: 1\nbatch: 8\n", "batch"),
+        ("preset: uvit-tiny\npreset: unet-tiny\n", "preset"),
+        ("preset: uvit-tiny\noptim: {lr: 1}\nimages: 8\noptim: {eps: 0.1}\n", "optim"),
+        ("preset: uvit-tiny\noptim: {lr: 0.1, eps: 0.1, lr: 0.2}\n", "lr"),
+        ("preset: uvit-tiny\noptim:\n  lr: 0.1\n  lr: 0.2\n", "lr"),
+        ("preset: uvit-tiny\nmodel: {size: 8, 'size': 16}\n", "size"),
+        (
+            "preset: uvit-tiny\nschedule: {name: cosine, options: {noise_d: 8, noise_d: 9}}",
+            "noise_d",
+        ),
+    ],
+)
+def test_a_key_that_repeats_is_refused(tmp_path, text, key):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"recipe\.yaml is not a recipe: .*key '{key}' repeats"):
+        config.from_yaml(path)
+
+
+def test_a_key_may_stand_in_several_mappings(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "preset: uvit-tiny\nsamples: {every_images: 8, steps: 2}\nsave: {every_images: 16}\n"
+        "objective: {name: sigmoid, options: {bias: -1}}\nschedule: {name: cosine, options: {}}\n"
+        "'seed': 3\n"
+    )
+    recipe = config.from_yaml(path)
+    assert (recipe.samples.every_images, recipe.save.every_images, recipe.seed) == (8, 16, 3)
+    assert recipe.objective == Spec("sigmoid", {"bias": -1})
+
+
+def test_many_keys_are_compared_in_time():
+    keys = [yaml.ScalarNode("tag:yaml.org,2002:str", f"a{i}") for i in range(40_000)]
+    value = yaml.ScalarNode("tag:yaml.org,2002:int", "1")
+    node = yaml.MappingNode("tag:yaml.org,2002:map", [(key, value) for key in keys])
+    began = time.process_time()
+    assert len(config._Loader("").construct_mapping(node)) == 40_000
+    assert time.process_time() - began < 2  # each with each: 15 seconds

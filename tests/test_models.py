@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,37 @@ def test_saving_again_keeps_other_files(model, folder):
     assert again.info.images == 12
     assert not next(again.backbone.parameters()).any()
     assert (folder / "grid.png").read_bytes() == b"an image"
+
+
+@pytest.mark.parametrize("content", ["nothing", "a model"])
+def test_a_model_is_saved_where_a_link_leads(model, tmp_path, monkeypatch, content):
+    """Both folders are as on disks of their own."""
+    (tmp_path / "disk" / "target").mkdir(parents=True)
+    if content == "a model":
+        mz.save_model(model, tmp_path / "disk" / "target")
+    link = tmp_path / "link"
+    link.symlink_to("disk/target")
+    rename = Path.replace
+
+    def within_a_disk(path, target):
+        if path.resolve().parents[1] != Path(target).resolve().parents[1]:
+            raise OSError(errno.EXDEV, "Invalid cross-device link", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", within_a_disk)
+    model.info = replace(model.info, images=12)
+    mz.save_model(model, link)
+    assert link.is_symlink()
+    assert mz.load_model(tmp_path / "disk" / "target").info.images == 12
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["target"]
+
+
+def test_a_model_is_not_saved_as_a_disk(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    monkeypatch.setattr(models, "save_tensors", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match="is a disk of its own"):
+        mz.save_model(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_save_changes_nothing(model, folder, monkeypatch):
@@ -231,6 +264,17 @@ def test_fields_are_parsed_like_those_of_a_recipe():
     assert isinstance(models.preset_info("unet-tiny"), mz.ModelInfo)
 
 
+@pytest.mark.parametrize("dtype", [None, 16, True, ["float16"], {"name": "float16"}])
+def test_the_dtype_of_a_text_encoder_is_a_name(model, dtype):
+    text = {"encoder": "t5", "encoder_hash": "0" * 64, "max_tokens": 8}
+    for known in ({}, {"dtype": "bfloat16"}):
+        info = replace(model.info, extra={"text": text | known})
+        assert models.ModelInfo.from_json(info.to_json()) == info
+    info = replace(model.info, extra={"text": text | {"dtype": dtype}})
+    with pytest.raises(ValueError, match=r"'dtype' is .*; str is needed"):
+        models.ModelInfo.from_json(info.to_json())
+
+
 def test_unknown_names(tmp_path):
     with pytest.raises(ValueError, match="absent"):
         mz.load_model(tmp_path / "absent")
@@ -259,3 +303,11 @@ def test_tensor_specs_allocate_nothing():
 def test_public_names_are_listed_for_type_checkers():
     assert set(mz.__all__) == {"__version__", *mz._PUBLIC}
     assert all(getattr(mz, name) is not None for name in mz.__all__)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_a_run_is_not_a_model_and_names_its_own(model, missing, tmp_path):
+    mz.save_model(model, tmp_path / "model")
+    (tmp_path / {"config.json": "model.safetensors"}.get(missing, "config.json")).write_text("{}")
+    with pytest.raises(ValueError, match=r"is a run; give its model's folder, .*model"):
+        mz.load_model(tmp_path)

@@ -7,11 +7,12 @@ import re
 import resource
 import subprocess
 import sys
+import types
 
 import pytest
 
 from mezzotint import __version__, cli
-from mezzotint.cli import usage
+from mezzotint.cli import measure, usage
 
 ROWS, COLUMNS = 45, 100
 # Runs a command, then lists on stderr which heavy packages it imported.
@@ -131,8 +132,31 @@ def test_module_is_run_as_the_program():
             "--start-logsnr nan",
         ),
         (["evaluate", "x", "--reference", "y", "-n", "0"], 1, "--num-images 0 must be"),
+        *[
+            (["evaluate", "x", "--bits-per-dim", "--data", "y", name, value], 1,
+             f"{name} is of samples of a model")
+            for name, value in (("--features", "dinov2"), ("--weights", "w.pth"),
+                                ("--channels", "1"), ("--reference-source", "adm"))
+        ],
+        *[
+            (["evaluate", "x", "--clip", "y", name, value], 1, f"{name} needs --reference")
+            for name, value in (("--features", "dinov2"), ("--weights", "w.pth"),
+                                ("--heldout", "h.npz"), ("--reference-source", "adm"))
+        ],
+        *[
+            (["evaluate", model, "--reference", "y", "--channels", "1"], 1,
+             f"--channels is of images, and {model} is a model")
+            for model in ("eurosat-64", "nobody/model", "s3://bucket/run")
+        ],
         (["reference", "x", "y", "--size", "-3"], 1, "--size -3 must be at least 1"),
         (["reference", "x", "y", "--channels", "2"], 2, "--channels"),
+        (["train", "unet-tiny", "--hours", "8h"], 2, "--hours is '8h'; a number is needed"),
+        (["train", "unet-tiny", "--hours=0,5"], 2, "--hours is '0,5'; a number is needed"),
+        (["prepare", "x", "y", "--size", "32x48"], 2, "--size is '32x48'; a whole number"),
+        (["sample", "x", "--steps", "abc"], 2, "--steps is 'abc'; a whole number is needed"),
+        (["edit", "trajectory", "x", "-n", "4", "--batch", "1e3"], 2, "--batch is '1e3'; a whole"),
+        (["train", "unet-tiny", "--dryrun", "--out", "r"], 2, "unknown option --dryrun .*dry-run"),
+        (["plan", "unet-tiny", "--gpu", "4"], 2, "unknown option --gpu .*--gpus"),
         (["prepare", "x", "y", "--size", "1000000000"], 1, "--size 1000000000 must be"),
         (["bench", "unet-tiny", "--rounds", "0"], 1, "--rounds 0 must be"),
         (["doctor", "x", "--size", "0"], 1, "--size 0 must be"),
@@ -149,7 +173,7 @@ def test_module_is_run_as_the_program():
         (["train", "unet-tiny", "save.store=s3://b/a*"], 1, r"save.store s3://b/a\* holds a \*"),
         (["convert", "x", "y", "--hint", "heads=[1"], 1, "--hint heads=.* is not YAML"),
     ],
-)
+)  # fmt: skip
 def test_errors_name_the_nearest_choice(args, code, name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["mezzotint", *args])
     with pytest.raises(SystemExit) as end:
@@ -178,3 +202,22 @@ def test_errors_name_the_nearest_choice(args, code, name, monkeypatch, capsys):
 def test_fields_may_follow_options(given, gathered):
     options = inspect.signature(cli.COMMANDS["train"]).parameters
     assert usage.gather_fields(given.split(), options) == gathered.split()
+
+
+@pytest.mark.parametrize(
+    ("given", "statistics", "features", "chosen"),
+    [
+        (None, ["inception-2048"], [], measure.FEATURES),
+        (None, ["efficientnet-lite0", "inception-2048"], [], measure.FEATURES),
+        (None, ["efficientnet-lite0"], [], ["efficientnet-lite0"]),
+        (None, ["dinov2"], ["dinov2", "efficientnet-lite0"], ["dinov2", "efficientnet-lite0"]),
+        (None, ["inception-64"], [], ["inception-64"]),
+        (None, ["of another program"], [], measure.FEATURES),
+        (["dinov2"], ["efficientnet-lite0"], [], ["dinov2"]),
+    ],
+)
+def test_a_model_is_measured_in_the_features_of_the_reference(given, statistics, features, chosen):
+    reference = types.SimpleNamespace(
+        statistics=dict.fromkeys(statistics), features=dict.fromkeys(features)
+    )
+    assert measure.choose_features(given, reference) == chosen

@@ -187,7 +187,7 @@ def test_a_dry_run_prints_the_choice_and_writes_nothing(
         ("auto --data EMPTY --hours 1", "EMPTY holds no files"),
         ("auto --data ONE --hours 1", "holds 1 image, which a model can only repeat"),
         ("auto --data NOWHERE --hours 1", "no data at"),
-        ("auto --data PHOTOS --hours 1", "model.size=16 is above every image"),
+        ("auto --data PHOTOS --hours 1", "a size of 16 pixels is above every image"),
         ("unet-tiny model.size=64 --data PHOTOS --hours 1", "is above every image"),
         (
             "diffit-latent-tiny data.augment=0.1 --data PHOTOS --hours 1",

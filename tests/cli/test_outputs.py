@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 import zipfile
 
@@ -90,7 +91,10 @@ def test_the_demo_replaces_a_demo_and_keeps_other_files(run):
 # --- parts of a run ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", [*RUN_PARTS, "checkpoints/16", "samples/a/b.png"])
+@pytest.mark.parametrize(
+    "part",
+    [*RUN_PARTS, "checkpoints/16", "samples/a/b.png", "evaluations/8.json", "tensorboard/x"],
+)
 def test_a_part_of_a_run_is_no_output(run, part):
     with pytest.raises(ValueError, match="belongs to the run"):
         check_outside_run(run / part)
@@ -203,8 +207,20 @@ def test_evaluations_replace_evaluations_alone(tmp_path):
         out.write_text(text)
         with pytest.raises(ValueError, match="exists and is not an evaluation"):
             evaluation_base(out)
-    os.mkfifo(tmp_path / "fifo")
-    assert str(evaluation_base(tmp_path / "fifo")) == "evaluation.json"
+    for name in ("fifo", "fifo.png"):
+        os.mkfifo(tmp_path / name)
+        assert str(evaluation_base(tmp_path / name)) == "evaluation.json"
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("evaluation", {}), ("sweep", {"sweep": "guidance=1,2"})]
+)
+@pytest.mark.parametrize("name", ["fid.svg", "a.png", "fid.copies.png", "v1.0.pieces"])
+def test_an_evaluation_is_not_named_like_its_parts(kind, options, name, tmp_path):
+    message = rf"{re.escape(name)} ends like a part of {kind}s; .* ends in \.json"
+    with pytest.raises(ValueError, match=message):
+        evaluation.evaluate("x", reference="y", out=tmp_path / name, **options)
+    assert not list(tmp_path.iterdir())
 
 
 def test_references_replace_references_alone(tmp_path):

@@ -429,3 +429,27 @@ def test_a_failed_push_is_a_value_error(folder, tmp_path):
         ValueError, match="HF_HUB_OFFLINE"
     ):  # the tests run offline, and the real hub says so
         model_card.push_to_hub(folder, "someone/flowers")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"#!/bin/sh\nmezzotint train unet-tiny\n",
+        b"mezzotint",
+        b"\x08mezzotint",
+        b"notes on mezzotint" * 9,
+    ],
+)
+def test_a_file_that_speaks_of_mezzotint_is_no_export(content, tmp_path):
+    path = tmp_path / "mine.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is not an export of mezzotint"):
+        export.save_onnx(mz.create_model("unet-tiny", size=8), path)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["graph.json", "train.sh", "model.pt2"])
+def test_an_onnx_graph_has_its_ending(name, tmp_path):
+    with pytest.raises(ValueError, match=r"does not end in \.onnx"):
+        export.save_onnx(mz.create_model("unet-tiny", size=8), tmp_path / name)
+    assert not any(tmp_path.iterdir())

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import time
 import zipfile
 from collections import OrderedDict
 from dataclasses import replace
@@ -179,6 +180,40 @@ def test_wrong_shape_names_the_key(dimr, unread):
     key = "stages.0.blocks.1.block1.dense.weight"
     with pytest.raises(ValueError, match=rf"{re.escape(key)} \(128, 127\) instead of \(128, 128\)"):
         mz.load_official({**dimr, key: dimr[key][:, 1:]}, heads=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "count"),
+    [
+        ("stages.0.input_layer.1.weight", 4),
+        ("stages.2.input_layer.1.weight", 4),
+        ("stages.1.input_layer.3.position_embeddings.weight", 2),
+        ("stages.0.class_embeds.weight", 2),
+        ("stages.1.blocks.0.block1.1.weight", 4),
+        ("stages.0.blocks.0.block2.w0.weight", 2),
+    ],
+)
+@pytest.mark.parametrize("change", ["none", "fewer", "more", "empty"])
+def test_a_size_is_read_from_a_tensor_of_its_dimensions_alone(dimr, unread, key, count, change):
+    shape = tuple(dimr[key].shape)
+    assert len(shape) == count
+    changes = {"none": (), "fewer": shape[1:], "more": (*shape, 1), "empty": (*shape[1:], 0)}
+    other = changes[change]
+    message = rf"{re.escape(f'{key} has shape {other}')}; expected {count} dimensions, none empty"
+    with pytest.raises(ValueError, match=message):
+        mz.load_official({**dimr, key: torch.zeros(other)}, heads=4)
+
+
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 5000, "4", "100000000", "01", "\u0663"])
+@pytest.mark.parametrize("key", ["input_layer.1.weight", "class_embeds.weight"])
+def test_branches_are_numbered_from_zero(dimr, unread, key, number):
+    began = time.process_time()
+    with pytest.raises(ValueError, match=r"its branches are .*; expected stages\.0, stages\.1"):
+        mz.load_official({**dimr, f"stages.{number}.{key}": torch.zeros(4, 4, 2, 2)}, heads=4)
+    alone = {k: t for k, t in dimr.items() if k.startswith("stages.1.")}
+    with pytest.raises(ValueError, match=r"its branches are \['1'\]"):
+        mz.load_official(alone, "dimr", heads=4)
+    assert time.process_time() - began < 10
 
 
 def test_heads_and_other_hints(dimr, unread):

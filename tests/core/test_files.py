@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -16,13 +18,16 @@ import torch
 
 from mezzotint.core.files import (
     _partial_path,
+    atomic_folder,
     atomic_open,
     atomic_replace,
     atomic_write,
+    cache_dir,
     check_replaceable,
     is_special,
     no_follow,
     partial_folder,
+    remove_partials,
 )
 from mezzotint.core.tensor_files import save_tensors
 
@@ -172,6 +177,68 @@ def test_links_at_partial_names_are_not_followed(tmp_path, write):
     assert (precious / "file").read_text() == "precious"
 
 
+@pytest.mark.parametrize("target", ["empty", "absent"])
+@pytest.mark.parametrize("way", ["absolute", "relative", "of a link"])
+def test_a_folder_is_written_where_a_link_leads(tmp_path, way, target):
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    (disk / "empty").mkdir(parents=True)
+    here.mkdir()
+    link = here / "link"
+    link.symlink_to(f"../disk/{target}" if way == "relative" else disk / target)
+    if way == "of a link":
+        link = here / "second"
+        link.symlink_to("link")
+    with atomic_folder(link, complete="done") as partial:
+        assert partial.parent == disk  # a rename works within one disk
+        (partial / "done").write_text("new")
+    assert (disk / target / "done").read_text() == "new"
+    assert link.is_symlink()
+    assert {path.name for path in disk.iterdir()} == {"empty", target}
+    assert all(path.is_symlink() for path in here.iterdir())
+
+
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("folder", [partial_folder, lambda path: atomic_folder(path, "done")])
+def test_a_disk_is_no_folder_that_can_get_its_name(tmp_path, monkeypatch, folder, linked):
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    (tmp_path / "link").symlink_to(mount)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mount)
+    refused = pytest.raises(ValueError, match=r"mount is a disk of its own.* new folder inside it")
+    with refused, folder(tmp_path / "link" if linked else mount):
+        pytest.fail("work was done")
+    assert sorted(os.listdir(tmp_path)) == ["link", "mount"]
+    with folder(mount / "new") as partial:
+        (partial / "done").touch()
+
+
+@pytest.mark.parametrize("host", ["node-1", "node.cluster.example.org"])
+def test_only_what_killed_processes_left_is_removed(tmp_path, monkeypatch, host):
+    monkeypatch.setattr(socket, "gethostname", lambda: host)
+    ours, dead = host.replace(".", "-"), 2**22 + 1  # above every process number of Linux
+    names = {
+        # name: (age in seconds, whether it is removed)
+        f".a.npy.{ours}.{os.getppid()}.partial": (0, False),
+        f".b.npy.{ours}.{os.getppid()}.partial": (10**6, False),
+        f".a.npy.{ours}.{dead}.partial": (0, True),
+        f".piece-000000.npy.{ours}.{dead}.partial": (10**6, True),
+        f".a.npy.{ours}.{os.getpid()}.partial": (0, True),
+        f".a.npy.node-2.{os.getppid()}.partial": (3000, False),
+        f".a.npy.node-2.{dead}.partial": (3000, False),
+        f".b.npy.node-2.{dead}.partial": (4000, True),
+        ".download.partial": (3000, False),
+        ".upload.partial": (4000, True),
+        "a.npy": (10**6, False),
+        "a.partial": (10**6, False),
+        ".hidden": (10**6, False),
+    }
+    for name, (age, _) in names.items():
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    remove_partials(tmp_path)
+    assert set(os.listdir(tmp_path)) == {name for name, (_, left) in names.items() if not left}
+
+
 @pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "device"])
 def test_locks_and_logs_are_regular_files(tmp_path, kind):
     path, target = tmp_path / "log", tmp_path / "target"
@@ -259,3 +326,24 @@ def test_only_what_is_ours_is_replaced(tmp_path):
 
     with pytest.raises(ValueError, match="is not a report"):
         check_replaceable(tmp_path / "theirs", unreadable, "a report")
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "expected"),
+    [
+        (None, None, "{}/.cache/mezzotint"),
+        (None, "", "{}/.cache/mezzotint"),  # as if it were not set, as XDG has it
+        ("", "", "{}/.cache/mezzotint"),
+        ("", "/xdg", "/xdg/mezzotint"),
+        ("/own", "", "/own"),
+        ("/own", "/xdg", "/own"),
+    ],
+)
+def test_an_empty_variable_names_no_cache(tmp_path, monkeypatch, own, xdg, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in (("MEZZOTINT_CACHE", own), ("XDG_CACHE_HOME", xdg)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert str(cache_dir()) == expected.format(tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import time
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -13,46 +14,11 @@ import pytest
 import torch
 
 import mezzotint as mz
+from helpers.pickles import BUSY, CALL, as_legacy, as_zip
 from mezzotint.core.pickle_scan import EXPANDED_LIMIT, scan_pickle
 from mezzotint.evaluate.safe_pickle import load_arrays
 
-DOUBLED = b"q\x01h\x01\x86" * 60  # a tuple of the last tuple, twice, sixty times
-CALL = b"ccollections\nOrderedDict\n"
-BUSY = {
-    "key of a dict": b"\x80\x02})" + DOUBLED + b"K\x01s.",
-    "keys of a dict": b"\x80\x02}()" + DOUBLED + b"K\x01u.",
-    "dict of pairs": b"\x80\x02()" + DOUBLED + b"K\x01d.",
-    "set": b"\x80\x04\x8f()" + DOUBLED + b"\x90.",
-    "frozenset": b"\x80\x04()" + DOUBLED + b"\x91.",
-    "argument": b"\x80\x02" + CALL + b")" + DOUBLED + b"\x85R.",
-    "state": b"\x80\x02" + CALL + b")R)" + DOUBLED + b"b.",
-    "new object": b"\x80\x02" + CALL + b")" + DOUBLED + b"\x81.",
-    "storage": b"\x80\x02)" + DOUBLED + b"Q.",
-    "filled later": b"\x80\x02}]q\x05\x85q\x06h\x05)" + DOUBLED + b"a0h\x06K\x01s.",
-    "itself": b"\x80\x02}]q\x05h\x05a\x85K\x01s.",
-    "deep": b"\x80\x02})" + b"\x85" * 2000 + b"K\x01s.",
-}
 SHARED = b"\x80\x02]" + b"q\x01]h\x01ah\x01a" * 60 + b"."  # of lists, which are not hashed
-
-
-def as_zip(content):
-    """Return a file as torch.save writes it, with this pickle inside."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", content)
-        archive.writestr("archive/version", "3\n")
-        archive.writestr("archive/byteorder", "little")
-    return file.getvalue()
-
-
-def as_legacy(content):
-    """Return a file as torch.save wrote it before zips, with this pickle as its contents."""
-    file = io.BytesIO()
-    torch.save({}, file, _use_new_zipfile_serialization=False)
-    file.seek(0)
-    for _ in range(3):
-        scan_pickle(file)
-    return file.getvalue()[: file.tell()] + content + pickle.dumps([], 2)
 
 
 @pytest.mark.parametrize("name", BUSY)
@@ -74,6 +40,46 @@ def test_busy_pickles_are_refused_at_once(name, tmp_path, monkeypatch):
             read(tmp_path / file)
         assert "\n" not in str(error.value)
     assert time.process_time() - began < 20
+
+
+ITSELF = b"]q\x00(" + b"h\x00" * 2000 + b"e"  # a list that holds itself many times
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}" + ITSELF + b"K\x01s.",
+        b"\x80\x02}(" + ITSELF + b"K\x01" + b"h\x00K\x01" * 500 + b"u.",
+        b"\x80\x02(" + ITSELF + b"K\x01" + b"h\x00K\x01" * 500 + b"d.",
+        b"\x80\x04\x8f(" + ITSELF + b"h\x00" * 500 + b"\x90.",
+        b"\x80\x02" + CALL + b"(" + ITSELF + b"h\x00" * 500 + b"tR.",
+        b"\x80\x02" + CALL + b")R" + ITSELF + b"b.",
+        b"\x80\x02" + ITSELF + b"0" + b"](" + b"h\x00" * 2000 + b"e\x85Q.",
+    ],
+    ids=["key", "keys", "pairs", "set", "arguments", "state", "storage"],
+)
+def test_a_list_that_holds_itself_many_times_takes_no_memory(content, monkeypatch):
+    monkeypatch.setattr("mezzotint.core.pickle_scan.EXPANDED_LIMIT", 1000)
+    scan_pickle(io.BytesIO(b"\x80\x02N."))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="goes through more than"):
+            scan_pickle(io.BytesIO(content))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20  # all parts of a thousand such lists take 16 MB
+
+
+@pytest.mark.parametrize("parts", [1, 98, 99, 100, 101, 5000])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_values_are_counted_up_to_the_limit(parts, depth, monkeypatch):
+    monkeypatch.setattr("mezzotint.core.pickle_scan.EXPANDED_LIMIT", 100)
+    content = b"](" + b"N" * parts + b"e"
+    for _ in range(depth - 1):
+        content = b"](" + content + b"q\x00" + b"h\x00" * (parts - 1) + b"e"
+    count = sum(parts**k for k in range(depth + 1))
+    assert scan_pickle(io.BytesIO(b"\x80\x02" + content + b".")) == min(count, 101)
 
 
 def test_shared_lists_are_refused_where_they_are_written_out(tmp_path):

@@ -1,5 +1,7 @@
 """Every draw is a function of its key alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -36,3 +38,19 @@ def test_moments_over_indices():
 def test_negative_keys_are_refused():
     with pytest.raises(ValueError, match="must not be negative"):
         rng.uniform("time", -1, [0])
+
+
+@pytest.mark.parametrize(
+    ("drawn", "expected"),
+    [
+        (1 - 2.0**-53, 1 - 2.0**-53),
+        (1 - 2.0**-52, 1 - 2.0**-52),
+        (0.25, 0.25 + 2.0**-54),
+        (0.0, 2.0**-54),
+    ],
+)
+def test_the_ends_of_uniform_numbers_stay_inside(drawn, expected, monkeypatch):
+    monkeypatch.setattr(rng, "philox", lambda *key: SimpleNamespace(random=lambda: drawn))
+    numbers = rng.uniform("time", 0, [3, 4])
+    assert 0 < numbers.min() <= numbers.max() < 1
+    assert numbers.tolist() == [expected, expected]

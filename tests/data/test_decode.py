@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import os
 import struct
@@ -19,7 +20,7 @@ from PIL import Image
 
 import mezzotint
 from helpers.image_files import PICTURE, chunk, encode
-from mezzotint.data import decode
+from mezzotint.data import decode, stores
 from mezzotint.data.decode import (
     IMAGE,
     MAX_PIXELS,
@@ -366,6 +367,68 @@ def test_more_than_a_thousand_unreadable_files_in_a_row(tmp_path):
     (tmp_path / "z.png").unlink()
     with pytest.raises(ValueError, match=r"no image of .* can be read: 1,200 images; 1200 unread"):
         open_images(tmp_path, size=8)
+
+
+# --- files that the machine fails to read --------------------------------------------------------
+
+
+READERS = {  # where an image lies -> what reads it there
+    "folder": "mezzotint.data.stores.read_regular_file",
+    "zip": "zipfile.ZipFile.read",
+    "a zip that another thread opens": "io.open",
+    "a zip that another process opens": "io.open",
+    "a file that a table names": "mezzotint.data.tables.read_regular_file",
+}
+
+
+@pytest.fixture(params=READERS)
+def failing(request, tmp_path, monkeypatch):
+    """Three grey images, and a function after which reading them fails with a number."""
+    files = {f"{i}.png": encode(Image.new("L", (8, 8), 50 * i), "PNG") for i in range(3)}
+    path = _store(tmp_path, "zip" if "zip" in request.param else "folder", files)
+    if "table" in request.param:
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pa.table({"image": [*files]}), path / "set.parquet")
+        path /= "set.parquet"
+    images = open_images(path, size=8, channels=1, keep_in_memory=False)
+
+    def fail(code):
+        def read(*_, **__):
+            raise OSError(code, os.strerror(code))
+
+        stores._open_zip.cache_clear()
+        if "process" in request.param:
+            stores._read_zip.cache_clear()
+            stores._zip_members.cache_clear()
+        monkeypatch.setattr(READERS[request.param], read)
+
+    return images, fail
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT]
+)
+def test_a_failure_of_the_machine_is_no_fault_of_an_image(failing, monkeypatch, code):
+    images, fail = failing
+    fail(code)
+    with pytest.raises(OSError, match=rf"cannot be read now: {os.strerror(code)}; .* goes on"):
+        images.batch([1, 2])
+    monkeypatch.undo()
+    assert images.report.unreadable == {}
+    assert images.batch([1, 2])[0][:, 0, 0, 0].tolist() == [50, 100]
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EACCES, errno.EIO])
+def test_a_file_that_is_gone_locked_or_broken_is_left_out(failing, monkeypatch, code):
+    images, fail = failing
+    fail(code)
+    with pytest.raises(ValueError, match=rf"cannot be read: .*{os.strerror(code)}"):
+        images.image(1)
+    monkeypatch.undo()
+    assert images.batch([1])[0][0, 0, 0, 0] == 100
+    assert [os.strerror(code) in why for why in images.report.unreadable.values()] == [True]
 
 
 def test_the_limit_is_stated_in_the_documentation():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -256,12 +257,41 @@ prepare.prepare_latents(source, out, 16, {str(vae_folder)!r}, progress=False)
     process.wait()
     assert not (tmp_path / "out" / "latents.json").exists()
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("piece-*.json")}
-    (tmp_path / "out" / ".piece-000013.npy.host.1.partial").write_bytes(b"half")
+    host = socket.gethostname().replace(".", "-")
+    left, living = (
+        tmp_path / "out" / f".piece-000013.npy.{host}.{pid}.partial"
+        for pid in (process.pid, os.getppid())
+    )
+    left.write_bytes(b"half")
+    living.write_bytes(b"half")
     monkeypatch.setattr(encode_module, "PIECE_BYTES", 3 * 2 * 2 * 2 * 4 * 8 * 8)
     prepare_latents(tmp_path / "in", tmp_path / "out", 16, str(vae_folder), progress=False)
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == at for name, at in kept.items())
+    living.unlink()  # another process may be writing it
     prepare_latents(tmp_path / "in", tmp_path / "whole", 16, str(vae_folder), progress=False)
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("bad", [[0, 1, 2], [3, 4, 5], [9, 10], [0, 1, 2, 6, 7, 8]])
+def test_a_piece_without_images_is_read_over(image_folder, vae_folder, tmp_path, monkeypatch, bad):
+    """Every image of one or more of the four pieces is unreadable."""
+    monkeypatch.setattr(encode_module, "PIECE_BYTES", 3 * 2 * 2 * 2 * 4 * 8 * 8)
+    paths = sorted(image_folder.glob("*/*.png"))
+    for i in bad:
+        paths[i].write_bytes(b"damaged")
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
+    for path in [*(paths[i] for i in bad), image_folder / "a" / "04.png"]:
+        path.unlink(missing_ok=True)
+    prepare_latents(image_folder, tmp_path / "sound", 16, str(vae_folder), progress=False)
+    made, sound = (LatentDataset(tmp_path / name) for name in ("out", "sound"))
+    rows = range(len(sound))
+    assert (len(made), made.label_names) == (len(sound), sound.label_names)
+    assert made.inventory()[0] == sound.inventory()[0]
+    assert [made.text(i) for i in rows] == [sound.text(i) for i in rows]
+    for ours, theirs in zip(made.batch(rows), sound.batch(rows), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert torch.equal(ours, theirs)
 
 
 def test_other_codecs_sizes_and_images_are_refused(image_folder, vae_folder, tmp_path):
@@ -357,3 +387,30 @@ def test_damage_is_reported(image_folder, vae_folder, tmp_path):
         (tmp_path / "out" / "latents.json").write_text(json.dumps({**card, key: value}))
         with pytest.raises(ValueError, match=r"latents\.json is damaged"):
             LatentDataset(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda labels: labels[:-1], r"int64 \(9,\), not int64 \(10,\)"),
+        (lambda labels: np.append(labels, 0), r"int64 \(11,\), not"),
+        (lambda labels: labels[:, None], r"int64 \(10, 1\), not"),
+        (lambda labels: labels[:0], r"int64 \(0,\), not"),
+        (lambda labels: labels.astype(np.int32), "int32"),
+        (lambda labels: labels.astype(np.float64), "float64"),
+        (lambda labels: labels > 0, "bool"),
+        (lambda labels: labels + 1, "the classes 1 to 2 of 2"),
+        (lambda labels: labels - 2, "the classes -2 to -1 of 2"),
+        (lambda labels: labels * 2**40, f"the classes 0 to {2**40} of 2"),
+    ],
+)
+def test_labels_that_are_not_those_of_the_card_are_damage(
+    image_folder, vae_folder, tmp_path, change, words
+):
+    prepare_latents(image_folder, tmp_path / "out", 16, str(vae_folder), progress=False)
+    labels = np.load(tmp_path / "out" / "labels.npy")
+    np.save(tmp_path / "out" / "labels.npy", change(labels))
+    with pytest.raises(ValueError, match=rf"is damaged: labels\.npy: it holds .*{words}.*prepare"):
+        LatentDataset(tmp_path / "out")
+    np.save(tmp_path / "out" / "labels.npy", np.where(labels > 0, -1, labels))  # some unlabelled
+    assert LatentDataset(tmp_path / "out").count_unlabelled() == 5

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from helpers.image_files import png
+from mezzotint.data import npz_source
 from mezzotint.data.image_dataset import open_images
 
 RGB = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
@@ -133,3 +135,117 @@ def test_labels_of_a_split_are_as_many_as_its_images(tmp_path):
     arrays = {**MNIST, "y_train": CLASSES[:5], "y_test": CLASSES}
     with pytest.raises(ValueError, match=r"y_test of .* has 12 labels for 5 images"):
         opened(tmp_path, arrays, ":all")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"weights": np.array([{}], dtype=object)},  # which would be refused
+        {"ids": np.arange(12), "bounding_boxes": np.zeros((12, 4))},
+    ],
+)
+@pytest.mark.parametrize("used", [{"images": RGB, "labels": CLASSES}, {"arr_0": RGB}])
+def test_arrays_that_are_neither_images_nor_labels_are_not_read(tmp_path, monkeypatch, used, other):
+    read, names = npz_source.read_npz, set()
+
+    def note(file, wanted, **options):
+        names.update(wanted)
+        return read(file, wanted, **options)
+
+    monkeypatch.setattr(npz_source, "read_npz", note)
+    images = opened(tmp_path, {**used, **other})
+    assert images.batch(range(12))[0].permute(0, 2, 3, 1).numpy().tolist() == RGB.tolist()
+    assert names == set(used)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "num_bytes"),
+    [
+        (MEDMNIST, (RGB.nbytes + CLASSES.nbytes) * 19 // 12),
+        ({**MNIST, "weights": np.zeros(10**6)}, (GREY.nbytes + CLASSES.nbytes) * 17 // 12),
+    ],
+)
+def test_the_arrays_together_are_no_bomb(tmp_path, monkeypatch, arrays, num_bytes):
+    monkeypatch.setattr(npz_source, "BOMB_RATIO", 0)
+    monkeypatch.setattr(npz_source, "BOMB_BYTES", num_bytes)
+    assert len(opened(tmp_path, arrays, ":test")) in (4, 5)
+    npz_source._npz.cache_clear()
+    monkeypatch.setattr(npz_source, "BOMB_BYTES", num_bytes - 1)
+    with pytest.raises(ValueError, match=f"arrays of {num_bytes:,} bytes; at most"):
+        opened(tmp_path, arrays, ":test")
+
+
+PNGS = [png(i) for i in range(4)]
+BLOB = np.frombuffer(b"".join(PNGS), np.uint8)
+OFFSETS = np.cumsum([0, *map(len, PNGS)])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"train_offsets": OFFSETS.astype(float)},
+        {"train_offsets": OFFSETS > 0},
+        {"train_offsets": OFFSETS.astype("U8")},
+        {"train_offsets": np.int64(3)},
+        {"train_offsets": OFFSETS[:0]},
+        {"train_offsets": OFFSETS[:1]},
+        {"train_offsets": OFFSETS[None]},
+        {"train_offsets": np.stack([OFFSETS[:-1], OFFSETS[1:]], 1)},
+        {"train_offsets": -OFFSETS},
+        {"train_offsets": OFFSETS - 1},
+        {"train_offsets": OFFSETS + 1},
+        {"train_offsets": OFFSETS[::-1]},
+        {"train_offsets": OFFSETS[::-1].astype(np.uint64)},
+        {"train_offsets": np.array([0, 2**63 + 1], np.uint64)},
+        {"train_offsets": OFFSETS[[0, 2, 1, 3, 4]]},
+        {"train_blob": BLOB[:-1]},
+        {"train_blob": BLOB[None]},
+        {"train_blob": BLOB.astype(np.int32)},
+        {"train_blob": BLOB.astype(np.int8)},
+        {"train_blob": np.uint8(3)},
+        {"train_blob": np.array(b"".join(PNGS))},
+    ],
+)
+def test_a_blob_and_its_offsets_are_bytes_and_places_in_them(tmp_path, changed):
+    arrays = {"train_blob": BLOB, "train_offsets": OFFSETS}
+    images = opened(tmp_path, arrays)
+    assert len(images) == len({images.image(i).numpy().tobytes() for i in range(4)}) == 4
+    npz_source._npz.cache_clear()
+    with pytest.raises(ValueError, match=r"train_blob of .*; the blob is uint8 \(bytes,\), the"):
+        opened(tmp_path, {**arrays, **changed})
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint16, np.uint64, ">i8"])
+def test_offsets_of_any_whole_numbers(tmp_path, dtype):
+    offsets = OFFSETS[[1, 2, 2, 3]].astype(dtype)  # the second is empty
+    images = opened(tmp_path, {"train_blob": BLOB, "train_offsets": offsets})
+    truth = opened(tmp_path, {"train_blob": BLOB, "train_offsets": OFFSETS})
+    assert (images.image(0) == truth.image(1)).all()
+    assert (images.image(2) == truth.image(2)).all()
+    with pytest.raises(ValueError, match="no bytes"):
+        images.image(1)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (np.array([b"cat", b"dog", b"eel"]), ("cat", "dog", "eel")),
+        (np.array(["ü".encode(), "猫".encode(), b"\xff"]), ("ü", "猫", "\ufffd")),
+        (np.array(["cat", "dög", "eel"]), ("cat", "dög", "eel")),
+        (np.array([7, 8, 9]), ("7", "8", "9")),
+    ],
+)
+def test_names_of_classes_are_text(tmp_path, classes, names):
+    images = opened(tmp_path, {"images": RGB, "labels": CLASSES, "classes": classes})
+    assert images.label_names == names
+    assert [images.label(i) for i in range(12)] == CLASSES.tolist()
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [np.array("cat"), np.array(b"cat"), np.array([["a", "b", "c"]]), np.array([0.5, 1, 2]),
+     np.array([True, False, True]), np.int64(3)],
+)  # fmt: skip
+def test_classes_that_are_no_list_of_names_are_refused(tmp_path, classes):
+    with pytest.raises(ValueError, match=r"classes of .*a\.npz is .*; give text of shape"):
+        opened(tmp_path, {"images": RGB, "labels": CLASSES, "classes": classes})

@@ -185,6 +185,29 @@ def test_an_existing_folder_is_never_overwritten(mixed, tmp_path, existing):
             prepare_source(mixed, out / "below", 16, progress=False)
 
 
+@pytest.mark.parametrize("target", ["empty", "absent"])
+def test_a_link_leads_to_the_prepared_folder(mixed, tmp_path, target):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    out = tmp_path / "out"
+    out.symlink_to(tmp_path / "disk" / target)
+    prepare_source(mixed, out, 16, progress=False)
+    assert out.is_symlink()
+    prepared, images = open_images(tmp_path / "disk" / target), open_images(mixed, size=16)
+    assert torch.equal(prepared.image(0), images.image(0))
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"empty", target}
+
+
+def test_a_disk_is_refused_before_anything_is_prepared(mixed, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == out)
+    monkeypatch.setattr(prepare_module, "_write_images", lambda *_: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=r"out is a disk of its own.* new folder inside it"):
+        prepare_source(mixed, out, 16, progress=False)
+    assert list(out.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"mixed", "out"}
+
+
 def test_a_failure_leaves_nothing(mixed, tmp_path, monkeypatch):
     parent = tmp_path / "parent"
 

@@ -102,6 +102,31 @@ def test_tables_of_captions_and_labels(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([2**62] * 4, pa.timestamp("us")),  # beyond the year 9999
+        pa.array([0, 0, 0, -(2**50)], pa.timestamp("s")),
+        pa.array([None, None, None, 10**8], pa.date32()),
+        pa.array([2**62] * 4, pa.date64()),
+        pa.array([0] * 4, pa.timestamp("us", "Nowhere/Land")),
+        pa.array([2**62] * 4, pa.duration("s")),
+    ],
+    ids=lambda values: str(values.type),
+)
+@pytest.mark.parametrize("name", ["taken", "a\nb"])
+def test_a_column_that_python_cannot_hold_is_left_out(tmp_path, values, name):
+    content = as_parquet(file_name=NAMES, text=CAPTIONS, label=LABELS, **{name: values})
+    for images in sources(tmp_path, {"metadata.parquet": content}):
+        assert texts(images) == CAPTIONS
+        assert classes(images) == LABELS
+        shown = repr(name.replace("\n", r"\n"))
+        notes = [note for note in images.report.notes if f"column {shown} of " in note]
+        assert len(notes) == 1
+        assert "metadata.parquet was left out" in notes[0]
+        assert "\n" not in notes[0]
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("labels.csv", "0.png,b\n1.png,a\n2.png,b\n3.png,a\n"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -176,6 +180,62 @@ def test_a_split_that_a_kind_names(tmp_path):
         open_images(f"{root}:test", size=8)
     with pytest.raises(ValueError, match="there is no file or folder"):
         open_images(f"{root}/nowhere", size=8)
+
+
+def rows_of(*names: str) -> bytes:
+    """Return a parquet file of images with a label."""
+    buffer = io.BytesIO()
+    images = [png(ord(name[0])) for name in names]
+    pq.write_table(pa.table({"image": images, "label": [*names]}), buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        tree("ant", "bee", classes=("",)),
+        tree("ant", "bee"),
+        {"0.png": png(0), "1.png": png(1)},
+        {"train-00000-of-00001.parquet": rows_of("ant", "bee")},
+        {"validation.parquet": rows_of("ant", "bee")},
+    ],
+    ids=["classes", "classes of folders", "no folders", "rows", "rows for validation"],
+)
+@pytest.mark.parametrize("name", ["train", "test", "val", "Training"])
+def test_a_split_of_a_folder_without_splits_is_no_data(tmp_path, name, files):
+    root = write_folder(tmp_path / "data", files)
+    with pytest.raises(ValueError, match=rf"no data at .*data/{name}': there is no file or folder"):
+        open_images(f"{root}/{name}", size=8)
+
+
+def saved_rows(root):
+    """Write splits as `datasets` saves them."""
+    import datasets
+
+    splits = {
+        split: datasets.Dataset.from_dict({"image": [{"bytes": png(k), "path": None}]})
+        for k, split in enumerate(("train", "validation"))
+    }
+    datasets.DatasetDict(splits).save_to_disk(str(root))
+
+
+@pytest.mark.parametrize("form", ["images", "rows", "saved rows"])
+@pytest.mark.parametrize("name", ["val", "dev", "VALID"])
+def test_a_missing_folder_names_a_split_of_a_folder_with_splits(tmp_path, monkeypatch, name, form):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "data"
+    if form == "saved rows":
+        saved_rows(root)
+    elif form == "rows":
+        write_folder(root, {"train.parquet": rows_of("ant"), "validation.parquet": rows_of("bee")})
+    else:
+        write_folder(root, {"train/0.png": png(0), "validation/1.png": png(1)})
+    by_slash, truth = (open_images(f"{root}{s}", size=8) for s in (f"/{name}", ":validation"))
+    assert torch.equal(by_slash.batch([0])[0], truth.batch([0])[0])
+    assert len(by_slash) == 1
+    assert not torch.equal(by_slash.image(0), open_images(f"{root}:train", size=8).image(0))
 
 
 def test_folders_in_archives(tmp_path):

@@ -9,7 +9,9 @@ import pickle
 import socket
 import stat
 import tarfile
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from mezzotint.core.paths import explain_path, is_hub_name, printable
 from mezzotint.data import stores
 from mezzotint.data.image_dataset import open_images
 from mezzotint.data.prepare import prepare_source
-from mezzotint.data.stores import FolderStore, TarStore
+from mezzotint.data.stores import FolderStore, TarStore, ZipStore
 
 CLASSES = {f"{name}/{i}.png": png(i) for name in ("daisy", "rose") for i in range(3)}
 
@@ -292,6 +294,69 @@ def test_a_tar_that_is_cut_off(tmp_path):
     again.write_bytes(again.read_bytes()[:-60])
     with pytest.raises(ValueError, match="is damaged or cannot be decompressed"):
         open_images(again, size=8)
+
+
+def with_size(name: str, size: int) -> bytes:
+    """Return the header of a tar's member that states a size of its own."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" + (256**11 + size).to_bytes(11, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [-1, -512, -1024, -1536, -(2**40)])
+def test_a_tar_whose_member_has_a_negative_size(tmp_path, size):
+    """Its next member would be itself or one before it, for ever."""
+    data = write_tar(tmp_path / "a.tar", CLASSES).read_bytes()
+    whole = data[: data.index(b"rose/0.png")]
+    (tmp_path / "b.tar").write_bytes(whole + with_size("rose/0.png", size) + bytes(1024))
+    with pytest.raises(ValueError, match=r"b\.tar is not a readable tar \(the size of rose/0\.png"):
+        open_images(tmp_path / "b.tar", size=8)
+
+
+def test_threads_read_the_directory_of_a_zip_once_and_each_its_own_members(tmp_path, monkeypatch):
+    parsed, parse = [], zipfile.ZipFile._RealGetContents
+
+    def count(file):
+        parsed.append(file)
+        parse(file)
+
+    monkeypatch.setattr(zipfile.ZipFile, "_RealGetContents", count)
+    files = {f"{i:02d}.png": png(i, (64, 48)) for i in range(24)}
+    store = ZipStore(write_zip(tmp_path / "a.zip", files))
+    assert list(store.listing().sizes) == list(files)
+    together = threading.Barrier(4)
+
+    def read(offset: int) -> bool:
+        together.wait(60)
+        names = [*files][offset:] + [*files][:offset]
+        return all(
+            store.bytes(name) == files[name] and files[name].startswith(store.head(name))
+            for name in names * 5
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(read, [0, 5, 11, 18])) == [True] * 4
+    assert len(parsed) == 1
+    write_zip(tmp_path / "a.zip", {"other.png": png(99)})
+    os.utime(tmp_path / "a.zip", (1, 1))
+    assert ZipStore(tmp_path / "a.zip").bytes("other.png") == png(99)  # another file is read anew
+    assert len(parsed) == 2
+
+
+@pytest.mark.parametrize("damaged", [0, 3, 5])
+@pytest.mark.parametrize("name", [b"\xff", b"\xc3\xc3", b"\x80"])
+def test_a_member_whose_own_name_is_damaged_is_left_out(tmp_path, damaged, name):
+    files = {f"bild-\u00e4-{i}.png": png(i) for i in range(6)}
+    path = write_zip(tmp_path / "a.zip", files)
+    data, own = path.read_bytes(), f"\u00e4-{damaged}".encode()
+    path.write_bytes(data.replace(own, name + own[len(name) :], 1))  # before the directory's
+    images = open_images(path, size=8)
+    pixels, _ = images.batch(range(6))
+    assert list(images.report.unreadable) == [f"bild-\u00e4-{damaged}.png"]
+    truth = open_images(write_folder(tmp_path / "truth", files), size=8).batch(range(6))[0]
+    assert [i for i in range(6) if not torch.equal(pixels[i], truth[i])] == [damaged]
 
 
 def test_a_folder_of_archives_names_one(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from mezzotint import config
 from mezzotint.data.columns import caption_text, parse_columns
 from mezzotint.data.decode import UnreadableImage
 from mezzotint.data.image_dataset import open_images
-from mezzotint.data.tables import open_table, table_source
+from mezzotint.data.tables import TableSource, open_table, table_source
 
 
 def cell(colour: str) -> dict[str, object]:
@@ -136,6 +137,36 @@ def test_every_split_of_a_table_has_the_same_classes(tmp_path, monkeypatch):
             "b",
             "rare",
         )
+
+
+def chunk_of(*cells: bytes | None) -> pa.StructArray:
+    """Return images of a column; one without bytes names a file."""
+    paths = pa.array(["a.png" if cell is None else None for cell in cells], pa.string())
+    return pa.StructArray.from_arrays([pa.array(cells, pa.binary()), paths], ["bytes", "path"])
+
+
+@pytest.mark.parametrize(
+    ("chunks", "lengths"),
+    [
+        ([chunk_of(b"abc", None), chunk_of(), chunk_of(b"", b"defg")], [3, -1, 0, 4]),
+        ([chunk_of(bytes(k)) for k in range(5000)], list(range(5000))),
+        # 2 GiB and more are too many for one array; here they lie in the same MiB.
+        ([chunk_of(bytes(1 << 20))] * 2100, [1 << 20] * 2100),
+        ([chunk_of(None), *[chunk_of(bytes(1 << 20))] * 2048], [-1, *[1 << 20] * 2048]),
+    ],
+    ids=["few", "many", "large", "just too large"],
+)
+def test_the_bytes_of_cells_in_several_chunks(chunks, lengths):
+    import datasets
+
+    rows = datasets.table.InMemoryTable(pa.table({"image": pa.chunked_array(chunks)}))
+    # Without a name of its own, `datasets` joins the chunks to hash them.
+    images = datasets.Dataset(rows, fingerprint="x")
+    source = TableSource(images, None, None, None, None, (), ())
+    assert source.inventory()[1].tolist() == lengths
+    if len(chunks) < 2048:
+        whole = datasets.Dataset(rows.combine_chunks(), fingerprint="y")
+        assert source.identity() == replace(source, images=whole).identity()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import urllib.error
 
 import pytest
@@ -326,12 +327,49 @@ def test_weights_are_downloaded_once(published):
     assert [p.name for p in target.parent.iterdir()] == ["w.pth"]
 
 
-def test_a_truncated_download_is_refused_and_removed(published):
+@pytest.mark.parametrize("content", [bytes(range(256)) * 4999, b"", b"<html>Not here</html>"])
+def test_a_download_of_other_bytes_is_refused_and_removed(published, content):
     file, served, target = published
-    served["content"] = served["content"][:-1]
-    with pytest.raises(ValueError, match=file.sha256) as error:
+    served["content"] = content
+    with pytest.raises(ValueError, match=rf"{re.escape(file.url)} is not w\.pth") as error:
         files.locate_file(file)
-    assert hashlib.sha256(served["content"]).hexdigest() in str(error.value)
+    for text in (file.sha256, hashlib.sha256(content).hexdigest(), str(target)):
+        assert text in str(error.value)
+    assert "partial" not in str(error.value)  # which is gone
+    assert not list(target.parent.iterdir())
+
+
+class Broken(io.BytesIO):
+    """An answer of one byte, and then an error."""
+
+    def __init__(self, error):
+        super().__init__(b"x")
+        self.error = error
+
+    def read(self, size=-1):
+        if block := super().read(size):
+            return block
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError(104, "Connection reset by peer"),
+        ConnectionAbortedError(103, "Software caused connection abort"),
+        TimeoutError(110, "Connection timed out"),
+        TimeoutError("The read operation timed out"),
+    ],
+)
+def test_a_connection_that_breaks_is_told_as_that(published, monkeypatch, error):
+    file, _, target = published
+    monkeypatch.setattr(files.urllib.request, "urlopen", lambda url, timeout: Broken(error))
+    message = (
+        rf"could not be downloaded \(.*{error.args[-1]}.*\)\. Download {re.escape(file.url)} on a "
+        rf"machine with a network and put it at {re.escape(str(target))}"
+    )
+    with pytest.raises(ValueError, match=message):
+        files.locate_file(file)
     assert not list(target.parent.iterdir())
 
 
@@ -367,9 +405,17 @@ def test_another_file_of_the_published_name_is_refused(published, tmp_path):
         open_features(["inception-2048"], tmp_path / "absent.pth")
 
 
-def test_torch_hub_s_copy_is_found(published, tmp_path):
+@pytest.mark.parametrize(
+    ("home", "found"), [("{}/torch", "torch"), ("", ".cache/torch"), (None, ".cache/torch")]
+)
+def test_torch_hub_s_copy_is_found(published, tmp_path, monkeypatch, home, found):
     file, served, _ = published
-    folder = tmp_path / "torch" / "hub" / "checkpoints"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if home is None:
+        monkeypatch.delenv("TORCH_HOME")
+    else:
+        monkeypatch.setenv("TORCH_HOME", home.format(tmp_path))
+    folder = tmp_path / found / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "w.pth").write_bytes(served["content"])
     assert files.locate_file(file) == folder / "w.pth"

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from helpers.image_files import png, write_folder
+from mezzotint.cli.measure import Source
 from mezzotint.evaluate.image_source import (
     GREY_NOTE,
     from_folder,
@@ -216,3 +217,45 @@ def test_a_sample_file_of_huge_images_is_refused(tmp_path):
         np.lib.format.write_array_header_1_0(file, header)
     with pytest.raises(ValueError, match="damaged"):
         from_npz(tmp_path / "s.npz")
+
+
+# --- what the command is given --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "is_model"),
+    [
+        (["model/0.png", "cat/0.png"], False),
+        (["model/0.png", "model/1.png"], False),
+        (["0.png", "1.png"], False),
+        (["config.json", "model.safetensors"], True),
+        (["model/config.json", "model/model.safetensors"], True),
+        (["recipe.yaml"], True),
+    ],
+)
+def test_a_folder_is_a_model_or_images(tmp_path, files, is_model):
+    """A class of images may be named "model"."""
+    write_folder(tmp_path / "set", {file: png(1, (12, 12)) for file in files})
+    source = Source(name=str(tmp_path / "set"))
+    assert source.is_model == is_model
+    if not is_model:
+        assert source.open().num_images == 2
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/run", "gs://bucket/runs/xl", "nobody/model"])
+def test_an_address_and_a_name_are_models(name):
+    assert Source(name=name).is_model
+
+
+@pytest.mark.parametrize(
+    "options", [{"protocol": "adm"}, {"protocol": "coco-fid-30k"}, {"protocol": "adm", "steps": 2}]
+)
+def test_a_protocol_is_of_a_model_or_of_captions(tmp_path, options):
+    folder = write_folder(tmp_path / "set", {f"{i}.png": png(i, (12, 12)) for i in range(2)})
+    with pytest.raises(
+        ValueError, match=r"holds images, and .*--protocol are of a model's samples"
+    ):
+        Source(name=str(folder), **options).open()
+    (tmp_path / "prompts.txt").write_text("a ring\na square\n")
+    captioned = Source(name=str(folder), protocol="adm", prompts=tmp_path / "prompts.txt").open()
+    assert captioned.captions == ("a ring", "a square")

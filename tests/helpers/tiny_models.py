@@ -27,6 +27,13 @@ def create_tiny(name: str, **overrides) -> mz.Model:
     return mz.create_model(preset, **{**fields, **overrides})
 
 
+def rows_seen(model: mz.Model) -> list[int]:
+    """Return a list to which every call of the network adds its number of images."""
+    rows: list[int] = []
+    model.backbone.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
+    return rows
+
+
 def tiny(preset: str = "unet-tiny", seed: int = 0, **overrides) -> mz.Model:
     """Return a small network with random weights, also where a new one has zeros."""
     torch.manual_seed(seed)

@@ -16,13 +16,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from helpers.tiny_models import tiny
+from helpers.tiny_models import rows_seen, tiny
 from mezzotint.core.registry import Spec
 from mezzotint.data.transforms import to_model_range
 from mezzotint.models import preset_info
 from mezzotint.process import prediction
 from mezzotint.process.denoiser import Cond, Model, Parameterisation
 from mezzotint.process.logsnr import alpha, append_dims, sigma
+from mezzotint.sampling import img2img as image_edits
+from mezzotint.sampling import trajectory as noise_edits
+from mezzotint.sampling.generate_images import generate_images
 from mezzotint.sampling.img2img import (
     img2img,
     inpaint,
@@ -224,6 +227,39 @@ def test_a_trajectory_has_every_call_and_ends_in_the_image(sampler, calls):
     assert levels == sorted(levels)
 
 
+PICTURE = torch.arange(192, dtype=torch.uint8).view(3, 8, 8)
+SEEDS = range(3, 8)
+
+
+def frames_and_levels(job):
+    frames, levels = trajectory(job, SEEDS)
+    return [*frames, torch.tensor(levels)]
+
+
+EDITS = {
+    "img2img": lambda job: [img2img(job, SEEDS, PICTURE, -1.0)],
+    "inpaint": lambda job: [inpaint(job, SEEDS, PICTURE, PICTURE[0] > 30)],
+    "inpaint from the image": lambda job: [inpaint(job, SEEDS, PICTURE, PICTURE[0] > 30, 0.5)],
+    "interpolate": lambda job: [interpolate(job, SEEDS[:3], 5)],
+    "trajectory": frames_and_levels,
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_an_edit_takes_batches_and_makes_the_images_of_one(edit, batch):
+    def make(model, **settings):
+        settings = SamplingSettings(sampler=Spec("ancestral"), steps=3, **settings)
+        return EDITS[edit](SamplingJob(model=model, settings=settings, classes=(4, 5, 6)))
+
+    for images, whole in zip(make(tiny(), batch=batch), make(tiny(), batch=64), strict=True):
+        assert torch.equal(images, whole)
+    model = tiny()
+    rows = rows_seen(model)
+    make(model, batch=batch, exact=False)  # exact images are computed in tiles of four
+    assert max(rows) == batch
+
+
 def test_edits_are_written_with_their_card(tmp_path, shared):
     job = SamplingJob(model=tiny(), settings=SamplingSettings(steps=12), classes=(4, 5))
     photograph = shared("data/photos/kodim19.png")
@@ -259,6 +295,63 @@ def test_an_edit_replaces_edits_only(tmp_path, name):
     written = (tmp_path / "a.gif").read_bytes()
     save_trajectory(job, out, range(7, 8), False)
     assert (tmp_path / "a.gif").read_bytes() != written
+
+
+def save(edit, job, folder, seeds, overwrite=False):
+    """Save an edit as a.png, of an image and mask in the folder above."""
+    image, mask = folder.parent / "image.png", folder.parent / "mask.png"
+    Image.new("RGB", (8, 8), (90, 20, 20)).save(image)
+    Image.new("L", (8, 8), 255).save(mask)
+    out = folder / "a.png"
+    if edit == "img2img":
+        save_img2img(job, image, -1.0, out, seeds, overwrite)
+    elif edit == "inpaint":
+        save_inpainting(job, image, mask, None, out, seeds, overwrite)
+    elif edit == "interpolate":
+        save_interpolation(job, 3, out, seeds, overwrite)
+    else:
+        save_trajectory(job, out, seeds, overwrite)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A job of two steps, and an empty folder."""
+    (tmp_path / "out").mkdir()
+    settings = SamplingSettings(steps=2)
+    return SamplingJob(model=tiny(), settings=settings, classes=(4,)), tmp_path / "out"
+
+
+@pytest.mark.parametrize("edit", ["img2img", "inpaint", "interpolate", "trajectory"])
+def test_an_edit_replaces_no_samples(quick, edit):
+    job, folder = quick
+    samples = generate_images(job, folder / "a.png", 2, quiet=True)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    with pytest.raises(ValueError, match=r"a\.png exists already.*--overwrite"):
+        save(edit, job, folder, range(2))
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    save(edit, job, folder, range(2), overwrite=True)
+    edited = samples.read_bytes()
+    assert edited != before["a.png"]
+    save(edit, job, folder, range(5, 7))  # its own output is replaced
+    assert samples.read_bytes() != edited
+    assert json.loads((folder / "a.png.json").read_text())["edit"] == edit
+
+
+@pytest.mark.parametrize("edit", ["img2img", "inpaint", "interpolate", "trajectory"])
+@pytest.mark.parametrize("name", ["write_card", "save_png"])
+def test_an_interrupted_edit_is_made_again(quick, edit, name, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    job, folder = quick
+    with monkeypatch.context() as patch:
+        for module in (image_edits, noise_edits):
+            patch.setattr(module, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            save(edit, job, folder, range(2))
+    assert not (folder / "a.png").exists()
+    save(edit, job, folder, range(2))
+    assert (folder / "a.png").stat().st_size > 100
 
 
 @pytest.mark.parametrize("name", ["null", "null.png"])

@@ -213,6 +213,7 @@ def test_every_setting_changes_the_card():
          Guidance(scale=4.4, power=4.0, time="index", channels=3)),
         (parse.parse_size, "64", (64, 64)),
         (parse.parse_size, "48x64", (48, 64)),
+        (parse.parse_size, " 048 X 64 ", (48, 64)),
     ],
 )  # fmt: skip
 def test_settings_as_text(parse, text, value):
@@ -234,6 +235,11 @@ def test_settings_as_text(parse, text, value):
         (parse.parse_guidance, "cfg=2", "'cfg'"),
         (parse.parse_size, "0", "'0'"),
         (parse.parse_size, "8x8x8", "'8x8x8'"),
+        (parse.parse_size, "²", "size '²' is neither a number nor"),
+        (parse.parse_size, "8x٣", "size '8x٣' is neither a number nor"),
+        (parse.parse_size, "9" * 5000, "is neither a number nor HEIGHTxWIDTH"),
+        (parse.parse_size, "8x" + "1" * 5000, "is neither a number nor HEIGHTxWIDTH"),
+        (parse.parse_size, "x8", "size 'x8' is neither"),
         (protocols.get_protocol, "dimr", "did you mean dimr-256"),
     ],
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import subprocess
 import sys
 
@@ -12,12 +13,17 @@ import pytest
 import torch
 
 import mezzotint as mz
-from helpers.tiny_models import SMALL, tiny
+from helpers.tiny_models import SMALL, rows_seen, tiny
 from mezzotint.core.registry import Spec
 from mezzotint.models import get_schedule
 from mezzotint.process.denoiser import Cond
 from mezzotint.sampling import sample as sample_module
-from mezzotint.sampling.conditioning import label_condition, label_indices, list_seeds
+from mezzotint.sampling.conditioning import (
+    label_condition,
+    label_indices,
+    list_seeds,
+    text_condition,
+)
 from mezzotint.sampling.denoisers import batched_by_tile
 from mezzotint.sampling.sample import (
     count_network_calls,
@@ -33,13 +39,6 @@ from mezzotint.sampling.settings import Guidance, SamplingSettings
 
 def cond_for(count: int) -> Cond:
     return Cond(label=torch.arange(count) % 10)
-
-
-def rows_seen(model: mz.Model) -> list[int]:
-    """Return a list to which every call of the network adds its number of images."""
-    rows: list[int] = []
-    model.backbone.register_forward_hook(lambda module, args, out: rows.append(len(args[0])))
-    return rows
 
 
 STOCHASTIC = SamplingSettings(
@@ -397,6 +396,38 @@ def test_a_name_instead_of_a_model(tmp_path):
     assert (
         "ValueError: 'my-model' is not a model; open one first: sample(load_model(" in done.stderr
     )
+
+
+SCALES = """
+import mezzotint as mz
+model = mz.create_model("unet-tiny", size=8, width=8, emb_dim=16, multipliers=(1,), blocks=(1,),
+                        attention=(False,), num_classes=3).eval()
+for scales, named in (("3", "'3'"), ([None, 2], "None"), ([2, "x"], "'x'"), ([2.0, True], "True")):
+    try:
+        mz.sample(model, [0, 1], label=1, steps=1, guidance=scales)
+    except ValueError as error:
+        assert str(error) == f"guidance scale is {named}; a number is needed", error
+    else:
+        raise AssertionError(scales)
+"""
+
+
+def test_what_is_no_guidance_scale():
+    """In its own process: here the type annotations would raise first."""
+    done = subprocess.run([sys.executable, "-c", SCALES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 4, 16), (3, 4, 16), (0, 4, 16), (2, 16), (16,), (), (2, 1, 4, 16)]
+)
+def test_embeddings_of_another_shape_are_refused(shape):
+    message = rf"shape {re.escape(str(shape))} for 2 seeds; .* so \(2, tokens, width\)"
+    with pytest.raises(ValueError, match=message):
+        text_condition(tiny(), torch.zeros(shape), 2)
+    taken = text_condition(tiny(), torch.ones(2, 4, 16), 2)
+    assert torch.equal(taken.text, torch.ones(2, 4, 16))
+    assert torch.equal(taken.text_mask, torch.ones(2, 4, dtype=torch.bool))
 
 
 def test_images_are_clamped_and_latents_are_not():

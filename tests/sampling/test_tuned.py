@@ -141,6 +141,29 @@ def test_a_strangers_settings_are_refused_in_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "option", "written", "read"),
+    [
+        ("heun", "s_churn", "40", 40.0),
+        ("heun", "s_churn", 40, 40.0),
+        ("heun", "s_noise", "1e-3", 0.001),
+        ("heun", "s_max", "inf", float("inf")),
+        ("ddim", "eta", "0.5", 0.5),
+    ],
+)
+def test_an_option_written_as_text_is_used_as_a_number(name, option, written, read):
+    model = tuned_model()
+    written = {"sampler": {"name": name, "options": {option: written}}}
+    values = {"sampling": model.info.extra["sampling"] | written}
+    model.info = dataclasses.replace(model.info, extra=values)
+    sampler = read_tuned(model.info).sampler
+    assert sampler == Spec(name, {option: read})
+    assert isinstance(sampler.options[option], float)
+    given = tuned_model(sampler=Spec(name, {option: read}))
+    images = mz.sample(model, [0], label=1, steps=2)
+    assert torch.equal(images, mz.sample(given, [0], label=1, steps=2))
+
+
+@pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("steps", 0, "steps 0 must be at least 1"),

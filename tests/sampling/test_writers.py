@@ -262,6 +262,25 @@ def test_a_folder_grows_and_does_not_shrink(finished, tmp_path):
         make(out, 5)
 
 
+@pytest.mark.parametrize("name", ["000003.png", "000099.png"])
+def test_a_folder_of_the_same_settings_is_begun_again_with_overwrite(finished, tmp_path, name):
+    out = make(tmp_path / "o" / "images")
+    (out / name).write_bytes(b"damaged")
+    (out / "cover.png").write_bytes(b"mine")
+    make(out, overwrite=True)
+    assert content(out) == finished["images"] | {"cover.png": b"mine"}
+
+
+@pytest.mark.parametrize("names", [[""], ["host.7"], ["host.7", "elsewhere.8"]])
+def test_a_folder_left_before_its_first_card_is_taken(finished, tmp_path, names):
+    out = tmp_path / "o" / "images"
+    out.mkdir(parents=True)
+    for name in names:
+        (out / f".card.json.{name}.partial").write_bytes(b'{"mezz')
+    make(out)
+    assert content(out) == finished["images"]
+
+
 def test_the_first_seed(finished, tmp_path):
     out = generate_images(job(), tmp_path / "o", 3, first_seed=7, quiet=True)
     files = content(out)

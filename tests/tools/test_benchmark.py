@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.launch import run_here
 from mezzotint.core.registry import Spec
 from mezzotint.data.text_encoder import MAX_TOKENS
 from mezzotint.models import create_model
@@ -64,6 +65,23 @@ def test_benchmark_of_a_preset(mode, precision, monkeypatch):
     assert (row["latency_seconds"] is None) == (mode == "train")
     assert row["peak_bytes"] > 0
     assert benchmark.render_benchmark([row])
+
+
+@pytest.mark.parametrize(
+    ("fields", "changed"),
+    [
+        (["size=64"], {"size": 64}),
+        (["model.size=64"], {"size": 64}),
+        (["model.size=64", "num_classes=3"], {"size": 64, "num_classes": 3}),
+    ],
+)
+def test_fields_of_a_model_are_named_with_and_without_it(fields, changed, monkeypatch):
+    asked = []
+    monkeypatch.setattr(benchmark, "run_benchmark", lambda *given: asked.append(given) or {})
+    run_here("bench", "unet-tiny", *fields, "--json")
+    assert [mode for _, mode in asked] == ["train", "sample"]
+    for settings, _ in asked:
+        assert {name: settings.overrides.get(name) for name in changed} == changed
 
 
 def test_checkpointing_lowers_the_peak():

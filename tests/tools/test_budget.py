@@ -510,8 +510,13 @@ def test_the_comparable_run_is_the_nearest():
     ("changes", "hours", "overrides", "words"),
     [
         ({"count": 1}, 1, (), "holds 1 image, which"),
-        ({}, 1, ("model.size=256",), "model.size=256 is above every image .* is 128 pixels"),
-        ({"sides": (9,), "largest": 9}, 1, (), "model.size=16 is above every image .* is 9 pixels"),
+        ({}, 1, ("model.size=256",), "a size of 256 pixels is above every image .* is 128 pixels"),
+        (
+            {"sides": (9,), "largest": 9},
+            1,
+            (),
+            "a size of 16 pixels is above every image .* is 9 pixels",
+        ),
         ({}, 1e-5, (), "ends inside the warm-up: it is enough for 0 steps .* --hours 0.0"),
         ({}, 0.1, ("optim.warmup_images=1e6",), "ends inside the warm-up of optim.warmup_images="),
         ({}, 1, ("model.size=0",), "model.size 0 must be at least 1"),

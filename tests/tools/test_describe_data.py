@@ -206,6 +206,19 @@ def test_samples_replace_only_samples_and_stay_out_of_the_data(tmp_path, monkeyp
     assert not default_samples("..").resolve().is_relative_to(root)
 
 
+@pytest.mark.parametrize("name", ["train", "test", "val"])
+@pytest.mark.parametrize("has_splits", [True, False])
+def test_a_missing_folder_is_the_data_above_it_where_that_has_splits(tmp_path, name, has_splits):
+    root = tmp_path / "set"
+    for folder in ("Training", "Testing", "Validation") if has_splits else [""]:
+        class_folders(root / folder)
+    if has_splits:
+        with pytest.raises(ValueError, match="among the images"):
+            check_samples(root / "new.png", f"{root}/{name}")
+    else:
+        check_samples(root / "new.png", f"{root}/{name}")
+
+
 @pytest.mark.parametrize("wanted", ["", ":holdout", ":nonsense"])
 def test_splits_are_listed_where_one_has_to_be_chosen(tmp_path, capsys, monkeypatch, wanted):
     monkeypatch.setattr(doctor, "measure_matmul", pytest.fail)  # nothing is measured before

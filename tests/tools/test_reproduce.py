@@ -113,7 +113,6 @@ def test_a_model_and_its_samples_get_the_same_number(model, reference, tmp_path)
         str(model),
         reference=reference,
         features=("digits",),
-        channels=1,
         num_images=80,
         steps=2,
         out=out,

@@ -68,7 +68,7 @@ def test_a_speed_has_no_start_in_it(monkeypatch, start, per_image):
         clock.now += start + per_image * (images - seen["unet"])
         seen["unet"] = images
 
-    made = SimpleNamespace(name="unet", batch=8, advance=advance)
+    made = SimpleNamespace(name="unet", batch=8, advance=advance, saved_images=lambda: 0)
     found = benchmark.measure_speeds([made], rounds=3, seconds=20)["unet"]
     assert found == pytest.approx([1 / per_image] * 3)
 
@@ -82,6 +82,7 @@ def entrant(tmp_path, monkeypatch):
     made = SimpleNamespace(
         folder=tmp_path / "run", batch=8, first_images=16, seen=0, killed_at=None
     )
+    made.saved_images = lambda: 0
 
     def advance(images):
         while made.seen < images:
@@ -91,6 +92,16 @@ def entrant(tmp_path, monkeypatch):
 
     made.advance = advance
     return made
+
+
+def test_images_of_a_killed_piece_that_were_saved_count(entrant):
+    """A kill saves a checkpoint, and the clock does not know of its images."""
+    entrant.killed_at = 200
+    with pytest.raises(SystemExit):
+        benchmark.train_for(entrant, float("inf"), most_images=160 + 64)
+    entrant.killed_at, entrant.saved_images = None, lambda: entrant.seen
+    entrant.seen = 216
+    assert benchmark.train_for(entrant, float("inf"), most_images=208)[0] == 216
 
 
 def test_an_interruption_does_not_stop_the_clock(entrant):

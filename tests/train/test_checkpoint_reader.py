@@ -10,14 +10,17 @@ import os
 import pickle
 import random
 import shutil
+import time
 
 import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
+from helpers.pickles import BUSY, DOUBLED, as_legacy, as_zip
 from helpers.runs import assert_same_run, small
 from mezzotint.train import checkpoint
-from mezzotint.train.checkpoint_reader import file_sizes, read_metadata
+from mezzotint.train.checkpoint_reader import PlainValues, file_sizes, read_metadata
 from mezzotint.train.loop import train
 
 MARKER = "code_ran"  # a folder in the working directory
@@ -114,6 +117,43 @@ def test_a_description_that_asks_for_anything_else_is_refused(tmp_path, monkeypa
     assert not hasattr(Metadata, "x")
 
 
+A_SET = "a set, or a mapping of an old format"
+HASHED = {
+    # name: (description, what it holds)
+    "one key": (BUSY["key of a dict"], "a tuple as a key"),
+    "many keys": (BUSY["keys of a dict"], "a tuple as a key"),
+    "pairs": (BUSY["dict of pairs"], A_SET),
+    "set": (BUSY["set"], A_SET),
+    "frozenset": (BUSY["frozenset"], A_SET),
+    "key beside a name": (b"\x80\x02}(U\x01aN)" + DOUBLED + b"Nu.", "a tuple as a key"),
+    "short tuple": (pickle.dumps({("a", "b"): 1}), "a tuple as a key"),
+    "number": (pickle.dumps({"a": {1: 2}}), "a int as a key"),
+    "bytes": (pickle.dumps({b"a": 1}), "a bytes as a key"),
+    "short set": (pickle.dumps([{"a", "b"}]), A_SET),
+    "short frozenset": (pickle.dumps({"a": frozenset("ab")}), A_SET),
+    "none within": (pickle.dumps(nested({None: 1})), "a NoneType as a key"),
+    "set within": (pickle.dumps(nested({1, 2})), A_SET),
+}
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_keys_that_take_time_to_hash_are_refused_at_once(tmp_path, name):
+    content, words = HASHED[name]
+    (tmp_path / ".metadata").write_bytes(content)
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rf"\.metadata was refused: it holds {words}"):
+        read_metadata(tmp_path)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_a_description_is_read_in_every_format_of_today(whole, description, tmp_path, protocol):
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(description[1], protocol))
+    ours, again = read_metadata(whole / "checkpoints" / "96"), read_metadata(tmp_path)
+    assert again.storage_data == ours.storage_data
+    assert again.state_dict_metadata == ours.state_dict_metadata
+
+
 def test_the_description_is_what_torch_reads(whole, description):
     ours, theirs = read_metadata(whole / "checkpoints" / "96"), description[1]
     assert ours.storage_data == theirs.storage_data
@@ -169,18 +209,36 @@ class Evil(Reduced):
     """A number that runs code when it is unpickled."""
 
 
-def test_a_payload_in_a_value_that_is_no_tensor_is_not_run(whole, stopped, monkeypatch):
+def saved(value) -> bytes:
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", BUSY)
+@pytest.mark.parametrize("form", [as_zip, as_legacy])
+def test_a_value_that_takes_for_ever_to_read_is_refused(form, name, monkeypatch):
+    monkeypatch.setattr("mezzotint.core.pickle_scan.EXPANDED_LIMIT", 1000)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    index, none = MetadataIndex("a"), torch.Size([])
+    item = ReadItem(LoadItemType.BYTE_IO, index, none, index, none, none)
+    with pytest.raises(ValueError, match="goes through more than"):
+        PlainValues().load_bytes(item, io.BytesIO(form(BUSY[name])))
+
+
+@pytest.mark.parametrize(
+    "content", [saved(Evil(os.mkdir, MARKER)), as_zip(BUSY["set"])], ids=["code", "busy"]
+)
+def test_a_payload_in_a_value_that_is_no_tensor_is_not_run(whole, stopped, monkeypatch, content):
     """The learning rate is stored as a pickle of its own within the data file."""
     folder = stopped(96)
     monkeypatch.chdir(folder)
     newest = folder / "checkpoints" / "96"
     metadata = pickle.loads((newest / ".metadata").read_bytes())
     (index,) = [i for i in metadata.storage_data if i.fqn.endswith("param_groups.0.lr")]
-    torch.save(Evil(os.mkdir, MARKER), buffer := io.BytesIO())
     info = metadata.storage_data[MetadataIndex(index.fqn)]
-    info.offset, info.length = (newest / "__0_0.distcp").stat().st_size, len(buffer.getvalue())
+    info.offset, info.length = (newest / "__0_0.distcp").stat().st_size, len(content)
     with (newest / "__0_0.distcp").open("ab") as file:
-        file.write(buffer.getvalue())
+        file.write(content)
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
     sign(newest)
     assert checkpoint.find_checkpoint_damage(newest) is None  # so it is loaded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -224,6 +225,30 @@ def test_a_run_saves_snapshots_at_the_recipes_interval(averaged):
     kept = posthoc_ema.list_snapshots(averaged)
     assert [s.images for s in kept if s.std == 0.05] == list(range(8, 161, 8))
     assert {s.std for s in kept} == {0.05, 0.1, 0.15}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["best-0.05", "000000000080-best", "-0.05", "80-", "80-0.05-copy", "80-0.05 (1)", "8e1-0.05",
+     "80--0.05", "80-nan", "80-inf", "\u0668\u0660-0.05", "80_000-0.05", "80-0.05-2", "80-0.05e",
+     "80-0.0.5", "80-1-2-3"],
+)  # fmt: skip
+def test_other_files_beside_the_snapshots_are_passed_over(averaged, tmp_path, name):
+    kept = posthoc_ema.list_snapshots(averaged)
+    shutil.copytree(averaged / "ema", tmp_path / "ema")
+    shutil.copy(kept[0].path, tmp_path / "ema" / f"{name}.safetensors")
+    listed = posthoc_ema.list_snapshots(tmp_path)
+    assert [(s.images, s.std, s.path.name) for s in listed] == [
+        (s.images, s.std, s.path.name) for s in kept
+    ]
+
+
+@pytest.mark.parametrize("std", [0.05, 0.1, 1e-5, 0.123456, 0.25])
+def test_a_snapshot_of_any_width_is_listed(tmp_path, std):
+    path = posthoc_ema.snapshot_path(tmp_path, 160, std)
+    path.parent.mkdir()
+    path.touch()
+    assert posthoc_ema.list_snapshots(tmp_path) == [(160, std, path)]
 
 
 def test_a_reconstructed_average_is_close_to_a_tracked_one(averaged):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -295,6 +296,46 @@ def test_a_tracker_that_fails_never_ends_training():
     tolerant({"images": 2})
     assert len(seen) == len(told) == 1
     assert "wandb" in told[0]
+
+
+@pytest.mark.parametrize(
+    ("opens", "error", "told"),
+    [
+        (False, RuntimeError("the store is locked"), "does not start and gets no records: the"),
+        (False, ImportError("no such library"), "does not start and gets no records: no such"),
+        (True, OSError("the network is gone"), "does not close: the network is gone"),
+    ],
+)
+def test_a_tracker_that_does_not_open_or_close_never_ends_training(
+    tmp_path, monkeypatch, capsys, opens, error, told
+):
+    """The other one gets every line."""
+    from mezzotint.train import trackers
+
+    seen = {"trackio": [], "wandb": []}
+
+    @contextlib.contextmanager
+    def broken(run):
+        if opens:
+            yield seen["trackio"].append
+        raise error
+
+    @contextlib.contextmanager
+    def sound(run):
+        yield seen["wandb"].append
+        seen["wandb"].append("closed")
+
+    monkeypatch.setattr(trackers, "check_installed", lambda names: None)
+    monkeypatch.setattr(trackers, "open_trackio", broken)
+    monkeypatch.setattr(trackers, "open_wandb", sound)
+    train(small("images=32", "trackers=[wandb, trackio]", "log_every_images=16"), tmp_path)
+    lines = log.read(tmp_path / "log.jsonl")
+    assert [line["images"] for line in lines] == [16, 32]
+    assert seen == {"trackio": lines if opens else [], "wandb": [*lines, "closed"]}
+    assert saved_images(tmp_path / "model") == 32
+    printed = " ".join(capsys.readouterr().err.split())
+    assert printed.count("tracker") == 1
+    assert f"the tracker trackio {told}" in printed
 
 
 @pytest.mark.parametrize("how", ["moved", slow("deleted"), "replaced"])

@@ -190,13 +190,48 @@ def test_bf16_changes_the_arithmetic_and_not_the_stored_state(whole, tmp_path):
     assert {t.dtype for t in state.values()} <= {torch.float32, torch.float64}
 
 
-def test_old_checkpoints_are_deleted_as_the_recipe_says(tmp_path):
-    train(
-        small("save.every_images=16", "save.keep=2", "save.keep_every_images=64"),
-        tmp_path,
-        quiet=True,
-    )
-    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["64", "128", "144", "160"]
+@pytest.mark.parametrize(
+    ("every", "keep", "keep_every", "kept"),
+    [(16, 2, 64, ["64", "128", "144", "160"]), (40, 1, 40, ["48", "80", "128", "160"])],
+)
+def test_old_checkpoints_are_deleted_as_the_recipe_says(tmp_path, every, keep, keep_every, kept):
+    overrides = (f"save.every_images={every}", f"save.keep={keep}")
+    train(small(*overrides, f"save.keep_every_images={keep_every}"), tmp_path, quiet=True)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == kept
+
+
+@pytest.mark.parametrize("images", [1, 100, 144])
+def test_a_run_is_not_cut_to_a_length_below_what_it_has_seen(images, tmp_path):
+    train(small("images=160"), tmp_path, quiet=True)
+    before = (tmp_path / "recipe.yaml").read_bytes()
+    with pytest.raises(ValueError, match=rf"has seen 160 images, more than images={images}"):
+        train(small(f"images={images}"), tmp_path, quiet=True)
+    assert (tmp_path / "recipe.yaml").read_bytes() == before
+    # The last batch of a run may go beyond its length.
+    train(small("images=150"), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("batch", "every", "keep_every", "kept"),
+    [
+        (256, 10**6, 10**6, [1_000_192, 2_000_128, 3_000_064, 4_000_000, 5_000_192, 6_000_128]),
+        (256, 10**6, 2 * 10**6, [2_000_128, 4_000_000, 6_000_128]),
+        (256, 10**6, 3 * 10**6, [3_000_064, 6_000_128]),
+        (250, 10**6, 3 * 10**6, [3_000_000, 6_000_000]),
+        (6000, 10**6, 2_500_000, [3_000_000, 5_004_000]),
+        (256, 10**6, None, []),
+    ],
+)
+def test_the_first_checkpoint_past_each_multiple_stays(batch, every, keep_every, kept):
+    """Through every deletion of a run, whether or not the batch divides the multiple."""
+    there: list[int] = []
+    for images in range(batch, 7_500_000, batch):
+        if images // every > (images - batch) // every:
+            there.append(images)
+            gone = checkpoint.checkpoints_to_delete(there, images, 1, keep_every)
+            there = [i for i in there if i not in gone]
+            assert checkpoint.checkpoints_to_delete(there, images, 1, keep_every) == []
+    assert there[:-1] == kept
 
 
 def test_a_network_without_null_label_trains(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 from helpers.runs import assert_same_tensors, events, records, small, weights
 from mezzotint.core import distributed
+from mezzotint.data.prepare_shards import prepare_shards
 from mezzotint.train import log, loop, nonfinite
 from mezzotint.train.nonfinite import NonFiniteError, find_spike
 from mezzotint.train.progress import ProgressDisplay
@@ -100,6 +101,45 @@ def test_replay_of_a_finite_step_reproduces_its_losses(resumed):
         b for b in recorded if math.isfinite(b)
     ]
     assert "fails again: no" in str(again)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """The digits in four shards."""
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    prepare_shards("digits:8", str(folder), 8, 4, progress=False)
+    return folder
+
+
+@pytest.mark.parametrize(("lanes", "images"), [("null", 48), ("2", 64), ("4", 16)])
+def test_a_step_on_shards_replays_in_the_order_of_its_lanes(
+    shards, tmp_path, monkeypatch, lanes, images
+):
+    monkeypatch.setenv("MEZZOTINT_CACHE", str(tmp_path / "cache"))
+    recipe = small(
+        f"data.source={shards}", f"data.shards.lanes={lanes}", "data.shards.shuffle_images=16",
+        "data.shards.cache_gb=0.1",
+    )  # fmt: skip
+    run = setup(recipe, tmp_path / "run", distributed.init_distributed())
+    recorded = []
+
+    def objective(*arguments):
+        loss = run.objective(*arguments)
+        if run.state.images < images:
+            return loss
+        recorded.extend(loss.tolist())
+        return loss * torch.nan
+
+    with pytest.raises(NonFiniteError):
+        run_loop(dataclasses.replace(run, objective=objective))
+    bundle = run.folder / "bundles" / str(images)
+    again = replay(bundle)
+    assert not again.fails
+    assert again.image_numbers == list(range(images, images + 16))
+    assert again.loss == recorded
+    # A copy elsewhere is the same data.
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    assert replay(bundle, source=str(copy)).loss == recorded
 
 
 def test_an_overflowing_gradient_is_detected_though_every_loss_is_finite(resumed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -111,6 +112,21 @@ def test_no_local_path_is_shown(run):
     assert all(
         name in text for name in ("on pets", "ref.npz is damaged", "--out run", "codec: vae")
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"run\xff", r"run\xff"),
+        (b"caf\xe9 <1>", r"caf\xe9 &lt;1&gt;"),
+        (b"\xed\xa0\x80", r"\xed\xa0\x80"),
+        ("ü 猫".encode(), "ü 猫"),
+    ],
+)
+def test_a_run_folder_of_any_name_has_a_page(run, tmp_path, name, shown):
+    run = run.rename(tmp_path / os.fsdecode(name))
+    page = write_report(run, tmp_path / "page.html").read_text("utf-8")
+    assert f"<h1>{shown}</h1>" in checked(page)
 
 
 def test_a_killed_run(run):

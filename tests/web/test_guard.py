@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 import time
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import pytest
 
-from mezzotint.web import guard
+from mezzotint.web import app, guard
 from mezzotint.web.guard import Credentials, Guard, read_credentials
 
 OPEN = [
@@ -225,8 +229,48 @@ def test_where_the_password_comes_from(monkeypatch):
     assert read_credentials("") is None
     assert read_credentials("bob:a pass:word") == BOB
     monkeypatch.setattr("sys.stdin", None)
-    for auth in ("bob", "bob:", ":x", ":"):
-        with pytest.raises(ValueError, match=guard.PASSWORD_VARIABLE):
+    for auth in ("bob", "bob:"):
+        with pytest.raises(ValueError, match=f"--auth bob needs .* {guard.PASSWORD_VARIABLE}"):
             read_credentials(auth)
     monkeypatch.setenv(guard.PASSWORD_VARIABLE, "a pass:word")
     assert read_credentials("bob") == BOB
+
+
+@pytest.mark.parametrize("auth", [":pw", ":", ":pw:x"])
+@pytest.mark.parametrize("password", ["", "a pass:word"])
+def test_a_name_is_needed_before_a_password(auth, password, monkeypatch):
+    monkeypatch.setenv(guard.PASSWORD_VARIABLE, password)
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="--auth has no name; give NAME, or NAME:PASSWORD"):
+        read_credentials(auth)
+
+
+@pytest.mark.parametrize(
+    ("number", "port", "message"),
+    [
+        (errno.EADDRINUSE, 7861, "port 7861 is in use; give another one with --port"),
+        (errno.EADDRINUSE, None, "ports 7860 and 99 more are in use; give another one"),
+        (errno.EACCES, 80, "port 80 cannot be opened: Permission denied; .* 1024 or above"),
+        (errno.EPERM, 443, "port 443 cannot be opened: Operation not permitted; .* --port"),
+        (errno.ENOBUFS, None, "port 7860 cannot be opened: No buffer space available; .* --port"),
+    ],
+)
+def test_a_port_that_cannot_be_opened_is_told_with_its_reason(number, port, message, monkeypatch):
+    closed = []
+
+    class Refusing:
+        def setsockopt(self, *option):
+            pass
+
+        def bind(self, address):
+            raise OSError(number, os.strerror(number))
+
+        def close(self):
+            closed.append(self)
+
+    fake = SimpleNamespace(**{**vars(socket), "socket": Refusing})
+    monkeypatch.setattr(app, "socket", fake)
+    with pytest.raises(OSError, match=f"^{message}") as error:
+        app.open_socket(port)
+    assert ("in use" in str(error.value)) == (number == errno.EADDRINUSE)
+    assert len(closed) == (100 if "99 more" in message else 1)

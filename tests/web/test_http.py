@@ -31,6 +31,7 @@ REFUSED = [
     {"model": "text", "prompts": "red\n" * 17},
     {"model": "text", "guidance": 3},
     {"model": "text", "prompts": "red", "negative": "blue"},
+    {"negative": "blue"},
     {"model": "text", "prompts": '{"text": 3}'},
     {"model": "text", "prompts": '{"text": "red", "size": 32}'},
     {"model": "text", "prompts": '{"text": "red", "guidance": 1e9}'},

@@ -102,3 +102,10 @@ def test_network_table_by_resolution(studio):
     table = internals.network_table("dimr-tiny")
     for text in ("32×32", "16×16", "8×8", "1.326 M"):
         assert text in table
+
+
+@pytest.mark.parametrize("name", ["dimr-tiny", "diffit-latent-tiny", "unet-tiny"])
+def test_a_network_with_hooks_is_not_replayed_from_a_graph(studio, name):
+    job, seed = internals.make_single_job(studio, name, 7, 3)
+    assert job.settings.cuda_graphs is False
+    assert (job.settings.steps, seed) == (3, 7)

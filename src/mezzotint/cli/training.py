@@ -102,7 +102,9 @@ def train(
         init_weights = None
         few_steps = chosen.objective.name == "consistency"
         if few_steps and init_from is None and world.is_rank0 and not has_started(out):
-            echo("! tuning for few steps starts from a trained model, --init-from; here: from noise")
+            echo(
+                "! tuning for few steps starts from a trained model, --init-from; here: from noise"
+            )
         if init_from is not None:
             from mezzotint.convert.adapt import initialise_from
 

@@ -86,7 +86,7 @@ def tune(
     elif winner is default:
         echo("the default stays: nothing was better on fresh seeds")
     echo(f"saved: {folder}; used where no option is given")
-    echo(f"next: mezzotint sample {quote(model)} -n 16 --out samples.png")
+    echo(f"next: mezzotint sample {quote(str(model))} -n 16 --out samples.png")
 
 
 def first_feature_set(reference: Reference) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -93,9 +94,6 @@ def _naming(path: Path, partial: Path | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         named = (error.filename, error.filename2)
-        # A connection that breaks is no fault of the disk.
-        if isinstance(error, ConnectionError | TimeoutError):
-            raise
         if error.errno is None or (named != (None, None) and str(partial) not in named):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -419,6 +417,14 @@ def locate_file(published: PublishedFile, path: str | Path | None = None) -> Pat
     return download_file(published, cache_dir() / published.name)
 
 
+def _read_block(answer: Any) -> bytes:
+    """Read on from a server; a connection that breaks is no fault of the disk."""
+    try:
+        return answer.read(CHUNK_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        raise urllib.error.URLError(error) from error
+
+
 def download_file(published: PublishedFile, target: Path) -> Path:
     """Download to `target`, with a progress bar; the file gets its name once its hash is right.
 
@@ -440,7 +446,7 @@ def download_file(published: PublishedFile, target: Path) -> Path:
             partial.open("wb") as file,
             ProgressBar(published.name, published.bytes, unit="bytes") as bar,
         ):
-            while block := answer.read(CHUNK_BYTES):
+            while block := _read_block(answer):
                 file.write(block)
                 bar.advance(len(block))
         if difference := _describe_difference(partial, published):

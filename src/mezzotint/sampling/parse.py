@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mezzotint.core.fields import check_ranges, type_hints
+from mezzotint.core.fields import check_ranges, shorten, type_hints
 from mezzotint.core.registry import Spec, check_options, suggest
 from mezzotint.process import samplers
 from mezzotint.process.samplers import grids
@@ -42,10 +42,12 @@ def parse_guidance(text: str) -> Guidance:
 def parse_size(text: str) -> tuple[int, int]:
     """Parse "64" or "48x64", height first, to (height, width)."""
     sides = text.lower().split("x")
-    # Of five digits at most; what is too large is told later, with the limit.
+    # Of six digits at most; what is too large is told later, with the limit.
     numbers = [re.fullmatch(r"0*[1-9]\d{0,5}", side.strip(), re.ASCII) for side in sides]
     if len(sides) > 2 or not all(numbers):
-        raise ValueError(f"size {text!r} is neither a number nor HEIGHTxWIDTH, e.g. 64 or 48x64")
+        raise ValueError(
+            f"size {shorten(text)} is neither a number nor HEIGHTxWIDTH, e.g. 64 or 48x64"
+        )
     return int(sides[0]), int(sides[-1])
 
 

@@ -89,6 +89,7 @@ def card_path(path: Path) -> Path:
 def write_card(path: Path, card: SamplingCard) -> None:
     """Write an output file's card; a device or pipe has none."""
     if not is_special(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(card_path(path), card)
 
 
@@ -248,7 +249,8 @@ class ShardedWriter:
         """See `ImageWriter`; refuses a finished file, and shards of other settings."""
         if self.path.is_dir():
             raise ValueError(f"{self.path} is a folder; name a file that does not exist")
-        keep = self.keep_finished or read_sampling_card(self.path) is None
+        there = read_sampling_card(self.path)
+        keep = self.keep_finished or there is None or "edit" in there
         if self.path.exists() and keep and not overwrite and not is_special(self.path):
             raise ValueError(
                 f"{self.path} exists already; choose another --out, or add --overwrite"

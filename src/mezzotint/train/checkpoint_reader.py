@@ -89,16 +89,16 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return _TYPES[module, name]
 
-    def load_setitem(self):
+    def load_setitem(self: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
         self.stack[-1][_check_key(key)] = value
 
-    def load_setitems(self):
+    def load_setitems(self: Any) -> None:
         items = self.pop_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             self.stack[-1][_check_key(key)] = value
 
-    def refuse(self):
+    def refuse(self: Any) -> None:
         raise pickle.UnpicklingError("it holds a set, or a mapping of an old format")
 
     dispatch: ClassVar = {
