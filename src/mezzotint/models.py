@@ -239,7 +239,7 @@ def save_model(model: Model, folder: str | Path) -> None:
         for name in (WEIGHTS, CONFIG, README):
             fsync_path(partial / name)
         if not folder.exists():
-            partial.rename(folder)
+            partial.rename(folder.resolve())  # of a link that leads nowhere yet
             return
         _accept_either(folder, hashes)
         for name in (WEIGHTS, README, CONFIG):  # the last says that the others are of its images

@@ -225,7 +225,7 @@ def _find_arrays(path: Path, arrays: Arrays) -> dict[str, tuple[str, str | None]
             )
         found[split] = name, None
     if not found:
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'no array'}; {FORM}")
+        raise ValueError(f"{path} holds {', '.join(npz_names(path)) or 'no array'}; {FORM}")
     for name in arrays:
         role, split = _role(name)
         if role == "label" and split in found:

@@ -27,6 +27,7 @@ from mezzotint.data.shard_format import COLUMNS, TOKENS, RowHash
 from mezzotint.data.sources import hash_parts
 
 ARROW, LOCK = ".arrow", ".lock"
+END = b"\xff\xff\xff\xff\0\0\0\0"  # of an Arrow stream
 BATCH_ROWS = 256  # in one Arrow record batch
 LEFTOVER_S = 3600.0  # an unfinished file that is older was left by a killed process
 
@@ -268,6 +269,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _map_rows(path: Path) -> Any:
+    """Map a shard into memory; ValueError for one that is cut, also between two batches."""
     import datasets
 
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(END)))
+        if file.read() != END:
+            raise ValueError("it is cut")
     return datasets.Dataset.from_file(str(path))

@@ -30,7 +30,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 from mezzotint.core.files import CHUNK_BYTES, atomic_replace, cache_dir
 from mezzotint.core.paths import read_regular_file
 from mezzotint.core.progress import ProgressBar
-from mezzotint.data.decode import HEAD_BYTES, UnreadableImage, blame_file
+from mezzotint.data.decode import HEAD_BYTES, PASSING, UnreadableImage, blame_file
 
 MAX_FILE_BYTES = 1 << 30  # of one file: the largest image that Pillow opens, uncompressed, 16 bits
 # Above BOMB_BYTES, what unpacks to more than BOMB_RATIO times its size is no set of images.
@@ -139,7 +139,8 @@ class FolderStore:
             seen.add(real)
             try:
                 entries = sorted(os.scandir(self.root / prefix), key=lambda entry: entry.name)
-            except OSError:
+            except OSError as error:
+                blame_file(error, str(self.root / prefix))
                 listing.skipped[CLOSED].append(prefix or str(self.root))
                 continue
             for entry in entries:
@@ -151,7 +152,8 @@ class FolderStore:
                     continue
                 try:
                     status = entry.stat()
-                except OSError:
+                except OSError as error:
+                    blame_file(error, str(self.root / name))
                     listing.skipped[BROKEN].append(name)
                     continue
                 if stat.S_ISDIR(status.st_mode):
@@ -175,7 +177,8 @@ class FolderStore:
         """Return the first bytes of a file, see `Store`."""
         try:
             return read_regular_file(self.root / name, MAX_FILE_BYTES, HEAD_BYTES)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            blame_file(error, str(self.root / name))  # raises where it is not the file's fault
             return b""
 
     def size(self, name: str) -> int:
@@ -289,11 +292,7 @@ class _ZipHandle(zipfile.ZipFile):
 # One handle per thread and process: they would share one file position, and wait for one another.
 @functools.lru_cache(maxsize=64)
 def _open_zip(path: str, modified_ns: int, pid: int, thread: int) -> zipfile.ZipFile:
-    directory = _read_zip(path, modified_ns)
-    try:
-        return _ZipHandle(path, directory)
-    except OSError as error:
-        raise blame_file(error, path) from error
+    return _ZipHandle(path, _read_zip(path, modified_ns))
 
 
 @functools.lru_cache(maxsize=8)
@@ -302,6 +301,8 @@ def _read_zip(path: str, modified_ns: int) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise  # no fault of the zip: `bytes` says so
         raise ValueError(
             f"{path} is not a readable zip ({error}); give a zip of images or unpack it to a folder"
         ) from error

@@ -43,7 +43,7 @@ def list_snapshots(run: Path) -> list[Snapshot]:
     snapshots = []
     for path in sorted((run / "ema").glob("*-*.safetensors")):
         # Other files are not ours, e.g. a copy of one under another name.
-        if name := re.fullmatch(r"(\d+)-(\d[\d.e-]*)", path.stem, re.ASCII):
+        if name := re.fullmatch(r"(\d+)-(\d+(?:\.\d+)?(?:e-\d+)?)", path.stem, re.ASCII):
             snapshots.append(Snapshot(int(name[1]), float(name[2]), path))
     return snapshots
 

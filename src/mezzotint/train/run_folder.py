@@ -165,8 +165,9 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
             "\n".join([f"{folder} belongs to another recipe:", *differences])
             + "\nUse another --out, or the same recipe."
         )
-    folders = (folder / "checkpoints").glob("*")
-    seen = max((int(path.name) for path in folders if path.name.isdecimal()), default=0)
+    # A checkpoint without a manifest is damaged, and passed over.
+    whole = (path.parent for path in (folder / "checkpoints").glob("*/manifest.json"))
+    seen = max((int(path.name) for path in whole if path.name.isdecimal()), default=0)
     # The last batch may go beyond the length.
     if seen >= recipe.images + recipe.batch:
         raise ValueError(
