@@ -341,7 +341,7 @@ def test_threads_read_the_directory_of_a_zip_once_and_each_its_own_members(tmp_p
     assert len(parsed) == 1
     write_zip(tmp_path / "a.zip", {"other.png": png(99)})
     os.utime(tmp_path / "a.zip", (1, 1))
-    assert ZipStore(tmp_path / "a.zip").bytes("other.png") == png(99)  # another file is read anew
+    assert ZipStore(tmp_path / "a.zip").bytes("other.png") == png(99)  # another file is read again
     assert len(parsed) == 2
 
 

@@ -42,7 +42,7 @@ def parse_guidance(text: str) -> Guidance:
 def parse_size(text: str) -> tuple[int, int]:
     """Parse "64" or "48x64", height first, to (height, width)."""
     sides = text.lower().split("x")
-    # Of six digits at most; what is too large is told later, with the limit.
+    # Six digits at most; a size that is too large gets its own error later, with the limit.
     numbers = [re.fullmatch(r"0*[1-9]\d{0,5}", side.strip(), re.ASCII) for side in sides]
     if len(sides) > 2 or not all(numbers):
         raise ValueError(

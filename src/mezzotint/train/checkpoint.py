@@ -391,7 +391,7 @@ def prune_checkpoints(run: Path, images: int, keep: int, keep_every: int | None)
     """Delete all but the newest `keep` checkpoints and the first at or past each multiple.
 
     Args:
-        keep_every: images of which the multiples are; a batch need not divide them.
+        keep_every: in images; the batch need not divide it.
         images: of the newest. Checkpoints of more images were passed over when the run resumed.
     """
     there = [int(folder.name) for folder in list_checkpoints(run)]
