@@ -144,8 +144,8 @@ def _is_torch_export(path: Path) -> bool:
 
 def _is_onnx_export(path: Path) -> bool:
     with path.open("rb") as file:
-        # ONNX begins with its version. The metadata are at the end: a key and a value, each with its
-        # length before it.
+        # ONNX begins with its version. The metadata are at the end: a key and a value, each after
+        # its length.
         begins = file.read(1) == b"\x08"
         file.seek(max(0, path.stat().st_size - CARD_BYTES))
         return begins and b"\x0a\x09mezzotint\x12" in file.read()
