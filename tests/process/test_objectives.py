@@ -35,6 +35,15 @@ class Stub(nn.Module):
         return [avg_pool2d(out, 2**i) for i in reversed(range(self.branches))]
 
 
+class Ones(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, z, noise, cond):
+        return [self.one.expand_as(z)]
+
+
 def stub(row="v", data_std=0.5, **options):
     kind = prediction.named(row, data_std)
     doubled = options.get("doubled", False)
@@ -103,10 +112,7 @@ def test_the_bias_of_a_size_is_sid2s_to_the_nearest_integer(height, width, publi
     # A network whose error is 1 everywhere, so that the loss is the weight.
     _, _, logsnr, cond = data
     eps = torch.zeros(6, 1, height, width, dtype=torch.float64)
-    model = Model(
-        lambda z, noise, cond: [torch.ones_like(z)],
-        Parameterisation(kind=prediction.eps, noise=lambda logsnr: logsnr),
-    )
+    model = Model(Ones(), Parameterisation(kind=prediction.eps, noise=lambda logsnr: logsnr))
     loss = loss_of("sigmoid", model, (eps, eps, logsnr, cond), bias=None)
     bias = (torch.log(loss / (1 - loss)) + logsnr)[0].item()
     assert bias == pytest.approx(2 * math.log(128 / math.sqrt(height * width)))
