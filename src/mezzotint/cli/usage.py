@@ -64,6 +64,8 @@ def explain_number(arguments: Sequence[str], command: Callable[..., Any]) -> str
         if kind is None or not (equals or i + 1 < len(arguments)):
             continue
         text = value if equals else arguments[i + 1]
+        if text == "None":  # what the parser takes for an option left out
+            continue
         try:
             kind(text)
         except ValueError:
