@@ -73,7 +73,7 @@ def test_a_negative_text_needs_prompts(prompts, guided):
 
 @pytest.fixture
 def seconds(monkeypatch):
-    """The time limit of each sampling, none of which is computed."""
+    """The time limit of each sampling; nothing is computed."""
     given = []
 
     def sample_figures(job, seeds, limits, heading=""):
