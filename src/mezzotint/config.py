@@ -453,14 +453,31 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             if not isinstance(node.get(key), dict):
                 name = ".".join(keys[: depth + 1])
                 wrong = f"{name!r} has no fields" if key in node else f"no field {name!r}"
-                raise ValueError(f"{wrong}; {suggest(key, node)}")
+                raise ValueError(f"{wrong}; {_suggest_field(values, keys[: depth + 1], node)}")
             node = node[key]
         # Fields of a model or of options are checked where the network or the function is known.
         any_key = keys[0] == "model" or "options" in keys[:-1]
         if keys[-1] not in node and not any_key:
-            raise ValueError(f"no field {path!r}; {suggest(keys[-1], node)}")
+            raise ValueError(f"no field {path!r}; {_suggest_field(values, keys, node)}")
         node[keys[-1]] = _parse_assigned(keys, text, assignment)
     return from_dict(values)
+
+
+def _suggest_field(values: dict[str, Any], keys: list[str], node: dict[str, Any]) -> str:
+    """Return advice for an unknown field: where its name exists, else names near it in `node`."""
+    if found := _find_fields(values, keys[-1]):
+        return f"did you mean {' or '.join(found)}?"
+    of_network = f"; a field of the network is model.{keys[0]}" if len(keys) == 1 else ""
+    return f"{suggest(keys[-1], node)}{of_network}"
+
+
+def _find_fields(values: dict[str, Any], name: str, prefix: str = "") -> list[str]:
+    """Return the paths of all fields called `name`; not options, which vary with their function."""
+    found = [f"{prefix}{name}"] if prefix and name in values else []
+    for key, inner in values.items():
+        if isinstance(inner, dict) and key not in ("model", "options"):
+            found += _find_fields(inner, name, f"{prefix}{key}.")
+    return found
 
 
 def _parse_assigned(keys: list[str], text: str, assignment: str) -> Any:

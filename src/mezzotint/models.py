@@ -63,7 +63,8 @@ class ModelInfo:
     licence: of the weights; None for your own.
     images: number of training images seen.
     extra: JSON values of others: `text` says which text encoder it was trained with, `sampling` how
-        to sample it (`mezzotint.sampling.tuned`), `ema_width` which average the weights are.
+        to sample it (`mezzotint.sampling.tuned`), `ema_width` which average the weights are, and
+        `raw_weights` that they are none.
     """
 
     backbone: str

@@ -13,6 +13,7 @@ from mezzotint.evaluate.results import (
     Number,
     Protocol,
     compare,
+    keep_other_numbers,
     load_evaluation,
     print_comparison,
     require_comparable,
@@ -52,6 +53,39 @@ def test_nan_is_saved_as_null(tmp_path):
     assert number["value"] is None
     assert number["settings"] == {"std_over_splits": None}
     assert np.isnan(load_evaluation(tmp_path / "e.json")["IS"].value)
+
+
+def write(path, evaluation):
+    keep_other_numbers(path, evaluation.to_json())
+    evaluation.save(path)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        make_evaluation(guidance="2"),
+        make_evaluation(source="another"),
+        make_evaluation(reference_hash="b"),
+        with_number(metric="sFID"),
+        with_number(settings={"k": 5}),
+    ],
+)
+def test_numbers_of_other_settings_are_kept(other, tmp_path, capsys):
+    path = tmp_path / "e.json"
+    write(path, make_evaluation(value=2.0))
+    path.with_suffix(".copies.png").write_bytes(b"sheet")
+    write(path, make_evaluation(value=3.0))
+    assert not capsys.readouterr().out
+    write(path, other)
+    assert "e.json held numbers of other settings" in " ".join(capsys.readouterr().out.split())
+    write(path, make_evaluation(value=4.0))
+    found = {file.name: load_evaluation(file) for file in tmp_path.glob("*.json")}
+    assert found == {
+        "e.json": make_evaluation(value=4.0),
+        "e-1.json": make_evaluation(value=3.0),
+        "e-2.json": other,
+    }
+    assert (tmp_path / "e-1.copies.png").read_bytes() == b"sheet"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from mezzotint.backbones.dimr_blocks import (
 )
 from mezzotint.backbones.dimr_cascade import Cascade
 from mezzotint.backbones.dimr_config import DiMRConfig
-from mezzotint.backbones.inputs import GRID, depth_to_space, patch_at
+from mezzotint.backbones.inputs import GRID, check_input, depth_to_space, label_rows, patch_at
 from mezzotint.backbones.kernels.depthwise import compute_dtype
 from mezzotint.backbones.layers import AugmentEmbedding
 from mezzotint.core.registry import Spec
@@ -207,38 +207,15 @@ class DiMR(Backbone):
 
     def class_rows(self, z: Tensor, cond: Cond) -> Tensor | None:
         """Check the input and return the rows of the class embedding, (b,)."""
-        if cond.label is not None and cond.label.shape[0] != z.shape[0]:
-            raise ValueError(
-                f"{cond.label.shape[0]} labels for a batch of {z.shape[0]}; give one per image"
-            )
-        c, patch = self.config, self.config.patches[0]
-        if z.shape[1] != c.channels or z.shape[2] % patch or z.shape[3] % patch:
-            near = [max(s // patch, 1) * patch for s in z.shape[2:]]
-            raise ValueError(
-                f"input {tuple(z.shape[1:])}: this network takes {c.channels} channels and "
-                f"sides that are multiples of {patch}; try ({c.channels}, {near[0]}, {near[1]})"
-            )
+        c = self.config
+        check_input(z, c.channels, c.patches[0])
         if cond.text is not None:
             raise ValueError("DiMR takes labels, not text")
         if "transformer" not in c.stages:
             if cond.label is not None:
                 raise ValueError("this network takes no label: it has no transformer stage")
             return None
-        if cond.label is None:
-            if not c.null_label:
-                raise ValueError(
-                    f"this network has no null label: give a label in 0 ... {c.num_classes - 1}"
-                )
-            return torch.full((len(z),), c.num_classes, device=z.device)
-        # On a GPU reading the labels would make the host wait; there the caller checks them.
-        if cond.label.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = cond.label.aminmax()
-            if low < 0 or high >= c.rows:
-                null = f", {c.num_classes} meaning no class" if c.null_label else ""
-                raise ValueError(
-                    f"labels {int(low)} ... {int(high)}: allowed are 0 ... {c.rows - 1}{null}"
-                )
-        return cond.label
+        return label_rows(cond.label, c.num_classes, len(z), z.device, c.null_label)
 
 
 def init_weights(module: nn.Module) -> None:

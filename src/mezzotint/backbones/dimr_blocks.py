@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mezzotint.backbones.kernels.depthwise import ResidualDepthwise
 from mezzotint.backbones.layers import attention
@@ -120,6 +121,7 @@ class TimeRMSNormCPU(torch.autograd.Function):
         return (x * r).mul_(gain).to(torch.promote_types(x.dtype, gain.dtype))
 
     @staticmethod
+    @once_differentiable  # r is a constant here, and depends on x
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         """Return the gradients of x and gain."""
         (grad,), (x, gain, r) = grads, ctx.saved_tensors

@@ -25,29 +25,43 @@ def check_sides(height: int, width: int, factor: int) -> None:
     )
 
 
-def label_rows(label: Tensor | None, num_classes: int, batch: int, device: torch.device) -> Tensor:
-    """Return `label`, or the null label num_classes for each image where it is None.
+def label_rows(
+    label: Tensor | None, num_classes: int, batch: int, device: torch.device, null: bool = True
+) -> Tensor:
+    """Return `label`, or the null label num_classes for each image where it is None; int64.
 
     Values are checked on a CPU only. Reading them from a GPU would make the host wait; there the
     embedding itself fails.
 
-    Errors: ValueError for a label outside 0...num_classes, and for a wrong number of labels.
+    Args:
+        null: whether the network has a null label.
+
+    Errors: ValueError for a label outside 0...num_classes, and for labels that are not one whole
+        number per image.
     """
     if label is None:
+        if not null:
+            raise ValueError(f"this network has no null label: give labels, 0...{num_classes - 1}")
         return torch.full((batch,), num_classes, device=device)
     if num_classes == 0:
         raise ValueError(
             "a label was given to an unconditional network (num_classes 0); pass no label"
         )
-    if label.shape[0] != batch:
-        raise ValueError(f"{label.shape[0]} labels for a batch of {batch}")
+    if label.ndim != 1 or label.shape[0] != batch:
+        given = f"{label.shape[0]} labels" if label.ndim == 1 else f"labels {tuple(label.shape)}"
+        raise ValueError(f"{given} for a batch of {batch}; give one per image, ({batch},)")
+    if label.is_floating_point() or label.dtype == torch.bool:
+        raise ValueError(f"labels of {label.dtype}; give whole numbers, e.g. torch.tensor([0, 3])")
     readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and bool(((label < 0) | (label > num_classes)).any()):
+    label = label.to(device, torch.long)
+    last = num_classes if null else num_classes - 1
+    if readable and bool(((label < 0) | (label > last)).any()):
+        no_class = f", {num_classes} is the null label" if null else ""
         raise ValueError(
             f"labels {int(label.min())}...{int(label.max())} are out of range: "
-            f"0...{num_classes - 1} are classes, {num_classes} is the null label"
+            f"0...{num_classes - 1} are classes{no_class}"
         )
-    return label.to(device)
+    return label
 
 
 GRID = 64  # most cells per side of the `-tiny`, `-small` and `-base` presets, whatever the size
@@ -118,6 +132,10 @@ def wavelet_levels(transform: str, patch: int) -> int:
 
 def check_input(z: Tensor, channels: int, factor: int) -> None:
     """Check that z (b, c, h, w) has the right channels and sides that are multiples of `factor`."""
+    if z.ndim != 4:
+        raise ValueError(
+            f"an input of shape {tuple(z.shape)}; give a batch (b, {channels}, height, width)"
+        )
     if z.shape[1] != channels:
         raise ValueError(f"an input of {z.shape[1]} channels was given to a network of {channels}")
     check_sides(z.shape[2], z.shape[3], factor)

@@ -269,7 +269,7 @@ class JiT(Backbone):
             zero_init(block.modulation)
 
     def no_decay_parameters(self) -> set[str]:
-        """Return the names of positions and norms; the paper has no decay at all."""
+        """Return the names of positions, norms and biases; the paper has no decay at all."""
         return {n for n, p in self.named_parameters() if p.ndim == 1 or "positions" in n}
 
     def positions_for(self, grid: tuple[int, int]) -> Tensor:

@@ -64,13 +64,13 @@ def inv_cos(logsnr: Tensor) -> Tensor:
     return torch.atan(torch.exp(-logsnr.clamp(-20, 20) / 2)) * (2 / math.pi)
 
 
-def sinusoidal_embedding(position: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+def sinusoidal_embedding(position: Tensor, dim: int) -> Tensor:
     """Return ADM's timestep embedding, (b,) -> (b, dim): sines, then cosines.
 
-    The angles are position / max_period^(k / (dim/2)).
+    The angles are position / 10000^(k / (dim/2)).
     """
     k = torch.arange(dim // 2, device=position.device, dtype=position.dtype)
-    angle = position[:, None] * torch.exp(-math.log(max_period) * k / (dim // 2))
+    angle = position[:, None] * torch.exp(-math.log(10_000) * k / (dim // 2))
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
@@ -106,6 +106,8 @@ class Conditioning(nn.Module):
 
     def __init__(self, width: int, emb_dim: int, num_classes: int, augment_label: bool = False):
         super().__init__()
+        if width % 2:
+            raise ValueError(f"width {width} must be even: half of it are sines, half cosines")
         self.width = width
         self.num_classes = num_classes
         self.noise = nn.Sequential(

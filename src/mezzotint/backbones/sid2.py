@@ -101,6 +101,12 @@ class SiD2(Backbone):
             )
         if unknown := set(c.kinds) - {"res", "transformer"}:
             raise ValueError(f"unknown kinds of block {sorted(unknown)}; known: res, transformer")
+        counts = zip(c.kinds, (*c.blocks, c.depth), strict=True)
+        if c.text_dim and not any(kind == "transformer" and count for kind, count in counts):
+            raise ValueError(
+                f"text_dim {c.text_dim} needs a transformer block, and kinds, blocks and depth "
+                "give none"
+            )
         self.factor = input_factor((c.size, c.size), c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         sides = [c.size // c.patch // 2**i for i in range(levels + 1)]

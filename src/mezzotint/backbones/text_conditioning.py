@@ -44,12 +44,14 @@ class TextConditioning(nn.Module):
             )
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
-        if text.shape[0] != batch or text.shape[2] != self.text_dim or mask.shape != text.shape[:2]:
+        fits = text.ndim == 3 and text.shape[0] == batch and text.shape[2] == self.text_dim
+        if not fits or mask.shape != text.shape[:2]:
             raise ValueError(
                 f"text {tuple(text.shape)} with mask {tuple(mask.shape)} for a batch of {batch}: "
                 f"this network reads (b, t, {self.text_dim}) with a mask (b, t)"
             )
-        mask = mask.to(weight.device)
+        # Tokenizers return integers.
+        mask = mask.to(weight.device, torch.bool)
         # The values in the padding must not matter, not even where they are NaN.
         text = text.to(weight).masked_fill(~mask[..., None], 0)
         text = self.norm(text).to(weight.dtype) * mask[..., None]

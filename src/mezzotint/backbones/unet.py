@@ -88,6 +88,8 @@ class UNet(Backbone):
         super().__init__(config)
         c = config
         levels = len(c.multipliers)
+        if not levels:
+            raise ValueError("multipliers is empty; give one per level")
         if not len(c.blocks) == len(c.attention) == levels:
             raise ValueError(f"multipliers, blocks and attention must be equally long: {c}")
         self.factor = input_factor((c.size, c.size), c.transform, c.patch, levels - 1)

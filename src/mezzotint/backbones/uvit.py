@@ -107,6 +107,8 @@ class UViT(Backbone):
             raise ValueError(
                 f"multipliers need one entry per level of blocks and one for the transformer: {c}"
             )
+        if c.text_dim and not c.depth:
+            raise ValueError(f"text_dim {c.text_dim} needs a transformer block; set depth to 1")
         self.factor = input_factor(native_size(c), c.transform, c.patch, levels)
         widths = [c.width * m for m in c.multipliers]
         height, width = native_size(c)

@@ -48,12 +48,14 @@ def reference(
         features: Feature sets: inception-2048 (FID), inception-768, efficientnet-lite0, dinov2, ...
         weights: Of the feature network; by default the cache, or a download with a pinned hash.
     """
-    from mezzotint.core.files import check_replaceable
+    from mezzotint.core.files import check_replaceable, is_special
     from mezzotint.evaluate import features as feature_sets
     from mezzotint.evaluate.image_source import open_real_images
     from mezzotint.evaluate.references import is_reference, make_reference
 
     check_outside_run(out)
+    if out.suffix.lower() != ".npz" and not is_special(out):
+        raise ValueError(f"a reference is written as .npz; given {out}")
     check_replaceable(out, is_reference, "a reference")
     # Images are opened first, since opening a feature network may mean a download.
     images = open_real_images(data, size, channels)
@@ -170,7 +172,8 @@ def evaluate(
         dtype=dtype,
     )  # fmt: skip
     if channels is not None and images.is_model:
-        raise ValueError(f"--channels is of images, and {source} is a model; leave it out")
+        what = "is a model" if Path(source).exists() else "is no file here, so a model's name"
+        raise ValueError(f"--channels is of images, and {source} {what}; leave it out")
     measures = measure.Measures(
         reference=reference, reference_source=reference_source, heldout=heldout,
         features=features, weights=weights, clip=clip,

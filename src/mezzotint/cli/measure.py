@@ -108,11 +108,15 @@ FEATURES = ("inception-2048", "inception-sfid", "inception-logits")
 
 def choose_features(given: Sequence[str] | None, reference: Reference) -> Sequence[str]:
     """Return the feature sets to measure in: those given, else FID's, else the reference's own."""
+    from mezzotint.evaluate.evaluate import LOGITS
     from mezzotint.evaluate.features import OTHER_SETS
 
     own = [*reference.statistics, *reference.features]
-    if given or any(name in FEATURES for name in own):
-        return given or FEATURES
+    if given:
+        return given
+    if any(name in FEATURES for name in own):
+        # The Inception Score needs no reference; those of EDM have no sFID.
+        return [name for name in FEATURES if name in own or name == LOGITS]
     known = [name for name in dict.fromkeys(own) if name in OTHER_SETS]
     return known or [n for n in dict.fromkeys(own) if n.startswith("inception-")] or FEATURES
 
@@ -136,7 +140,7 @@ class Measures:
         if self.reference is not None:
             real = read_reference(self.reference, self.reference_source)
         if self.heldout is not None:
-            heldout = read_reference(self.heldout)
+            heldout = read_reference(self.heldout, self.reference_source)
         return real, heldout
 
     def open_networks(
@@ -210,6 +214,7 @@ def evaluate_images(
     from mezzotint.evaluate import evaluate
     from mezzotint.evaluate.clip_score import check_captions
     from mezzotint.evaluate.extract import with_resolution
+    from mezzotint.evaluate.results import keep_other_numbers
 
     pieces = base.with_suffix(".pieces")
     with process_group() as world:
@@ -228,6 +233,7 @@ def evaluate_images(
             images, real, sets, heldout=heldout, clips=clips, folder=pieces, show=True
         )
         if world.is_rank0:
+            keep_other_numbers(out, evaluation.to_json())
             evaluation.save(out)
             evaluate.print_evaluation(evaluation)
             _print_cut_captions(evaluation, clips)
@@ -262,6 +268,7 @@ def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, ba
         sweep: as `parse_sweep` takes it.
     """
     from mezzotint.core.distributed import all_ranks, process_group
+    from mezzotint.evaluate.results import keep_other_numbers
     from mezzotint.evaluate.sweep import FIGURES, choose_axes, parse_sweep, run_sweep, sweep_jobs
 
     scales = parse_sweep(sweep)
@@ -285,6 +292,7 @@ def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, ba
             say=echo if world.is_rank0 else lambda line: None, show=True,
         )  # fmt: skip
     if world.is_rank0:
+        keep_other_numbers(out, found.to_json())
         found.save(out)
         figures = [base.with_suffix(suffix) for suffix in FIGURES]
         for figure in figures:
@@ -300,6 +308,7 @@ def evaluate_likelihood(
     from mezzotint.core.distributed import all_ranks, process_group
     from mezzotint.data.image_dataset import ImageDataset, open_images
     from mezzotint.evaluate import likelihood
+    from mezzotint.evaluate.results import keep_other_numbers
     from mezzotint.models import open_model
     from mezzotint.process.denoiser import Model
 
@@ -317,6 +326,7 @@ def evaluate_likelihood(
             model, images, settings, name=data, folder=pieces, show=True
         )
     if world.is_rank0:
+        keep_other_numbers(out, found.to_json())
         found.save(out)
         likelihood.print_bits_per_dim(found)
         echo(f"saved: {out}")

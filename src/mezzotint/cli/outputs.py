@@ -43,7 +43,7 @@ def evaluation_base(out: Path, kind: str = "evaluation") -> Path:
     from mezzotint.core.files import check_replaceable, is_special, read_json
 
     check_outside_run(out)
-    if out.suffix in PARTS and not is_special(out):
+    if out.suffix.lower() in PARTS and not is_special(out):
         raise ValueError(f"{out} ends like a part of {kind}s; give --out a name that ends in .json")
     is_ours = lambda path: f"mezzotint_{kind}" in read_json(path)  # noqa: E731
     article = "an" if kind == "evaluation" else "a"

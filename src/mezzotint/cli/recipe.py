@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,10 +19,13 @@ AUTO = "auto"  # given in place of a preset
 def choose_recipe(preset: str, overrides: tuple[str, ...], data: str, file: Path | None) -> Recipe:
     """Return the preset's recipe, or that of a file, with the data and overrides of a command."""
     from mezzotint import config
+    from mezzotint.models import presets
     from mezzotint.recipes import recipe_for
 
     if preset == AUTO:
         raise ValueError("auto chooses a network for a time: add --hours H, e.g. --hours 8")
+    if preset not in presets() and difflib.get_close_matches(preset, [AUTO], cutoff=0.7):
+        raise ValueError(f"unknown preset {preset!r}; did you mean auto, with --hours H?")
     if not file:
         return apply_changes(recipe_for(preset), data, overrides)
     chosen = config.from_yaml(file)

@@ -52,7 +52,7 @@ def tune(
         steps: Of the sampler; 50 by default. Few steps leave calls for more images.
         prompts: File of prompts, one per line, for a model with text conditioning.
         encoder: Folder of the text encoder, if it moved.
-        seed: Seed of the first image; 1000000 by default, which other commands do not reach.
+        seed: Seed of the first image; 1000000 by default, beyond those of most evaluations.
         batch: Images per network call; 64 by default.
         resamples: For the intervals of the last comparison; 0 for none: the smallest distance wins.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -27,10 +28,14 @@ class Registry(Mapping[str, T], Generic[T]):
         self.package = package
         self._entries: dict[str, T] = {}
         self._scanned = False
+        self._scanning = False
+        self._failed = False
+        self._lock = threading.RLock()
 
     def add(self, name: str, entry: T) -> T:
         """Register `entry`; ValueError if the name is taken."""
-        if name in self._entries:
+        # After a scan that failed, its last module may register again.
+        if name in self._entries and not self._failed:
             raise ValueError(f"{self.what} {name!r} is registered twice")
         self._entries[name] = entry
         return entry
@@ -42,11 +47,22 @@ class Registry(Mapping[str, T], Generic[T]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        self._scanned = True
-        package = importlib.import_module(self.package)
-        # An import error must reach the user: a variant must not be missing silently.
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
+        # Another thread waits for the whole scan; a module that is being imported looks up at once.
+        with self._lock:
+            if self._scanned or self._scanning:
+                return
+            self._scanning = True
+            try:
+                package = importlib.import_module(self.package)
+                # An import error must reach the user: a variant must not be missing silently.
+                for module in pkgutil.iter_modules(package.__path__):
+                    importlib.import_module(f"{self.package}.{module.name}")
+                self._scanned, self._failed = True, False
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
+                self._scanning = False
 
     def __getitem__(self, name: str) -> T:
         self._scan()

@@ -19,7 +19,7 @@ from mezzotint.config import Evaluate, Recipe
 from mezzotint.core.distributed import all_ranks, get_rank, on_rank0
 from mezzotint.data.image_dataset import BUILTIN, open_images, split_source
 from mezzotint.data.sources import SPLITS
-from mezzotint.evaluate.evaluate import check_reference, evaluate
+from mezzotint.evaluate.evaluate import check_counts, check_reference, evaluate
 from mezzotint.evaluate.features import FeatureSet, open_features
 from mezzotint.evaluate.image_source import ImageSource, from_job, repeat_grey
 from mezzotint.evaluate.likelihood import LikelihoodSettings, bits_per_dim, check_pixels, is_of
@@ -211,6 +211,7 @@ def _check_settings(recipe: Recipe, sets: Sequence[FeatureSet] | None) -> Refere
         sets = open_features(settings.features, settings.weights, "cpu")
     is_pixel_model = info.codec == "pixels"
     check_reference(sets, reference, native_size(info.config) if is_pixel_model else None)
+    check_counts(sets, reference, settings.num_images)
     for s in sets:
         # Grey is repeated in three channels.
         if is_pixel_model and s.channels < info.config.channels:

@@ -17,7 +17,7 @@ from mezzotint.evaluate.bootstrap import bootstrap
 from mezzotint.evaluate.clip import Clip
 from mezzotint.evaluate.clip_score import check_captions, clip_numbers, embed_captions
 from mezzotint.evaluate.extract import extract_features, with_resolution
-from mezzotint.evaluate.features import FeatureSet
+from mezzotint.evaluate.features import KNOWN_INCEPTION, FeatureSet
 from mezzotint.evaluate.image_source import ImageSource, repeat_grey
 from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.memorization import (
@@ -102,6 +102,10 @@ def evaluate(
         for real in (reference, heldout):
             if real is not None:
                 check_reference(sets, real, sized.resolution)
+        if reference is not None:
+            check_counts(sets, reference, sized.num_images, settings)
+            if heldout is not None:
+                _check_other_images(sets, reference, heldout)
         if clips:
             check_captions(sized)
         return sized, make_protocol(sized, sized.resolution)
@@ -136,6 +140,54 @@ def check_reference(
             reference.check(s, resolution)
 
 
+def check_counts(
+    sets: Sequence[FeatureSet],
+    reference: Reference,
+    num_images: int,
+    settings: MetricSettings | None = None,
+) -> None:
+    """Check that there are more images than neighbours, where the reference keeps features.
+
+    Errors: ValueError with the fewest images.
+    """
+    settings = settings or MetricSettings()
+    fewest = max(settings.neighbours, settings.density_neighbours) + 1
+    for s in sets:
+        if s.name not in reference.features or s.name.partition(":")[0] == SPATIAL:
+            continue
+        for what, count in (
+            ("images to evaluate", num_images),
+            (f"images kept in {reference.name}", len(reference.features[s.name])),
+        ):
+            if count < fewest:
+                raise ValueError(
+                    f"{count} {what}: precision, recall, density and coverage need {fewest} or more"
+                )
+
+
+def _check_other_images(
+    sets: Sequence[FeatureSet], reference: Reference, heldout: Reference
+) -> None:
+    """Raise ValueError where the held-out statistics are those of the reference."""
+    for s in sets:
+        if not (s.name in reference.statistics and s.name in heldout.statistics):
+            continue
+        real, other = reference.statistics[s.name], heldout.statistics[s.name]
+        # The same images in another order differ by rounding.
+        scale = float(np.sqrt(np.diag(real.sigma).mean()))
+        if np.abs(real.mu - other.mu).max() <= 1e-6 * scale:
+            raise ValueError(
+                f"{heldout.name} is of the same images as {reference.name}; give held-out images "
+                "that the model was not trained on"
+            )
+
+
+def inception_score_name(logits: FeatureSet) -> str:
+    """Return the name of an Inception Score; bare IS, as in papers, is of the published network."""
+    known = logits.weights in KNOWN_INCEPTION
+    return "IS" if known else f"IS (weights {logits.weights[:8]})"
+
+
 def _compute_numbers(
     feature_set: FeatureSet,
     rows: Tensor,
@@ -148,7 +200,8 @@ def _compute_numbers(
     if name == LOGITS:
         score = inception_score(rows, settings.split_size)
         details = {"split_size": settings.split_size, "std_over_splits": score.std}
-        return [Number(metric="IS", value=score.mean, features=features, settings=details)]
+        metric = inception_score_name(feature_set)
+        return [Number(metric=metric, value=score.mean, features=features, settings=details)]
     numbers: list[Number] = []
     if name in reference.statistics:
         numbers += _frechet_numbers(feature_set, rows, reference, heldout, settings)

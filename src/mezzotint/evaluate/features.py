@@ -311,10 +311,10 @@ def from_hub(
     dims = int(model.config.hidden_size)
     if name != "dinov2":
         _check_name(name)
-    elif (dims, size) != (1024, 224):
+    elif (dims, size, model.config.model_type) != (1024, 224, "dinov2"):
         raise ValueError(
-            f"{repo} gives {dims} dimensions at {size} px, but DINOv2 ViT-L/14 has 1024 at 224 px; "
-            "give another name"
+            f"{repo} is a {model.config.model_type} of {dims} dimensions at {size} px, and DINOv2 "
+            "ViT-L/14 has 1024 at 224 px; give another name"
         )
     token = _ClassToken(model.float().eval().requires_grad_(False))
     return FeatureSet(

@@ -30,7 +30,7 @@ from mezzotint.data.decode import MAX_PIXELS, UnreadableImage, load_image
 from mezzotint.data.full_scale import grey_kind, measure_full_scale
 from mezzotint.data.image_dataset import BUILTIN, LATENTS, ImageDataset, open_images, split_source
 from mezzotint.data.prepared_source import CARD, PreparedSource
-from mezzotint.data.sources import FileSource, open_files
+from mezzotint.data.sources import FileSource, hash_parts, open_files
 from mezzotint.data.stores import find_store
 from mezzotint.data.transforms import to_array, to_mode
 from mezzotint.sampling.job import CARD_FORMAT, SamplingJob
@@ -74,6 +74,16 @@ def caption_images(source: ImageSource, captions: Sequence[str]) -> ImageSource:
     return dataclasses.replace(source, captions=tuple(captions))
 
 
+def check_readable(images: ImageDataset, read: Sequence[int]) -> None:
+    """Raise ValueError if one of the images just read was replaced by another, being damaged."""
+    unreadable = images.unreadable()
+    if bad := [i for i in read if i in unreadable]:
+        raise ValueError(
+            f"{images.name(bad[0])} cannot be read: {unreadable[bad[0]]}; remove it, or leave such "
+            "images out with mezzotint prepare"
+        )
+
+
 def from_dataset(images: ImageDataset, name: str, num_images: int | None = None) -> ImageSource:
     """Return a dataset's images, cropped and resized as `images` does.
 
@@ -89,12 +99,7 @@ def from_dataset(images: ImageDataset, name: str, num_images: int | None = None)
             # Even spacing, since datasets are often sorted by class.
             chosen = [i * len(images) // count for i in part]
             yield images.batch(chosen)[0]
-            unreadable = images.unreadable()
-            if bad := [i for i in chosen if i in unreadable]:
-                raise ValueError(
-                    f"{images.name(bad[0])} cannot be read: {unreadable[bad[0]]}; remove it, or "
-                    "leave such images out with mezzotint prepare"
-                )
+            check_readable(images, chosen)
 
     notes = [GREY_NOTE] if images.channels == 3 and _all_grey(images) else []
     if isinstance(images.source, PreparedSource) and images.source.form.note:
@@ -129,8 +134,6 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
     seeds = f"{card['first_seed']}...{card['first_seed'] + card['num_images'] - 1}"
     times = card["discretization"]
     discretization = Spec(**times) if isinstance(times, dict) else "of the family"
-    width = card["model"].get("ema_width")
-    average = "the saved average" if width is None else f"the post-hoc average of width {width:g}"
     return {
         "seeds": seeds if num_images == card["num_images"] else f"{num_images} of {seeds}",
         "label_order": card["label_order"],
@@ -139,12 +142,21 @@ def read_metadata(card: dict[str, Any], num_images: int) -> dict[str, Any]:
         "steps": card["steps"],
         "network_calls": card["network_calls_per_image"],
         "guidance": "none" if card["guidance"] is None else json.dumps(card["guidance"]),
-        "ema": f"{average} at {card['model']['training_images']:,} images",
+        "ema": describe_average(card["model"]),
+        "training_images": card["model"]["training_images"],
         "dtype": card["dtype"],
         "uint8_rule": card["uint8_rule"],
         "preprocessing": "none",
         "tuned": card.get("tuned") or "none",
     }
+
+
+def describe_average(facts: dict[str, Any]) -> str:
+    """Return which average of the weights a model has: of its card, or of `ModelInfo.extra`."""
+    if facts.get("raw_weights"):
+        return "none, the raw weights"
+    width = facts.get("ema_width")
+    return "the saved average" if width is None else f"the post-hoc average of width {width:g}"
 
 
 def _describe_prompts(prompts: list[str | dict[str, Any]] | None) -> str:
@@ -228,7 +240,8 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         for part in _parts(start, stop, 3 * size[0] * size[1]):
             yield torch.stack([read_checked(i) for i in part])
 
-    metadata, captions = _read_card(path / "card.json", len(files))
+    card = path / "card.json" if path.is_dir() else Path(f"{path}.json")
+    metadata, captions = _read_card(card, len(files))
     return ImageSource(
         name=str(folder),
         num_images=len(files),
@@ -236,9 +249,20 @@ def from_folder(folder: str | Path, channels: int = 3) -> ImageSource:
         channels=1 if is_grey else 3,
         batches=batches,
         metadata=_add_preprocessing(metadata, *full_scale.notes),
-        identity=files.identity(),
+        # Other images may come under the same names, in as many bytes.
+        identity=hash_parts(
+            [files.identity(), *(str(_checksum(files, i)) for i in range(len(files)))]
+        ),
         captions=captions,
     )
+
+
+def _checksum(files: FileSource, i: int) -> int:
+    """Return the CRC-32 of a file; ValueError, naming it, if it cannot be read."""
+    try:
+        return files.checksum(i)
+    except (UnreadableImage, OSError) as error:
+        raise ValueError(f"{files.name(i)} cannot be read: {error}") from error
 
 
 def _read(files: FileSource, i: int) -> Image.Image:

@@ -29,9 +29,11 @@ from mezzotint.data.dataset import renumber
 from mezzotint.data.image_dataset import ImageDataset
 from mezzotint.data.labels import NO_LABEL
 from mezzotint.data.shuffle import shuffled_indices
+from mezzotint.data.sources import hash_parts
 from mezzotint.data.transforms import to_model_range
 from mezzotint.evaluate.evaluate import print_evaluation
 from mezzotint.evaluate.extract import compute_by_piece
+from mezzotint.evaluate.image_source import check_readable, describe_average
 from mezzotint.evaluate.results import Evaluation, Number, Protocol
 from mezzotint.models import ModelInfo
 from mezzotint.process.denoiser import Cond, Denoiser, Model
@@ -129,14 +131,15 @@ def bits_per_dim(
     """
     settings = settings or LikelihoodSettings()
     count = min(len(images), settings.num_images or len(images))
-    used = [i * len(images) // count for i in range(count)]  # datasets are often sorted by class
+    used = _choose_images(len(images), count)
     condition = all_ranks(lambda: check_fits(model.info, images, name))
     model_hash = sha256_of_module(model.backbone)
     captions = _open_captions(model, images, used)
     names = [*TERMS, *([ODE] if settings.ode_steps else [])]
     # Neither the batch nor the ranks change a value.
     essence = dataclasses.asdict(dataclasses.replace(settings, num_images=count, batch=1))
-    key = json.dumps(["bits per dim 1", model_hash, images.fingerprint, essence])
+    data_hash = _hash_data(model.info, images, used)
+    key = json.dumps(["bits per dim 1", model_hash, data_hash, essence])
     # Graphs have no gradients, which the probability flow needs.
     denoise = model_denoiser(model, SamplingSettings(dtype="float32", cuda_graphs=False))
     training = model.training
@@ -147,7 +150,9 @@ def bits_per_dim(
             if stopping():
                 raise RuntimeError("the run was asked to stop")
             numbers = list(range(first, min(stop, first + settings.batch)))
-            codes, labels = images.batch([used[i] for i in numbers])
+            chosen = [used[i] for i in numbers]
+            codes, labels = images.batch(chosen)
+            check_readable(images, chosen)
             cond = _condition(model.info, images, labels, captions, numbers)
             parts.append(_image_terms(model, denoise, codes, cond, numbers, count, settings))
         return {name: torch.cat([part[name] for part in parts]) for name in names}
@@ -161,7 +166,7 @@ def bits_per_dim(
 
     def summarise() -> Evaluation:
         assert terms is not None, "rank 0 has them"
-        data = {"name": name, "hash": images.fingerprint, "num_images": len(images)}
+        data = {"name": name, "hash": data_hash, "num_images": len(images)}
         details = _describe(settings, condition)
         numbers = _summarise(terms, images.channels * images.size**2, details, data)
         return Evaluation(protocol=_make_protocol(model, images, count), numbers=tuple(numbers))
@@ -175,12 +180,25 @@ def is_of(
     """Return whether an evaluation is what `bits_per_dim` returns for these arguments."""
     first, count = evaluation.numbers[0], min(len(images), settings.num_images or len(images))
     condition = check_fits(model.info, images, "the data set")
+    data_hash = _hash_data(model.info, images, _choose_images(len(images), count))
     return (
         evaluation.protocol == _make_protocol(model, images, count)
         and first.settings == _describe(settings, condition)
-        and (first.reference or {}).get("hash") == images.fingerprint
+        and (first.reference or {}).get("hash") == data_hash
         and any(n.metric == ODE for n in evaluation.numbers) == bool(settings.ode_steps)
     )
+
+
+def _choose_images(total: int, count: int) -> list[int]:
+    """Return numbers of images, evenly spaced: datasets are often sorted by class."""
+    return [i * total // count for i in range(count)]
+
+
+def _hash_data(info: ModelInfo, images: ImageDataset, used: Sequence[int]) -> str:
+    """Return a hash of the images, and of the captions of those used if the model reads text."""
+    if not text_width(info.config):
+        return images.fingerprint
+    return hash_parts([images.fingerprint, *(images.text(i) for i in used)])
 
 
 def _make_protocol(model: Model, images: ImageDataset, count: int) -> Protocol:
@@ -191,7 +209,8 @@ def _make_protocol(model: Model, images: ImageDataset, count: int) -> Protocol:
         num_images=count,
         code_version=__version__,
         resolution=(images.size, images.size),
-        ema=f"the saved average at {info.images:,} images",
+        ema=describe_average(info.extra),
+        training_images=info.images,
         dtype="float32",
         uint8_rule=RULE,
         preprocessing=f"crop {images.crop} to {images.size} px",

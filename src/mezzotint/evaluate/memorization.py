@@ -44,7 +44,7 @@ class Memorization:
         n, h, q = len(self.distance), self.num_heldout, self.quantile
         compared = (
             f"{self.copy_rate:.1%} of {n:,} samples are nearer to a training image than "
-            f"{1 - q:.0%} of the held-out images are ({q:.0%} without copying)"
+            f"{100 * (1 - q):.4g}% of the held-out images are ({100 * q:.3g}% without copying)"
         )
         # Variance of a binomial share q of n samples, plus that of the level of an empirical
         # q-quantile of h images (van der Vaart, Asymptotic Statistics, 1998, corollary 21.5).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Collection
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mezzotint import __version__
+from mezzotint.core.console import echo
 from mezzotint.core.fields import parse
-from mezzotint.core.files import atomic_write, read_json
+from mezzotint.core.files import atomic_write, is_special, read_json
 from mezzotint.core.json_values import check_fields
 from mezzotint.core.registry import suggest
 
@@ -23,7 +25,13 @@ FORMAT = 1
 
 # Fields in which two comparable evaluations may differ: what is compared, and what has no effect on
 # the expected value. All others must agree.
-FREE_FIELDS = ("source", "seeds", "code_version", "dtype", "tuned")
+FREE_FIELDS = ("source", "training_images", "seeds", "code_version", "dtype", "tuned")
+
+# Keys of what was measured, in evaluations and sweeps; all others say how.
+MEASURED = ("value", "low", "high", "error", "std_over_splits", "x", "y", "y_error")
+# Endings of the figures beside an evaluation and beside a sweep, with its name.
+EVALUATION_FIGURES = (".copies.png",)
+SWEEP_FIGURES = (".svg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +43,7 @@ class Protocol:
     prompts: how many, and a hash of them. sampler, steps: of the sampler.
     network_calls: forward passes per image, guidance included.
     guidance: scale and interval. ema: which average of the weights.
+    training_images: that the model had seen.
     dtype: of the network's arithmetic.
     uint8_rule: "round" or "truncate", see `mezzotint.data.transforms.to_uint8`.
     preprocessing: crop and resize applied to the images.
@@ -53,6 +62,7 @@ class Protocol:
     network_calls: int | None = None
     guidance: str | None = None
     ema: str | None = None
+    training_images: int | None = None
     dtype: str | None = None
     uint8_rule: str | None = None
     preprocessing: str | None = None
@@ -131,6 +141,42 @@ def _nan_to_none(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+def _drop_measured(values: Any) -> Any:
+    """Return JSON values without those that were measured."""
+    if isinstance(values, dict):
+        return {k: _drop_measured(v) for k, v in values.items() if k not in MEASURED}
+    if isinstance(values, list | tuple):
+        return [_drop_measured(v) for v in values]
+    return values
+
+
+def keep_other_numbers(path: Path, values: dict[str, Any]) -> None:
+    """Rename an evaluation or a sweep at `path` of other settings, with its figures, and say so.
+
+    One of the same settings stays: writing replaces it.
+
+    Args:
+        values: `to_json` of what will be written to `path`.
+    """
+    if is_special(path) or not path.is_file() or not path.stat().st_size:
+        return
+    if _drop_measured(read_json(path)) == _drop_measured(values):
+        return
+    figures = SWEEP_FIGURES if "mezzotint_sweep" in values else EVALUATION_FIGURES
+
+    def parts(base: Path) -> list[Path]:
+        return [base, *(base.with_suffix(suffix) for suffix in figures)]
+
+    for number in itertools.count(1):
+        kept = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        if not any(part.exists() for part in parts(kept)):
+            break
+    for part, other in zip(parts(path), parts(kept), strict=True):
+        if part.is_file():
+            part.rename(other)
+    echo(f"! {path} held numbers of other settings; they are in {kept} now")
+
+
 def load_evaluation(path: str | Path) -> Evaluation:
     """Read what `Evaluation.save` wrote; ValueError for any other file."""
     try:
@@ -186,7 +232,7 @@ def compare(a: Evaluation, b: Evaluation, varying: Collection[str] = ()) -> Comp
     shared = [metric for metric in numbers_a if metric in numbers_b]
     for metric in shared:
         for part in ("features", "reference", "settings"):
-            x, y = (_hash_or_values(getattr(n[metric], part)) for n in (numbers_a, numbers_b))
+            x, y = (_identify(getattr(n[metric], part)) for n in (numbers_a, numbers_b))
             if x != y:
                 conflicts[f"{metric}: {part}"] = x, y
     for metric in {*numbers_a, *numbers_b} - {*shared}:
@@ -197,9 +243,13 @@ def compare(a: Evaluation, b: Evaluation, varying: Collection[str] = ()) -> Comp
     return Comparison(conflicts, differences, unknown, rows)
 
 
-def _hash_or_values(part: dict[str, Any] | None) -> Any:
-    """Return the hash if there is one: a copy of a reference file is the same reference."""
-    return part["hash"] if part and "hash" in part else part
+def _identify(part: dict[str, Any] | None) -> Any:
+    """Return the hashes if there are some, else how it was measured.
+
+    A copy of a reference file is the same reference.
+    """
+    hashes = {k: v for k, v in (part or {}).items() if k.endswith("hash")}
+    return (hashes["hash"] if [*hashes] == ["hash"] else hashes) or _drop_measured(part)
 
 
 def require_comparable(a: Evaluation, b: Evaluation, varying: Collection[str] = ()) -> Comparison:

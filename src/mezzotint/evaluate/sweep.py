@@ -15,7 +15,7 @@ from mezzotint.core.registry import suggest
 from mezzotint.core.svg_plot import Line, save_plot
 from mezzotint.evaluate.clip import Clip
 from mezzotint.evaluate.clip_score import metric_name
-from mezzotint.evaluate.evaluate import LOGITS, SPATIAL, evaluate
+from mezzotint.evaluate.evaluate import LOGITS, SPATIAL, evaluate, inception_score_name
 from mezzotint.evaluate.features import FeatureSet
 from mezzotint.evaluate.image_source import from_job
 from mezzotint.evaluate.references import Reference
@@ -144,8 +144,8 @@ def choose_axes(
         )
     if clips:
         return distances[0], metric_name(clips[0])
-    if any(s.name == LOGITS for s in sets):
-        return distances[0], "IS"
+    if logits := next((s for s in sets if s.name == LOGITS), None):
+        return distances[0], inception_score_name(logits)
     kept = [s for s in of_images if s.name in reference.features]
     if not kept:
         raise ValueError(

@@ -106,9 +106,11 @@ class Tuner:
         return self.folder / "model" if self.is_run else self.folder
 
     def arguments(self) -> dict[str, Any]:
-        """Return what decides every number of a search, as JSON values."""
+        """Return what decides every number of a search, as JSON values; not the batch."""
+        settings = dataclasses.asdict(self.settings)
+        del settings["batch"]
         return {
-            **dataclasses.asdict(self.settings),
+            **settings,
             "prompts": list(self.settings.prompts),
             "metric": self.metric_name,
             "model": sha256_of_file(self.model_folder / WEIGHTS),

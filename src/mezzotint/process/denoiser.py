@@ -106,6 +106,11 @@ class Model(nn.Module):
     def raw(self, z: Image, logsnr: PerImage, cond: Cond) -> Sequence[Tensor]:
         """Return the backbone's outputs, coarse to fine, in its dtype; the last has z's size."""
         p = self.parameterisation
+        if logsnr.ndim != 1 or logsnr.shape[0] != z.shape[0]:
+            raise ValueError(
+                f"log-SNRs {tuple(logsnr.shape)} for a batch of {len(z)}; give one per image, "
+                f"({len(z)},)"
+            )
         # Samplers give log-SNRs on the CPU, where guidance reads them without waiting for the GPU.
         logsnr = to_device_of(logsnr, z)
         dtype = self.input_dtype or next(self.backbone.parameters()).dtype

@@ -99,7 +99,25 @@ def null_label(num_classes: int) -> Null:
     def null(cond: Cond) -> Cond:
         if cond.label is None:
             raise ValueError("guidance needs a label for each image; none was given")
-        return Cond(label=torch.full_like(cond.label, num_classes), augment=cond.augment)
+        return replace(cond, label=torch.full_like(cond.label, num_classes))
+
+    return null
+
+
+def null_label_and_text(num_classes: int) -> Null:
+    """Return the function that empties label and text together, as training drops them.
+
+    A condition may have one of the two.
+
+    Errors: ValueError for num_classes 0; when called, for a condition without both.
+    """
+    empty_label = null_label(num_classes)
+
+    def null(cond: Cond) -> Cond:
+        if cond.label is None and cond.text is None:
+            raise ValueError("guidance needs text or a label for each image; none was given")
+        cond = cond if cond.label is None else empty_label(cond)
+        return cond if cond.text is None else null_text(cond)
 
     return null
 
@@ -206,8 +224,8 @@ def autoguidance(denoise: Denoiser, weak: Denoiser, scale: Scale) -> Denoiser:
     return guided
 
 
-def with_image(z: Image, logsnr: PerImage, guess: Denoised, x: Image) -> Denoised:
-    """Return `guess` with another image, and the noise that z then implies."""
+def with_image(logsnr: PerImage, guess: Denoised, x: Image) -> Denoised:
+    """Return `guess` with another image, and the noise that the same state z then implies."""
     level = to_device_of(logsnr, x)
     # z = alpha x + sigma eps, so deps = -(alpha / sigma) dx; exactly zero where x did not change.
     ratio = append_dims(alpha(level) / sigma(level), x).to(x.dtype)
@@ -221,7 +239,7 @@ def clipped(denoise: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser
 
     def guess(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
-        return with_image(z, logsnr, raw, raw.x.clamp(low, high))
+        return with_image(logsnr, raw, raw.x.clamp(low, high))
 
     return guess
 
@@ -242,7 +260,7 @@ def dynamically_clipped(denoise: Denoiser, quantile: float = 0.995) -> Denoiser:
         magnitude = raw.x.abs().flatten(1).sort(1).values
         q = magnitude[:, math.ceil(quantile * magnitude.shape[1]) - 1].clamp(min=1)
         q = append_dims(q, raw.x)
-        return with_image(z, logsnr, raw, raw.x.clamp(-q, q) / q)
+        return with_image(logsnr, raw, raw.x.clamp(-q, q) / q)
 
     return guess
 

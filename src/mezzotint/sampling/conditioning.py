@@ -82,13 +82,16 @@ def encode_prompts(model: Model, prompts: Sequence[str], name: str | None = None
 
 
 def null_condition(model: Model) -> guide.Null:
-    """Return the function that empties a condition of this model: the null label, or no text."""
+    """Return the function that empties a condition of this model: no class, no text."""
     config = model.info.config
     if needs_label(config):
         raise ValueError(
             "this network has no null label, which guidance needs; sample it without guidance"
         )
-    return guide.null_text if text_width(config) else guide.null_label(config.num_classes)
+    if not text_width(config):
+        return guide.null_label(config.num_classes)
+    classes = config.num_classes
+    return guide.null_label_and_text(classes) if classes else guide.null_text
 
 
 def empty_condition(model: Model, count: int) -> Cond:

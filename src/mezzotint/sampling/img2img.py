@@ -38,7 +38,7 @@ def inpaint_denoiser(denoise: Denoiser, known: Image, keep: Tensor) -> Denoiser:
 
     def denoise_unknown(z: Image, logsnr: PerImage, cond: Cond) -> Denoised:
         raw = denoise(z, logsnr, cond)
-        return with_image(z, logsnr, raw, torch.where(keep, known.to(raw.x), raw.x))
+        return with_image(logsnr, raw, torch.where(keep, known.to(raw.x), raw.x))
 
     return denoise_unknown
 

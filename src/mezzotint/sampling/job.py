@@ -35,6 +35,7 @@ from mezzotint.sampling.sample import (
     build_denoiser,
     count_network_calls,
     draw_start_noise,
+    get_discretization,
     make_logsnr_steps,
     run_sampler,
 )
@@ -258,7 +259,7 @@ class SamplingJob:
             "prompts": [p.to_json() for p in self.prompts] or None,
             "text_encoder": self.model.info.extra.get("text"),
             "sampler": parse.to_plain(s.sampler),
-            "discretization": parse.to_plain(s.discretization) or "the family's own",
+            "discretization": parse.to_plain(get_discretization(self.model, s)),
             "steps": s.steps,
             "logsnr": [round(float(v), 6) if v.isfinite() else "inf" for v in ends],
             "guidance": parse.to_plain(s.guidance),
@@ -286,6 +287,7 @@ def _describe_model(model: Model) -> dict[str, Any]:
         "codec": info.codec,
         "schedule": parse.to_plain(info.schedule),
         "ema_width": info.extra.get("ema_width"),
+        "raw_weights": info.extra.get("raw_weights", False),
         "sha256": sha256_of_module(model.backbone),
     }
 

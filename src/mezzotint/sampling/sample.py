@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mezzotint.backbones import native_size
 from mezzotint.core import rng
-from mezzotint.core.fields import shorten
+from mezzotint.core.fields import parse_options, shorten
 from mezzotint.core.registry import Spec, check_options
 from mezzotint.models import get_schedule
 from mezzotint.process import guidance as guide
@@ -270,14 +270,19 @@ def default_discretization(schedule: Schedule, name: str, sampler: Spec) -> Spec
     return Spec("even") if is_finite else Spec("even", {"start": 0.999})
 
 
+def get_discretization(model: Model, settings: SamplingSettings) -> Spec:
+    """Return the discretization of the settings, or the default one."""
+    return settings.discretization or default_discretization(
+        get_schedule(model), model.info.schedule.name, settings.sampler
+    )
+
+
 def make_logsnr_steps(model: Model, settings: SamplingSettings) -> Tensor:
     """Return the rising log-SNRs between which the sampler steps, float64 (steps + 1,)."""
-    schedule = get_schedule(model)
-    spec = settings.discretization or default_discretization(
-        schedule, model.info.schedule.name, settings.sampler
-    )
+    schedule, spec = get_schedule(model), get_discretization(model, settings)
     build = grids.registry[spec.name]
     options = check_options(f"discretization {spec.name}", build, spec.options)
+    options = parse_options("discretization.options.", build, options)
     return build(schedule, settings.steps, **options)
 
 
@@ -288,7 +293,7 @@ def get_sampler(settings: SamplingSettings) -> samplers.Sampler:
     """
     run = samplers.registry[settings.sampler.name]
     options = check_options(f"sampler {settings.sampler.name}", run, settings.sampler.options)
-    return functools.partial(run, **options)
+    return functools.partial(run, **parse_options("sampler.options.", run, options))
 
 
 def count_network_calls(model: Model, settings: SamplingSettings, autoguided: bool = False) -> int:

@@ -415,22 +415,23 @@ def make_writer(
     Errors: ValueError for other endings, for latents in anything but a .npz, and for images of
         several sizes in anything but a folder or a .tar.
     """
-    if len(sizes) > 1 and path.suffix not in ("", ".tar"):
+    suffix = path.suffix.lower()
+    if len(sizes) > 1 and suffix not in ("", ".tar"):
         shown = ", ".join(f"{height}x{width}" for height, width in sizes[:4])
         raise ValueError(
             f"images of several sizes ({shown}) do not fit in {path}; name a folder or a .tar"
         )
-    if latents and path.suffix != ".npz":
+    if latents and suffix != ".npz":
         raise ValueError(f"latents are written as .npz; given {path}")
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         return ShardedWriter(path, _write_array, _merge_npz)
-    if path.suffix == ".tar":
+    if suffix == ".tar":
         return ShardedWriter(path, functools.partial(_write_tar, describe=describe), _merge_tar)
-    if path.suffix == ".png" or is_special(path):
+    if suffix == ".png" or is_special(path):
         return ShardedWriter(
             path, _write_array, _make_grid_merger(label_names), keep_finished=False
         )
-    if path.suffix:
+    if suffix:
         raise ValueError(f"{path} is neither a folder nor a .npz, .tar or .png")
     return FolderWriter(path, describe)
 
@@ -440,7 +441,7 @@ def check_edit_output(out: Path, overwrite: bool, gif: Path | None = None) -> No
 
     Errors: ValueError for another ending, and for files that no edit has written.
     """
-    if out.suffix != ".png" and not is_special(out):
+    if out.suffix.lower() != ".png" and not is_special(out):
         raise ValueError(f"edited images are written as .png; given {out}")
     card = read_sampling_card(out) or {}
     foreign = [out] if out.exists() and "edit" not in card and not is_special(out) else []

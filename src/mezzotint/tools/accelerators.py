@@ -38,6 +38,9 @@ def _from_datasheet(memory_gb: float, bf16: float, float32: float) -> Accelerato
     )
 
 
+# Drivers keep some of the memory; GPUs of one name with other memories differ by more.
+SAME_MEMORY = 0.12
+
 ACCELERATORS = {
     "h200": Accelerator(
         memory=139 * GIB,
@@ -71,11 +74,16 @@ def get_accelerator(name: str) -> Accelerator:
 def detect_device() -> str | None:
     """Return this machine's key in `ACCELERATORS`, by the GPU's name and memory.
 
-    Returns: "cpu" without a GPU, None for a GPU that is not listed.
+    Returns: "cpu" without a GPU, None for a GPU that is not listed, such as a part of one or one of
+        a laptop, whose memory is another.
     """
     if not torch.cuda.is_available():
         return "cpu"
     gpu = torch.cuda.get_device_name().lower().replace(" ", "")
     _, total = torch.cuda.mem_get_info()
-    candidates = [name for name in ACCELERATORS if name.split("-")[0] in gpu]
-    return min(candidates, key=lambda name: abs(ACCELERATORS[name].memory - total), default=None)
+
+    def difference(name: str) -> float:
+        return abs(ACCELERATORS[name].memory - total) / ACCELERATORS[name].memory
+
+    named = [name for name in ACCELERATORS if name.split("-")[0] in gpu]
+    return min((n for n in named if difference(n) < SAME_MEMORY), key=difference, default=None)

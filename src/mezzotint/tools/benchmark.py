@@ -183,11 +183,17 @@ def make_training_step(model: Model, settings: BenchmarkSettings) -> Work:
     return step
 
 
+def _is_guided(model: Model) -> bool:
+    """Return whether the call is guided: the network has classes and a null label."""
+    config = model.info.config
+    return config.num_classes > 0 and not backbones.needs_label(config)
+
+
 def make_sampling_call(model: Model, settings: BenchmarkSettings, batch: int) -> Work:
     """Make one network evaluation as in sampling: guided, `batch` images in one doubled batch."""
     denoise: Denoiser = CudaGraphDenoiser(model) if settings.graphs else model
     z, _, cond = random_inputs(model, batch, settings.device)
-    if cond.label is not None and not backbones.needs_label(model.info.config):
+    if _is_guided(model):
         null = guidance.null_label(model.info.config.num_classes)
         denoise = guidance.classifier_free(denoise, null, guidance.dit_s(1.5))
     # On the CPU, as samplers pass it, so that guidance can read its values.
@@ -232,11 +238,11 @@ def run_benchmark(settings: BenchmarkSettings, mode: Literal["train", "sample"])
     if mode == "train":
         model.train()
         step = make_training_step(model, settings)
-        passes = 3
+        passes = 3 + objectives.EXTRA_PASSES.get(settings.objective.name, 0)
     else:
         model.eval().requires_grad_(False)
         step = make_sampling_call(model, settings, settings.batch)
-        passes = 2 if model.info.config.num_classes else 1  # guidance is two evaluations
+        passes = 2 if _is_guided(model) else 1  # guidance is two evaluations
     seconds = time_interleaved({"step": step}, settings.device, settings.rounds)["step"]
     latency = None
     if mode == "sample":

@@ -18,7 +18,7 @@ from mezzotint.core.files import cache_dir, expand_user, format_bytes, sha256_of
 from mezzotint.data import autoencoder, text_encoder
 from mezzotint.evaluate import clip
 from mezzotint.models import preset_info, presets
-from mezzotint.recipes import recipe_for
+from mezzotint.recipes import FEW_STEPS, recipe_for
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def find_requirements(what: str, overrides: Sequence[str] = ()) -> list[Requirem
 
     Errors: ValueError for a name that is none of these.
     """
-    if what in presets() or Path(what).suffix in (".yaml", ".yml"):
-        recipe = recipe_for(what) if what in presets() else config.from_yaml(what)
+    is_preset = what.removesuffix(FEW_STEPS) in presets()
+    if is_preset or Path(what).suffix in (".yaml", ".yml"):
+        recipe = recipe_for(what) if is_preset else config.from_yaml(what)
         return recipe_requirements(config.override(recipe, overrides))
     if what in autoencoder.RELEASES:
         return [_autoencoder(what, "an autoencoder")]

@@ -187,6 +187,7 @@ def time_step(
         precision=precision,
         device=device,
         checkpointing=recipe.engine.checkpointing,
+        compile=recipe.engine.compile,
         objective=recipe.objective,
     )
     model = make_benchmark_model(settings).train()
@@ -384,11 +385,10 @@ def _advise(result: dict[str, Any], engine: Engine) -> list[str]:
         return [f"{name} fits: {counts}."]
     advice = [f"{name} does not fit: {counts}."]
     if largest:
-        # The largest divisor of the rank's batch that fits.
-        even = max(n for n in range(1, min(largest, rank_batch) + 1) if rank_batch % n == 0)
-        advice.append(
-            f"Set engine.microbatch={even}: the same gradient in {rank_batch // even} parts."
-        )
+        # The fewest parts that fit, as equal as they can be.
+        parts = math.ceil(rank_batch / min(largest, rank_batch))
+        even = math.ceil(rank_batch / parts)
+        advice.append(f"Set engine.microbatch={even}: the same gradient in {parts} parts.")
     fitting = [c for c in result["memory"] if c["fits"]]
     for c in fitting:
         changes = [f"engine.strategy={c['strategy']}"] * (c["strategy"] != strategy)
@@ -396,7 +396,12 @@ def _advise(result: dict[str, Any], engine: Engine) -> list[str]:
             changes.append(f"engine.checkpointing={c['checkpointing']}")
         advice.append(f"It fits with {' '.join(changes)}.")
     if not largest and not fitting:
-        advice.append("Take more GPUs with engine.strategy=fsdp, or a smaller network.")
+        more = (
+            "a machine with more memory"
+            if result["device"] == "cpu"
+            else ("more GPUs with engine.strategy=fsdp")
+        )
+        advice.append(f"Take {more}, or a smaller network.")
     return advice
 
 

@@ -11,12 +11,13 @@ from rich.table import Table
 
 from mezzotint.backbones.flops import GIGA
 from mezzotint.core.console import open_console
+from mezzotint.core.paths import is_hub_name
 from mezzotint.core.registry import suggest
 from mezzotint.evaluate.evaluate import evaluate, print_evaluation
 from mezzotint.evaluate.features import FeatureSet, open_features
 from mezzotint.evaluate.image_source import from_job
 from mezzotint.evaluate.references import complete_reference, read_reference
-from mezzotint.evaluate.results import Evaluation
+from mezzotint.evaluate.results import Evaluation, keep_other_numbers
 from mezzotint.models import create_model
 from mezzotint.sampling import protocols
 from mezzotint.sampling.coco import read_protocol_texts
@@ -155,12 +156,14 @@ def _render_requirements(
 def _describe_path(option: str, path: str | None) -> str:
     if path is None:
         return f"not given: {option}"
+    if is_hub_name(path) and not Path(path).exists():
+        return "on the hub"
     return "yes" if Path(path).exists() else f"no file at {path}"
 
 
-def _describe_cost(name: str, num_images: int) -> str:
+def _describe_cost(name: str, num_images: int, steps: int | None) -> str:
     """Return the multiply-accumulates of the whole protocol and the hours they take."""
-    calls, gmac = _make_job(name, None).network_calls, read_summary(name)["gmac"]
+    calls, gmac = _make_job(name, None, steps).network_calls, read_summary(name)["gmac"]
     total = gmac * GIGA * calls * num_images
     hours = ", ".join(f"{2 * total / (f * FLOPS) / 3600:,.1f} h at {f:.0%}" for f in (0.6, 0.4))
     return (
@@ -207,7 +210,7 @@ def reproduce(
     console.print(f"published for {name}: {numbers}")
     console.print(_render_requirements(name, model, reference, prompts))
     if dry_run:
-        console.print(_describe_cost(name, num_images))
+        console.print(_describe_cost(name, num_images, steps))
         return None
     if model is None or reference is None:
         raise ValueError("give --model FOLDER and --reference FILE (see the table), or --dry-run")
@@ -257,6 +260,7 @@ def _evaluate_job(
 ) -> Evaluation:
     real = complete_reference(read_reference(reference), sets)
     evaluation = evaluate(from_job(job, num_images), real, sets, folder=out / "pieces", show=True)
+    keep_other_numbers(out / "evaluation.json", evaluation.to_json())
     evaluation.save(out / "evaluation.json")
     print_evaluation(evaluation, published.numbers)
     open_console().print(f"saved: {out / 'evaluation.json'}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -415,7 +416,8 @@ def save(
         for name, weights in kinds.items():
             copies = gather_to_host({**buffers, **weights}, run.world)
             if model is not None:
-                tasks.append(partial(write_model, model, copies, run.folder / name))
+                raw = name == "model-raw"
+                tasks.append(partial(write_model, model, copies, run.folder / name, raw))
     if store and run.world.is_rank0:
         tasks.append(partial(checkpoint_store.upload_run, run.folder, store))
     if tasks or together:
@@ -423,8 +425,14 @@ def save(
         run.writer.start(lambda: [task() for task in (*together, write)])
 
 
-def write_model(model: Model, weights: ema.Weights, folder: Path) -> None:
-    """Save a model with these weights, which then leave the memory."""
+def write_model(model: Model, weights: ema.Weights, folder: Path, raw: bool) -> None:
+    """Save a model with these weights, which then leave the memory.
+
+    raw: whether they are not averaged, which evaluations say.
+    """
+    extra = {k: v for k, v in model.info.extra.items() if k != "raw_weights"}
+    extra |= {"raw_weights": True} if raw else {}
+    model.info = replace(model.info, extra=extra)
     save_model(fill_model(model, weights), folder)
     weights.clear()
 

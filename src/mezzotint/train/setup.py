@@ -352,6 +352,11 @@ def check_objective(recipe: Recipe, model: Model, objective: Objective, schedule
                 f"{model.info.schedule}; set schedule.name=linear_ddpm with the same options, or "
                 "objective.name=regression"
             )
+    if recipe.time.loss_measure == "logsnr" and isinstance(schedule, Table):
+        raise ValueError(
+            f"time.loss_measure=logsnr is an integral over log-SNR, and {model.info.schedule} is a "
+            "table of single levels; set time.loss_measure=u, or schedule.name=cosine"
+        )
     if needs_label(config) and recipe.label_drop:
         raise ValueError(
             f"label_drop {recipe.label_drop}: this network has no null label; set label_drop=0"

@@ -11,7 +11,7 @@ CUDA: cuDNN, or the Triton kernels of `depthwise_triton`; the recipe's `engine.d
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +36,10 @@ class ResidualDepthwise(nn.Conv2d):
 def check_depthwise_kernel(kernel: DepthwiseKernel) -> None:
     """Check that this machine can run `kernel`.
 
-    Errors: ValueError for "triton" where triton or CUDA is missing.
+    Errors: ValueError for another name, and for "triton" where triton or CUDA is missing.
     """
+    if kernel not in (known := get_args(DepthwiseKernel)):
+        raise ValueError(f"there is no depthwise kernel {kernel!r}; known: {', '.join(known)}")
     if kernel != "triton":
         return
     if importlib.util.find_spec("triton") is None:

@@ -1,11 +1,11 @@
 """Objectives: functions (model, x, eps, logsnr, cond) -> loss per image. One file adds one.
 
 x are images (or latents) in [-1, 1], eps is standard normal of the same shape, and logsnr (b,) is
-each image's noise level. The loss is a mean over an image's elements, in float32 or wider. The
-registry holds builders, from keyword options to an objective, so that a recipe can name one. One
-that changes along the run takes `images`, the images seen before the step (`at_images`). The caller
-chooses the distribution of log-SNR: an objective that is an integral over log-SNR
-(`sigmoid`) is multiplied by -1/2 dlogsnr/du where u was drawn.
+each image's noise level. The loss is a mean over an image's elements, but for `consistency`, which
+is a norm; in float32 or wider. The registry holds builders, from keyword options to an objective,
+so that a recipe can name one. One that changes along the run takes `images`, the images seen before
+the step (`at_images`). The caller chooses the distribution of log-SNR: an objective that is an
+integral over log-SNR (`sigmoid`) is multiplied by -1/2 dlogsnr/du where u was drawn.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def sigmoid_weight(logsnr: Tensor, bias: float) -> Tensor:
 
 def min_snr_weight(logsnr: Tensor, gamma: float = 5.0) -> Tensor:
     """Return Min-SNR-gamma's weight on the eps-MSE, min(SNR, gamma) / SNR (arXiv 2303.09556)."""
-    return torch.exp(-torch.relu(logsnr - torch.tensor(gamma).log()))
+    return torch.exp(-torch.relu(logsnr - math.log(gamma)))
 
 
 @objective("regression")

@@ -27,7 +27,9 @@ def consistency_levels(schedule: Schedule, steps: int) -> Tensor:
             f"{steps} steps of a consistency model; it takes 1, 2 or 4, e.g. steps=2, and gets no "
             "better with more"
         )
-    return finish_grid(torch.tensor([-2 * math.log(s) for s in SIGMAS[steps]]).double(), clean=True)
+    return finish_grid(
+        torch.tensor([-2 * math.log(s) for s in SIGMAS[steps]], device="cpu").double(), clean=True
+    )
 
 
 @sampler("consistency")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Cond, Denoiser, Image, Schedule
 from mezzotint.process.samplers import Grid, level, points, sampler
-from mezzotint.process.samplers.grids import finish_grid, grid
+from mezzotint.process.samplers.grids import check_steps, finish_grid, grid, line
 
 NoiseScale = Annotated[float, Range(1e-3, 1000, "JiT's size / 256")]
 FIRST = 1e-9  # of t, since t = 0 is log-SNR -inf
@@ -28,9 +28,8 @@ def flow(
         noise_scale: standard deviation s of e; log-SNR = 2 ln(t / ((1 - t) s)).
         clean: whether the last point is t = 1, log-SNR +inf; else it is t = 1 - 1 / (steps + 1).
     """
-    if steps < 1:
-        raise ValueError(f"{steps} steps are not enough; use 1 or more, e.g. 50")
-    t = torch.linspace(0, 1, steps + 1 if clean else steps + 2, dtype=torch.float64)[:-1]
+    check_steps(steps)
+    t = line(0.0, 1.0, steps + 1 if clean else steps + 2)[:-1]
     t[0] = FIRST
     return finish_grid(2 * (torch.logit(t) - math.log(noise_scale)), clean)
 

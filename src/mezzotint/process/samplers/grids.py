@@ -28,15 +28,16 @@ registry: Registry[Callable[..., Tensor]] = Registry("discretization", "mezzotin
 grid = registry.register
 
 
-def _line(start: float, end: float, points: int) -> Tensor:
-    return torch.linspace(start, end, points, dtype=torch.float64)
+def line(start: float, end: float, points: int) -> Tensor:
+    """Return float64 numbers evenly from `start` to `end`, on the CPU."""
+    return torch.linspace(start, end, points, dtype=torch.float64, device="cpu")
 
 
 def _ends(schedule: Schedule) -> tuple[float, float]:
     """Return the schedule's noisiest and cleanest log-SNR; a table's are entries."""
     if isinstance(schedule, Table):
         return float(schedule.logsnr[-1]), float(schedule.logsnr[0])
-    ends = schedule(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    ends = schedule(torch.tensor([1.0, 0.0], dtype=torch.float64, device="cpu"))
     return float(ends[0]), float(ends[1])
 
 
@@ -48,12 +49,13 @@ def finish_grid(logsnr: Tensor, clean: bool) -> Tensor:
             "(start, logsnr_min)"
         )
     if clean:
-        logsnr = torch.cat([logsnr, torch.tensor([math.inf], dtype=torch.float64)])
+        logsnr = torch.cat([logsnr, logsnr.new_tensor([math.inf])])
     points(logsnr)
     return logsnr
 
 
-def _check_steps(steps: int) -> None:
+def check_steps(steps: int) -> None:
+    """Check that there is a step; ValueError below 1."""
     if steps < 1:
         raise ValueError(f"{steps} steps are not enough; use 1 or more, e.g. 50")
 
@@ -81,11 +83,11 @@ def even(
 
     Errors: ValueError for more steps than a table has entries.
     """
-    _check_steps(steps)
+    check_steps(steps)
     _check_table(schedule, steps)
     if not 1 >= start > end >= 0:
         raise ValueError(f"start {start} and end {end} must fall within 1 >= start > end >= 0")
-    logsnr = continuous(schedule)(_line(start, end, steps + 1))
+    logsnr = continuous(schedule)(line(start, end, steps + 1))
     return finish_grid(logsnr[:-1] if clean else logsnr, clean)
 
 
@@ -100,10 +102,10 @@ def quadratic(
     Args:
         start, end: u of the first and last finite point, 1 >= start > end > 0.
     """
-    _check_steps(steps)
+    check_steps(steps)
     if not 1 >= start > end > 0:
         raise ValueError(f"start {start} and end {end} must fall within 1 >= start > end > 0")
-    u = _line(math.sqrt(start), math.sqrt(end), steps if clean else steps + 1) ** 2
+    u = line(math.sqrt(start), math.sqrt(end), steps if clean else steps + 1) ** 2
     return finish_grid(continuous(schedule)(u), clean)
 
 
@@ -138,9 +140,9 @@ def even_logsnr(
     Args:
         logsnr_min, logsnr_max: ends; None is the schedule's own, which must then be finite.
     """
-    _check_steps(steps)
+    check_steps(steps)
     low, high = _logsnr_ends(schedule, logsnr_min, logsnr_max)
-    return finish_grid(_line(low, high, steps if clean else steps + 1), clean)
+    return finish_grid(line(low, high, steps if clean else steps + 1), clean)
 
 
 @grid("even_logsnr_singlestep")
@@ -162,14 +164,14 @@ def even_logsnr_singlestep(
         logsnr_min, logsnr_max: ends; None is the schedule's own, which must then be finite.
         order, plan: the sampler's.
     """
-    _check_steps(steps)
+    check_steps(steps)
     low, high = _logsnr_ends(schedule, logsnr_min, logsnr_max)
     orders = step_orders(steps, order, plan, clean)
     if clean:
         orders = orders[:-1]
     parts = [i + j / size for i, size in enumerate(orders) for j in range(size)]
-    fractions = torch.tensor([*parts, len(orders)], dtype=torch.float64) / max(len(orders), 1)
-    return finish_grid(low + (high - low) * fractions, clean)
+    marks = torch.tensor([*parts, len(orders)], dtype=torch.float64, device="cpu")
+    return finish_grid(low + (high - low) * marks / max(len(orders), 1), clean)
 
 
 @grid("karras")
@@ -190,16 +192,16 @@ def karras(
             schedule's own end where that lies inside.
         rho: larger puts more steps near the image.
     """
-    _check_steps(steps)
+    check_steps(steps)
     noisy, cleanest = _ends(schedule)
-    first = min(80.0, math.exp(-noisy / 2)) if sigma_max is None else sigma_max
+    first = min(80.0, math.exp(min(-noisy / 2, 700.0))) if sigma_max is None else sigma_max
     last = max(0.002, math.exp(-cleanest / 2)) if sigma_min is None else sigma_min
     if not 0 < last < first or not rho > 0:
         raise ValueError(
             f"sigma_min {last}, sigma_max {first} and rho {rho} must be positive, "
             "sigma_min < sigma_max"
         )
-    sigma = _line(first ** (1 / rho), last ** (1 / rho), steps if clean else steps + 1) ** rho
+    sigma = line(first ** (1 / rho), last ** (1 / rho), steps if clean else steps + 1) ** rho
     return finish_grid(-2 * sigma.log(), clean)
 
 
@@ -213,7 +215,7 @@ def respaced(schedule: Schedule, steps: int) -> Tensor:
 
     Errors: ValueError for a schedule that is not a table, or more steps than it has.
     """
-    _check_steps(steps)
+    check_steps(steps)
     if not isinstance(schedule, Table):
         raise ValueError("respaced needs a discrete table (ddpm, scaled_linear ...); try even")
     _check_table(schedule, steps)

@@ -41,8 +41,8 @@ def heun(
     """
     if min(s_churn, s_min, s_noise) < 0 or not s_min <= s_max:
         raise ValueError(
-            f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be "
-            "positive"
+            f"s_churn {s_churn}, s_noise {s_noise} and s_min {s_min} <= s_max {s_max} must be at "
+            "least 0"
         )
     steps = len(grid) - 1
     for i, (t, s) in enumerate(intervals(grid)):

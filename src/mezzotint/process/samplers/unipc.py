@@ -94,5 +94,5 @@ def coefficients(h: Tensor, r: Tensor, variant: str) -> Tensor:
     for k in range(1, len(r) + 1):
         phi = (phi - 1 / math.factorial(k)) / -h
         b.append(-h * phi * math.factorial(k))
-    powers = r[None] ** torch.arange(len(r), dtype=r.dtype)[:, None]
+    powers = r[None] ** torch.arange(len(r), dtype=r.dtype, device=r.device)[:, None]
     return solve(powers, torch.stack(b))

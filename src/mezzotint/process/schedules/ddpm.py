@@ -33,16 +33,16 @@ class Table:
 
     def __init__(self, betas: Sequence[float] | Tensor):
         betas = torch.as_tensor(betas, dtype=torch.float64, device="cpu")
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(
-                f"betas must be one row of numbers in (0, 1); given shape {tuple(betas.shape)}"
-            )
+        if betas.ndim != 1 or len(betas) == 0:
+            raise ValueError(f"betas must be one row of numbers; given shape {tuple(betas.shape)}")
+        if not bool((inside := (betas > 0) & (betas < 1)).all()):
+            raise ValueError(f"beta {betas[~inside][0]:g} is not in (0, 1)")
         # DDPM eq. 4: alpha_n^2 = prod (1 - beta); summed as logs so that 1 - alpha^2 is exact at
         # the clean end.
         log_alpha = torch.log1p(-betas).cumsum(0) / 2
         self.logsnr = 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
         # log alpha at t = 0, 1/N, ..., 1
-        self._knots = torch.cat([torch.zeros(1, dtype=torch.float64), log_alpha])
+        self._knots = torch.cat([log_alpha.new_zeros(1), log_alpha])
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
