@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
@@ -152,6 +153,48 @@ def test_labels(name):
             model(z, logsnr, Cond(label=torch.full((len(z),), bad)))
     with pytest.raises(ValueError, match="label"):
         model(z, logsnr, Cond(label=torch.zeros(len(z) + 1, dtype=torch.long)))
+
+
+@pytest.fixture
+def untyped(monkeypatch):
+    """Leave out the checks of types, which no user has."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integers(name, dtype):
+    model = make(name)
+    z, logsnr, cond = query(model)
+    assert cond.label is not None
+    narrow = Cond(label=cond.label.to(dtype))
+    with torch.no_grad():
+        torch.testing.assert_close(model(z, logsnr, narrow), model(z, logsnr, cond), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labels_that_are_not_one_whole_number_per_image_are_refused(name, untyped):
+    model = make(name)
+    z, logsnr, _ = query(model)
+    for label, words in [
+        (torch.zeros(len(z)), "whole numbers"),
+        (torch.zeros(len(z), dtype=torch.bool), "whole numbers"),
+        (torch.tensor(0), "one per image"),
+        (torch.zeros(len(z), 1, dtype=torch.long), "one per image"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            model.backbone(z, logsnr, Cond(label=label))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_inputs_without_a_batch_and_a_wrong_number_of_levels_are_refused(name, untyped):
+    model = make(name)
+    z, logsnr, cond = query(model)
+    with pytest.raises(ValueError, match=r"give a batch \(b, \d, height, width\)"):
+        model.backbone(z[0], logsnr, cond)
+    for levels in (logsnr[:1], torch.cat([logsnr, logsnr]), logsnr[0], logsnr[:, None]):
+        with pytest.raises(ValueError, match=r"log-SNRs .* give one per image"):
+            model(z, levels, cond)
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -425,10 +425,10 @@ def test_config_errors(changes, words):
 def test_input_errors():
     backbone, noise = DiMR(replace(BASE, null_label=False)), torch.zeros(1)
     for shape, cond, words in [
-        ((1, 3, 18, 16), Cond(label=torch.tensor([0])), r"try \(3, 16, 16\)"),
-        ((1, 4, 16, 16), Cond(label=torch.tensor([0])), "3 channels"),
+        ((1, 3, 18, 16), Cond(label=torch.tensor([0])), "nearest: 16x16"),
+        ((1, 4, 16, 16), Cond(label=torch.tensor([0])), "network of 3"),
         ((1, 3, 16, 16), Cond(), "no null label"),
-        ((1, 3, 16, 16), Cond(label=torch.tensor([6])), r"allowed are 0 \.\.\. 5"),
+        ((1, 3, 16, 16), Cond(label=torch.tensor([6])), r"0\.\.\.5 are classes$"),
         ((1, 3, 16, 16), Cond(text=torch.zeros(1, 2, 3)), "not text"),
     ]:
         with pytest.raises(ValueError, match=words):

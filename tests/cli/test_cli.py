@@ -167,7 +167,10 @@ def test_module_is_run_as_the_program():
         (["train", "unet-tiny", "--out", "s3://b/x"], 1, "OUT s3://b/x is an address"),
         (["sample", "x", "--out", "file://x/y.png"], 1, "OUT file://x/y.png is an address"),
         (["reference", "x", "gs://b/x.npz"], 1, "OUT gs://b/x.npz is an address"),
-        (["reference", "s3://b/x", "y"], 1, "s3://b/x is an address"),
+        (["reference", "x", "y.pkl"], 1, "a reference is written as .npz; given y.pkl"),
+        (["train", "autoo", "--hours", "1"], 1, "did you mean auto, with --hours H"),
+        (["train", "unet-tiny", "size=32"], 1, r"model\.size"),
+        (["reference", "s3://b/x", "y.npz"], 1, "s3://b/x is an address"),
         (["prepare", "x", "s3://b/x", "--size", "8"], 1, "s3://b/x is an address"),
         (["report", "hf://x/y"], 1, "RUN hf://x/y is an address"),
         (["train", "unet-tiny", "save.store=s3://b/a*"], 1, r"save.store s3://b/a\* holds a \*"),
@@ -207,8 +210,14 @@ def test_fields_may_follow_options(given, gathered):
 @pytest.mark.parametrize(
     ("given", "statistics", "features", "chosen"),
     [
-        (None, ["inception-2048"], [], measure.FEATURES),
-        (None, ["efficientnet-lite0", "inception-2048"], [], measure.FEATURES),
+        (None, measure.FEATURES, [], measure.FEATURES),
+        (None, ["inception-2048"], [], ["inception-2048", "inception-logits"]),
+        (
+            None,
+            ["efficientnet-lite0", "inception-2048"],
+            [],
+            ["inception-2048", "inception-logits"],
+        ),
         (None, ["efficientnet-lite0"], [], ["efficientnet-lite0"]),
         (None, ["dinov2"], ["dinov2", "efficientnet-lite0"], ["dinov2", "efficientnet-lite0"]),
         (None, ["inception-64"], [], ["inception-64"]),
@@ -220,4 +229,4 @@ def test_a_model_is_measured_in_the_features_of_the_reference(given, statistics,
     reference = types.SimpleNamespace(
         statistics=dict.fromkeys(statistics), features=dict.fromkeys(features)
     )
-    assert measure.choose_features(given, reference) == chosen
+    assert [*measure.choose_features(given, reference)] == [*chosen]

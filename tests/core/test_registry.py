@@ -1,7 +1,10 @@
 """Variants are found by being there, and misspelt ones are answered with their neighbours."""
 
+import importlib
+import shutil
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 
 import jaxtyping
 import pytest
@@ -53,6 +56,30 @@ def test_a_name_taken_twice_is_an_error(package):
     )
     with pytest.raises(ValueError, match="registered twice"):
         list(load())
+
+
+def test_a_scan_that_failed_is_made_again(package):
+    last = package / "zzz.py"
+    last.write_text("from variants_for_test import registry\nregistry.add('last', 1)\n1 / 0\n")
+    registry = load()
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            list(registry)
+    last.write_text("from variants_for_test import registry\nregistry.add('last', 2)\n")
+    importlib.invalidate_caches()
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
+    assert list(registry) == ["last", "one"]
+    assert registry["last"] == 2
+
+
+def test_threads_that_look_up_at_once_all_find(package):
+    (package / "slow.py").write_text(
+        "import time\nfrom variants_for_test import registry\ntime.sleep(0.2)\n"
+        "registry.add('slow', 3)\n"
+    )
+    registry = load()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: registry["slow"], range(4))) == [3] * 4
 
 
 def test_a_module_that_fails_to_import_fails_the_scan(package):

@@ -20,6 +20,7 @@ from mezzotint.evaluate.evaluate import (
 from mezzotint.evaluate.extract import extract_features
 from mezzotint.evaluate.features import from_module, open_features
 from mezzotint.evaluate.image_source import from_dataset, from_samples
+from mezzotint.evaluate.inception import INCEPTION_FILE
 from mezzotint.evaluate.kid import kid
 from mezzotint.evaluate.metrics import frechet_distance, inception_score
 from mezzotint.evaluate.precision_recall import density_coverage, precision_recall
@@ -228,9 +229,28 @@ def test_the_inception_score_needs_no_reference(reference):
     settings = dataclasses.replace(SETTINGS, split_size=50)
     evaluation = evaluate(random_source(), reference, [logits], settings)
     expected = inception_score(feature_set()(random_images(150)), 50)
-    assert evaluation["IS"].value == expected.mean
-    assert evaluation["IS"].settings == {"split_size": 50, "std_over_splits": expected.std}
-    assert evaluation["IS"].reference is None
+    (score,) = evaluation.numbers
+    assert score.metric == f"IS (weights {logits.weights[:8]})"
+    assert score.value == expected.mean
+    assert score.settings == {"split_size": 50, "std_over_splits": expected.std}
+    assert score.reference is None
+    published = dataclasses.replace(logits, weights=INCEPTION_FILE.sha256)
+    assert evaluate(random_source(), reference, [published], settings)["IS"].value == expected.mean
+
+
+def test_the_reference_is_no_held_out_set(reference):
+    with pytest.raises(ValueError, match="is of the same images as"):
+        evaluate(random_source(), reference, [feature_set()], SETTINGS, heldout=reference)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_more_images_than_neighbours_are_needed_before_any_is_drawn(count, reference):
+    def batches(start, stop):
+        raise AssertionError("images were drawn")
+
+    source = dataclasses.replace(random_source(), num_images=count, batches=batches)
+    with pytest.raises(ValueError, match=f"{count} images to evaluate: .* need 6 or more"):
+        evaluate(source, reference, [feature_set()], SETTINGS)
 
 
 def test_every_metric_prefers_real_digits_to_noise(tmp_path):

@@ -21,8 +21,8 @@ from mezzotint.evaluate.image_source import (
 )
 
 
-def random_images(n):
-    generator = torch.Generator().manual_seed(0)
+def random_images(n, seed=0):
+    generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (n, 3, 12, 12), generator=generator, dtype=torch.uint8)
 
 
@@ -78,6 +78,21 @@ def test_folders_and_zips_are_read_unchanged(tmp_path):
         for file in sorted(tmp_path.glob("*.png")):
             archive.write(file, file.name)
     assert torch.cat(list(open_image_source(tmp_path / "z.zip").batches(0, 5))).equal(x)
+
+
+@pytest.mark.parametrize("suffix", [".bmp", ".tif", ".png"])
+def test_other_images_of_the_same_names_and_sizes_are_others(suffix, tmp_path):
+    def write(seed):
+        for i, image in enumerate(random_images(3, seed)):
+            pixels = Image.fromarray(image.permute(1, 2, 0).numpy())
+            pixels.save(tmp_path / f"{i}{suffix}", **options)
+        return {p.name: p.stat().st_size for p in tmp_path.iterdir()}
+
+    options = {"compress_level": 0} if suffix == ".png" else {}
+    sizes, first = write(0), open_image_source(tmp_path).identity
+    assert open_image_source(tmp_path).identity == first
+    assert write(1) == sizes
+    assert open_image_source(tmp_path).identity != first
 
 
 def test_only_opaque_alpha_channels_are_dropped(tmp_path):

@@ -65,6 +65,8 @@ def write(path, evaluation):
     [
         make_evaluation(guidance="2"),
         make_evaluation(source="another"),
+        make_evaluation(ema="none, the raw weights"),
+        make_evaluation(training_images=64),
         make_evaluation(reference_hash="b"),
         with_number(metric="sFID"),
         with_number(settings={"k": 5}),
@@ -74,6 +76,7 @@ def test_numbers_of_other_settings_are_kept(other, tmp_path, capsys):
     path = tmp_path / "e.json"
     write(path, make_evaluation(value=2.0))
     path.with_suffix(".copies.png").write_bytes(b"sheet")
+    path.with_suffix(".png").write_bytes(b"mine")
     write(path, make_evaluation(value=3.0))
     assert not capsys.readouterr().out
     write(path, other)
@@ -86,6 +89,39 @@ def test_numbers_of_other_settings_are_kept(other, tmp_path, capsys):
         "e-2.json": other,
     }
     assert (tmp_path / "e-1.copies.png").read_bytes() == b"sheet"
+    assert (tmp_path / "e.png").read_bytes() == b"mine"
+
+
+def test_an_empty_file_is_replaced(tmp_path):
+    path = tmp_path / "e.json"
+    path.touch()
+    write(path, make_evaluation())
+    assert [file.name for file in tmp_path.iterdir()] == ["e.json"]
+
+
+def test_what_was_measured_is_no_setting():
+    a, b = (
+        with_number(metric="IS", settings={"split_size": 50, "std_over_splits": spread})
+        for spread in (0.1, 0.2)
+    )
+    assert not compare(a, b).conflicts
+    c = with_number(metric="IS", settings={"split_size": 60, "std_over_splits": 0.1})
+    assert list(compare(a, c).conflicts) == ["IS: settings"]
+
+
+def test_models_trained_for_other_lengths_are_comparable_and_raw_weights_are_not():
+    a, b = (make_evaluation(ema="the saved average", training_images=n) for n in (64, 128))
+    assert compare(a, b).differences == {"training_images": (64, 128)}
+    raw = make_evaluation(ema="none, the raw weights", training_images=64)
+    assert list(compare(a, raw).conflicts) == ["ema"]
+
+
+def test_held_out_sets_must_agree():
+    a, b = (
+        with_number(metric="FDr (FID)", reference={"hash": "r", "heldout_hash": heldout})
+        for heldout in "xy"
+    )
+    assert list(compare(a, b).conflicts) == ["FDr (FID): reference"]
 
 
 @pytest.mark.parametrize(

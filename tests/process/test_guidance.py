@@ -180,6 +180,23 @@ def test_dynamic_clipping_is_that_of_imagen(query):
     torch.testing.assert_close(diffuse(out.x, out.eps, logsnr), big, rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("fields", [("label",), ("text",), ("label", "text")])
+def test_label_and_text_are_emptied_together(fields):
+    given = {"label": torch.tensor([1, 2])} if "label" in fields else {}
+    if "text" in fields:
+        given |= {"text": torch.ones(2, 3, 4), "text_mask": torch.ones(2, 3, dtype=torch.bool)}
+    empty = guidance.null_label_and_text(CLASSES)(Cond(**given))
+    assert (empty.label is None) == ("label" not in fields)
+    assert (empty.text is None) == ("text" not in fields)
+    assert empty.label is None or empty.label.tolist() == [CLASSES, CLASSES]
+    assert empty.text_mask is None or not empty.text_mask.any()
+
+
+def test_a_condition_of_nothing_cannot_be_emptied():
+    with pytest.raises(ValueError, match="needs text or a label"):
+        guidance.null_label_and_text(CLASSES)(Cond())
+
+
 def test_text_is_doubled_with_its_mask(query):
     z, logsnr, _ = query
     text, mask = torch.randn(5, 3, 2).double(), torch.ones(5, 3, dtype=torch.bool)

@@ -256,8 +256,11 @@ def test_published_ends():
 
 
 def test_bounds_that_overflow():
-    with pytest.raises(ValueError, match=r"-1000\.\.\.1000"):
-        schedules.cosine(logsnr_min=-2000.0)
+    for low in (-61.0, -2000.0):
+        with pytest.raises(ValueError, match=r"-60\.\.\.1000"):
+            schedules.cosine(logsnr_min=low)
+    ends = schedules.cosine(logsnr_min=-60.0, logsnr_max=1000.0)(torch.tensor([1.0, 0.0]).double())
+    torch.testing.assert_close(ends, torch.tensor([-60.0, 1000.0]).double(), rtol=0, atol=1e-3)
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -272,10 +275,10 @@ def test_bounds_that_overflow():
         ("lognormal", {"std": 0.0}, "std 0.0"),
         ("linear_vp", {"beta_min": 20.0, "beta_max": 0.1}, "beta_min 20.0"),
         ("ddpm", {"betas": []}, "betas"),
-        ("ddpm", {"betas": [0.1, 1.0]}, "betas"),
+        ("ddpm", {"betas": [0.1, 1.0]}, "beta 1 is not in"),
         ("linear_ddpm", {"steps": 0}, "0 steps"),
         ("linear_ddpm", {"steps": 20, "scaled": True}, "more than 20 steps"),
-        ("linear_ddpm", {"beta_min": -0.1}, "betas"),
+        ("linear_ddpm", {"beta_min": -0.1}, "beta -0.1 is not in"),
         ("scaled_linear", {"steps": 0}, "0 steps"),
         ("scaled_linear", {"beta_min": -0.1}, "beta_min -0.1"),
         ("cosine_ddpm", {"s": 0.0}, "offset s"),

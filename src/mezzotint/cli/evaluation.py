@@ -23,6 +23,7 @@ from mezzotint.cli.arguments import (
 from mezzotint.cli.outputs import check_outside_run, evaluation_base
 from mezzotint.core.console import echo
 from mezzotint.core.fields import Range
+from mezzotint.core.paths import is_hub_name
 
 OptionalCount = Annotated[int | None, NUMBER, Range(1, 10_000)]
 _Json = Positional[Annotated[Path, arg(metavar="FILE", help_behavior_hint="")]]
@@ -172,8 +173,8 @@ def evaluate(
         dtype=dtype,
     )  # fmt: skip
     if channels is not None and images.is_model:
-        what = "is a model" if Path(source).exists() else "is no file here, so a model's name"
-        raise ValueError(f"--channels is of images, and {source} {what}; leave it out")
+        where = "" if Path(source).exists() or not is_hub_name(source) else ", as no file is there"
+        raise ValueError(f"--channels is of images, and {source} is a model{where}; leave it out")
     measures = measure.Measures(
         reference=reference, reference_source=reference_source, heldout=heldout,
         features=features, weights=weights, clip=clip,

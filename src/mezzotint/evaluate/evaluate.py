@@ -98,14 +98,14 @@ def evaluate(
 
     # Checked before any network runs, so that a reference that does not fit costs no time.
     def check() -> tuple[ImageSource, Protocol]:
+        if reference is not None:
+            check_counts(sets, reference, source.num_images, settings)
         sized = repeat_grey(with_resolution(source), every[0].channels)
         for real in (reference, heldout):
             if real is not None:
                 check_reference(sets, real, sized.resolution)
-        if reference is not None:
-            check_counts(sets, reference, sized.num_images, settings)
-            if heldout is not None:
-                _check_other_images(sets, reference, heldout)
+        if reference is not None and heldout is not None:
+            _check_other_images(sets, reference, heldout)
         if clips:
             check_captions(sized)
         return sized, make_protocol(sized, sized.resolution)

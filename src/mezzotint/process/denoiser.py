@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from mezzotint.process.logsnr import append_dims, to_device_of
@@ -28,7 +28,7 @@ class Cond:
     augment: EDM's augmentation label of a training image (`data.augmentation`); None for none.
     """
 
-    label: Int[Tensor, " b"] | None = None
+    label: Integer[Tensor, " b"] | None = None
     text: Float[Tensor, "b t d"] | None = None
     text_mask: Bool[Tensor, "b t"] | None = None
     augment: Float[Tensor, "b 9"] | None = None

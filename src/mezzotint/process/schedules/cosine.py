@@ -17,7 +17,7 @@ from mezzotint.process.schedules import in_float64, schedule
 def cosine(
     image_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 64,
     noise_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 64,
-    logsnr_min: Annotated[float, Range(-70, 1000, "a log-SNR")] = -15.0,
+    logsnr_min: Annotated[float, Range(-60, 1000, "a log-SNR")] = -15.0,
     logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 15.0,
 ) -> Schedule:
     """Return the shifted cosine: at image_d pixels the log-SNR that noise_d pixels would have.
@@ -39,10 +39,10 @@ def cosine(
         raise ValueError(
             f"logsnr_min {logsnr_min} must be below logsnr_max {logsnr_max}, e.g. -15 and 15"
         )
-    # Below -70 the angle is pi / 2 to the last bits of a float64.
-    if logsnr_min < -70 or logsnr_max > 1000:
+    # Below -60 the angle is so near pi / 2 that a float64 misses the log-SNR by more than 0.001.
+    if logsnr_min < -60 or logsnr_max > 1000:
         raise ValueError(
-            f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -70...1000, "
+            f"logsnr_min {logsnr_min} and logsnr_max {logsnr_max} must lie within -60...1000, "
             "e.g. -15 and 15"
         )
     # The bounds rescale the tangent's argument (simple diffusion's code; specs/simple-diffusion.md

@@ -17,7 +17,7 @@ def cosine_interpolated(
     image_d: Annotated[int, Range(1, 1_000_000, "pixels")] = 512,
     noise_d_low: Annotated[int, Range(1, 1_000_000, "pixels")] = 32,
     noise_d_high: Annotated[int, Range(1, 1_000_000, "pixels")] = 256,
-    logsnr_min: Annotated[float, Range(-70, 1000, "a log-SNR")] = -15.0,
+    logsnr_min: Annotated[float, Range(-60, 1000, "a log-SNR")] = -15.0,
     logsnr_max: Annotated[float, Range(-1000, 1000, "a log-SNR")] = 15.0,
 ) -> Schedule:
     """Return u times the cosine of noise_d_low plus 1 - u times that of noise_d_high, in log-SNR.
