@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def test_zero_shot_on_coco_with_a_tiny_model(tmp_path, monkeypatch):
     drawn = draw_coco_captions(annotations, 12)
     digest = hashlib.sha256(json.dumps(drawn).encode()).hexdigest()[:16]
     assert result.protocol.prompts == f"12 in turn, SHA-256 {digest}"
+
+
+def test_the_cost_is_of_the_steps_given(tmp_path, capsys):
+    reproduce("diffit-256", dry_run=True, steps=10, out=tmp_path / "none")
+    calls = int(re.search(r"images x (\d+) network calls", capsys.readouterr().out)[1])
+    assert 10 <= calls <= 20
 
 
 def test_dry_run_prints_the_cost_and_runs_nothing(tmp_path, capsys):

@@ -122,7 +122,7 @@ class TimeRMSNormCPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable  # r is a constant here, and depends on x
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Return the gradients of x and gain."""
         (grad,), (x, gain, r) = grads, ctx.saved_tensors
         n = x * r

@@ -245,11 +245,13 @@ def reproduce(
         out: Folder for the evaluation and for stored features.
         dry_run: Print the paper's number, what is needed and the cost; run nothing.
     """
+    from mezzotint.core.distributed import process_group
     from mezzotint.tools.reproduce import reproduce as run
 
     if not dry_run:
         evaluation_base(out / "evaluation.json")
-    run(
-        name, model=model, reference=reference, num_images=num_images, steps=steps,
-        prompts=prompts, features=features, weights=weights, out=out, dry_run=dry_run,
-    )  # fmt: skip
+    with process_group():
+        run(
+            name, model=model, reference=reference, num_images=num_images, steps=steps,
+            prompts=prompts, features=features, weights=weights, out=out, dry_run=dry_run,
+        )  # fmt: skip

@@ -198,7 +198,7 @@ def _hash_data(info: ModelInfo, images: ImageDataset, used: Sequence[int]) -> st
     """Return a hash of the images, and of the captions of those used if the model reads text."""
     if not text_width(info.config):
         return images.fingerprint
-    return hash_parts([images.fingerprint, *(images.text(i) for i in used)])
+    return hash_parts([images.fingerprint, *(images.text(i) or "" for i in used)])
 
 
 def _make_protocol(model: Model, images: ImageDataset, count: int) -> Protocol:

@@ -167,10 +167,8 @@ def keep_other_numbers(path: Path, values: dict[str, Any]) -> None:
     def parts(base: Path) -> list[Path]:
         return [base, *(base.with_suffix(suffix) for suffix in figures)]
 
-    for number in itertools.count(1):
-        kept = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        if not any(part.exists() for part in parts(kept)):
-            break
+    others = (path.with_name(f"{path.stem}-{i}{path.suffix}") for i in itertools.count(1))
+    kept = next(other for other in others if not any(part.exists() for part in parts(other)))
     for part, other in zip(parts(path), parts(kept), strict=True):
         if part.is_file():
             part.rename(other)

@@ -172,10 +172,11 @@ def examine_data(
     stated = stated_notes(images)
     data_concerns = [problem for problem in list_problems(audit) if problem not in stated]
     if max(speeds.values()) < MIN_IMAGES_PER_SECOND:
-        data_concerns.append(
-            f"loading reaches only {max(speeds.values()):.0f} images/s; resize once: "
-            f"mezzotint prepare {quote(data)} FOLDER --size {size}"
-        )
+        sides = [audit[side].get("median", 0) for side in ("original_width", "original_height")]
+        advice = "the disk or the processor is slow"
+        if min(sides) > size:
+            advice = f"resize once: mezzotint prepare {quote(data)} FOLDER --size {size}"
+        data_concerns.append(f"loading reaches only {max(speeds.values()):.0f} images/s; {advice}")
     return {
         "source": data,
         "size": size,
@@ -331,12 +332,12 @@ def _render_data(data: dict[str, Any]) -> list[str]:
     speeds = [f"{v:,.0f} with {n} thread(s)" for n, v in data["images_per_second"].items()]
     return [
         f"data         {data['source']} at {size} px: "
-        f"{data['examined']:,} of {data['total']:,} images read",
+        f"{data['examined']:,} of {data['total']:,} images looked at",
         *[f"             {line}" for line in audit],
         *understood,
         *drawn,
         f"loading      images/s: {', '.join(speeds)}",
         f"schedule     log-SNR shift for {size} px: 2 log({REFERENCE_SIZE}/{size}) = "
-        f"{data['logsnr_shift']:+.2f}; {' '.join(data['overrides'])}",
-        "             (presets of simple diffusion shift by themselves with model.size)",
+        f"{data['logsnr_shift']:+.2f}; presets follow model.size by themselves",
+        f"             for another schedule: {' '.join(data['overrides'])}",
     ]

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mezzotint.backbones.flops import GIGA
 from mezzotint.core.console import open_console
+from mezzotint.core.distributed import get_rank
 from mezzotint.core.paths import is_hub_name
 from mezzotint.core.registry import suggest
 from mezzotint.evaluate.evaluate import evaluate, print_evaluation
@@ -189,6 +190,8 @@ def reproduce(
 ) -> Evaluation | None:
     """Print the published numbers, what they need and the cost; then sample, evaluate and compare.
 
+    All ranks call it together; rank 0 prints and writes.
+
     Args:
         name: key of `PUBLISHED`.
         model: a model folder (see `mezzotint convert`).
@@ -206,11 +209,13 @@ def reproduce(
     published = get_published(name)
     num_images = published.num_images if num_images is None else num_images
     console = open_console()
-    numbers = ", ".join(f"{metric} {number}" for metric, number in published.numbers.items())
-    console.print(f"published for {name}: {numbers}")
-    console.print(_render_requirements(name, model, reference, prompts))
+    if get_rank() == 0:
+        numbers = ", ".join(f"{metric} {number}" for metric, number in published.numbers.items())
+        console.print(f"published for {name}: {numbers}")
+        console.print(_render_requirements(name, model, reference, prompts))
+        if dry_run:
+            console.print(_describe_cost(name, num_images, steps))
     if dry_run:
-        console.print(_describe_cost(name, num_images, steps))
         return None
     if model is None or reference is None:
         raise ValueError("give --model FOLDER and --reference FILE (see the table), or --dry-run")
@@ -237,6 +242,8 @@ def _make_job(
             changes["guidance"] = settings.guidance
         texts = read_protocol_texts(Path(prompts), result.protocol) if prompts else ()
         return make_job(model, changes, protocol=result.protocol, prompts=texts)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
     with torch.device("meta"):
         meta_model = create_model(name)
     return SamplingJob(
@@ -260,8 +267,9 @@ def _evaluate_job(
 ) -> Evaluation:
     real = complete_reference(read_reference(reference), sets)
     evaluation = evaluate(from_job(job, num_images), real, sets, folder=out / "pieces", show=True)
-    keep_other_numbers(out / "evaluation.json", evaluation.to_json())
-    evaluation.save(out / "evaluation.json")
-    print_evaluation(evaluation, published.numbers)
-    open_console().print(f"saved: {out / 'evaluation.json'}")
+    if get_rank() == 0:
+        keep_other_numbers(out / "evaluation.json", evaluation.to_json())
+        evaluation.save(out / "evaluation.json")
+        print_evaluation(evaluation, published.numbers)
+        open_console().print(f"saved: {out / 'evaluation.json'}")
     return evaluation
