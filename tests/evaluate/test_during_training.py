@@ -33,6 +33,7 @@ from mezzotint.evaluate.image_source import GREY_NOTE, from_dataset, from_job
 from mezzotint.evaluate.references import make_reference, read_reference
 from mezzotint.evaluate.results import load_evaluation
 from mezzotint.models import load_model
+from mezzotint.sampling.job import make_job
 from mezzotint.train import log, loop
 from mezzotint.train.loop import train
 
@@ -86,6 +87,14 @@ def test_the_saved_model_has_the_logged_distance(evaluated_run, reference):
     evaluation = evaluate(source, read_reference(reference), [random_features()])
     expected = pytest.approx(evaluation["FD-random"].value, rel=1e-12)
     assert logged(evaluated_run)[160]["FD-random"] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "average"), [("model", "the saved average"), ("model-raw", "none, the raw weights")]
+)
+def test_the_protocol_says_which_weights(evaluated_run, name, average):
+    metadata = from_job(make_job(evaluated_run / name), 4).metadata
+    assert (metadata["ema"], metadata["training_images"]) == (average, 160)
 
 
 def test_evaluation_does_not_change_the_run(evaluated_run, plain_run):

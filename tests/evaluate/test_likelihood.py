@@ -11,6 +11,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from helpers.closed_forms import gaussian, mixture
@@ -238,6 +239,15 @@ def test_numbers_of_other_steps_are_not_comparable(digits, of_digits):
     found = bits_per_dim(tiny(channels=1, num_classes=10), digits, steps, name="digits:test")
     assert found[BOUND].value > of_digits[BOUND].value
     assert f"{BOUND}: settings" in compare(found, of_digits).conflicts
+
+
+def test_an_unreadable_image_is_not_replaced(tmp_path):
+    for i in range(4):
+        Image.fromarray(np.full((4, 4), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    images = open_images(str(tmp_path), size=4, channels=1)
+    with pytest.raises(ValueError, match=r"2\.png cannot be read"):
+        bits_per_dim(exact_model(gaussian(0.0, 1.0)), images)
 
 
 def test_the_error_is_over_images(tmp_path):

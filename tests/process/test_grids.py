@@ -30,6 +30,20 @@ def test_grids_rise_and_end_clean(name, steps):
 
 
 @pytest.mark.parametrize("name", grids.registry)
+@pytest.mark.parametrize("table", [True, False])
+def test_grids_are_on_the_cpu_whatever_the_default_device(name, table):
+    if name == "respaced" and not table:
+        pytest.skip("it is of a table alone")
+    with torch.device("meta"):
+        schedule = schedules.linear_ddpm() if table else schedules.cosine()
+        grid = grids.registry[name](schedule, 4)
+    assert grid.device.type == "cpu"
+    assert_close(
+        grid, grids.registry[name](schedules.linear_ddpm() if table else schedules.cosine(), 4)
+    )
+
+
+@pytest.mark.parametrize("name", grids.registry)
 @pytest.mark.parametrize("steps", [0, -3])
 def test_too_few_steps(name, steps):
     with pytest.raises(ValueError, match=f"{steps} steps"):

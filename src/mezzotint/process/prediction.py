@@ -74,7 +74,10 @@ def check_consistency_row(row: Prediction, what: str) -> None:
     Args:
         what: the start of the error's sentence.
     """
-    (a, _), (_, b) = row(torch.tensor(-torch.inf)), row(torch.tensor(torch.inf))
+    (a, _), (_, b) = (
+        row(torch.tensor(-torch.inf, device="cpu")),
+        row(torch.tensor(torch.inf, device="cpu")),
+    )
     if not b:
         reason = "this network predicts x, which is not bound to the image where the noise ends"
     elif not a:

@@ -17,7 +17,7 @@ def dpmpp_2m(denoise: Denoiser, z: Image, grid: Grid, cond: Cond) -> Image:
     the order.
     """
     past: Image | None = None
-    h_past = torch.zeros(())
+    h_past = torch.zeros((), device="cpu")
     for t, s in intervals(grid):
         x = denoise(z, level(t, z), cond).x
         if s.isinf():

@@ -23,7 +23,7 @@ def sde_dpmpp_2m(
         noise: draws.
     """
     past: Image | None = None
-    h_past = torch.zeros(())
+    h_past = torch.zeros((), device="cpu")
     for i, (t, s) in enumerate(intervals(grid)):
         x = denoise(z, level(t, z), cond).x
         if s.isinf():

@@ -47,6 +47,6 @@ def cosine_ddpm(
 ) -> Table:
     """Return Improved DDPM's cosine table: the betas of eq. 17 at t = n / N, none above 0.999."""
     _check(s)
-    t = torch.arange(checked_steps(steps) + 1, dtype=torch.float64) / steps
+    t = torch.arange(checked_steps(steps) + 1, dtype=torch.float64, device="cpu") / steps
     f = torch.cos(math.pi / 2 * (t + s) / (1 + s)) ** 2
     return Table((1 - f[1:] / f[:-1]).clamp(max=0.999))

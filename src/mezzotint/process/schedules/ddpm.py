@@ -133,11 +133,8 @@ def linear_ddpm(
             f"linear betas scaled by 1000 / {steps} end at {scale * max(beta_min, beta_max):g}, "
             f"and must stay below 1; use more than {int(1000 * max(beta_min, beta_max))} steps"
         )
-    return Table(
-        torch.linspace(
-            scale * beta_min, scale * beta_max, checked_steps(steps), dtype=torch.float64
-        )
-    )
+    ends, count = (scale * beta_min, scale * beta_max), checked_steps(steps)
+    return Table(torch.linspace(*ends, count, dtype=torch.float64, device="cpu"))
 
 
 def checked_steps(steps: int) -> int:

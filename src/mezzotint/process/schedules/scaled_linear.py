@@ -23,5 +23,8 @@ def scaled_linear(
             f"beta_min {beta_min} and beta_max {beta_max} must be positive, e.g. 0.00085 and 0.012"
         )
     return Table(
-        torch.linspace(beta_min**0.5, beta_max**0.5, checked_steps(steps), dtype=torch.float64) ** 2
+        torch.linspace(
+            beta_min**0.5, beta_max**0.5, checked_steps(steps), dtype=torch.float64, device="cpu"
+        )
+        ** 2
     )
