@@ -53,7 +53,7 @@ def label_rows(
     if label.is_floating_point() or label.dtype == torch.bool:
         raise ValueError(f"labels of {label.dtype}; give whole numbers, e.g. torch.tensor([0, 3])")
     readable = label.device.type == "cpu" and not torch.compiler.is_compiling()
-    label = label.to(device, torch.long)
+    label = label.long()  # a byte cannot be compared with 1000
     last = num_classes if null else num_classes - 1
     if readable and bool(((label < 0) | (label > last)).any()):
         no_class = f", {num_classes} is the null label" if null else ""
@@ -61,7 +61,7 @@ def label_rows(
             f"labels {int(label.min())}...{int(label.max())} are out of range: "
             f"0...{num_classes - 1} are classes{no_class}"
         )
-    return label
+    return label.to(device)
 
 
 GRID = 64  # most cells per side of the `-tiny`, `-small` and `-base` presets, whatever the size
