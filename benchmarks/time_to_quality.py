@@ -385,12 +385,12 @@ def minutes_to(curve: Curve, value: float) -> str:
 def tabulate_minutes(rows: list[dict[str, Any]], speeds: dict[str, Any], metric: str) -> str:
     """Return the core-minutes to each distance as Markdown, one row per entrant.
 
-    The distances are those among the rows' of series R10 (ISO 3: ten a decade, two digits).
+    The distances are those among the rows' of series R20 (ISO 3: twenty a decade, two digits).
     """
     found = [r["distances"][metric] for r in rows]
     first, last = math.log10(min(found)), math.log10(max(found))
-    steps = reversed(range(math.ceil(10 * first), math.floor(10 * last) + 1))
-    values = [float(f"{10 ** (step / 10):.2g}") for step in steps]
+    steps = reversed(range(math.ceil(20 * first), math.floor(20 * last) + 1))
+    values = [float(f"{10 ** (step / 20):.2g}") for step in steps]
     lines = [
         f"| entrant | {' | '.join(f'{value:g}' for value in values)} |",
         f"| --- |{' ---: |' * len(values)}",
@@ -425,7 +425,7 @@ def plot(
         numbers.set_minor_formatter("{x:g}")
         numbers.set_tick_params(which="both", labelsize=7)
     axis.grid(alpha=0.3, which="both")
-    axis.legend(edgecolor="none", framealpha=1, fontsize=7, ncols=2)
+    axis.legend(loc="lower left", edgecolor="none", framealpha=1, fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
