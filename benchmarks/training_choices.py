@@ -18,6 +18,14 @@ from choices import mean_error, measure_errors
 from common import RESULTS, facts, one_thread
 from time_to_quality import Judge, Ours, open_data, train_for
 
+# Of EDM: its preconditioning, noise levels in training, and weight.
+EDM = ("model.prediction=edm", "schedule.name=lognormal", "objective.name=regression")
+# As the recipes of U-Net and U-ViT have it, at 32 pixels.
+V_COSINE = (
+    "model.prediction=v",
+    "schedule={name: cosine, options: {image_d: 32, noise_d: 32}}",
+    "objective.name=eps_mse",
+)
 EPS_WEIGHT = ("objective={name: eps_mse}", "time.loss_measure=u")
 
 # data: {preset: (images, {name of the row: fields of the recipe})}
@@ -38,8 +46,13 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         ),
         "diffit-tiny": (
             6_000,
-            {"rate 1e-3": ("optim.lr=1e-3",), "rate 2e-3": ("optim.lr=2e-3",)},
+            {
+                "rate 1e-3": ("optim.lr=1e-3",),
+                "rate 2e-3": ("optim.lr=2e-3",),
+                "v, cosine, weight of eps": V_COSINE,
+            },
         ),
+        "uvit-tiny": (12_288, {"v, cosine, weight of eps": (), "EDM": EDM}),
     },
     "eurosat": {
         "sid2-tiny": (
