@@ -268,8 +268,11 @@ def parameterisation(config: DiffiTImageConfig) -> Parameterisation:
 def schedule(config: DiffiTImageConfig) -> Spec:
     """Return EDM's training distribution, ln(sigma/alpha) ~ N(-1.2, 1.2^2) (section 5).
 
-    Above the paper's 64 pixels the log-SNR falls by 2 ln(size / 64), simple diffusion's shift.
+    That is of EDM's row; a network that predicts another gets the cosine (our choice). Above the
+    paper's 64 pixels the log-SNR falls by 2 ln(size / 64), simple diffusion's shift.
     """
+    if config.prediction != "edm":
+        return Spec("cosine", {"image_d": config.size, "noise_d": min(64, config.size)})
     # simple diffusion, arXiv 2301.11093, section 2; ln(sigma/alpha) is minus half the log-SNR.
     return Spec("lognormal", {"mean": -1.2 + math.log(max(1.0, config.size / 64)), "std": 1.2})
 
