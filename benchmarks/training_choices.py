@@ -47,8 +47,8 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         "diffit-tiny": (
             6_000,
             {
-                "rate 1e-3": ("optim.lr=1e-3",),
-                "rate 2e-3": ("optim.lr=2e-3",),
+                "EDM, rate 1e-3": (*EDM, "optim.lr=1e-3"),
+                "EDM, rate 2e-3": (*EDM, "optim.lr=2e-3"),
                 "v, cosine, weight of eps": V_COSINE,
             },
         ),
