@@ -268,8 +268,8 @@ def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, ba
         sweep: as `parse_sweep` takes it.
     """
     from mezzotint.core.distributed import all_ranks, process_group
-    from mezzotint.evaluate.results import keep_other_numbers
-    from mezzotint.evaluate.sweep import FIGURES, choose_axes, parse_sweep, run_sweep, sweep_jobs
+    from mezzotint.evaluate.results import SWEEP_FIGURES, keep_other_numbers
+    from mezzotint.evaluate.sweep import choose_axes, parse_sweep, run_sweep, sweep_jobs
 
     scales = parse_sweep(sweep)
     if not source.is_model:
@@ -294,7 +294,7 @@ def evaluate_sweep(source: Source, measures: Measures, sweep: str, out: Path, ba
     if world.is_rank0:
         keep_other_numbers(out, found.to_json())
         found.save(out)
-        figures = [base.with_suffix(suffix) for suffix in FIGURES]
+        figures = [base.with_suffix(suffix) for suffix in SWEEP_FIGURES]
         for figure in figures:
             found.draw(figure)
         echo(f"{found.y} over {found.x}: {', '.join(map(str, figures))}")

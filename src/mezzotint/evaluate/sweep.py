@@ -25,7 +25,6 @@ from mezzotint.sampling.settings import Guidance
 
 FORMAT = 1
 KEYS = ("guidance",)
-FIGURES = (".svg", ".png")
 
 
 @dataclass(frozen=True, kw_only=True)
