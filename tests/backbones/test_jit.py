@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 
 import mezzotint as mz
 from mezzotint.backbones import get_backbone
+from mezzotint.backbones.diffit import sincos_positions
 from mezzotint.backbones.flops import GIGA, count_macs
 from mezzotint.backbones.jit import JiT, JiTConfig, flow_time, rotary_table, rotate
 from mezzotint.models import meta_model, preset_info
 from mezzotint.process import guidance
 from mezzotint.process.denoiser import Cond, Denoised
+from mezzotint.process.logsnr import widest_float
 from mezzotint.process.objectives.clamped_flow import clamped_flow
 from mezzotint.process.samplers.flow_heun import flow, flow_heun
 from mezzotint.process.samplers.heun import heun
@@ -276,3 +278,25 @@ def test_the_averages_of_a_training_checkpoint_are_its_entries(tmp_path, recorde
     start = model.info.config.context_start
     opened = mz.load_official(tmp_path / "last.pth", entry="model_ema1", context_start=start)
     assert torch.equal(opened.backbone.head.weight, state["net.final_layer.linear.weight"])
+
+
+def test_tables_are_float32_where_the_device_has_no_float64(monkeypatch):
+    for module in ("jit", "diffit"):
+        monkeypatch.setattr(
+            f"mezzotint.backbones.{module}.widest_float", lambda device: torch.float32
+        )
+    made: list[torch.dtype] = []
+    arange, linspace = torch.arange, torch.linspace
+    monkeypatch.setattr(torch, "arange", lambda *a, **k: made.append(k["dtype"]) or arange(*a, **k))
+    monkeypatch.setattr(
+        torch, "linspace", lambda *a, **k: made.append(k["dtype"]) or linspace(*a, **k)
+    )
+    rotary_table(2, 3, 3, 16)
+    sincos_positions(2, 3, 3, 16)
+    assert set(made) == {torch.float32}
+
+
+def test_only_mps_has_no_float64():
+    assert widest_float(torch.device("mps")) == torch.float32
+    for name in ("cpu", "cuda", "meta"):
+        assert widest_float(torch.device(name)) == torch.float64

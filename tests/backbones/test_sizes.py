@@ -119,6 +119,13 @@ def test_fields_that_are_given_do_not_follow():
     assert preset_info("dimr-small", size=128, patches=(4, 2, 1)).config.patches == (4, 2, 1)
 
 
+@pytest.mark.parametrize("given", [{}, {"patch": 16}, {"noise_scale": 3.0}])
+def test_noise_and_patch_follow_the_size_each_by_itself(given):
+    config = preset_info("jit-tiny", size=512, **given).config
+    assert config.patch == given.get("patch", 32)
+    assert config.noise_scale == given.get("noise_scale", 2.0)
+
+
 def test_published_presets_do_not_follow():
     for name in ("unet-128", "uvit-256", "sid2-128", "diffit-ffhq64", "dimr-m-3r-64"):
         own = presets()[name][1].config

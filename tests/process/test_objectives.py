@@ -216,6 +216,32 @@ def test_pyramid_loss_weights_branches(data):
         loss_of("pyramid", stub("eps", doubled=True), data)
 
 
+@pytest.mark.parametrize("row", ["eps", "x", "v", "edm"])
+def test_the_pyramid_measures_every_branch_in_a_row(data, row):
+    x, eps, logsnr, cond = data
+    model = stub("v", branches=2)
+    z = diffuse(x, eps, logsnr)
+    a, s = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
+    # z is known, so an error d of v is one of a d in eps, of -s d in x, and EDM's weight at a
+    # standard deviation of 1/2 is (s^2 + a^2 / 4) / (s a / 2)^2 on x / a's squared error.
+    squared = {
+        "v": torch.ones_like(a),
+        "eps": a**2,
+        "x": s**2,
+        "edm": ((s / a) ** 2 + 0.25) / (s / a / 2) ** 2 * s**2,
+    }[row]
+    truth = a[:, None, None, None] * eps - s[:, None, None, None] * x
+    fine, coarse = model.raw(z, logsnr, cond)[1], model.raw(z, logsnr, cond)[0]
+    parts = (fine - truth).square().mean((1, 2, 3))
+    parts = parts + (coarse - 2 * avg_pool2d(truth, 2)).square().mean((1, 2, 3)) / 4
+    torch.testing.assert_close(loss_of("pyramid", model, data, row=row), parts * squared)
+
+
+def test_the_pyramid_of_an_unknown_row_is_refused(data):
+    with pytest.raises(ValueError, match="velocity"):
+        loss_of("pyramid", stub("v", branches=2), data, row="velocity")
+
+
 @pytest.mark.parametrize("name", ["mini2r", "latent2r"])
 def test_golden_pyramid_loss(shared, name):
     io = load_file(shared(f"golden/dimr/{name}.io.safetensors"))

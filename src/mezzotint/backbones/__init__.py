@@ -135,7 +135,8 @@ class Preset:
     params, gmac: as the paper prints them, None where it does not.
     fid: the FID the paper claims. protocol: how the paper measured it.
     note: why counted and claimed figures differ.
-    at_size: returns the fields of the config that follow from a size in pixels, e.g. the patch.
+    at_size: functions that return fields of the config that follow from a size in pixels, e.g. the
+        patch; those of one function belong together.
     """
 
     config: Any
@@ -146,18 +147,22 @@ class Preset:
     fid: str | None = None
     protocol: str | None = None
     note: str = ""
-    at_size: Callable[[int], dict[str, Any]] | None = None
+    at_size: tuple[Callable[[int], dict[str, Any]], ...] = ()
 
     def change(self, fields: dict[str, Any]) -> Any:
         """Return the config with some fields replaced.
 
-        A given size sets the fields of `at_size` too, unless one of them is given.
+        A given size sets the fields of each function of `at_size` too, unless one of them is given.
         """
-        if self.at_size and "size" in fields:
+        changes = dict(fields)
+        if "size" in fields:
             size = fields["size"]
-            following = self.at_size(max(size) if isinstance(size, tuple) else size)
-            fields = fields if following.keys() & fields.keys() else following | fields
-        return replace(self.config, **fields)
+            side = max(size) if isinstance(size, tuple) else size
+            for follow in self.at_size:
+                following = follow(side)
+                if not following.keys() & fields.keys():
+                    changes |= following
+        return replace(self.config, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ from mezzotint.backbones.sizes import (
 )
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
+from mezzotint.process.logsnr import widest_float
 from mezzotint.process.prediction import named
 from mezzotint.process.schedules.ddpm import Table, linear_ddpm
 
@@ -107,13 +108,14 @@ def time_embedding(noise: Float[Tensor, " b"], width: int) -> Float[Tensor, "b {
 def sincos_positions(
     height: int, width: int, side: int, channels: int, device: torch.device | None = None
 ) -> Float[Tensor, "1 {height}*{width} {channels}"]:
-    """Return the fixed 2-D positions of a grid, row-major, float64 (section 2).
+    """Return the fixed 2-D positions of a grid, row-major (section 2).
 
     The first half of the channels encodes the column, the second the row, each as [sin, cos] at
     frequencies 10000^(-k / (channels/4)). The coordinates run over 0...side-1, whatever the grid's
-    height and width.
+    height and width. float64; float32 on MPS.
     """
-    k = torch.arange(channels // 4, dtype=torch.float64, device=device)
+    dtype = widest_float(device or torch.get_default_device())
+    k = torch.arange(channels // 4, dtype=dtype, device=device)
     frequency = 10000.0 ** (-k / (channels // 4))
 
     def code(coordinate: Tensor) -> Tensor:
@@ -122,8 +124,8 @@ def sincos_positions(
 
     # The device is given: after transformers has loaded a model, linspace may no longer follow
     # `with torch.device(...)`.
-    rows = torch.linspace(0, side - 1, height, dtype=torch.float64, device=k.device)
-    columns = torch.linspace(0, side - 1, width, dtype=torch.float64, device=k.device)
+    rows = torch.linspace(0, side - 1, height, dtype=dtype, device=k.device)
+    columns = torch.linspace(0, side - 1, width, dtype=dtype, device=k.device)
     row, column = torch.meshgrid(rows, columns, indexing="ij")
     return torch.cat([code(column), code(row)], dim=1)[None]
 

@@ -339,17 +339,17 @@ registry.add(
             ),
             "diffit-tiny": Preset(
                 config=_TINY,
-                at_size=levels_at,
+                at_size=(levels_at,),
                 paper="none: image-space DiffiT that trains on a laptop",
             ),
             "diffit-small": Preset(
                 config=replace(_LARGER, width=64, time_width=256, blocks=3),
-                at_size=patch_and_window_at,
+                at_size=(patch_and_window_at,),
                 paper=SMALL,
             ),
             "diffit-base": Preset(
                 config=replace(_LARGER, width=128, time_width=512, blocks=4),
-                at_size=patch_and_window_at,
+                at_size=(patch_and_window_at,),
                 paper=BASE,
             ),
         },

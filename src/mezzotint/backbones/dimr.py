@@ -387,14 +387,14 @@ registry.add(
             ),
             "dimr-tiny": Preset(
                 config=_TINY,
-                at_size=lambda size: _patches_at(size, cells=32),
+                at_size=(lambda size: _patches_at(size, cells=32),),
                 paper="none: DiMR that trains on a laptop; v and cosine",
             ),
             "dimr-small": Preset(
-                config=_larger(384, (9, 5, 5), heads=6), at_size=_patches_at, paper=SMALL
+                config=_larger(384, (9, 5, 5), heads=6), at_size=(_patches_at,), paper=SMALL
             ),
             "dimr-base": Preset(
-                config=_larger(768, (13, 5, 5), heads=12), at_size=_patches_at, paper=BASE
+                config=_larger(768, (13, 5, 5), heads=12), at_size=(_patches_at,), paper=BASE
             ),
             "dimr-latent-tiny": Preset(
                 config=replace(

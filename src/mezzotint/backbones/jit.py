@@ -46,6 +46,7 @@ from mezzotint.backbones.text_conditioning import TextConditioning, add_text, at
 from mezzotint.core.fields import Range
 from mezzotint.core.registry import Spec
 from mezzotint.process.denoiser import Cond, Parameterisation
+from mezzotint.process.logsnr import widest_float
 from mezzotint.process.prediction import named
 
 THETA = 10_000.0  # base of the rotary frequencies
@@ -120,11 +121,12 @@ def rotary_table(
     channels by the same angle. The coordinates run over 0 ... side - 1 whatever the grid. float32.
     """
     half = head_width // 2
-    k = torch.arange(0, half, 2, dtype=torch.float64, device=device)
+    dtype = widest_float(device or torch.get_default_device())
+    k = torch.arange(0, half, 2, dtype=dtype, device=device)
     frequency = THETA ** (-k / half)  # section 3
 
     def angles(count: int) -> Tensor:
-        coordinate = torch.linspace(0, side - 1, count, dtype=torch.float64, device=k.device)
+        coordinate = torch.linspace(0, side - 1, count, dtype=dtype, device=k.device)
         return (coordinate[:, None] * frequency).repeat_interleave(2, dim=1)
 
     row = angles(rows)[:, None].expand(rows, columns, half)
@@ -345,12 +347,14 @@ def schedule(config: JiTConfig) -> Spec:
     return Spec("lognormal", {"mean": 0.8 + math.log(config.noise_scale), "std": 0.8})
 
 
-def patch_and_noise_at(size: int) -> dict[str, object]:
-    """Return config fields: a patch that leaves at most 16 cells on a side, and the noise's scale.
+def tokens_at(size: int) -> dict[str, object]:
+    """Return config fields: a patch that leaves at most 16 cells on a side."""
+    return {"patch": patch_at(size, cells=16)}
 
-    Below 256 pixels the scale is 1 (our choice).
-    """
-    return {"patch": patch_at(size, cells=16), "noise_scale": max(1.0, size / 256)}
+
+def noise_at(size: int) -> dict[str, object]:
+    """Return config fields: the scale of the noise; 1 below 256 pixels (our choice)."""
+    return {"noise_scale": max(1.0, size / 256)}
 
 
 _PAPER = "JiT, arXiv 2511.13720"
@@ -401,7 +405,7 @@ registry.add(
             "jit-b-1024": _published(_B, 1024, "4.82"),
             "jit-tiny": Preset(
                 config=_TINY,
-                at_size=patch_and_noise_at,
+                at_size=(tokens_at, noise_at),
                 paper="none: JiT that trains on a laptop; 256 tokens at any size",
             ),
             "jit-small": Preset(
@@ -416,7 +420,7 @@ registry.add(
                     context_tokens=16,
                     context_start=3,
                 ),
-                at_size=patch_and_noise_at,
+                at_size=(tokens_at, noise_at),
                 paper=SMALL,
             ),
         },

@@ -249,17 +249,17 @@ registry.add(
             "sid2-512-flop": _published(512, "conv", 2, "653", "1.48"),
             "sid2-tiny": Preset(
                 config=_TINY,
-                at_size=convolution_at,
+                at_size=(convolution_at,),
                 paper="laptop size of the same network; 16 to 64 pixels in minutes on a CPU",
             ),
             "sid2-small": Preset(
                 config=replace(_LARGER, width=48, emb_dim=256, depth=6, heads=6),
-                at_size=convolution_at,
+                at_size=(convolution_at,),
                 paper=SMALL,
             ),
             "sid2-base": Preset(
                 config=replace(_LARGER, width=96, emb_dim=512, depth=10, heads=12),
-                at_size=convolution_at,
+                at_size=(convolution_at,),
                 paper=BASE,
             ),
         },

@@ -221,7 +221,7 @@ registry.add(
             ),
             "unet-tiny": Preset(
                 config=_TINY,
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper="laptop size of the same network; "
                 "digits of 16 to 64 pixels in minutes on a CPU",
             ),
@@ -233,15 +233,15 @@ registry.add(
                     blocks=(1, 1, 2, 2),
                     attention=(False, False, False, True),
                 ),
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper="none: the network of `eurosat-64`, for hours on a CPU; 64 to 256 pixels",
             ),
             "unet-small": Preset(
-                config=replace(_LARGER, width=64, emb_dim=256), at_size=wavelet_at, paper=SMALL
+                config=replace(_LARGER, width=64, emb_dim=256), at_size=(wavelet_at,), paper=SMALL
             ),
             "unet-base": Preset(
                 config=replace(_LARGER, width=128, emb_dim=512, heads=8),
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper=BASE,
             ),
         },

@@ -239,19 +239,19 @@ registry.add(
             "uvit-text-384x640": _text((384, 640), 4),
             "uvit-tiny": Preset(
                 config=_TINY,
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper="laptop size of the same network; 16 to 64 pixels in minutes on a CPU",
             ),
             "uvit-small": Preset(
                 config=replace(_TINY, size=64, width=64, emb_dim=256, depth=6, heads=8),
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper=SMALL,
             ),
             "uvit-base": Preset(
                 config=replace(
                     _TINY, size=64, width=96, emb_dim=512, blocks=(2, 2), depth=12, heads=12
                 ),
-                at_size=wavelet_at,
+                at_size=(wavelet_at,),
                 paper=BASE,
             ),
             "uvit-text-tiny": Preset(

@@ -16,15 +16,14 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from mezzotint.process.denoiser import Cond, Denoiser, Image, PerImage
-from mezzotint.process.logsnr import alpha, append_dims, diffuse, to_device_of
+from mezzotint.process.logsnr import alpha, append_dims, diffuse, to_device_of, widest_float
 
 CHUNK = 1 << 16  # elements whose probabilities of every code are computed at once, 64 MB
 
 
 def _sum(image: Image) -> PerImage:
     """Return the sum over each image, in float64; in float32 on MPS, which has no other."""
-    wide = torch.float32 if image.device.type == "mps" else torch.float64
-    return image.flatten(1).sum(1, dtype=wide)
+    return image.flatten(1).sum(1, dtype=widest_float(image.device))
 
 
 def reconstruction_term(

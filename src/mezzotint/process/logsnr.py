@@ -27,11 +27,14 @@ def append_dims(level: Tensor, like: Tensor) -> Tensor:
     return level.reshape(-1, *[1] * (like.ndim - 1))
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no wider one."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def to_device_of(level: Tensor, like: Tensor) -> Tensor:
     """Move one number per image to the device of `like`; the host does not wait for the copy."""
-    dtype = (
-        torch.float32 if like.device.type == "mps" and level.dtype == torch.float64 else level.dtype
-    )
+    dtype = widest_float(like.device) if level.dtype == torch.float64 else level.dtype
     # CUDA stages pageable memory before the call returns, so `level` may go out of scope. MPS does
     # not promise that.
     return level.to(like.device, dtype, non_blocking=like.device.type == "cuda")

@@ -13,8 +13,8 @@ from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.logsnr import diffuse
 from mezzotint.process.objectives import Objective, objective
-from mezzotint.process.objectives.regression import mean_square
-from mezzotint.process.prediction import target
+from mezzotint.process.objectives.regression import determinant, mean_square
+from mezzotint.process.prediction import named, target
 
 
 def _pool(image: Tensor, ratio: int) -> Tensor:
@@ -81,22 +81,31 @@ def pyramid_loss(
 
 
 @objective("pyramid")
-def pyramid(coefficients: tuple[Annotated[float, Range(0, 1e6)], ...] | None = None) -> Objective:
-    """Return DiMR's loss over all branches, in the network's row (eps in the paper).
+def pyramid(
+    coefficients: tuple[Annotated[float, Range(0, 1e6)], ...] | None = None, row: str | None = None
+) -> Objective:
+    """Return DiMR's loss over all branches (eps in the paper).
 
     Args:
         coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two
             branches, (1/16, 1/4, 1) for three.
+        row: in which the errors are measured: eps, x, v, flow or edm; by default what the network
+            predicts.
     """
+    kind = None if row is None else named(row)
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if model.parameterisation.learned_variance:
             raise ValueError(
                 "the pyramid objective does not train a learned variance; choose 'hybrid'"
             )
+        own = model.parameterisation.kind
         outputs = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
-        return pyramid_loss(
-            outputs, target(model.parameterisation.kind, x, eps, logsnr), coefficients
-        )
+        error = pyramid_loss(outputs, target(own, x, eps, logsnr), coefficients)
+        if kind is None:
+            return error
+        # As `residual` has it; pooling is linear, so the ratio is that of every branch.
+        ratio = determinant(kind, logsnr) / determinant(own, logsnr)
+        return error * ratio.square().to(error.dtype)
 
     return loss

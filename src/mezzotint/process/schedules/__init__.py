@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mezzotint.core.registry import Registry
 from mezzotint.process.denoiser import Schedule
+from mezzotint.process.logsnr import widest_float
 
 registry: Registry[Callable[..., Schedule]] = Registry("schedule", __name__)
 schedule = registry.register
@@ -26,9 +27,9 @@ def in_float64(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
     @functools.wraps(function)
     def wrapped(value: Tensor) -> Tensor:
-        # MPS has no float64.
-        exact = torch.float32 if value.device.type == "mps" else torch.float64
-        return function(value.to(exact)).to(torch.promote_types(value.dtype, torch.float32))
+        return function(value.to(widest_float(value.device))).to(
+            torch.promote_types(value.dtype, torch.float32)
+        )
 
     return wrapped
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mezzotint.core.fields import Range
+from mezzotint.process.logsnr import widest_float
 from mezzotint.process.schedules import in_float64, schedule
 
 TableSteps = Annotated[int, Range(1, 1_000_000)]
@@ -48,7 +49,7 @@ class Table:
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return (logsnr, knots) on `device`, copied once so that the host need not wait."""
         if device not in self._copies:
-            exact = torch.float32 if device.type == "mps" else torch.float64
+            exact = widest_float(device)
             self._copies[device] = self.logsnr.to(device, exact), self._knots.to(device, exact)
         return self._copies[device]
 
