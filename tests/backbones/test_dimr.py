@@ -338,6 +338,35 @@ def test_output_starts_constant_in_time():
     assert all(torch.equal(a, b) for a, b in zip(low, high, strict=True))
 
 
+def test_classes_reach_every_norm():
+    """They add to the time-dependent vectors by a map that starts at zero, in every branch."""
+    torch.manual_seed(0)
+    backbone = DiMR(replace(BASE, class_dim=8))
+    state = backbone.state_dict()
+    own = {key: state.pop(key) for key in ("time.classes.weight", "time.class_vectors.weight")}
+    published = DiMR(BASE)
+    published.load_state_dict(state)
+    z, noise, label = torch.randn(3, 3, 16, 16), torch.tensor([-3.0, 0.0, 2.0]), torch.arange(3)
+    for cond in (Cond(), Cond(label=label)):
+        same = zip(backbone(z, noise, cond), published(z, noise, cond), strict=True)
+        assert all(torch.equal(a, b) for a, b in same)
+    weight = torch.randn(own["time.class_vectors.weight"].shape)
+    backbone.time.class_vectors.weight.data = weight
+    vectors = torch.cat(backbone.time(noise / 4, label), dim=1)
+    plain = torch.cat(published.time(noise / 4), dim=1)
+    table = own["time.classes.weight"]
+    torch.testing.assert_close(vectors, plain + table[label] @ weight.T)
+    # no label is the row after the classes
+    with torch.no_grad():
+        null = backbone(z, noise, Cond(label=torch.full((3,), BASE.num_classes)))
+        for a, b in zip(backbone(z, noise, Cond()), null, strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(backbone(z, noise, Cond(label=label)), null, strict=True):
+            assert (a - b).abs().amax((1, 2, 3)).min() > 1e-3
+    assert set(own) & backbone.no_decay_parameters() == set()
+    assert table.std() < 0.03
+
+
 def test_positions_beyond_the_table_are_interpolated():
     branch = DiMR(BASE).branches[2]
     table = branch.positions.detach().view(16, 16, -1)
@@ -414,6 +443,7 @@ def test_parameters_and_gmac(name):
         ({"stages": ("convnext",) * 3}, "num_classes must be 0"),
         ({"num_classes": 0, "null_label": False}, "null_label=True"),
         ({"kernel_size": 4}, "odd"),
+        ({"stages": ("convnext",) * 3, "num_classes": 0, "class_dim": 8}, "needs a transformer"),
         ({"time": "edm"}, "scaled_linear, linear_vp or cosine"),
     ],
 )

@@ -36,14 +36,14 @@ LATENT = [
 def fits(objective: str, schedule: str, learned_variance: bool, prediction: str = "eps") -> bool:
     """Return whether a combination is valid.
 
-    The variational term needs DDPM's steps and a learned variance, the pyramid none. A consistency
+    The variational term needs DDPM's steps and a learned variance, the pyramids none. A consistency
     map is bound at both ends of the noise.
     """
     if objective == "consistency":
         return prediction in ("v", "flow", "edm")
     if objective == "hybrid":
         return learned_variance and schedule == "linear_ddpm"
-    return not (objective == "pyramid" and learned_variance)
+    return not (objective in ("pyramid", "sigmoid_pyramid") and learned_variance)
 
 
 def named(recipe, schedule, objective, measure="u"):

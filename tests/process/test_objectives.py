@@ -142,7 +142,7 @@ def test_low_precision_outputs_give_float32_losses(data):
     model = stub("v").to(torch.bfloat16)
     x, eps, logsnr, cond = data
     low = (x.float(), eps.float(), logsnr.float(), cond)
-    for name in ("regression", "eps_mse", "multiscale", "pyramid", "sigmoid"):
+    for name in ("regression", "eps_mse", "multiscale", "pyramid", "sigmoid", "sigmoid_pyramid"):
         loss = loss_of(name, model, low)
         assert loss.dtype == torch.float32
         assert loss.shape == (6,)
@@ -216,30 +216,23 @@ def test_pyramid_loss_weights_branches(data):
         loss_of("pyramid", stub("eps", doubled=True), data)
 
 
-@pytest.mark.parametrize("row", ["eps", "x", "v", "edm"])
-def test_the_pyramid_measures_every_branch_in_a_row(data, row):
+@pytest.mark.parametrize("kind", ["eps", "x", "v", "edm"])
+@pytest.mark.parametrize("bias", [None, 1.4, 1000.0])
+def test_the_sigmoid_pyramid_weighs_the_error_of_eps_in_every_branch(data, kind, bias):
     x, eps, logsnr, cond = data
-    model = stub("v", branches=2)
-    z = diffuse(x, eps, logsnr)
-    a, s = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
-    # z is known, so an error d of v is one of a d in eps, of -s d in x, and EDM's weight at a
-    # standard deviation of 1/2 is (s^2 + a^2 / 4) / (s a / 2)^2 on x / a's squared error.
-    squared = {
-        "v": torch.ones_like(a),
-        "eps": a**2,
-        "x": s**2,
-        "edm": ((s / a) ** 2 + 0.25) / (s / a / 2) ** 2 * s**2,
-    }[row]
-    truth = a[:, None, None, None] * eps - s[:, None, None, None] * x
-    fine, coarse = model.raw(z, logsnr, cond)[1], model.raw(z, logsnr, cond)[0]
+    model = stub(kind, branches=2)
+    coarse, fine = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
+    truth = prediction.target(model.parameterisation.kind, x, eps, logsnr)
+    a2, s2 = logsnr.sigmoid(), (-logsnr).sigmoid()
+    # z is known, so an error d of v is one of a d in eps; EDM's row is x's error over
+    # s a / 2 / sqrt(s^2 + a^2 / 4), at a standard deviation of 1/2.
+    ratio = {"eps": 1, "v": a2, "x": a2 / s2, "edm": a2 / (4 * s2 + a2)}[kind]
     parts = (fine - truth).square().mean((1, 2, 3))
     parts = parts + (coarse - 2 * avg_pool2d(truth, 2)).square().mean((1, 2, 3)) / 4
-    torch.testing.assert_close(loss_of("pyramid", model, data, row=row), parts * squared)
-
-
-def test_the_pyramid_of_an_unknown_row_is_refused(data):
-    with pytest.raises(ValueError, match="velocity"):
-        loss_of("pyramid", stub("v", branches=2), data, row="velocity")
+    weight = (2 * math.log(128 / 8) if bias is None else bias) - logsnr  # at 8x8 pixels
+    torch.testing.assert_close(
+        loss_of("sigmoid_pyramid", model, data, bias=bias), parts * ratio * weight.sigmoid()
+    )
 
 
 @pytest.mark.parametrize("name", ["mini2r", "latent2r"])

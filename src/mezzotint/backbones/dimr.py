@@ -176,7 +176,7 @@ class DiMR(Backbone):
             before = len(vectors)
             self.branches.append(Branch(config, i, vectors))
             self.counts.append(len(vectors) - before)
-        self.time = TimeVectors(*zip(*vectors, strict=True))
+        self.time = TimeVectors(*zip(*vectors, strict=True), config.rows, config.class_dim)
         self.apply(init_weights)
 
     def no_decay_parameters(self) -> set[str]:
@@ -195,7 +195,7 @@ class DiMR(Backbone):
         Errors: ValueError for a size, channels or condition that the network does not accept.
         """
         label = self.class_rows(z, cond)
-        time = iter(self.time(noise / 4))  # tau = noise / 4 (spec 2.1)
+        time = iter(self.time(noise / 4, label))  # tau = noise / 4 (spec 2.1)
         features: list[Tensor] = []
         outputs = []
         for branch, count in zip(self.branches, self.counts, strict=True):
@@ -222,12 +222,17 @@ def init_weights(module: nn.Module) -> None:
     """Initialise one module (spec 2.8).
 
     Linear layers and embeddings from a normal of std 0.02 cut at 2, biases zero, convolutions as
-    PyTorch initialises them.
+    PyTorch initialises them. The classes' part of the norms starts at zero. A larger embedding
+    makes Adam's first steps of that part too long: errors and distances are then worse.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, TimeVectors) and module.class_vectors is not None:
+        nn.init.zeros_(module.class_vectors.weight)
     if isinstance(module, Branch):
         for table in (module.positions, module.classes):
             if table is not None:

@@ -24,15 +24,18 @@ class TimeVectors(nn.Module):
     """All time-dependent vectors of a network, computed in one operation per forward (section 3.2).
 
     s = sigmoid(w tau + b),  v(tau) = s p0 + (1 - s) p1, elementwise. As the released code does, the
-    module stores w - 1.
+    module stores w - 1. With a class embedding e_c, v(tau, c) = v(tau) + W e_c (ours).
 
     Args:
         widths: of the vectors, in the order in which `forward` returns them.
         initial: their values at initialisation, 1 for a gain and 0 for a shift. p0 = p1, so v
             starts constant in tau.
+        rows, class_dim: of the class embedding; a class_dim of 0 is none.
     """
 
-    def __init__(self, widths: Sequence[int], initial: Sequence[float]):
+    def __init__(
+        self, widths: Sequence[int], initial: Sequence[float], rows: int = 0, class_dim: int = 0
+    ):
         super().__init__()
         self.widths = list(widths)
         start = torch.cat(
@@ -42,13 +45,24 @@ class TimeVectors(nn.Module):
         self.p1 = nn.Parameter(start.clone())
         self.w_minus_1 = nn.Parameter(torch.zeros_like(start))
         self.b = nn.Parameter(torch.zeros_like(start))
+        self.classes, self.class_vectors = None, None
+        if class_dim:
+            self.classes = nn.Embedding(rows, class_dim)
+            self.class_vectors = nn.Linear(class_dim, len(start), bias=False)
 
-    def forward(self, tau: Tensor) -> tuple[Tensor, ...]:
-        """tau (b,) -> one (b, width) per vector, in float32 or wider."""
+    def forward(self, tau: Tensor, label: Tensor | None = None) -> tuple[Tensor, ...]:
+        """tau (b,) and label (b,) -> one (b, width) per vector, in float32 or wider.
+
+        Args:
+            label: rows of the class embedding, where there is one.
+        """
         wide = torch.promote_types(self.p0.dtype, torch.float32)
         p0, p1, w_minus_1, b = (p.to(wide) for p in (self.p0, self.p1, self.w_minus_1, self.b))
         s = torch.sigmoid((1 + w_minus_1) * tau.to(wide)[:, None] + b)
-        return torch.lerp(p1, p0, s).split(self.widths, dim=1)
+        vectors = torch.lerp(p1, p0, s)
+        if self.classes is not None and self.class_vectors is not None:
+            vectors = vectors + self.class_vectors(self.classes(label)).to(wide)
+        return vectors.split(self.widths, dim=1)
 
 
 def time_layer_norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ class DiMRConfig(CheckedConfig):
         (latent models: Stable Diffusion's table) or "linear_vp" (pixel models, after U-ViT: the
         variance-preserving SDE). "cosine" has the steps of "linear_vp" and is trained by the
         cosine schedule; no published model has it.
+    class_dim: width of a class embedding that adds to the time-dependent vectors of every norm,
+        through a linear map; 0 is none, as published. Ours: a class token in the coarsest branch
+        alone hardly reaches the textures of the finest.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
@@ -56,6 +59,7 @@ class DiMRConfig(CheckedConfig):
     norm: str = "TDRMSN"
     time: str = "linear_vp"
     prediction: str = "eps"
+    class_dim: Annotated[int, Range(0, 65_536, "0 for none")] = 0
     augment_label: bool = False
 
     def __post_init__(self) -> None:
@@ -103,6 +107,11 @@ class DiMRConfig(CheckedConfig):
         if "transformer" in self.stages and not self.rows:
             raise ValueError(
                 "num_classes 0 needs null_label=True: the class token needs an embedding"
+            )
+        if self.class_dim and "transformer" not in self.stages:
+            raise ValueError(
+                f"class_dim {self.class_dim} needs a transformer stage, which has the classes; set "
+                "class_dim=0"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd")

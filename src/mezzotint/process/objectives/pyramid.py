@@ -13,8 +13,15 @@ from mezzotint.core.fields import Range
 from mezzotint.process.denoiser import Cond, Image, Model, PerImage
 from mezzotint.process.logsnr import diffuse
 from mezzotint.process.objectives import Objective, objective
-from mezzotint.process.objectives.regression import determinant, mean_square
-from mezzotint.process.prediction import named, target
+from mezzotint.process.objectives.regression import (
+    BIAS,
+    bias_at,
+    determinant,
+    mean_square,
+    sigmoid_weight,
+)
+from mezzotint.process.prediction import eps as eps_row
+from mezzotint.process.prediction import target
 
 
 def _pool(image: Tensor, ratio: int) -> Tensor:
@@ -81,31 +88,44 @@ def pyramid_loss(
 
 
 @objective("pyramid")
-def pyramid(
-    coefficients: tuple[Annotated[float, Range(0, 1e6)], ...] | None = None, row: str | None = None
-) -> Objective:
-    """Return DiMR's loss over all branches (eps in the paper).
+def pyramid(coefficients: tuple[Annotated[float, Range(0, 1e6)], ...] | None = None) -> Objective:
+    """Return DiMR's loss over all branches, in the network's row (eps in the paper).
 
     Args:
         coefficients: one per branch, coarse to fine; by default 1 / rho²: (1/4, 1) for two
             branches, (1/16, 1/4, 1) for three.
-        row: in which the errors are measured: eps, x, v, flow or edm; by default what the network
-            predicts.
     """
-    kind = None if row is None else named(row)
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
         if model.parameterisation.learned_variance:
             raise ValueError(
                 "the pyramid objective does not train a learned variance; choose 'hybrid'"
             )
-        own = model.parameterisation.kind
         outputs = model.raw(diffuse(x, eps, logsnr), logsnr, cond)
-        error = pyramid_loss(outputs, target(own, x, eps, logsnr), coefficients)
-        if kind is None:
-            return error
-        # As `residual` has it; pooling is linear, so the ratio is that of every branch.
-        ratio = determinant(kind, logsnr) / determinant(own, logsnr)
-        return error * ratio.square().to(error.dtype)
+        return pyramid_loss(
+            outputs, target(model.parameterisation.kind, x, eps, logsnr), coefficients
+        )
+
+    return loss
+
+
+@objective("sigmoid_pyramid")
+def sigmoid_pyramid(bias: BIAS = None) -> Objective:
+    """Return DiMR's loss over all branches with SiD2's weight, in eps; our choice for small sizes.
+
+    It is an integral over log-SNR, as `sigmoid`. Pooling is linear, so an error of the network's
+    row is one of eps times the same ratio in every branch.
+
+    Args:
+        bias: as in `sigmoid`.
+    """
+    unweighted = pyramid()
+
+    def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
+        # deps = ratio d of the network's own row
+        ratio = determinant(eps_row, logsnr) / determinant(model.parameterisation.kind, logsnr)
+        factor = ratio.square() * sigmoid_weight(logsnr, bias_at(x, bias))
+        error = unweighted(model, x, eps, logsnr, cond)
+        return error * factor.to(error.dtype)
 
     return loss

@@ -106,8 +106,16 @@ def eps_mse() -> Objective:
     return weighted(prediction.eps)
 
 
+BIAS = Annotated[float, Range(-1000, 1000, "a log-SNR")] | None
+
+
+def bias_at(x: Image, bias: float | None) -> float:
+    """Return `bias`, or for None 2 ln(128 / side) for the side of a square of x's pixels."""
+    return 2 * math.log(128 / math.sqrt(x.shape[-2] * x.shape[-1])) if bias is None else bias
+
+
 @objective("sigmoid")
-def sigmoid(bias: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = 0.0) -> Objective:
+def sigmoid(bias: BIAS = 0.0) -> Objective:
     """Return SiD2's eps-MSE times `sigmoid_weight`.
 
     It is an integral over log-SNR: multiply by -1/2 dlogsnr/du where u is drawn.
@@ -118,8 +126,7 @@ def sigmoid(bias: Annotated[float, Range(-1000, 1000, "a log-SNR")] | None = 0.0
     """
 
     def loss(model: Model, x: Image, eps: Image, logsnr: PerImage, cond: Cond) -> PerImage:
-        side = math.sqrt(x.shape[-2] * x.shape[-1])
-        shift = 2 * math.log(128 / side) if bias is None else bias
+        shift = bias_at(x, bias)
         square = weighted(prediction.eps, lambda logsnr: sigmoid_weight(logsnr, shift))
         return square(model, x, eps, logsnr, cond)
 
