@@ -27,6 +27,8 @@ V_COSINE = (
     "objective.name=eps_mse",
 )
 EPS_WEIGHT = ("objective={name: eps_mse}", "time.loss_measure=u")
+NO_CLASSES = ("model.class_dim=0",)  # DiMR's norms as published
+PYRAMID = ("objective={name: pyramid}", "time.loss_measure=u", *NO_CLASSES)
 
 # data: {preset: (images, {name of the row: fields of the recipe})}
 CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
@@ -42,7 +44,17 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         ),
         "dimr-tiny": (
             17_640,
-            {"rate 1e-3": ("optim.lr=1e-3",), "rate 2e-3": ("optim.lr=2e-3",)},
+            {
+                "v unweighted, rate 1e-3": (*PYRAMID, "optim.lr=1e-3"),
+                "v unweighted, rate 2e-3": PYRAMID,
+                "weight of eps": (
+                    "objective.options.bias=1000",
+                    "time.loss_measure=u",
+                    *NO_CLASSES,
+                ),
+                "sigmoid weight": NO_CLASSES,
+                "sigmoid weight, classes in the norms": (),
+            },
         ),
         "diffit-tiny": (
             6_000,
@@ -62,6 +74,14 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
                 "sigmoid weight, bias 2.8": ("objective.options.bias=2.8",),
                 "sigmoid weight, bias 1.4": ("objective.options.bias=1.4",),
                 "sigmoid weight, bias 0": ("objective.options.bias=0",),
+            },
+        ),
+        "dimr-tiny": (
+            14_136,
+            {
+                "v unweighted": PYRAMID,
+                "sigmoid weight": NO_CLASSES,
+                "sigmoid weight, classes in the norms": (),
             },
         ),
     },
