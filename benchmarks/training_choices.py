@@ -16,6 +16,8 @@ from typing import Any
 
 from choices import mean_error, measure_errors
 from common import RESULTS, facts, one_thread
+from mezzotint.models import load_model
+from mezzotint.train.validate import eps_mse_by_level
 from time_to_quality import Judge, Ours, open_data, train_for
 
 # Of EDM: its preconditioning, noise levels in training, and weight.
@@ -88,12 +90,21 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
 }
 
 
+def measure_errors_without_label(entrant: Ours, judge: Judge, count: int) -> dict[str, float]:
+    """Return the held-out error by log-SNR with the null label, for what the label is worth."""
+    model = load_model(entrant.folder / "model").eval()
+    images = judge.images(judge.data.held_out)
+    errors = eps_mse_by_level(model, images, count=count, labels=False)
+    return {f"{level:g}": error for level, error in errors.items()}
+
+
 def run_choice(entrant: Ours, judge: Judge, images: int) -> dict[str, Any]:
     """Train one row for `images` and return its measurements."""
     train_for(entrant, float("inf"), most_images=images)
     measured = measure_errors(entrant, judge, count=128)
     # The images are what counts; the time is that of a machine that did other work.
     del measured["minutes"]
+    measured["eps_mse_without_label"] = measure_errors_without_label(entrant, judge, count=128)
     distances = judge.distances(entrant.source(judge, judge.num_samples))
     return {**measured, "distances": distances}
 

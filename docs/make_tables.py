@@ -320,6 +320,8 @@ def training_choices() -> str:
             metrics = row["distances"]
             cells = [f"`{row['preset']}`", row["change"], fields, f"{row['images']:,}"]
             cells += [f"{mean_error(row):.4f}", *errors]
+            null = row.get("eps_mse_without_label")
+            cells.append(f"{100 * (null['0'] / row['eps_mse']['0'] - 1):.1f} %" if null else "–")
             rows.append(
                 [
                     *cells,
@@ -328,7 +330,7 @@ def training_choices() -> str:
                 ]
             )
         levels = [f"log-SNR {level}" for level in found[0]["eps_mse"]]
-        head = ["preset", "change", "fields", "images", "mean", *levels]
+        head = ["preset", "change", "fields", "images", "mean", *levels, "without label"]
         parts.append(
             f"`python benchmarks/training_choices.py {data} --source {source}`:\n\n"
             + markdown_table([*head, "FD-EfficientNet-Lite0", "coverage"], rows, left=3)

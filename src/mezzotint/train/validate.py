@@ -24,15 +24,17 @@ def eps_mse_by_level(
     count: int = 256,
     seed: int = 0,
     batch: int = 64,
+    labels: bool = True,
 ) -> dict[float, float]:
     """Return the mean squared error of the predicted noise at each log-SNR, with fixed noise.
 
-    Predicting eps = 0 scores 1 at every level. A class-conditional network gets the labels.
+    Predicting eps = 0 scores 1 at every level.
 
     Args:
         levels: natural log-SNRs.
         count: images, evenly spread over the dataset.
         batch: images at a time.
+        labels: whether a class-conditional network gets the labels, or the null label.
     """
     count = min(count, len(dataset))
     spread = [i * len(dataset) // count for i in range(count)]  # datasets are often sorted by class
@@ -42,11 +44,11 @@ def eps_mse_by_level(
     model.eval()
     for start in range(0, count, batch):
         indices = spread[start : start + batch]
-        pixels, labels = dataset.batch(indices)
+        pixels, label = dataset.batch(indices)
         x = to_model_range(pixels.to(device))
         eps = rng.normal("noise", seed, indices, tuple(pixels.shape[1:])).to(device)
-        conditional = model.info.config.num_classes > 0
-        cond = Cond(label=labels.to(device)) if conditional and labels is not None else Cond()
+        conditional = labels and model.info.config.num_classes > 0
+        cond = Cond(label=label.to(device)) if conditional and label is not None else Cond()
         for i, level in enumerate(levels):
             logsnr = torch.full((len(indices),), level, device=device)
             totals[i] += squared_error(model, x, eps, logsnr, cond).double().sum().cpu()
