@@ -29,6 +29,7 @@ V_COSINE = (
     "objective.name=eps_mse",
 )
 EPS_WEIGHT = ("objective={name: eps_mse}", "time.loss_measure=u")
+SIZED_SIGMOID = ("objective={name: sigmoid, options: {bias: null}}", "time.loss_measure=logsnr")
 NO_CLASSES = ("model.class_dim=0",)  # DiMR's norms as published
 PYRAMID = ("objective={name: pyramid}", "time.loss_measure=u", *NO_CLASSES)
 
@@ -85,6 +86,10 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
                 "sigmoid weight": NO_CLASSES,
                 "sigmoid weight, classes in the norms": (),
             },
+        ),
+        "diffit-tiny": (
+            6_000,
+            {"weight of eps": EPS_WEIGHT, "sigmoid weight, bias 1.4": SIZED_SIGMOID},
         ),
     },
 }
