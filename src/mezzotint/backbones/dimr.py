@@ -176,7 +176,8 @@ class DiMR(Backbone):
             before = len(vectors)
             self.branches.append(Branch(config, i, vectors))
             self.counts.append(len(vectors) - before)
-        self.time = TimeVectors(*zip(*vectors, strict=True), config.rows, config.class_dim)
+        widths, initial = zip(*vectors, strict=True)
+        self.time = TimeVectors(widths, initial, config.rows, config.class_dim)
         self.apply(init_weights)
 
     def no_decay_parameters(self) -> set[str]:
