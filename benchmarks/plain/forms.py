@@ -16,8 +16,11 @@ from mezzotint.backbones.kernels import depthwise
 from mezzotint.backbones.kernels.depthwise import residual_depthwise
 
 
-def plain_vectors(self: dimr_blocks.TimeVectors, tau: Tensor) -> tuple[Tensor, ...]:
-    """One chain of small operations per vector."""
+def plain_vectors(
+    self: dimr_blocks.TimeVectors, tau: Tensor, label: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """One chain of small operations per vector, as published: without classes."""
+    assert self.classes is None
     parts = zip(
         *(p.split(self.widths) for p in (self.p0, self.p1, self.w_minus_1, self.b)), strict=True
     )

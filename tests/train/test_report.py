@@ -227,7 +227,7 @@ def test_zero_output_loss_is_the_loss_of_a_new_network(preset):
 def test_zero_output_loss_of_noise_prediction_is_one():
     recipe = config.override(
         recipe_for("dimr-tiny"),
-        ["model.prediction=eps", "objective.name=eps_mse", "objective.options={}"],
+        ["model.prediction=eps", "objective={name: eps_mse}", "time.loss_measure=u"],
     )
     assert recipe.objective == Spec("eps_mse")
     line = zero_output_loss(recipe, levels=32)

@@ -322,7 +322,7 @@ def test_a_loss_of_the_finest_branch_alone_resumes(tmp_path, objective):
         "data.source=digits", "model.size=8", "model.channels=1", "model.dims=[16,16,16]",
         "model.hidden_dims=[32,32,32]", "model.depths=[1,1,1]", "model.heads=1", "batch=16",
         "samples.count=2", "samples.steps=2", "samples.every_images=32",
-        "log_every_images=32", f"objective.name={objective}",
+        "log_every_images=32", f"objective={{name: {objective}}}", "time.loss_measure=u",
     ]  # fmt: skip
     recipe = config.override(recipe_for("dimr-tiny"), changes)
     whole = train(config.override(recipe, ["images=64"]), tmp_path / "whole", quiet=True)
