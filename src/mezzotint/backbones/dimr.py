@@ -177,7 +177,8 @@ class DiMR(Backbone):
             self.branches.append(Branch(config, i, vectors))
             self.counts.append(len(vectors) - before)
         widths, initial = zip(*vectors, strict=True)
-        self.time = TimeVectors(widths, initial, config.rows, config.class_dim)
+        class_dim = config.class_dim if config.num_classes else 0
+        self.time = TimeVectors(widths, initial, config.rows, class_dim)
         self.apply(init_weights)
 
     def no_decay_parameters(self) -> set[str]:

@@ -39,8 +39,8 @@ class DiMRConfig(CheckedConfig):
         variance-preserving SDE). "cosine" has the steps of "linear_vp" and is trained by the
         cosine schedule; no published model has it.
     class_dim: width of a class embedding that adds to the time-dependent vectors of every norm,
-        through a linear map; 0 is none, as published. Ours: a class token in the coarsest branch
-        alone hardly reaches the textures of the finest.
+        through a linear map; 0 is none, as published. A network without classes has none either.
+        Ours: a class token in the coarsest branch alone hardly reaches the textures of the finest.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     """
 
@@ -107,11 +107,6 @@ class DiMRConfig(CheckedConfig):
         if "transformer" in self.stages and not self.rows:
             raise ValueError(
                 "num_classes 0 needs null_label=True: the class token needs an embedding"
-            )
-        if self.class_dim and "transformer" not in self.stages:
-            raise ValueError(
-                f"class_dim {self.class_dim} needs a transformer stage, which has the classes; set "
-                "class_dim=0"
             )
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size {self.kernel_size} must be odd")

@@ -66,8 +66,8 @@ def dimr_tiny() -> Recipe:
     """For a laptop; no published number.
 
     The class token of the coarsest branch hardly reaches textures, so classes also enter the norms
-    (benchmarks/results/training-choices-eurosat.json). In the recipe, so that runs from before
-    resume.
+    (benchmarks/results/training-choices-eurosat.json). The preset has no such embedding, so that
+    runs of the former recipe resume.
     """
     return replace(
         _published("dimr-tiny", 2e-3, 1),
