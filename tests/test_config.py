@@ -44,6 +44,29 @@ def test_overrides_reach_every_depth():
     assert recipe.objective == Spec("sigmoid", {"bias": -1})
 
 
+_SIGMOID = Recipe(
+    preset="uvit-tiny",
+    schedule=Spec("cosine", {"noise_d": 32}),
+    objective=Spec("sigmoid", {"bias": 2.0}),
+)
+
+
+@pytest.mark.parametrize(
+    ("assignments", "objective"),
+    [
+        (["objective.name=eps_mse"], Spec("eps_mse")),
+        (["objective.name=sigmoid"], Spec("sigmoid", {"bias": 2.0})),
+        (["objective.name=min_snr", "objective.options.gamma=3"], Spec("min_snr", {"gamma": 3})),
+        (["objective.options.gamma=3", "objective.name=min_snr"], Spec("min_snr", {"gamma": 3})),
+    ],
+)
+def test_a_new_name_drops_the_options_of_the_old_one(assignments, objective):
+    recipe = config.override(_SIGMOID, assignments)
+    assert recipe.objective == objective
+    assert recipe.schedule == _SIGMOID.schedule
+    assert config.override(_SIGMOID, ["schedule.name=linear"]).schedule == Spec("linear")
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

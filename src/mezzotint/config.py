@@ -427,13 +427,15 @@ def from_yaml(path: str | Path) -> Recipe:
 def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
     """Return the recipe with single fields changed.
 
+    A new name drops the options that the recipe had for the old one.
+
     Args:
         assignments: "optim.lr=3e-4", "model.size=64", "objective.name=sigmoid",
             "objective.options.bias=-1"; values are YAML.
 
     Errors: ValueError for an unknown field, listing near names, or a value of the wrong type.
     """
-    values, assignments = to_dict(recipe), list(assignments)
+    values, assignments, given = to_dict(recipe), list(assignments), set[str]()
     if not assignments:
         return recipe
     for assignment in assignments:
@@ -459,7 +461,13 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
         any_key = keys[0] == "model" or "options" in keys[:-1]
         if keys[-1] not in node and not any_key:
             raise ValueError(f"no field {path!r}; {_suggest_field(values, keys, node)}")
-        node[keys[-1]] = _parse_assigned(keys, text, assignment)
+        value = _parse_assigned(keys, text, assignment)
+        # Another function does not take the options that the recipe had for its own.
+        if keys[-1] == "name" and "options" in node and value != node["name"]:
+            prefix = path.removesuffix("name") + "options."
+            node["options"] = {k: v for k, v in node["options"].items() if prefix + k in given}
+        node[keys[-1]] = value
+        given.add(path)
     return from_dict(values)
 
 
