@@ -113,7 +113,8 @@ class KernelDistance:
         Gretton et al. 2012, eq. 3, as `squared_mmd`; a row that is taken twice counts as two.
         """
         x = to_float64(rows)
-        within, across = _kernel(x, x), _kernel(x, self.real).mean(1)
+        within = _kernel(x, x)
+        across = torch.cat([_kernel(part, self.real).mean(1) for part in x.split(1000)])
 
         def distance(chosen: Tensor) -> float:
             m = len(chosen)
