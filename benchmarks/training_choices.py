@@ -30,6 +30,7 @@ V_COSINE = (
 )
 EPS_WEIGHT = ("objective={name: eps_mse}", "time.loss_measure=u")
 SIZED_SIGMOID = ("objective={name: sigmoid, options: {bias: null}}", "time.loss_measure=logsnr")
+NO_FILM = ("model.film=false",)  # DiffiT's cells as published
 NO_CLASSES = ("model.class_dim=0",)  # DiMR's norms as published
 PYRAMID = ("objective={name: pyramid}", "time.loss_measure=u", *NO_CLASSES)
 
@@ -62,9 +63,10 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         "diffit-tiny": (
             6_000,
             {
-                "EDM, rate 1e-3": (*EDM, "optim.lr=1e-3"),
-                "EDM, rate 2e-3": (*EDM, "optim.lr=2e-3"),
-                "v, cosine, weight of eps": V_COSINE,
+                "EDM, rate 1e-3": (*EDM, *NO_FILM, "optim.lr=1e-3"),
+                "EDM, rate 2e-3": (*EDM, *NO_FILM, "optim.lr=2e-3"),
+                "v, cosine, weight of eps": (*V_COSINE, *NO_FILM),
+                "v, cosine, weight of eps, FiLM": (),
             },
         ),
         "uvit-tiny": (12_288, {"v, cosine, weight of eps": (), "EDM": EDM}),
@@ -89,7 +91,11 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         ),
         "diffit-tiny": (
             6_000,
-            {"weight of eps": EPS_WEIGHT, "sigmoid weight, bias 1.4": SIZED_SIGMOID},
+            {
+                "weight of eps": NO_FILM,
+                "weight of eps, FiLM": (),
+                "sigmoid weight, bias 1.4, FiLM": SIZED_SIGMOID,
+            },
         ),
     },
 }

@@ -25,10 +25,14 @@ def randomised(module, seed=0):
     return module.double()
 
 
-def naive_cell(cell, x, q_t, v_t, k_t):
+def naive_cell(cell, x, c, q_t, v_t, k_t):
     """Compute eq. 3-10 per window and head, with the temporal key that our code leaves out."""
     block, w = cell.block, cell.window
-    x_hat = cell.conv(F.silu(cell.norm(x)))
+    normed = cell.norm(x)
+    if cell.film is not None:  # EDM's networks.py: shift + norm(x) * (scale + 1)
+        scale, shift = cell.film.linear(c).split(x.shape[1], dim=1)
+        normed = shift[:, :, None, None] + normed * (scale[:, :, None, None] + 1)
+    x_hat = cell.conv(F.silu(normed))
     width, heads = x_hat.shape[1], block.attn.heads
     d = width // heads
     out = torch.empty_like(x_hat)
@@ -57,20 +61,22 @@ def naive_cell(cell, x, q_t, v_t, k_t):
     return out + cell.skip(x)
 
 
+@pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (24, 16)])
-def test_cell_is_the_papers_equations(inputs, outputs):
-    config = DiffiTImageConfig(size=8, width=16, window=2, heads=2, multipliers=(1,))
+def test_cell_is_the_papers_equations(inputs, outputs, film):
+    config = DiffiTImageConfig(
+        size=8, width=16, window=2, heads=2, multipliers=(1,), time_width=12, film=film
+    )
     cell = randomised(Cell(inputs, outputs, config))
     index = torch.tensor(
         [4, 3, 1, 0, 5, 4, 2, 1, 7, 6, 4, 3, 8, 7, 5, 4]
     )  # of a 2x2 window, by hand
-    x, q_t, v_t, k_t = (
-        torch.randn(2, *s).double() for s in ((inputs, 4, 6), (outputs,), (outputs,), (outputs,))
-    )
+    shapes = (inputs, 4, 6), (12,), (outputs,), (outputs,), (outputs,)
+    x, c, q_t, v_t, k_t = (torch.randn(2, *s).double() for s in shapes)
     with torch.no_grad():
-        expected = naive_cell(cell, x, q_t, v_t, 10 * k_t)
-        assert_close(cell(x, q_t, v_t, index), expected, rtol=0, atol=1e-12)
-        last = cell(x.contiguous(memory_format=torch.channels_last), q_t, v_t, index)
+        expected = naive_cell(cell, x, c, q_t, v_t, 10 * k_t)
+        assert_close(cell(x, c, q_t, v_t, index), expected, rtol=0, atol=1e-12)
+        last = cell(x.contiguous(memory_format=torch.channels_last), c, q_t, v_t, index)
         assert_close(last, expected, rtol=0, atol=1e-12)
 
 
@@ -83,9 +89,8 @@ def test_windows_of_a_cell_are_coupled_by_the_convolution_alone():
     other[..., 6:] += 1
     with torch.no_grad():
         cell.norm = torch.nn.Identity()  # group statistics do see the whole image
-        difference = (
-            (cell(x, terms, terms, index) - cell(other, terms, terms, index)).abs().amax((0, 1))
-        )
+        one, two = (cell(images, terms, terms, terms, index) for images in (x, other))
+        difference = (one - two).abs().amax((0, 1))
     assert not difference[:, :4].any()  # the 3x3 kernel reaches column 5, in the right window
     assert difference[:, 4:].all()
 

@@ -18,10 +18,11 @@ published neither code nor weights of this network. Where the paper contradicts 
 Where it says nothing we choose: 4 heads; MLP ratio 4; layer norms without weights, as in the latent
 network; gcd(32, C/4) groups (EDM: the smaller of the two); a 1x1 convolution as the outer skip
 where channels change; skips between encoder and decoder concatenated, one per resolution, after
-up-sampling; down-sampling by a 3x3 convolution of stride 2; up-sampling by nearest neighbour and a
-3x3 convolution; dropout (off by default; EDM trains with 0.13 and 0.05) between Swish and
-convolution, where EDM has it; labels, and EDM's augmentation label through a linear map without
-bias, added to the time vector. Projections that end a residual branch, and the head, start at zero.
+up-sampling; down-sampling by a 3x3 convolution of stride 2, which starts as the mean of 2x2 pixels;
+up-sampling by nearest neighbour and a 3x3 convolution, which starts as the identity; dropout (off
+by default; EDM trains with 0.13 and 0.05) between Swish and convolution, where EDM has it; labels,
+and EDM's augmentation label through a linear map without bias, added to the time vector.
+Projections that end a residual branch, and the head, start at zero.
 
 No checkpoint needs the temporal key W_kt, which softmax cancels (see `diffit.py`), so it is left
 out. EDM's preconditioning is the family's `Parameterisation`, at the end of this file.
@@ -50,7 +51,7 @@ from mezzotint.backbones.inputs import (
     patch_at,
     space_to_depth,
 )
-from mezzotint.backbones.layers import AugmentEmbedding
+from mezzotint.backbones.layers import AugmentEmbedding, FiLM
 from mezzotint.backbones.sizes import (
     Channels,
     CheckedConfig,
@@ -87,6 +88,8 @@ class DiffiTImageConfig(CheckedConfig):
     time_width: of the time vector. dropout: probability before each cell's convolution.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     patch: pixels per side of a cell of the network's grid; 1 in the paper.
+    film: whether the time vector also scales and shifts the norm of every cell, as in EDM's U-Net;
+        not in the paper.
     """
 
     size: Size = 64
@@ -104,6 +107,7 @@ class DiffiTImageConfig(CheckedConfig):
     dropout: Dropout = 0.0
     augment_label: bool = False
     patch: Patch = 1
+    film: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +130,15 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
+def start_as_scaling(conv: nn.Module, rows: slice, gain: float) -> None:
+    """Set a square convolution to `gain` times the sum over `rows` of its window, per channel."""
+    weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
+    nn.init.zeros_(bias)
+    with torch.no_grad():
+        weight.zero_()
+        weight.diagonal()[rows, rows] = gain
+
+
 class Cell(nn.Module):
     """x + Block(Conv3x3(Swish(GN(x))), c), the paper's residual cell (eq. 9-10)."""
 
@@ -133,6 +146,7 @@ class Cell(nn.Module):
         super().__init__()
         self.window = config.window
         self.norm = group_norm(inputs)
+        self.film = FiLM(config.time_width, inputs) if config.film else None
         self.dropout = nn.Dropout(config.dropout)
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.block = Block(outputs, config.heads, config.window, round(config.mlp_ratio * outputs))
@@ -141,14 +155,16 @@ class Cell(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, x: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, q_t: Tensor, v_t: Tensor, index: Tensor) -> Tensor:
         """(b, inputs, h, w), channels last in memory, to (b, outputs, h, w).
 
-        q_t, v_t: (b, outputs). index: `relative_index` of one window.
+        c: the time vector, (b, time_width). q_t, v_t: (b, outputs). index: `relative_index` of one
+        window.
         """
         b, _, height, width = x.shape
         w = self.window
-        x_hat = self.conv(self.dropout(F.silu(self.norm(x)))).permute(0, 2, 3, 1)
+        normed = self.norm(x) if self.film is None else self.film(self.norm(x), c)
+        x_hat = self.conv(self.dropout(F.silu(normed))).permute(0, 2, 3, 1)
         # The only copy that windows cost: on the way back they are a strided operand of the sum.
         tokens = (
             x_hat.reshape(b, height // w, w, width // w, w, -1)
@@ -171,12 +187,17 @@ class Stage(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, terms: Iterator[Tensor], index: Tensor, checkpointing: Checkpointing
+        self,
+        x: Tensor,
+        c: Tensor,
+        terms: Iterator[Tensor],
+        index: Tensor,
+        checkpointing: Checkpointing,
     ) -> Tensor:
         """Run the cells in turn; `terms` yields each cell's [q_t, v_t], (b, 2 outputs)."""
         for cell in self.cells:
             q_t, v_t = next(terms).chunk(2, dim=1)
-            x = run_block(cell, checkpointing, x, q_t, v_t, index)
+            x = run_block(cell, checkpointing, x, c, q_t, v_t, index)
         return x
 
 
@@ -207,6 +228,11 @@ class DiffiTImage(Backbone):
             nn.init.zeros_(self.head.get_parameter(name))
         if self.label is not None:
             nn.init.normal_(self.label.weight, std=0.02)
+        # A random map passes little of an image's mean colour, and the next norm hides the rest.
+        for down in self.downs:
+            start_as_scaling(down, rows=slice(1, 3), gain=1 / 4)
+        for up in self.ups:
+            start_as_scaling(up, rows=slice(1, 2), gain=1.0)
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """Return c = MLP(sin-cos(noise)) + Emb(label) + W augment; no label is the null label."""
@@ -228,21 +254,20 @@ class DiffiTImage(Backbone):
             cond: labels in 0...num_classes, or none; none for an unconditional network.
         """
         check_input(z, self.config.channels, self.config.tile)
-        terms = iter(
-            self.temporal(self.condition(noise, cond)).split([2 * w for w in self.terms], dim=1)
-        )
+        c = self.condition(noise, cond)
+        terms = iter(self.temporal(c).split([2 * w for w in self.terms], dim=1))
         index = relative_index(self.config.window, self.config.window, z.device)
 
         cells = space_to_depth(z, self.config.patch)
         x = self.tokenizer(cells.contiguous(memory_format=torch.channels_last))
         skips = []
-        x = self.encoder[0](x, terms, index, self.checkpointing)
+        x = self.encoder[0](x, c, terms, index, self.checkpointing)
         for down, stage in zip(self.downs, self.encoder[1:], strict=True):
             skips.append(x)
-            x = stage(down(x), terms, index, self.checkpointing)
+            x = stage(down(x), c, terms, index, self.checkpointing)
         for up, stage in zip(self.ups, self.decoder, strict=True):
             x = up(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = stage(torch.cat([x, skips.pop()], dim=1), terms, index, self.checkpointing)
+            x = stage(torch.cat([x, skips.pop()], dim=1), c, terms, index, self.checkpointing)
         return [depth_to_space(self.head(F.silu(self.head_norm(x))), self.config.patch)]
 
 

@@ -86,7 +86,8 @@ def plan(
     Args:
         preset: Network and recipe, as for train.
         overrides: Fields of the recipe, e.g. model.size=128 engine.microbatch=32.
-        gpus: Number of ranks, one process each; 1 by default.
+        gpus: Number of ranks, one process each; 1 by default. On a CPU each has a machine to
+            itself.
         batch: Images per step over all ranks; the recipe's by default.
         device: h200, b200, h100, a100, a100-40gb, l40s, rtx4090 or cpu.
         strategy: The one to advise on; both are shown.

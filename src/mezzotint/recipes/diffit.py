@@ -93,7 +93,7 @@ def diffit_tiny() -> Recipe:
     """For a laptop: v on the cosine, which draws sooner than EDM's row; no published number."""
     return replace(
         _edm("diffit-tiny", 1e-3, 8, 18),
-        model={"dropout": 0.0, "prediction": "v"},
+        model={"dropout": 0.0, "prediction": "v", "film": True},
         objective=Spec("eps_mse"),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_images=500, clip=1.0),
         time=Time(sampling="stratified"),

@@ -89,7 +89,7 @@ def plan(
     Args:
         recipe: its batch is split over the ranks; `engine` sets strategy, precision, microbatch and
             checkpointing.
-        gpus: ranks, one process each.
+        gpus: ranks, one process each; on a CPU each has a machine to itself.
         device: key of `ACCELERATORS`.
         efficiency: part of the device's peak rate that a step reaches, 0 to 1. By default that of a
             step timed here for a CPU and a network small enough, that of `tools.step_times` for
