@@ -1,5 +1,7 @@
 """Image-space DiffiT: its equations written out, its preconditioning, its windows and sizes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,9 +124,10 @@ def test_schedule_is_edms_lognormal():
     assert log_s.std().item() == pytest.approx(1.2, rel=1e-2)
 
 
-def test_starts_at_zero_and_every_parameter_learns_after_one_step():
+@pytest.mark.parametrize("film", [False, True])
+def test_starts_at_zero_and_every_parameter_learns_after_one_step(film):
     torch.manual_seed(0)
-    net = DiffiTImage(TINY)
+    net = DiffiTImage(replace(TINY, film=film))
     z, noise, cond = (
         torch.randn(2, 3, 16, 16),
         torch.tensor([-1.0, 0.5]),
@@ -138,8 +141,9 @@ def test_starts_at_zero_and_every_parameter_learns_after_one_step():
     )
 
 
-def test_equal_and_mixed_levels_agree():
-    net = randomised(DiffiTImage(TINY))
+@pytest.mark.parametrize("film", [False, True])
+def test_equal_and_mixed_levels_agree(film):
+    net = randomised(DiffiTImage(replace(TINY, film=film)))
     z, noise, label = (
         torch.randn(3, 3, 16, 16).double(),
         torch.tensor([-1.0, 0.5, 2.0]),
@@ -155,8 +159,9 @@ def test_equal_and_mixed_levels_agree():
     assert not torch.allclose(unlabelled[0], together[0])
 
 
-def test_checkpointing_changes_nothing():
-    net = randomised(DiffiTImage(TINY))
+@pytest.mark.parametrize("film", [False, True])
+def test_checkpointing_changes_nothing(film):
+    net = randomised(DiffiTImage(replace(TINY, film=film)))
     z, noise = torch.randn(2, 3, 16, 24).double(), torch.tensor([-1.0, 0.5])
     gradients = []
     for net.checkpointing in ("none", "selective", "full"):
@@ -209,3 +214,13 @@ def test_label_for_an_unconditional_network_is_an_error():
     net = create_model("diffit-tiny", num_classes=0).backbone
     with pytest.raises(ValueError, match="unconditional"):
         net(torch.zeros(1, 3, 32, 32), torch.zeros(1), Cond(label=torch.tensor([1])))
+
+
+def test_resampling_starts_as_mean_and_nearest_neighbour():
+    network = DiffiTImage(replace(TINY, size=32, multipliers=(1, 2, 2)))
+    for i, width in enumerate((16, 32)):
+        x = torch.randn(2, width, 8, 12)
+        assert_close(network.downs[i](x), F.avg_pool2d(x, 2))
+    for up in network.ups:
+        x = torch.randn(2, 32, 8, 12)
+        assert_close(up(x), x)
