@@ -22,15 +22,9 @@ from time_to_quality import Judge, Ours, open_data, train_for
 
 # Of EDM: its preconditioning, noise levels in training, and weight.
 EDM = ("model.prediction=edm", "schedule.name=lognormal", "objective.name=regression")
-# As the recipes of U-Net and U-ViT have it, at 32 pixels.
-V_COSINE = (
-    "model.prediction=v",
-    "schedule={name: cosine, options: {image_d: 32, noise_d: 32}}",
-    "objective.name=eps_mse",
-)
 EPS_WEIGHT = ("objective={name: eps_mse}", "time.loss_measure=u")
-SIZED_SIGMOID = ("objective={name: sigmoid, options: {bias: null}}", "time.loss_measure=logsnr")
 NO_FILM = ("model.film=false",)  # DiffiT's cells as published
+EDM_PUBLISHED = (*EDM, "time.loss_measure=u", *NO_FILM)
 NO_CLASSES = ("model.class_dim=0",)  # DiMR's norms as published
 PYRAMID = ("objective={name: pyramid}", "time.loss_measure=u", *NO_CLASSES)
 
@@ -63,10 +57,11 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         "diffit-tiny": (
             6_000,
             {
-                "EDM, rate 1e-3": (*EDM, *NO_FILM, "optim.lr=1e-3"),
-                "EDM, rate 2e-3": (*EDM, *NO_FILM, "optim.lr=2e-3"),
-                "v, cosine, weight of eps": (*V_COSINE, *NO_FILM),
-                "v, cosine, weight of eps, FiLM": (),
+                "EDM, rate 1e-3": (*EDM_PUBLISHED, "optim.lr=1e-3"),
+                "EDM, rate 2e-3": (*EDM_PUBLISHED, "optim.lr=2e-3"),
+                "v, cosine, weight of eps": (*EPS_WEIGHT, *NO_FILM),
+                "v, cosine, weight of eps, FiLM": EPS_WEIGHT,
+                "v, cosine, sigmoid weight, bias 2.8, FiLM": (),
             },
         ),
         "uvit-tiny": (12_288, {"v, cosine, weight of eps": (), "EDM": EDM}),
@@ -92,9 +87,10 @@ CHOICES: dict[str, dict[str, tuple[int, dict[str, tuple[str, ...]]]]] = {
         "diffit-tiny": (
             6_000,
             {
-                "weight of eps": NO_FILM,
-                "weight of eps, FiLM": (),
-                "sigmoid weight, bias 1.4, FiLM": SIZED_SIGMOID,
+                "weight of eps": (*EPS_WEIGHT, *NO_FILM),
+                "weight of eps, FiLM": EPS_WEIGHT,
+                "sigmoid weight, bias 1.4": NO_FILM,
+                "sigmoid weight, bias 1.4, FiLM": (),
             },
         ),
     },

@@ -13,6 +13,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from mezzotint.models import create_model
 from mezzotint.recipes import recipe_for
 from mezzotint.tools import measurements, summary
 from mezzotint.tools.step_times import TABLE as STEP_TIMES
@@ -50,12 +53,15 @@ def cost() -> str:
 
 
 def sizes() -> str:
-    """Return one row per `-mini`, `-small` and `-base` preset: its cost, and its recipe."""
+    """Return one row per `-mini`, `-small` and `-base` preset: its cost as trained, its recipe."""
     rows = []
     for r in summary.read_summaries():
         if r["name"].endswith(("-mini", "-small", "-base")):
             recipe = recipe_for(r["name"])
-            cells = [f"`{r['name']}`", summary.format_count(r["params"]), f"{r['gmac']:.1f}"]
+            with torch.device("meta"):
+                network = create_model(r["name"], **recipe.model)
+            params = summary.format_count(sum(p.numel() for p in network.parameters()))
+            cells = [f"`{r['name']}`", params, f"{r['gmac']:.1f}"]
             rows.append([*cells, f"{recipe.optim.lr:.2g}", f"{recipe.batch}", f"{recipe.images:,}"])
     head = ["preset", "parameters", "GMAC at 64 pixels", "learning rate", "batch", "images"]
     return markdown_table(head, rows)

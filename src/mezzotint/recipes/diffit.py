@@ -90,13 +90,17 @@ def diffit_512() -> Recipe:
 
 @recipe("diffit-tiny")
 def diffit_tiny() -> Recipe:
-    """For a laptop: v on the cosine, which draws sooner than EDM's row; no published number."""
+    """For a laptop; no published number.
+
+    It predicts v on the cosine, with SiD2's weight (2 ln(128 / size) as its bias). The time vector
+    scales and shifts every norm, as in EDM's U-Net. The paper has EDM's row, and no such norm.
+    """
     return replace(
         _edm("diffit-tiny", 1e-3, 8, 18),
         model={"dropout": 0.0, "prediction": "v", "film": True},
-        objective=Spec("eps_mse"),
+        objective=Spec("sigmoid", {"bias": None}),
         optim=Optim(lr=1e-3, betas=(0.9, 0.99), warmup_images=500, clip=1.0),
-        time=Time(sampling="stratified"),
+        time=Time(sampling="stratified", loss_measure="logsnr"),
         label_drop=0.1,
         images=200_000,
         log_every_images=3_200,
