@@ -130,8 +130,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels // 4), channels)
 
 
-def start_as_scaling(conv: nn.Module, rows: slice, gain: float) -> None:
-    """Set a square convolution to `gain` times the sum over `rows` of its window, per channel."""
+def set_to_box_filter(conv: nn.Module, rows: slice, gain: float) -> None:
+    """Set a convolution to `gain` times each channel's sum over `rows` x `rows` of the kernel."""
     weight, bias = conv.get_parameter("weight"), conv.get_parameter("bias")
     nn.init.zeros_(bias)
     with torch.no_grad():
@@ -230,9 +230,9 @@ class DiffiTImage(Backbone):
             nn.init.normal_(self.label.weight, std=0.02)
         # A random map passes little of an image's mean colour, and the next norm hides the rest.
         for down in self.downs:
-            start_as_scaling(down, rows=slice(1, 3), gain=1 / 4)
+            set_to_box_filter(down, rows=slice(1, 3), gain=1 / 4)
         for up in self.ups:
-            start_as_scaling(up, rows=slice(1, 2), gain=1.0)
+            set_to_box_filter(up, rows=slice(1, 2), gain=1.0)
 
     def condition(self, noise: Float[Tensor, " b"], cond: Cond) -> Float[Tensor, "b c"]:
         """Return c = MLP(sin-cos(noise)) + Emb(label) + W augment; no label is the null label."""
