@@ -67,6 +67,14 @@ def test_a_new_name_drops_the_options_of_the_old_one(assignments, objective):
     assert config.override(_SIGMOID, ["schedule.name=linear"]).schedule == Spec("linear")
 
 
+@pytest.mark.parametrize("options", ["3", "[1]", "words"])
+def test_options_that_are_no_mapping_are_named_after_a_new_name_too(options):
+    typed = f"objective={{name: sigmoid, options: {options}}}"
+    for assignments in ([typed], [typed, "objective.name=eps_mse"]):
+        with pytest.raises(ValueError, match=r"objective\.options"):
+            config.override(_SIGMOID, assignments)
+
+
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [

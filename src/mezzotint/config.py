@@ -463,9 +463,10 @@ def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
             raise ValueError(f"no field {path!r}; {_suggest_field(values, keys, node)}")
         value = _parse_assigned(keys, text, assignment)
         # Another function does not take the options that the recipe had for its own.
-        if keys[-1] == "name" and "options" in node and value != node["name"]:
+        options = node.get("options")
+        if keys[-1] == "name" and isinstance(options, dict) and value != node["name"]:
             prefix = path.removesuffix("name") + "options."
-            node["options"] = {k: v for k, v in node["options"].items() if prefix + k in given}
+            node["options"] = {k: v for k, v in options.items() if prefix + k in given}
         node[keys[-1]] = value
         given.add(path)
     return from_dict(values)

@@ -31,7 +31,7 @@ def naive_cell(cell, x, c, q_t, v_t, k_t):
     """Compute eq. 3-10 per window and head, with the temporal key that our code leaves out."""
     block, w = cell.block, cell.window
     normed = cell.norm(x)
-    if cell.film is not None:  # EDM's networks.py: shift + norm(x) * (scale + 1)
+    if cell.film is not None:  # ADM (arXiv 2105.05233, section 3.1), about 1
         scale, shift = cell.film.linear(c).split(x.shape[1], dim=1)
         normed = shift[:, :, None, None] + normed * (scale[:, :, None, None] + 1)
     x_hat = cell.conv(F.silu(normed))

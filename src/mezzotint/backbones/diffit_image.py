@@ -88,7 +88,7 @@ class DiffiTImageConfig(CheckedConfig):
     time_width: of the time vector. dropout: probability before each cell's convolution.
     augment_label: whether the network reads EDM's augmentation label; set by data.augment.
     patch: pixels per side of a cell of the network's grid; 1 in the paper.
-    film: whether the time vector also scales and shifts the norm of every cell, as in EDM's U-Net;
+    film: whether the time vector also scales and shifts the norm of every cell, as in ADM's U-Net;
         not in the paper.
     """
 
@@ -163,6 +163,7 @@ class Cell(nn.Module):
         """
         b, _, height, width = x.shape
         w = self.window
+        # ADM's adaptive norm (arXiv 2105.05233, section 3.1), with 1 + scale: it starts near GN(x).
         normed = self.norm(x) if self.film is None else self.film(self.norm(x), c)
         x_hat = self.conv(self.dropout(F.silu(normed))).permute(0, 2, 3, 1)
         # The only copy that windows cost: on the way back they are a strided operand of the sum.

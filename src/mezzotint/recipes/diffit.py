@@ -93,7 +93,7 @@ def diffit_tiny() -> Recipe:
     """For a laptop; no published number.
 
     It predicts v on the cosine, with SiD2's weight (2 ln(128 / size) as its bias). The time vector
-    scales and shifts every norm, as in EDM's U-Net. The paper has EDM's row, and no such norm.
+    scales and shifts every norm, as in ADM's U-Net. The paper has EDM's row, and no such norm.
     """
     return replace(
         _edm("diffit-tiny", 1e-3, 8, 18),
